@@ -1,0 +1,1 @@
+"""PerceptionDLM: a multimodal diffusion language model that captions many image regions at once."""

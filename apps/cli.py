@@ -1,0 +1,30 @@
+"""The `perceptiondlm` command: one table of subcommands, each imported only when it is asked for."""
+
+import argparse
+import importlib
+import sys
+
+# name: (module with `configure(parser)` and `run(args) -> exit code`, one line of help)
+COMMANDS = {
+    "train": ("perceptiondlm.training.cli", "train or fine-tune a checkpoint from a YAML recipe"),
+    "evaluate": ("perceptiondlm.evaluation.cli", "predict, judge, score and report benchmarks"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit code (2 for a mistake on the command line)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="perceptiondlm", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (module, help_text) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        if arguments[:1] == [name]:
+            implementation = importlib.import_module(module)
+            implementation.configure(command)
+            command.set_defaults(run=implementation.run)
+    args = parser.parse_args(arguments)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

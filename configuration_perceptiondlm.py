@@ -1,0 +1,179 @@
+"""What a PerceptionDLM checkpoint is: vision tower, language model, regions, special token ids."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
+
+IMAGE_LAYOUTS = ("tiled", "anyres")
+REGION_LAYOUTS = ("released", "independent", "full")
+ROI_CONVENTIONS = ("released", "aligned")
+
+# What `role_ids` and `region_ids` hold, for each position of a sequence.
+ROLE_SHARED, ROLE_ROI, ROLE_CAPTION = 0, 1, 2
+SHARED_REGION = -1  # belongs to every region
+NO_REGION = -2  # belongs to none: seen by no caption
+
+
+@strict
+class PerceptionDLMTextConfig(LlamaConfig):
+    """LLaDA's decoder: Llama's shapes with bidirectional attention (arXiv:2502.09992).
+
+    The defaults are LLaDA-8B's. `rope_parameters` holds `rope_theta`; `num_key_value_heads`
+    smaller than `num_attention_heads` gives grouped-query attention.
+    """
+
+    model_type = "llada"
+    base_config_key = "text_config"
+
+    vocab_size: int = 126464
+    hidden_size: int = 4096
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    max_position_embeddings: int = 16384
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.rope_parameters is None and "rope_theta" not in kwargs:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
+        super().__post_init__(**kwargs)
+
+
+@strict
+class PerceptionDLMConfig(PreTrainedConfig):
+    """One composite configuration; the defaults are the released 8B region model.
+
+    Args:
+        vision_config: a `SiglipVisionConfig`; `num_hidden_layers` counts the layers that are used
+            (SigLIP-2 so400m has 27, of which the last is never run, so 26).
+        text_config: a `PerceptionDLMTextConfig`.
+        image_layout: how a picture becomes tiles and tokens, "tiled" (best-fitting grid, thumbnail
+            last, `spatial_merge_size` squared patches a token) or "anyres" (LLaVA-V: squeezed tile
+            first, padding cropped off, a newline embedding after each row).
+        spatial_merge_size: side of the square of patches merged into one visual token.
+        anyres_max_tiles: tiles' worth of cells beyond which an anyres map is shrunk.
+        num_region_prompts: learned region prompts, and so regions in one pass (0: no regions).
+        roi_output_size: side of the RoI-aligned grid replayed for a region (0: no replay).
+        roi_convention: "released" (shifted map, box scaled twice) or "aligned" (real tiles, once).
+        roi_stride: divisor of the released convention's second scaling, in cells.
+        region_layout: attention structure, "released", "independent" (a tree: shared trunk, one
+            branch a region) or "full" (none, for ablations).
+        mask_token_id ... caption_token_ids: ids read from the checkpoint's tokenizer.
+        banned_token_ids: ids never produced when answering about a whole image.
+        generation_defaults: options of `DiffusionOptions` that this checkpoint prefers.
+    """
+
+    model_type = "perceptiondlm"
+    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": PerceptionDLMTextConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+
+    image_layout: str = "tiled"
+    spatial_merge_size: int = 2
+    anyres_max_tiles: int = 4
+
+    num_region_prompts: int = 6
+    roi_output_size: int = 4
+    roi_convention: str = "released"
+    roi_stride: int = 32
+    region_layout: str = "released"
+
+    mask_token_id: int = 126336
+    eot_token_id: int = 126348
+    start_header_token_id: int = 126346
+    end_header_token_id: int = 126347
+    bos_token_id: int | None = 126080
+    eos_token_id: int | list[int] | None = 126081
+    pad_token_id: int | None = 126081
+    image_token_id: int = 126349
+    image_start_token_id: int | None = 126350
+    image_end_token_id: int | None = 126351
+    roi_token_ids: list[int] | None = None
+    caption_token_ids: list[int] | None = None
+    banned_token_ids: list[int] | None = None
+    generation_defaults: dict | None = None
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _sub_config(self.vision_config, SiglipVisionConfig, FLAGSHIP_VISION)
+        self.text_config = _sub_config(self.text_config, PerceptionDLMTextConfig, {})
+        if self.roi_token_ids is None:
+            self.roi_token_ids = list(range(126084, 126100))
+        if self.caption_token_ids is None:
+            self.caption_token_ids = list(range(126352, 126368))
+        if self.banned_token_ids is None:
+            headers = [self.start_header_token_id, self.end_header_token_id]
+            ids = [self.eos_token_id, self.bos_token_id, *headers, self.mask_token_id]
+            self.banned_token_ids = [i for i in ids if i is not None]
+        if self.generation_defaults is None:
+            self.generation_defaults = {}
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self):
+        """Refuses values that no model can be built from."""
+        _expect_one_of("image_layout", self.image_layout, IMAGE_LAYOUTS)
+        _expect_one_of("region_layout", self.region_layout, REGION_LAYOUTS)
+        _expect_one_of("roi_convention", self.roi_convention, ROI_CONVENTIONS)
+        slots = min(len(self.roi_token_ids), len(self.caption_token_ids))
+        if self.num_region_prompts > slots:
+            raise ValueError(
+                f"expected num_region_prompts of at most {slots} (the roi_token_ids and"
+                f" caption_token_ids given), got {self.num_region_prompts}"
+            )
+        if self.image_layout == "anyres" and self.num_region_prompts:
+            raise ValueError(
+                "expected num_region_prompts 0 with image_layout 'anyres',"
+                f" got {self.num_region_prompts}: region prompts need tiled pictures"
+            )
+        if self.image_layout == "tiled" and self.grid_side % self.spatial_merge_size:
+            raise ValueError(
+                f"expected a patch grid divisible by spatial_merge_size {self.spatial_merge_size},"
+                f" got {self.grid_side} patches a side"
+            )
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def cells_per_side(self) -> int:
+        """Visual tokens along one side of a tile."""
+        return self.grid_side // self.spatial_merge_size
+
+
+# SigLIP-2 so400m, patch 16, 512 pixels, without its last layer and head.
+FLAGSHIP_VISION = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 512,
+    "patch_size": 16,
+    "vision_use_head": False,
+}
+
+
+def _sub_config(value, config_class, defaults: dict):
+    if value is None:
+        return config_class(**defaults)
+    if isinstance(value, dict):
+        return config_class(**value)
+    return value
+
+
+def _expect_one_of(name: str, value, allowed: tuple[str, ...]):
+    if value not in allowed:
+        raise ValueError(f"expected {name} to be one of {', '.join(allowed)}, got {value!r}")
+
+
+PerceptionDLMConfig.register_for_auto_class()
+
+__all__ = ["PerceptionDLMConfig", "PerceptionDLMTextConfig"]

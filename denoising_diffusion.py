@@ -1,0 +1,403 @@
+"""The denoising loop: predict, choose, commit, by small rules that know nothing of the network.
+
+Shapes: B passes run together, G groups of answer positions in a pass (a region's caption each, or
+one answer), n positions a group, V vocabulary. What is still masked is a boolean of its own, never
+read off token ids.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+
+@dataclass
+class State:
+    """Answer positions during denoising.
+
+    Attributes:
+        tokens: int64 (B, G, n), the mask token where `masked`.
+        masked: bool (B, G, n), still to be filled.
+        valid: bool (B, G, n), false for groups that only pad the batch.
+    """
+
+    tokens: torch.Tensor
+    masked: torch.Tensor
+    valid: torch.Tensor
+
+
+@dataclass
+class Prediction:
+    """What one forward pass says about every answer position.
+
+    Attributes:
+        logits: (B, G, n, V), float64, filtered.
+        tokens: int64 (B, G, n), the candidate of each position.
+        confidence: float64 (B, G, n), by which positions are ranked.
+    """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    confidence: torch.Tensor
+
+    def entropy(self) -> torch.Tensor:
+        """Entropy in nats (B, G, n)."""
+        log_probs = self.logits.log_softmax(-1)
+        return -(log_probs.exp() * log_probs.masked_fill(log_probs.isinf(), 0)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Chooses a candidate and its confidence for each position.
+
+    Attributes:
+        temperature: of the Gumbel noise (LLaDA's `exp(logits) / (-log U)^temperature`); 0: argmax.
+        top_k, top_p: keep so many likeliest tokens, or so much probability, before choosing.
+        remasking: "low_confidence" (softmax probability of the candidate) or "random".
+        banned: ids never chosen.
+        generator: draws the noise.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    remasking: str = "low_confidence"
+    banned: tuple[int, ...] = ()
+    generator: torch.Generator | None = None
+
+    def __call__(self, logits: torch.Tensor) -> Prediction:
+        """Prediction from logits (B, G, n, V) of any float type."""
+        logits = logits.double()
+        if self.banned:
+            logits[..., list(self.banned)] = -torch.inf
+        logits = keep_top_p(keep_top_k(logits, self.top_k), self.top_p)
+        tokens = self._choose(logits)
+        if self.remasking == "random":
+            confidence = torch.rand(
+                tokens.shape, generator=self.generator, device=logits.device, dtype=logits.dtype
+            )
+        else:
+            chosen = logits.gather(-1, tokens[..., None])[..., 0]
+            confidence = (chosen - logits.logsumexp(-1)).exp()
+        return Prediction(logits, tokens, confidence)
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        uniform = torch.rand(
+            logits.shape, generator=self.generator, device=logits.device, dtype=logits.dtype
+        )
+        return (logits - self.temperature * (-uniform.log()).log()).argmax(-1)
+
+
+def keep_top_k(logits: torch.Tensor, k: int | None) -> torch.Tensor:
+    """Sets all but the k largest logits (..., V) to -inf."""
+    if k is None or k >= logits.shape[-1]:
+        return logits
+    smallest = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < smallest, -torch.inf)
+
+
+def keep_top_p(logits: torch.Tensor, p: float | None) -> torch.Tensor:
+    """Keeps the likeliest tokens of (..., V) until they hold probability p."""
+    if p is None or p >= 1:
+        return logits
+    ordered, index = logits.sort(dim=-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= p)
+    return logits.masked_fill(dropped, -torch.inf)
+
+
+class Rule(Protocol):
+    """Which positions are committed, or masked again, after each prediction.
+
+    `steps` is the most predictions the rule takes; `adaptive` says that it may finish earlier, so
+    that the loop looks (one host synchronisation a step). `commit` returns the next state.
+    """
+
+    steps: int
+    adaptive: bool
+
+    def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
+        """State after prediction number `step` (0-based)."""
+        ...
+
+
+def ranks(values: torch.Tensor) -> torch.Tensor:
+    """Rank of each value along the last axis, smallest 0; equals by position."""
+    order = values.argsort(dim=-1, stable=True)
+    places = torch.arange(values.shape[-1], device=values.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def largest(values: torch.Tensor, eligible: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Bool: the `count` largest eligible values along the last axis, equals by position."""
+    ranked = ranks((-values).masked_fill(~eligible, torch.inf))
+    return eligible & (ranked < count)
+
+
+@dataclass(frozen=True)
+class JointRemasking:
+    """The released region rule: fill everything, then re-mask the least confident.
+
+    After step s of S, `int(N (S - 1 - s) / S)` positions of lowest confidence are masked again,
+    committed or not. `scope` "image" ranks the N positions of all captions of a pass together;
+    "region" ranks each caption's own, so that captions do not influence each other.
+    """
+
+    steps: int
+    scope: str = "image"
+    adaptive = False
+
+    def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
+        shape = state.tokens.shape
+        joint = (shape[0], 1, -1) if self.scope == "image" else shape
+        valid = state.valid.view(joint)
+        total = valid.sum(-1, keepdim=True).double()
+        count = (total * ((self.steps - 1 - step) / self.steps)).long()
+        least = ranks(prediction.confidence.view(joint).masked_fill(~valid, torch.inf)) < count
+        masked = (least & valid).view(shape)
+        tokens = torch.where(state.masked, prediction.tokens, state.tokens)
+        return replace(state, tokens=tokens.masked_fill(masked, mask_token_id), masked=masked)
+
+
+@dataclass(frozen=True)
+class BlockCommit:
+    """LLaDA's semi-autoregressive rule: blocks left to right, the most confident first.
+
+    Each of a block's `steps / blocks` steps commits `floor(n / steps)` positions, and one more in
+    the first `n mod steps`; what is committed stays.
+    """
+
+    steps: int
+    block_length: int
+    blocks: int
+    adaptive = False
+
+    def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
+        steps = self.steps // self.blocks
+        quota = self.block_length // steps + (step % steps < self.block_length % steps)
+        eligible = in_first_block(state.masked, self.block_length)
+        chosen = largest(prediction.confidence, eligible, torch.tensor(quota, device=eligible.device))
+        return fill(state, chosen, prediction.tokens)
+
+
+def in_first_block(masked: torch.Tensor, block_length: int) -> torch.Tensor:
+    """Bool (B, G, n): masked positions of each group's first block that holds any."""
+    n = masked.shape[-1]
+    if block_length >= n:
+        return masked
+    blocks = torch.arange(n, device=masked.device) // block_length
+    first = blocks.expand_as(masked).masked_fill(~masked, n).amin(-1, keepdim=True)
+    return masked & (blocks == first)
+
+
+def fill(state: State, chosen: torch.Tensor, tokens: torch.Tensor) -> State:
+    """Commits the chosen positions (bool B, G, n) with the given tokens."""
+    return replace(
+        state, tokens=torch.where(chosen, tokens, state.tokens), masked=state.masked & ~chosen
+    )
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Accepts candidates of at least this probability (Fast-dLLM, arXiv:2505.22618)."""
+
+    value: float = 0.9
+
+    def __call__(self, prediction: Prediction, eligible: torch.Tensor) -> torch.Tensor:
+        return eligible & (prediction.confidence >= self.value)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Accepts the k most confident while `(k + 1)(1 - c_k) < value` (Fast-dLLM's factor rule)."""
+
+    value: float = 1.0
+
+    def __call__(self, prediction: Prediction, eligible: torch.Tensor) -> torch.Tensor:
+        rank = ranks((-prediction.confidence).masked_fill(~eligible, torch.inf))
+        fits = (rank + 2) * (1 - prediction.confidence) < self.value
+        return eligible & _unbroken(fits | ~eligible, rank)
+
+
+@dataclass(frozen=True)
+class EntropyBound:
+    """Accepts the positions of lowest entropy while all but the largest of their entropies add up
+    to at most `value` nats, which bounds the error of taking them as independent (EB-Sampler,
+    arXiv:2505.24857)."""
+
+    value: float = 0.1
+
+    def __call__(self, prediction: Prediction, eligible: torch.Tensor) -> torch.Tensor:
+        entropy = prediction.entropy().masked_fill(~eligible, torch.inf)
+        ordered, order = entropy.sort(dim=-1, stable=True)
+        before = ordered.masked_fill(ordered.isinf(), 0).cumsum(-1) - ordered
+        accepted = (before <= self.value) & ordered.isfinite()
+        return torch.zeros_like(eligible).scatter(-1, order, accepted)
+
+
+def _unbroken(fits: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    """Positions before whose rank, and at it, every position fits."""
+    first_failure = rank.masked_fill(fits, rank.shape[-1]).amin(-1, keepdim=True)
+    return rank < first_failure
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Commits what `accept` takes, group by group, within a budget of `steps`.
+
+    Every group commits at least its most confident position a step, and enough of them that the
+    budget suffices, so no region starves another. A group ends at its first end-of-turn: what
+    follows becomes end-of-turn without being decoded.
+
+    Attributes:
+        accept: which eligible candidates are good enough (`Threshold`, `Factor`, `EntropyBound`).
+        block_length: of semi-autoregressive decoding; a caption is one block.
+        eot_token_id: the end-of-turn, or None to decode every position.
+        verify: masks committed positions whose held token has fallen under this probability
+            again, as far as the budget allows (WINO, arXiv:2507.18578); None: what is committed
+            stays.
+    """
+
+    steps: int
+    accept: Callable[[Prediction, torch.Tensor], torch.Tensor]
+    block_length: int
+    eot_token_id: int | None = None
+    verify: float | None = None
+    adaptive = True
+
+    def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
+        eligible = in_first_block(state.masked, self.block_length)
+        left = state.masked.sum(-1, keepdim=True)
+        quota = torch.ceil(left / (self.steps - step)).long().clamp(min=1)
+        required = largest(prediction.confidence, eligible, quota)
+        short = (quota - eligible.sum(-1, keepdim=True)).clamp(min=0)  # the block is too small
+        beyond = largest(prediction.confidence, state.masked & ~eligible, short)
+        chosen = required | beyond | self.accept(prediction, eligible)
+        doubted = self._doubted(step, prediction, state)
+        state = fill(state, chosen, prediction.tokens)
+        if doubted is not None:
+            tokens = state.tokens.masked_fill(doubted, mask_token_id)
+            state = replace(state, tokens=tokens, masked=state.masked | doubted)
+        return self._end_turns(state)
+
+    def _doubted(self, step: int, prediction: Prediction, state: State) -> torch.Tensor | None:
+        if self.verify is None or step + 2 >= self.steps:
+            return None
+        held = prediction.logits.gather(-1, state.tokens[..., None])[..., 0]
+        probability = (held - prediction.logits.logsumexp(-1)).exp()
+        committed = state.valid & ~state.masked
+        return committed & (probability < self.verify)
+
+    def _end_turns(self, state: State) -> State:
+        if self.eot_token_id is None:
+            return state
+        ended = (state.tokens == self.eot_token_id) & ~state.masked & state.valid
+        after = (ended.cumsum(-1) > 0) & state.valid & state.masked
+        return fill(state, after, torch.full_like(state.tokens, self.eot_token_id))
+
+
+@dataclass(frozen=True)
+class StopAt:
+    """Wraps a rule: once a stop sequence stands committed, only positions before it are decoded."""
+
+    rule: Rule
+    sequences: tuple[tuple[int, ...], ...]
+    adaptive = True
+
+    @property
+    def steps(self) -> int:
+        return self.rule.steps
+
+    def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
+        before = before_stop(state, self.sequences)
+        visible = replace(state, masked=state.masked & before)
+        decoded = self.rule.commit(step, prediction, visible, mask_token_id)
+        return replace(decoded, masked=decoded.masked | (state.masked & ~before))
+
+    def finished(self, state: State) -> torch.Tensor:
+        """Bool (B,): nothing before a stop is masked."""
+        return ~(state.masked & before_stop(state, self.sequences)).flatten(1).any(1)
+
+
+def before_stop(state: State, sequences: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """Bool (B, G, n): positions before the first committed stop sequence of their group."""
+    n = state.tokens.shape[-1]
+    first = torch.full_like(state.tokens[..., :1], n)
+    places = torch.arange(n, device=state.tokens.device)
+    for sequence in sequences:
+        width = len(sequence)
+        if width > n:
+            continue
+        wanted = torch.tensor(sequence, device=state.tokens.device)
+        found = (state.tokens.unfold(-1, width, 1) == wanted).all(-1)
+        found &= ~state.masked.unfold(-1, width, 1).any(-1)  # (B, G, n - width + 1)
+        starts = places[: n - width + 1].expand_as(found).masked_fill(~found, n)
+        first = torch.minimum(first, starts.amin(-1, keepdim=True))
+    return places < first
+
+
+def finished(rule: Rule, state: State) -> torch.Tensor:
+    """Bool (B,): passes with nothing left for `rule` to decode."""
+    if isinstance(rule, StopAt):
+        return rule.finished(state)
+    return ~state.masked.flatten(1).any(1)
+
+
+def denoise(
+    predict: Callable[[torch.Tensor, int], torch.Tensor],
+    state: State,
+    rule: Rule,
+    sampler: Sampler,
+    mask_token_id: int,
+    on_step: Callable[[int, State], None] | None = None,
+) -> tuple[State, torch.Tensor]:
+    """Runs the loop; returns the last state and each pass's forward passes, int64 (B,).
+
+    `predict(tokens, step)` gives logits (B, G, n, V) of all answer positions. A pass that has
+    finished is left as it is while others of its batch go on.
+    """
+    B = state.tokens.shape[0]
+    forwards = torch.zeros(B, dtype=torch.int64, device=state.tokens.device)
+    for step in range(rule.steps):
+        done = finished(rule, state) if rule.adaptive else None
+        if done is not None and bool(done.all()):
+            break
+        prediction = sampler(predict(state.tokens, step))
+        proposed = rule.commit(step, prediction, state, mask_token_id)
+        if done is None:
+            state = proposed
+            forwards += 1
+        else:
+            state = _keep_finished(done, state, proposed)
+            forwards += ~done
+        if on_step is not None:
+            on_step(step, state)
+    return state, forwards
+
+
+def _keep_finished(done: torch.Tensor, state: State, proposed: State) -> State:
+    kept = done[:, None, None]
+    return replace(
+        state,
+        tokens=torch.where(kept, state.tokens, proposed.tokens),
+        masked=torch.where(kept, state.masked, proposed.masked),
+    )
+
+
+def accept_rule(name: str, value: float | None):
+    """The acceptance called `name`, with its own default when `value` is None."""
+    if name not in ACCEPT_RULES:
+        raise ValueError(f"expected adaptive to be one of {', '.join(ACCEPT_RULES)}, got {name!r}")
+    kind = ACCEPT_RULES[name]
+    if value is None:
+        return kind()
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"expected adaptive_value of 0 or more, got {value!r}")
+    return kind(float(value))
+
+
+ACCEPT_RULES = {"threshold": Threshold, "factor": Factor, "entropy_bound": EntropyBound}

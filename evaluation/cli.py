@@ -1,0 +1,51 @@
+"""`perceptiondlm evaluate`: one table of steps, each imported only when it is asked for."""
+
+import argparse
+import importlib
+import logging
+import sys
+
+# name: (module with `configure(parser)` and `run(args) -> exit code`, one line of help)
+STEPS = {
+    "predict": ("perceptiondlm.evaluation.predict", "caption a benchmark's regions"),
+    "judge": ("perceptiondlm.evaluation.judge", "ask a judge the questions about the captions"),
+    "score": ("perceptiondlm.evaluation.score", "score a judge's answers as published"),
+    "report": ("perceptiondlm.evaluation.report", "write a report with figures"),
+    "synthetic": (
+        "perceptiondlm.evaluation.synthetic_judge",
+        "judge captions of synthetic scenes exactly",
+    ),
+}
+
+
+class _StepParser(argparse.ArgumentParser):
+    """A parser that learns its options from its module when it is first used."""
+
+    module: str | None = None
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self.module is not None:
+            implementation = importlib.import_module(self.module)
+            self.module = None
+            implementation.configure(self)
+            self.set_defaults(run_step=implementation.run)
+        return super().parse_known_args(args, namespace)
+
+
+def configure(parser: argparse.ArgumentParser):
+    """Adds the steps to the `evaluate` parser."""
+    steps = parser.add_subparsers(
+        dest="step", required=True, metavar="step", parser_class=_StepParser
+    )
+    for name, (module, help_text) in STEPS.items():
+        steps.add_parser(name, help=help_text, description=help_text).module = module
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the chosen step; a user's mistake is one line on stderr and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        return args.run_step(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"perceptiondlm evaluate {args.step}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,80 @@
+"""Where a run took place: hardware, versions, git revision."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+PACKAGES = (
+    "perceptiondlm",
+    "torch",
+    "transformers",
+    "accelerate",
+    "openai",
+    "numpy",
+    "pillow",
+    "pycocotools",
+)
+
+
+def run_environment() -> dict:
+    """Hardware, versions and revision, for the record of a run."""
+    return {"hardware": hardware(), "versions": versions(), "git_revision": git_revision()}
+
+
+def hardware() -> dict:
+    """Processor and accelerators, by their names."""
+    import torch
+
+    record = {"cpu": _cpu_name(), "cpu_cores": os.cpu_count(), "accelerators": []}
+    if torch.cuda.is_available():
+        record["accelerators"] = [
+            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+        ]
+    elif torch.accelerator.is_available():
+        record["accelerators"] = [str(torch.accelerator.current_accelerator())]
+    return record
+
+
+def _cpu_name() -> str:
+    """The processor's name; Linux keeps it in /proc alone."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict:
+    """Versions of Python and of the packages that results may depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_revision(folder: str | Path | None = None) -> str | None:
+    """The commit that a source folder is at, "+changes" if edited since.
+
+    By default the folder of this package. None if it is not the root of a git repository, as when
+    the package is installed somewhere inside another one.
+    """
+    folder = Path(folder or Path(__file__).parent.parent).resolve()
+    commit = _git(folder, "rev-parse", "--verify", "HEAD")
+    if commit is None or Path(_git(folder, "rev-parse", "--show-toplevel")).resolve() != folder:
+        return None
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return commit + ("+changes" if changed else "")
+
+
+def _git(folder: str | Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,0 +1,71 @@
+"""Figures of a report, from rows of measurements."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+# file: (fields of a row: x, y...; titles of the axes: x, y...)
+FIGURES = {
+    "accuracy_seconds.png": (("seconds", "accuracy"), ("seconds end to end", "accuracy (%)")),
+    "accuracy_forwards.png": (("forwards", "accuracy"), ("forward passes", "accuracy (%)")),
+    "regions.png": (
+        ("regions", "latency", "tokens_per_second"),
+        ("regions in a picture", "seconds a picture", "tokens per second"),
+    ),
+}
+
+
+def draw_figures(rows: Sequence[dict], folder: str | Path) -> list[Path]:
+    """Draws each figure whose fields some rows have, one line a label.
+
+    Args:
+        rows: measurements; `label` names a system, and numbers go by `accuracy` (in [-1, 1]),
+            `seconds`, `forwards`, `regions`, `latency` (seconds a picture), `tokens_per_second`.
+        folder: where the PNG files go.
+
+    Returns the files drawn.
+    """
+    _check_rows(rows)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, (fields, titles) in FIGURES.items():
+        usable = [row for row in rows if all(field in row for field in fields)]
+        if usable:
+            _draw(usable, fields, titles, folder / name)
+            drawn.append(folder / name)
+    return drawn
+
+
+def _draw(rows: Sequence[dict], fields: Sequence[str], titles: Sequence[str], file: Path):
+    """Panels side by side, one for each y field, over a shared x field."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    x, *ys = fields
+    figure = Figure(figsize=(5.2 * len(ys), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)  # no window, whatever the user's backend is
+    for axes, y, title in zip(
+        figure.subplots(1, len(ys), squeeze=False)[0], ys, titles[1:], strict=True
+    ):
+        for label in dict.fromkeys(row["label"] for row in rows):
+            points = sorted((row[x], _scaled(y, row[y])) for row in rows if row["label"] == label)
+            axes.plot(*zip(*points, strict=True), marker="o", label=label)
+        axes.set_xlabel(titles[0])
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+def _scaled(field: str, value: float) -> float:
+    return 100 * value if field == "accuracy" else value
+
+
+def _check_rows(rows: Sequence[dict]):
+    numeric = {field for fields, _ in FIGURES.values() for field in fields}
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("label"), str):
+            raise ValueError(f"row {number}: expected an object with a 'label', got {row!r:.80}")
+        for field in numeric & set(row):
+            if not isinstance(row[field], int | float):
+                raise ValueError(f"row {number}: expected a number for {field}, got {row[field]!r}")

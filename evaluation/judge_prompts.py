@@ -1,0 +1,105 @@
+"""What a judge is asked: one chat message a question, with or without pictures."""
+
+import hashlib
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+from .benchmarks import Benchmark, RegionSample
+from .scoring import RECOGNITION_CHOICES, Question
+
+MODES = ("image", "text")
+PROMPT_VERSION = "perceptiondlm-judge-1"  # changes whenever a word below does
+
+TEMPLATE = """\
+Judge a description of one object by answering a multiple-choice question about it.
+- Answer with exactly one of the choices, as it is written. Do not explain, correct or repeat \
+anything else.
+- Wording need not match: if no choice fits exactly, take the one that comes closest.
+
+Description:
+{caption}
+
+Question:
+{question}
+"""
+# ParaDLC-Bench asks about the class with the picture in view; text alone needs no picture.
+RECOGNITION = {
+    "image": (
+        "The object in the image is {name}. Based on the image, is it likely that the object in"
+        " the description is given class: {name} or object of a similar type?"
+    ),
+    "text": (
+        "Is it likely that the object in the description is of the class {name} or of a similar"
+        " type? An exact match is not needed."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """The wording of a judge's questions.
+
+    Attributes:
+        mode: "image" shows crops of picture and mask, "text" shows nothing.
+        template: text with the fields {caption} and {question}.
+        version: names the wording in caches and reports.
+    """
+
+    mode: str
+    template: str = TEMPLATE
+    version: str = PROMPT_VERSION
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"expected mode to be one of {MODES}, got {self.mode!r}")
+
+    @classmethod
+    def from_file(cls, path: str | Path, mode: str) -> "JudgePrompt":
+        """Another wording, versioned by its content."""
+        template = Path(path).read_text(encoding="utf-8")
+        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        if fields != {"caption", "question"}:
+            raise ValueError(
+                f"{path}: expected the fields {{caption}} and {{question}}, got {sorted(fields)}"
+            )
+        version = "file-" + hashlib.sha256(template.encode()).hexdigest()[:12]
+        return cls(mode, template, version)
+
+    def region_messages(
+        self, sample: RegionSample, questions: tuple[Question, ...], caption: str
+    ) -> list[list[dict]]:
+        """The chat messages of a region's questions, recognition first."""
+        recognition = RECOGNITION[self.mode].format(name=sample.class_name)
+        asked = [(recognition, RECOGNITION_CHOICES), *((q.text, q.choices) for q in questions)]
+        pictures = _picture_parts(sample) if self.mode == "image" else []
+        return [self._message(pictures, caption, *question) for question in asked]
+
+    def _message(self, pictures: list, caption: str, text: str, choices: tuple) -> list[dict]:
+        prompt = self.template.format(caption=caption, question=lettered(text, choices))
+        content = [*pictures, {"type": "text", "text": prompt}] if pictures else prompt
+        return [{"role": "user", "content": content}]
+
+
+def lettered(text: str, choices: tuple[str, ...]) -> str:
+    """A question and its choices under the letters A, B, ..."""
+    letters = string.ascii_uppercase
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=False)]
+    return "\n".join([text, *lines])
+
+
+def default_mode(benchmark: Benchmark) -> str:
+    """ParaDLC-Bench shows the judge the picture; DLC-Bench and the like show text alone."""
+    return "image" if benchmark.name == "paradlc" else "text"
+
+
+def _picture_parts(sample: RegionSample) -> list[dict]:
+    from .crops import png_data_url, region_crops  # needs torch, which text alone does not
+
+    picture, mask = region_crops(sample)
+    return [
+        {"type": "text", "text": "The image around the object:"},
+        {"type": "image_url", "image_url": {"url": png_data_url(picture)}},
+        {"type": "text", "text": "The mask of the object in it:"},
+        {"type": "image_url", "image_url": {"url": png_data_url(mask)}},
+    ]

@@ -1,0 +1,292 @@
+"""`perceptiondlm evaluate predict`: captions for a benchmark's regions, picture by picture.
+
+Every batch is journalled when it is done, so a killed run goes on where it stopped, also with
+another number of processes. Each process writes a journal of its own; the first merges them.
+"""
+
+import argparse
+import glob
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..image_processing_perceptiondlm import load_image, load_mask
+from .benchmarks import RegionSample, load_benchmark
+from .environment import run_environment
+from .files import Journal, read_journal, run_record_path, write_json
+from .throughput import BatchCost, Throughput, effective_length, stop_ids, total_throughput
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the work this process has, and how it waits for the others."""
+
+    rank: int = 0
+    count: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+    def __post_init__(self):
+        if not 0 <= self.rank < self.count:
+            raise ValueError(f"expected a rank from 0 to {self.count - 1}, got {self.rank}")
+
+    @classmethod
+    def from_accelerate(cls) -> "Shard":
+        """This process's place among those that accelerate or torchrun started."""
+        from accelerate import PartialState
+
+        state = PartialState()
+        return cls(state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Captions by region key, and what they took; both of all processes."""
+
+    captions: dict[str, str]
+    throughput: Throughput
+
+
+def predict(
+    model,
+    processor,
+    samples: Sequence[RegionSample],
+    output: str | Path,
+    *,
+    batch_size: int = 1,
+    options: dict | None = None,
+    checkpoint: str | None = None,
+    warmup: int = 0,
+    shard: Shard | None = None,
+    progress: bool = True,
+) -> Prediction | None:
+    """Captions every region once and writes `{key: caption}` to `output`.
+
+    Args:
+        model: has `diffusion_generate` and `config`.
+        processor: passed on to it.
+        samples: the regions; those of one picture are captioned together.
+        output: the prediction file, written when all is done; journals lie beside it until then
+            and after.
+        batch_size: pictures in one call.
+        options: of `diffusion_generate`.
+        checkpoint: names the model in the journal; a journal of another model or of other options
+            is refused.
+        warmup: untimed calls on the first batch beforehand.
+        shard: this process's part of the pictures.
+        progress: shows a progress bar.
+
+    Returns the captions in the order of the samples (None in every process but the first).
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size of 1 or more, got {batch_size}")
+    shard = shard or Shard()
+    options = options or {}
+    identity = json.loads(json.dumps({"checkpoint": checkpoint, "options": options}))
+    done = _captions_in(_journals(output), identity)
+    pictures = _by_picture(s for s in samples if s.key not in done)
+    shard.barrier()  # everyone has read the journals before anyone adds to them
+    mine = pictures[shard.rank :: shard.count]
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    for _ in range(warmup if batches else 0):
+        _caption(model, processor, batches[0], options, shard.rank)
+    with Journal(_journal_path(output, shard.rank)) as journal:
+        if not journal.records:
+            journal.append(identity)
+        bar = tqdm(
+            total=sum(map(len, mine)),
+            desc="predict",
+            unit="region",
+            disable=not progress or shard.rank > 0,
+        )
+        with bar:
+            for batch in batches:
+                captions, cost = _caption(model, processor, batch, options, shard.rank)
+                journal.append({"captions": captions, "cost": asdict(cost)})
+                bar.update(len(captions))
+    shard.barrier()
+    return _merge(samples, output, identity) if shard.rank == 0 else None
+
+
+def _merge(samples: Sequence[RegionSample], output: str | Path, identity: dict) -> Prediction:
+    """Joins all journals by key and writes the prediction file."""
+    journals = _journals(output)
+    found = _captions_in(journals, identity)
+    captions = {sample.key: found[sample.key] for sample in samples}
+    costs = [
+        BatchCost(**record["cost"])
+        for records in journals.values()
+        for record in records
+        if "cost" in record
+    ]
+    write_json(output, captions)
+    return Prediction(captions, total_throughput(costs))
+
+
+def _caption(
+    model, processor, batch: Sequence[Sequence[RegionSample]], options: dict, rank: int
+) -> tuple[dict[str, str], BatchCost]:
+    """Captions one batch of pictures and measures it."""
+    start = time.perf_counter()
+    images = [load_image(regions[0].image_path) for regions in batch]
+    masks = [
+        [_load_region(region, image) for region in regions]
+        for regions, image in zip(batch, images, strict=True)
+    ]
+    _synchronise(model)
+    generating = time.perf_counter()
+    result = model.diffusion_generate(images=images, masks=masks, processor=processor, **options)
+    _synchronise(model)
+    end = time.perf_counter()
+    captions = {
+        region.key: text
+        for regions, texts in zip(batch, result.texts, strict=True)
+        for region, text in zip(regions, texts, strict=True)
+    }
+    stops = stop_ids(model.config)
+    ids = [caption for image_ids in result.token_ids for caption in image_ids]
+    cost = BatchCost(
+        images=len(batch),
+        regions=len(captions),
+        forwards=int(result.num_forwards),
+        nominal_tokens=sum(map(len, ids)),
+        effective_tokens=sum(effective_length(caption, stops) for caption in ids),
+        generate_seconds=end - generating,
+        end_to_end_seconds=end - start,
+        rank=rank,
+    )
+    return captions, cost
+
+
+def _load_region(region: RegionSample, image):
+    try:
+        return load_mask(region.mask, image.size)
+    except ValueError as error:
+        raise ValueError(f"region {region.key} of {region.image_path}: {error}") from error
+
+
+def _synchronise(model):
+    """Waits for the device, so that a clock read afterwards counts the work that was queued."""
+    device = torch.device(model.device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _by_picture(samples: Iterator[RegionSample]) -> list[list[RegionSample]]:
+    """The regions of each picture, pictures in the order of their first region."""
+    pictures: dict[Path, list[RegionSample]] = {}
+    for sample in samples:
+        pictures.setdefault(sample.image_path, []).append(sample)
+    return list(pictures.values())
+
+
+def _journal_path(output: str | Path, rank: int) -> Path:
+    return Path(output).with_suffix(f".rank{rank}.journal.jsonl")
+
+
+def _journals(output: str | Path) -> dict[Path, list[dict]]:
+    """The records of every process's journal, also of processes that are not there now."""
+    output = Path(output)
+    paths = output.parent.glob(f"{glob.escape(output.stem)}.rank*.journal.jsonl")
+    return {path: read_journal(path) for path in sorted(paths)}
+
+
+def _captions_in(journals: dict[Path, list[dict]], identity: dict) -> dict[str, str]:
+    """All captions in the journals, which must be of the same checkpoint and options."""
+    captions = {}
+    for path, records in journals.items():
+        if records and records[0] != identity:
+            raise ValueError(
+                f"{path}: expected a journal of {identity}, got one of {records[0]}; choose another"
+                " output or remove the journal"
+            )
+        for record in records[1:]:
+            captions |= record["captions"]
+    return captions
+
+
+def parse_option(text: str) -> tuple[str, object]:
+    """NAME=VALUE, the value as JSON where it is (`steps=16`), else as text (`remasking=random`)."""
+    name, separator, value = text.partition("=")
+    if not (name and separator):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def load_model(path: str, subfolder: str, dtype: str, device: str):
+    """A checkpoint and its processor, ready to caption."""
+    from transformers import AutoModel, AutoProcessor
+
+    common = {"trust_remote_code": True, "subfolder": subfolder}
+    model = AutoModel.from_pretrained(path, dtype=dtype, **common).eval().to(device)
+    return model, AutoProcessor.from_pretrained(path, **common)
+
+
+def configure(parser: argparse.ArgumentParser):
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint: folder or Hub id")
+    add("--subfolder", default="", help="of the checkpoint, for weights and processor")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, ...")
+    add("--device", help="default: the accelerator if there is one, else the CPU")
+    add("--benchmark", required=True, help="benchmark folder, COCO-style JSON, or Hub dataset id")
+    add("--images", help="the pictures' folder, if not beside the annotations")
+    add("--output", required=True, help="where the captions go (JSON)")
+    add("--batch-size", type=int, default=1, help="pictures in one call")
+    add("--limit", type=int, help="only the first regions")
+    add("--warmup", type=int, default=0, help="untimed calls beforehand")
+    help_text = "of diffusion_generate, as steps=32; may be repeated"
+    option = {"dest": "options", "type": parse_option, "metavar": "NAME=VALUE"}
+    add("--option", action="append", default=[], help=help_text, **option)
+
+
+def run(args: argparse.Namespace) -> int:
+    benchmark = load_benchmark(args.benchmark, images=args.images)
+    samples = benchmark.samples[: args.limit]
+    shard = Shard.from_accelerate()
+    device = args.device or _default_device()
+    model, processor = load_model(args.model, args.subfolder, args.dtype, device)
+    checkpoint = f"{args.model}/{args.subfolder}" if args.subfolder else args.model
+    prediction = predict(
+        model,
+        processor,
+        samples,
+        args.output,
+        batch_size=args.batch_size,
+        options=dict(args.options),
+        checkpoint=checkpoint,
+        warmup=args.warmup,
+        shard=shard,
+    )
+    if prediction is not None:
+        record = _run_record(args, model, checkpoint, prediction)
+        write_json(run_record_path(args.output), record)
+        print(f"{args.output}: {prediction.throughput}")
+    return 0
+
+
+def _default_device() -> str:
+    """This process's accelerator, which accelerate has chosen, or the CPU."""
+    from accelerate import PartialState
+
+    return str(PartialState().device)
+
+
+def _run_record(args: argparse.Namespace, model, checkpoint: str, prediction: Prediction) -> dict:
+    return {
+        "checkpoint": checkpoint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "benchmark": str(args.benchmark),
+        "predictions": str(args.output),
+        "batch_size": args.batch_size,
+        "options": dict(args.options),
+        "throughput": prediction.throughput.to_json(),
+        "environment": run_environment(),
+    }

@@ -1,0 +1,222 @@
+"""`perceptiondlm evaluate report`: scores, speed and where they come from, for people and machines.
+
+Every number is traced: the report names files with their hashes, judge, prompt version, options,
+hardware, versions and git revision, as the runs recorded them.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .environment import run_environment
+from .figures import draw_figures
+from .files import file_sha256, read_json, run_record_path, write_json, write_text
+
+SECTIONS = (  # (field of the scores, title of its table, title of its first column)
+    ("per_region_count", "By regions in a picture", "regions in the picture"),
+    ("per_category", "By category", "category"),
+)
+AVERAGES = ("average_positive", "average_negative", "average")
+
+
+def build_report(
+    scores: Mapping,
+    *,
+    prediction_run: Mapping | None = None,
+    judge_run: Mapping | None = None,
+    rows: Sequence[dict] = (),
+    sources: Mapping[str, str] | None = None,
+) -> dict:
+    """Joins what a benchmark's steps wrote into one object.
+
+    Args:
+        scores: what `score` wrote.
+        prediction_run: the record beside the predictions: checkpoint, options, throughput.
+        judge_run: the record beside the answers: judge, prompt version.
+        rows: measurements for the figures (see `draw_figures`).
+        sources: SHA-256 of each file that went in.
+    """
+    lacking = [name for name in ("summary", "regions") if name not in scores]
+    if lacking:
+        raise ValueError(f"expected scores with summary and regions, got none for {lacking}")
+    return {
+        "summary": scores["summary"],
+        "confidence_intervals": scores.get("confidence_intervals"),
+        "coverage": scores.get("coverage"),
+        "missing": scores.get("missing"),
+        "interference": scores.get("interference"),
+        "per_region_count": scores.get("per_region_count"),
+        "per_category": scores.get("per_category"),
+        "prediction_run": prediction_run,
+        "judge_run": judge_run,
+        "scoring": scores.get("provenance"),
+        "rows": list(rows),
+        "sources": dict(sources or {}),
+        "environment": run_environment(),
+    }
+
+
+def write_report(report: Mapping, folder: str | Path, *, title: str) -> Path:
+    """Writes `report.json`, the figures and `report.md`; returns the last."""
+    folder = Path(folder)
+    figures = draw_figures(report["rows"], folder)
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.md", render_markdown(report, figures, title=title))
+    return folder / "report.md"
+
+
+def render_markdown(report: Mapping, figures: Sequence[Path] = (), *, title: str) -> str:
+    """The report as Markdown; figures are linked by name."""
+    parts = [
+        f"# {title}",
+        _summary(report),
+        _efficiency(report),
+        _measurements(report["rows"]),
+        *(f"![{figure.stem.replace('_', ' ')}]({figure.name})" for figure in figures),
+        _interference(report["interference"]),
+        *(_groups(report[field], name, column) for field, name, column in SECTIONS),
+        _provenance(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary(report: Mapping) -> str:
+    intervals = report["confidence_intervals"]
+    header = ["", "%"] + ([f"{intervals['interval_percent']} % interval"] if intervals else [])
+    rows = []
+    for name in AVERAGES:
+        row = [name.replace("_", " "), _percent(report["summary"][name])]
+        rows.append(row + ([" to ".join(map(_percent, intervals[name]))] if intervals else []))
+    parts = ["## Scores", _table(header, rows)]
+    if coverage := report["coverage"]:
+        counts = ", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in coverage.items())
+        parts.append(counts[0].upper() + counts[1:] + ".")
+    if (report["missing"] or {}).get("regions"):
+        parts.append(f"Missing regions: {report['missing']['policy']}.")
+    return "\n\n".join(parts)
+
+
+def _efficiency(report: Mapping) -> str:
+    throughput = (report["prediction_run"] or {}).get("throughput")
+    if not throughput:
+        return ""
+    rows = [
+        ["images, regions", f"{throughput['images']}, {throughput['regions']}"],
+        ["forward passes", f"{throughput['forwards']}"],
+        ["TPF nominal (padding counted)", f"{throughput['nominal_tpf']:.2f}"],
+        ["TPF effective (before end of turn)", f"{throughput['effective_tpf']:.2f}"],
+        ["seconds generating", f"{throughput['generate_seconds']:.2f}"],
+        ["seconds end to end", f"{throughput['end_to_end_seconds']:.2f}"],
+        ["effective tokens per second", f"{throughput['tokens_per_second']:.2f}"],
+        ["regions per second", f"{throughput['regions_per_second']:.3f}"],
+        ["processes", f"{throughput['processes']}"],
+    ]
+    return "## Efficiency\n\n" + _table(["", "measured"], rows)
+
+
+def _measurements(rows: Sequence[dict]) -> str:
+    if not rows:
+        return ""
+    fields = list(dict.fromkeys(field for row in rows for field in row))
+    body = [[_number(row.get(field, "")) for field in fields] for row in rows]
+    return "## Measurements\n\n" + _table(fields, body)
+
+
+def _interference(interference: Mapping | None) -> str:
+    if not interference:
+        return ""
+    return (
+        "## Interference\n\n"
+        f"Of {interference['questions']} questions about what lies outside a region,"
+        f" {_percent(interference['mentioned_rate'])} % were answered with a mention;"
+        f" their score is {_percent(interference['score'])} %"
+        f" over {interference['regions']} regions."
+    )
+
+
+def _groups(groups: Mapping | None, title: str, column: str) -> str:
+    if not groups:
+        return ""
+    body = [
+        [name, str(group["regions"]), *(_percent(group[average]) for average in AVERAGES)]
+        for name, group in groups.items()
+    ]
+    header = [column, "regions", "positive %", "negative %", "average %"]
+    return f"## {title}\n\n" + _table(header, body)
+
+
+def _provenance(report: Mapping) -> str:
+    """All that was recorded about the runs, flattened to one table each."""
+    parts = ["## Provenance"]
+    names = {
+        "prediction_run": "Prediction",
+        "judge_run": "Judge",
+        "scoring": "Scoring",
+        "sources": "Files (SHA-256)",
+        "environment": "This report",
+    }
+    for field, name in names.items():
+        pairs = [pair for pair in _flatten(report[field] or {}) if "throughput." not in pair[0]]
+        if pairs:
+            parts.append(f"**{name}**\n\n" + _table(["", "recorded"], pairs))
+    return "\n\n".join(parts)
+
+
+def _flatten(record: Mapping, prefix: str = "") -> list[list[str]]:
+    pairs = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            pairs += _flatten(value, f"{prefix}{name}.")
+        else:
+            pairs.append([prefix + name, _number(value)])
+    return pairs
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def configure(parser: argparse.ArgumentParser):
+    add = parser.add_argument
+    add("--scores", required=True, help="what score wrote")
+    add("--predictions", help="prediction file; its run record lies beside it")
+    add("--answers", help="answer file; its run record lies beside it")
+    add("--rows", help="JSON list of measurements, for the figures")
+    add("--title", default="Evaluation", help="of the report")
+    add("--output", required=True, help="folder for report.md, report.json and figures")
+
+
+def run(args: argparse.Namespace) -> int:
+    rows = read_json(args.rows) if args.rows else []
+    if not isinstance(rows, list):
+        raise ValueError(f"{args.rows}: expected a list of rows, got {type(rows).__name__}")
+    given = (args.scores, args.predictions, args.answers, args.rows)
+    report = build_report(
+        read_json(args.scores),
+        prediction_run=_run_record(args.predictions),
+        judge_run=_run_record(args.answers),
+        rows=rows,
+        sources={str(path): file_sha256(path) for path in given if path},
+    )
+    print(write_report(report, args.output, title=args.title))
+    return 0
+
+
+def _run_record(output: str | None) -> dict | None:
+    """The record of the run that wrote a file; None if no such file was named or it has none."""
+    if output is None or not run_record_path(output).is_file():
+        return None
+    return read_json(run_record_path(output))

@@ -1,0 +1,126 @@
+"""An exact judge for synthetic scenes: captions and answers against what is known to be drawn.
+
+A caption is right in an attribute when it names the region's value of it and no other value. The
+functions are pure; a missing caption or answer (None, empty, or past the end of a scene's list)
+is wrong in everything, never dropped.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from ..training.scenes import VOCABULARY, Question, Scene, answer_matches, named_values
+
+
+def wrong_attributes(caption: str | None, truth: Mapping[str, str]) -> dict[str, set[str]]:
+    """The attributes that a caption gets wrong, each with the wrong values that it names.
+
+    Args:
+        caption: free text, or None.
+        truth: the region's value of each attribute.
+
+    Returns:
+        Attribute to wrong values. The set is empty when the attribute is not named at all.
+    """
+    named = named_values(caption or "")
+    return {
+        name: named[name] - {truth[name]} for name in VOCABULARY if named[name] != {truth[name]}
+    }
+
+
+def borrowed_attributes(
+    wrong: Mapping[str, set[str]], others: Sequence[Mapping[str, str]]
+) -> set[str]:
+    """The wrong attributes of which a named value is that of another region of the scene."""
+    return {
+        name for name, values in wrong.items() if any(other[name] in values for other in others)
+    }
+
+
+def score_captions(scenes: Sequence[Scene], captions: Sequence[Sequence[str | None]]) -> dict:
+    """Score the captions of every region of some scenes.
+
+    Args:
+        scenes: the scenes, or anything whose `objects` have `attributes`.
+        captions: for each scene its captions, in the order of its objects. A shorter list leaves
+            the last regions without a caption.
+
+    Returns:
+        regions: how many regions there are; the unit of every share below.
+        attribute_accuracy: mean of the accuracies of the five attributes.
+        per_attribute: attribute to the share of regions whose caption names its value alone.
+        exact_caption_rate: share of regions right in all five attributes.
+        interference_rate: share of regions whose caption is wrong in at least one attribute by
+            naming the value of that same attribute of another region in the scene. A size is one
+            of two, so a wrong size nearly always counts.
+        interference_per_attribute: the same share, attribute by attribute.
+        missing: how many regions have no caption.
+
+    Raises:
+        ValueError: no region, not one list for each scene, or more captions than regions.
+    """
+    if len(scenes) != len(captions):
+        raise ValueError(f"expected captions of {len(scenes)} scenes, got {len(captions)}")
+    right, borrowed = dict.fromkeys(VOCABULARY, 0), dict.fromkeys(VOCABULARY, 0)
+    regions = exact = interfered = missing = 0
+    for index, (scene, texts) in enumerate(zip(scenes, captions, strict=True)):
+        truths = [thing.attributes for thing in scene.objects]
+        for k, text in enumerate(_padded(texts, len(truths), index)):
+            wrong = wrong_attributes(text, truths[k])
+            taken = borrowed_attributes(wrong, truths[:k] + truths[k + 1 :])
+            for name in VOCABULARY:
+                right[name] += name not in wrong
+                borrowed[name] += name in taken
+            regions += 1
+            exact += not wrong
+            interfered += bool(taken)
+            missing += not (text or "").strip()
+    if not regions:
+        raise ValueError("expected at least one region, got none")
+    return {
+        "regions": regions,
+        "attribute_accuracy": sum(right.values()) / (len(VOCABULARY) * regions),
+        "per_attribute": _shares(right, regions),
+        "exact_caption_rate": exact / regions,
+        "interference_rate": interfered / regions,
+        "interference_per_attribute": _shares(borrowed, regions),
+        "missing": missing,
+    }
+
+
+def score_answers(expected: Sequence[Question], answers: Sequence[str | None]) -> dict:
+    """Score short answers, exact up to case, spaces and punctuation.
+
+    Args:
+        expected: the questions with their answers.
+        answers: one answer for each question, None for a missing one.
+
+    Returns:
+        questions: how many; question_accuracy: the share answered right; per_kind: kind of
+        question to the share of its questions answered right; kind_counts: kind to how many.
+
+    Raises:
+        ValueError: no question, or not as many answers as questions.
+    """
+    if len(expected) != len(answers):
+        raise ValueError(f"expected {len(expected)} answers, got {len(answers)}")
+    if not expected:
+        raise ValueError("expected at least one question, got none")
+    marks: dict[str, list[bool]] = defaultdict(list)
+    for question, answer in zip(expected, answers, strict=True):
+        marks[question.kind].append(answer_matches(answer or "", question.answer))
+    return {
+        "questions": len(expected),
+        "question_accuracy": sum(map(sum, marks.values())) / len(expected),
+        "per_kind": {kind: sum(marks[kind]) / len(marks[kind]) for kind in sorted(marks)},
+        "kind_counts": {kind: len(marks[kind]) for kind in sorted(marks)},
+    }
+
+
+def _padded(texts: Sequence[str | None], regions: int, scene: int) -> list[str | None]:
+    if len(texts) > regions:
+        raise ValueError(f"expected at most {regions} captions of scene {scene}, got {len(texts)}")
+    return [*texts, *[None] * (regions - len(texts))]
+
+
+def _shares(counts: Mapping[str, int], total: int) -> dict[str, float]:
+    return {name: count / total for name, count in counts.items()}

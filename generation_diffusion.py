@@ -1,0 +1,608 @@
+"""Generation: options, passes, what is computed once and what at each step, results.
+
+The prompt of a pass stands before its answer, in the same columns for a whole batch. Where the
+answer cannot influence the prompt (the independent layout), the prompt's keys and values are
+computed once and the cache is exact; elsewhere every step computes the whole sequence, unless a
+`prompt_cache` is asked for.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .configuration_perceptiondlm import ROLE_CAPTION
+from .denoising_diffusion import (
+    Adaptive,
+    BlockCommit,
+    JointRemasking,
+    Rule,
+    Sampler,
+    State,
+    StopAt,
+    accept_rule,
+    denoise,
+)
+
+REMASKING = ("low_confidence", "random")
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """How to decode. Every option is checked on construction; an unknown one raises.
+
+    Attributes:
+        steps: denoising steps, all blocks together (default: one for each answer position, and
+            for regions `caption_length`); with `adaptive`, the most that may be taken.
+        caption_length: tokens of a region's caption.
+        max_new_tokens: tokens of an answer about whole images.
+        block_length: answers are decoded in blocks of so many tokens (default: one block).
+        temperature, top_k, top_p: sampling; 0 takes the likeliest token.
+        cfg_scale: classifier-free guidance w, logits u + (w + 1)(c - u), u with the prompt masked.
+        remasking: "low_confidence" or "random".
+        stop_strings: an answer ends where one of these stands.
+        banned_token_ids: never produced; None: none for captions, the checkpoint's for answers.
+        adaptive: commit what is confident enough: "threshold", "factor" or "entropy_bound"; None:
+            the released schedules.
+        adaptive_value: the threshold, factor or bound.
+        adaptive_verify: doubt committed tokens whose probability falls under this (WINO).
+        prompt_cache: approximate: recompute the prompt only every so many steps (1: exact,
+            0: never again). None: exact. Means nothing to the independent layout, always cached.
+        compile: compile the step with torch.compile.
+        batch_size: most passes run together (None: all).
+        seed: makes a run repeatable; or pass `generator`, on the model's device.
+        return_history: keep the answers after each step.
+    """
+
+    steps: int | None = None
+    caption_length: int = 32
+    max_new_tokens: int = 128
+    block_length: int | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    cfg_scale: float = 0.0
+    remasking: str = "low_confidence"
+    stop_strings: Sequence[str] | None = None
+    banned_token_ids: Sequence[int] | None = None
+    adaptive: str | None = None
+    adaptive_value: float | None = None
+    adaptive_verify: float | None = None
+    prompt_cache: int | None = None
+    compile: bool = False
+    batch_size: int | None = None
+    seed: int | None = None
+    generator: torch.Generator | None = None
+    return_history: bool = False
+
+    @classmethod
+    def build(cls, defaults: dict, options: dict) -> "DiffusionOptions":
+        """Options over a checkpoint's defaults; ValueError names an option there is none of."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(defaults | options) - names)
+        if unknown:
+            raise ValueError(f"expected options among {sorted(names)}, got {unknown}")
+        return cls(**(defaults | options))
+
+    def __post_init__(self):
+        for name in ("caption_length", "max_new_tokens"):
+            _expect_integer(name, getattr(self, name), 1)
+        for name in ("steps", "block_length", "top_k", "batch_size"):
+            _expect_integer(name, getattr(self, name), 1, optional=True)
+        _expect_integer("prompt_cache", self.prompt_cache, 0, optional=True)
+        _expect_number("temperature", self.temperature, 0)
+        _expect_number("cfg_scale", self.cfg_scale, 0)
+        for name in ("top_p", "adaptive_verify"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"expected {name} in (0, 1], got {value!r}")
+        if self.remasking not in REMASKING:
+            raise ValueError(f"expected remasking among {REMASKING}, got {self.remasking!r}")
+        if self.seed is not None and self.generator is not None:
+            raise ValueError("expected at most one of seed and generator, got both")
+        if self.adaptive is not None:
+            accept_rule(self.adaptive, self.adaptive_value)
+        elif self.adaptive_value is not None or self.adaptive_verify is not None:
+            raise ValueError("expected `adaptive` with adaptive_value or adaptive_verify, got None")
+
+    def torch_generator(self, device) -> torch.Generator | None:
+        """The generator given, or a fresh one from the seed."""
+        if self.seed is None:
+            return self.generator
+        return torch.Generator(device).manual_seed(self.seed)
+
+    def region_rule(self, scope: str, eot_token_id: int | None) -> Rule:
+        """The rule for captions; `scope` is what re-masking ranks together."""
+        steps = self.steps or self.caption_length
+        if self.block_length not in (None, self.caption_length):
+            raise ValueError(
+                f"expected no block_length for captions, or the caption_length"
+                f" {self.caption_length}, got {self.block_length}"
+            )
+        if self.adaptive is None:
+            return JointRemasking(steps, scope)
+        return self._adaptive(steps, self.caption_length, eot_token_id)
+
+    def answer_rule(self, length: int, eot_token_id: int | None) -> Rule:
+        """The rule for an answer of `length` tokens."""
+        block = self.block_length or length
+        if length % block:
+            raise ValueError(f"expected block_length to divide {length} new tokens, got {block}")
+        blocks = length // block
+        steps = self.steps or length
+        if self.adaptive is not None:
+            return self._adaptive(steps, block, eot_token_id)
+        if steps % blocks:
+            raise ValueError(f"expected steps divisible by the {blocks} blocks, got {steps}")
+        return BlockCommit(steps, block, blocks)
+
+    def _adaptive(self, steps: int, block: int, eot_token_id: int | None) -> Rule:
+        accept = accept_rule(self.adaptive, self.adaptive_value)
+        return Adaptive(steps, accept, block, eot_token_id, self.adaptive_verify)
+
+
+def _expect_integer(name: str, value, least: int, optional: bool = False):
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"expected {name} to be an integer of at least {least}, got {value!r}")
+
+
+def _expect_number(name: str, value, least: float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise ValueError(f"expected {name} to be a number of at least {least}, got {value!r}")
+
+
+@dataclass
+class DiffusionOutput:
+    """Captions or answers.
+
+    Attributes:
+        texts: for each image the text of each region, in the order of the masks given; for
+            questions one text each.
+        token_ids: the same nesting, each a list of caption_length or max_new_tokens ids.
+        num_forwards: denoising forward passes, summed over passes; running passes together in a
+            batch does not change it.
+        history: after each step the token ids, nested alike, on request.
+    """
+
+    texts: list[list[str]] | None
+    token_ids: list[list[list[int]]]
+    num_forwards: int
+    history: list[list[list[list[int]]]] = field(default_factory=list, repr=False)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """TPF as published: answer tokens, padding counted, over forward passes."""
+        tokens = sum(len(ids) for answer in self.token_ids for ids in answer)
+        return tokens / self.num_forwards
+
+    def to_dict(self) -> dict:
+        """Plain lists and numbers, ready for JSON."""
+        return {**dataclasses.asdict(self), "tokens_per_forward": self.tokens_per_forward}
+
+
+@dataclass
+class Pass:
+    """One row of a batch: an image and the masks, by index, captioned together."""
+
+    image: int
+    masks: list[int]
+
+
+class KeyValueBuffer:
+    """Keys and values of a whole sequence, written in place from a given column on."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.start = 0
+        self.stop = length
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def window(self, start: int, stop: int) -> "KeyValueBuffer":
+        """Next writes go to columns from `start`; columns before `stop` are attended to."""
+        self.start, self.stop = start, stop
+        return self
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int):
+        """Writes (B, heads, n, head_dim); returns what may be attended to."""
+        if layer not in self.layers:
+            B, heads, _, width = key.shape
+            self.layers[layer] = tuple(key.new_zeros(B, heads, self.length, width) for _ in "kv")
+        keys, values = self.layers[layer]
+        end = self.start + key.shape[2]
+        keys[:, :, self.start : end] = key
+        values[:, :, self.start : end] = value
+        return keys[:, :, : self.stop], values[:, :, : self.stop]
+
+
+class AnswerNetwork:
+    """Logits of the answer positions of one batch, computing as little as its structure allows.
+
+    Args:
+        model: the model; `inputs`: the processor's tensors for it.
+        prompt_cache: see `DiffusionOptions`; `cfg_scale`: guidance, 0 for none.
+    """
+
+    def __init__(self, model, inputs: dict, prompt_cache: int | None, cfg_scale: float, compiled):
+        self.model = model
+        self.text = model.language_model
+        self.cfg_scale = cfg_scale
+        roles = inputs["role_ids"]
+        self.prompt_length = int((roles != ROLE_CAPTION).all(0).sum())
+        self.answer_ids = inputs["input_ids"][:, self.prompt_length :].clone()  # (B, A)
+        prompt = self._prompt_embeds(inputs)
+        columns = {k: inputs[k] for k in ("position_ids", "region_ids", "role_ids", "attention_mask")}
+        if cfg_scale:
+            prompt = torch.cat([prompt, self._masked_prompt(prompt)])
+            columns = {k: torch.cat([v, v]) for k, v in columns.items()}
+        self.positions = columns["position_ids"]
+        length = self.positions.shape[1]
+        exact_cache = model.config.region_layout == "independent"
+        self.refresh_interval = 0 if exact_cache else 1 if prompt_cache is None else prompt_cache
+        self._build_masks(columns, prompt.dtype, exact_cache)
+        self.cache = None if self.refresh_interval == 1 else KeyValueBuffer(length)
+        if exact_cache:
+            self.prompt = None
+            self._prefill(prompt)
+        else:
+            self.prompt = prompt
+        self.step = torch.compile(self._step, dynamic=False) if compiled else self._step
+
+    def _prompt_embeds(self, inputs: dict) -> torch.Tensor:
+        names = ("pixel_values", "image_grids", "image_sizes", "region_patches", "boxes", "box_images")
+        features = {k: inputs[k] for k in names if k in inputs}
+        embeds = self.model.embed_inputs(inputs["input_ids"], inputs["role_ids"], **features)
+        return embeds[:, : self.prompt_length]
+
+    def _masked_prompt(self, prompt: torch.Tensor) -> torch.Tensor:
+        weight = self.text.get_input_embeddings().weight
+        return weight[self.model.config.mask_token_id].to(prompt).expand_as(prompt)
+
+    def _build_masks(self, columns: dict, dtype, exact_cache: bool):
+        """Attention arguments of the prompt alone, of the answer, and of the whole sequence."""
+        config, start = self.model.config, self.prompt_length
+        implementation = self.text.config._attn_implementation
+        structure = (columns["region_ids"], columns["role_ids"], columns["attention_mask"])
+
+        def argument(queries: slice, keys: int | None):
+            allowed = self.model.allowed_attention(config.region_layout, *structure, queries)
+            return self.model.attention_argument(allowed[:, :, :keys], implementation, dtype)
+
+        self.answer_mask = argument(slice(start, None), None)
+        self.prompt_mask = argument(slice(0, start), start) if exact_cache else None
+        self.full_mask = None if exact_cache else argument(slice(None), None)
+
+    def _prefill(self, prompt: torch.Tensor):
+        start = self.prompt_length
+        cache = self.cache.window(0, start)
+        self.text.model(prompt, self.positions[:, :start], self.prompt_mask, cache, first_query=start)
+
+    def __call__(self, answer_ids: torch.Tensor, step: int, columns: torch.Tensor) -> torch.Tensor:
+        """Logits (B, N, V) at `columns` int64 (B, N) of the answer, given its ids (B, A)."""
+        return self.step(answer_ids, columns, self._recomputes(step))
+
+    def _recomputes(self, step: int) -> bool:
+        if self.prompt is None:
+            return False
+        interval = self.refresh_interval
+        return step == 0 or (interval > 0 and step % interval == 0)
+
+    def _step(self, answer_ids, columns, recompute: bool) -> torch.Tensor:
+        answer = self.text.get_input_embeddings()(answer_ids)
+        if self.cfg_scale:
+            answer, columns = torch.cat([answer, answer]), torch.cat([columns, columns])
+        hidden = self._whole(answer) if recompute else self._answer_only(answer)
+        index = columns[..., None].expand(-1, -1, hidden.shape[-1])
+        logits = self.text.lm_head(hidden.gather(1, index))  # (B, N, V)
+        if self.cfg_scale:
+            conditional, unconditional = logits.chunk(2)
+            return unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
+        return logits
+
+    def _whole(self, answer: torch.Tensor) -> torch.Tensor:
+        sequence = torch.cat([self.prompt, answer], dim=1)
+        cache = self.cache and self.cache.window(0, sequence.shape[1])
+        return self.text.model(
+            sequence,
+            self.positions,
+            self.full_mask,
+            cache,
+            first_query=self.prompt_length,
+            last_attention_mask=self.answer_mask,
+        )
+
+    def _answer_only(self, answer: torch.Tensor) -> torch.Tensor:
+        start = self.prompt_length
+        cache = self.cache.window(start, start + answer.shape[1])
+        return self.text.model(answer, self.positions[:, start:], self.answer_mask, cache)
+
+
+class DiffusionGenerationMixin:
+    """`diffusion_generate` for a model with `embed_inputs` and `language_model`."""
+
+    @torch.no_grad()
+    def diffusion_generate(
+        self,
+        images=None,
+        masks=None,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        inputs: dict | None = None,
+        processor=None,
+        callback: Callable[[int, list], None] | None = None,
+        **options,
+    ) -> DiffusionOutput:
+        """Captions every masked region, or answers a question about whole images.
+
+        Args:
+            images: one picture or a list of them.
+            masks: a list of masks for one picture, or a list of such lists for a list of
+                pictures; each captioned, more than `num_region_prompts` of a picture in several
+                passes. Masks as `load_mask` takes them.
+            prompts: a question or a list of them; with masks, the instruction.
+            inputs: instead of the above, what the processor made (say, from a conversation) with
+                the masked answer in it.
+            processor: defaults to the one saved beside the weights.
+            callback: called after each step with its number and the token ids, nested as in the
+                output.
+            options: see `DiffusionOptions`.
+
+        Returns a `DiffusionOutput`. Raises ValueError for inputs or options that do not fit, and
+        FileNotFoundError where no processor is saved beside the weights.
+        """
+        chosen = DiffusionOptions.build(self.config.generation_defaults, options)
+        if inputs is not None:
+            if images is not None or masks is not None or prompts is not None:
+                raise ValueError("expected `inputs` or images, masks and prompts, got both")
+            return self._generate_inputs(inputs, processor, chosen, callback)
+        processor = processor or self._saved_processor()
+        self._check_processor(processor)
+        if masks is not None:
+            return self._caption_regions(images, masks, prompts, processor, chosen, callback)
+        if prompts is None:
+            raise ValueError("expected masks to caption or prompts to answer, got neither")
+        return self._answer_prompts(images, prompts, processor, chosen, callback)
+
+    def _caption_regions(self, images, masks, prompts, processor, options, callback):
+        if images is None:
+            raise ValueError("expected an image for the masks, got none")
+        single = not isinstance(images, (list, tuple))
+        images, masks = ([images], [masks]) if single else (list(images), list(masks))
+        if len(images) != len(masks):
+            raise ValueError(f"expected a list of masks for each of {len(images)} images,"
+                             f" got {len(masks)}")
+        passes = plan_passes([len(own) for own in masks], self.config.num_region_prompts)
+        instructions = [prompts] * len(images) if prompts is None or isinstance(prompts, str) \
+            else list(prompts)
+        scope = "region" if self.config.region_layout == "independent" else "image"
+        rule = options.region_rule(scope, self.config.eot_token_id)
+        runs, orders = [], []
+        for batch in _chunks(passes, options.batch_size):
+            own = [instructions[p.image] for p in batch]
+            inputs = processor(
+                [images[p.image] for p in batch],
+                masks=[[masks[p.image][k] for k in p.masks] for p in batch],
+                prompts=None if own[0] is None else own,
+                caption_length=options.caption_length,
+                return_region_orders=True,
+            )
+            orders += inputs.pop("region_orders")
+            banned = tuple(options.banned_token_ids or ())
+            runs.append((inputs, rule, banned))
+        places = [[p.masks[k] for k in order] for p, order in zip(passes, orders, strict=True)]
+
+        def nest(rows: list[list[list[int]]]) -> list[list[list[int]]]:
+            nested = [[None] * len(own) for own in masks]
+            for p, place, captions in zip(passes, places, rows, strict=False):
+                for k, ids in zip(place, captions, strict=True):
+                    nested[p.image][k] = ids
+            return nested
+
+        return self._run(runs, nest, processor, options, callback)
+
+    def _answer_prompts(self, images, prompts, processor, options, callback):
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        groups = _pictures_of_prompts(images, len(prompts))
+        runs = []
+        for batch in _chunks(range(len(prompts)), options.batch_size):
+            inputs = processor(
+                [groups[i] for i in batch],
+                prompts=[prompts[i] for i in batch],
+                max_new_tokens=options.max_new_tokens,
+            )
+            runs.append((inputs, *self._answer_settings(options.max_new_tokens, processor, options)))
+        return self._run(runs, lambda rows: rows, processor, options, callback)
+
+    def _generate_inputs(self, inputs, processor, options, callback):
+        length = _answer_length(inputs, self.config.mask_token_id)
+        is_region = "boxes" in inputs
+        if is_region:
+            scope = "region" if self.config.region_layout == "independent" else "image"
+            options = dataclasses.replace(options, caption_length=length)
+            rule = options.region_rule(scope, self.config.eot_token_id)
+            settings = (rule, tuple(options.banned_token_ids or ()))
+        else:
+            settings = self._answer_settings(length, processor, options)
+        return self._run([(inputs, *settings)], lambda rows: rows, processor, options, callback)
+
+    def _answer_settings(self, length: int, processor, options):
+        rule = options.answer_rule(length, self.config.eot_token_id)
+        if options.stop_strings:
+            tokenizer = (processor or self._saved_processor()).tokenizer
+            ids = [tokenizer(s, add_special_tokens=False)["input_ids"] for s in options.stop_strings]
+            rule = StopAt(rule, tuple(map(tuple, ids)))
+        given = options.banned_token_ids
+        banned = self.config.banned_token_ids if given is None else given
+        return rule, tuple(banned)
+
+    def _run(self, runs, nest, processor, options, callback) -> DiffusionOutput:
+        """Denoises each batch and puts rows back together with `nest`."""
+        generator = options.torch_generator(self.device)
+        rows, history, forwards = [], [], 0
+        for inputs, rule, banned in runs:
+            finished = list(rows)
+
+            def on_step(step: int, answers: list, finished=finished):
+                nested = nest(finished + answers)
+                if options.return_history:
+                    history.append(nested)
+                if callback is not None:
+                    callback(step, nested)
+
+            listener = on_step if options.return_history or callback is not None else None
+            sampler = Sampler(
+                options.temperature, options.top_k, options.top_p, options.remasking, banned, generator
+            )
+            answers, count = self._denoise_batch(inputs, rule, sampler, options, listener)
+            rows += answers
+            forwards += count
+        token_ids = nest(rows)
+        texts = None
+        if processor is not None:
+            texts = [[processor.decode_answer(ids) for ids in row] for row in token_ids]
+            texts = _cut_at(texts, options.stop_strings)
+        return DiffusionOutput(texts, token_ids, forwards, history)
+
+    def _denoise_batch(self, inputs, rule, sampler, options, listener):
+        """Token ids of a batch's answers, a list (groups) of lists for each row, and forwards."""
+        inputs = {k: v.to(self.device) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+        network = AnswerNetwork(
+            self, inputs, options.prompt_cache, options.cfg_scale, options.compile
+        )
+        slots = answer_slots(inputs, network.prompt_length, self.config.mask_token_id)
+        columns, state = slots
+        B, G, n = state.tokens.shape
+        flat = columns.view(B, G * n)
+        template = network.answer_ids
+        valid = state.valid.view(B, G * n)
+
+        def predict(tokens: torch.Tensor, step: int) -> torch.Tensor:
+            ids = scatter_valid(template, flat, tokens.view(B, G * n), valid)
+            return network(ids, step, flat).view(B, G, n, -1)
+
+        def on_step(step: int, state: State):
+            listener(step, rows_of(state))
+
+        state, forwards = denoise(
+            predict, state, rule, sampler, self.config.mask_token_id, on_step if listener else None
+        )
+        return rows_of(state), int(forwards.sum())
+
+    def _saved_processor(self):
+        if self.__dict__.get("_processor") is None:
+            source = self.__dict__.get("_source")
+            if source is None:
+                raise ValueError("expected `processor`: this model was not loaded from a folder")
+            from transformers import AutoProcessor
+
+            path, options = source
+            try:
+                loaded = AutoProcessor.from_pretrained(path, trust_remote_code=True, **options)
+            except OSError as error:
+                place = Path(path) / options.get("subfolder", "")
+                raise FileNotFoundError(
+                    f"expected a processor beside the weights in {place}, got: {error}; pass"
+                    " `processor`"
+                ) from error
+            self.__dict__["_processor"] = loaded
+        return self.__dict__["_processor"]
+
+    def _check_processor(self, processor):
+        pairs = {
+            "region_layout": (self.config.region_layout, processor.region_layout),
+            "roi_output_size": (self.config.roi_output_size, processor.roi_output_size),
+            "image_size": (self.config.vision_config.image_size, processor.image_processor.image_size),
+            "image_layout": (self.config.image_layout, processor.image_processor.image_layout),
+            "mask_token_id": (self.config.mask_token_id, processor.mask_token_id),
+        }
+        for name, (expected, got) in pairs.items():
+            if expected != got:
+                raise ValueError(f"expected a processor with the model's {name} {expected!r},"
+                                 f" got {got!r}")
+
+
+def plan_passes(counts: Sequence[int], most: int) -> list[Pass]:
+    """Splits each image's masks, in the order given, into passes of at most `most`."""
+    if most == 0:
+        raise ValueError("expected a checkpoint with region prompts for masks, got one without")
+    for i, count in enumerate(counts):
+        if count == 0:
+            raise ValueError(f"expected at least one mask for image {i}, got none")
+    return [
+        Pass(image, list(range(first, min(first + most, count))))
+        for image, count in enumerate(counts)
+        for first in range(0, count, most)
+    ]
+
+
+def answer_slots(inputs: dict, prompt_length: int, mask_token_id: int) -> tuple[torch.Tensor, State]:
+    """Where the answers stand: columns of the answer, int64 (B, G, n), and the first state.
+
+    Every region of a batch has equally many masked positions; rows with fewer regions are padded
+    with groups that are not valid.
+    """
+    ids = inputs["input_ids"][:, prompt_length:]
+    regions = inputs["region_ids"][:, prompt_length:]
+    open_ = (ids == mask_token_id) & inputs["attention_mask"][:, prompt_length:].bool()
+    if not bool(open_.any(1).all()):
+        raise ValueError("expected masked answer positions in every row of input_ids, got none")
+    groups = int(regions[open_].max()) + 1
+    members = open_[:, None] & (regions[:, None] == torch.arange(groups, device=ids.device)[:, None])
+    sizes = members.sum(-1)  # (B, G)
+    n = int(sizes.max())
+    if not bool(((sizes == n) | (sizes == 0)).all()):
+        raise ValueError(f"expected equally many masked positions a region, got {sizes.tolist()}")
+    # positions of the members of each group, in order: a stable sort puts them first
+    columns = (~members).long().sort(dim=-1, stable=True).indices[..., :n]
+    valid = (sizes == n)[..., None].expand(-1, -1, n).contiguous()
+    tokens = torch.full(columns.shape, mask_token_id, device=ids.device)
+    return columns * valid, State(tokens, valid.clone(), valid)
+
+
+def scatter_valid(template, columns, tokens, valid) -> torch.Tensor:
+    """`template` (B, A) with tokens (B, N) at columns (B, N) where valid."""
+    spare = torch.cat([template, template[:, :1]], dim=1)  # invalid ones land in a spare column
+    target = torch.where(valid, columns, template.shape[1])
+    return spare.scatter(1, target, tokens)[:, :-1]
+
+
+def rows_of(state: State) -> list[list[list[int]]]:
+    """Token ids of each row's valid groups."""
+    tokens, valid = state.tokens.tolist(), state.valid[..., 0].tolist()
+    return [
+        [ids for ids, keep in zip(row, kept, strict=True) if keep]
+        for row, kept in zip(tokens, valid, strict=True)
+    ]
+
+
+def _answer_length(inputs: dict, mask_token_id: int) -> int:
+    prompt_length = int((inputs["role_ids"] != ROLE_CAPTION).all(0).sum())
+    columns, _ = answer_slots(inputs, prompt_length, mask_token_id)
+    return columns.shape[-1]
+
+
+def _pictures_of_prompts(images, count: int) -> list[list]:
+    if images is None:
+        return [[] for _ in range(count)]
+    if not isinstance(images, (list, tuple)):
+        return [[images] for _ in range(count)]
+    if count == 1 and not any(isinstance(image, (list, tuple)) for image in images):
+        return [list(images)]
+    if len(images) != count:
+        raise ValueError(f"expected an image or a list of them for each of {count} prompts,"
+                         f" got {len(images)}")
+    return [list(i) if isinstance(i, (list, tuple)) else [i] for i in images]
+
+
+def _cut_at(texts, stop_strings):
+    for stop in stop_strings or ():
+        texts = [[text.split(stop)[0] for text in row] for row in texts]
+    return texts
+
+
+def _chunks(items: Sequence, size: int | None) -> list[Sequence]:
+    size = size or max(len(items), 1)
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -1,0 +1,674 @@
+"""The network: encode tiles, prompt regions, replay them, attend, predict, and the diffusion loss.
+
+Axis letters: B batch, L sequence, Q K queries and keys, T tiles, P patches of a tile, R region
+prompts, K regions of the batch, C vision width, D text width, h w rows and columns of cells, V
+vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel, SiglipVisionConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.models.siglip.modeling_siglip import (
+    SiglipEncoder,
+    SiglipPreTrainedModel,
+    SiglipVisionEmbeddings,
+)
+from transformers.utils import ModelOutput
+
+from .configuration_perceptiondlm import (
+    ROLE_CAPTION,
+    ROLE_ROI,
+    ROLE_SHARED,
+    SHARED_REGION,
+    PerceptionDLMConfig,
+    PerceptionDLMTextConfig,
+)
+from .generation_diffusion import DiffusionGenerationMixin
+from .image_processing_perceptiondlm import anyres_map_size
+
+MINIMUM_MASK_RATE = 1e-3  # LLaDA's eps: p = (1 - eps) t + eps
+ROI_SAMPLES = 2  # bilinear samples a bin and axis
+
+
+# Attention structure: may query q see key k? Integer tensors that broadcast to (B, Q, K).
+
+
+def released_structure(q_region, q_role, k_region, k_role):
+    """A caption sees what is shared, its own RoI tokens and itself; all else sees everything."""
+    return (q_role < ROLE_CAPTION) | (k_region == SHARED_REGION) | (k_region == q_region)
+
+
+def independent_structure(q_region, q_role, k_region, k_role):
+    """A tree: each position sees its own branch and the trunk, up to its own role."""
+    return ((k_region == SHARED_REGION) | (k_region == q_region)) & (k_role <= q_role)
+
+
+def full_structure(q_region, q_role, k_region, k_role):
+    """No structure: everything sees everything."""
+    return torch.ones_like(q_region + k_region, dtype=torch.bool)
+
+
+STRUCTURES = {
+    "released": released_structure,
+    "independent": independent_structure,
+    "full": full_structure,
+}
+
+
+def allowed_attention(layout: str, region_ids, role_ids, attention_mask, queries=slice(None)):
+    """Bool (B, Q, K), true where a query of `queries` may see a key; padding is never seen.
+
+    `region_ids`, `role_ids` and `attention_mask` are integer (B, L).
+    """
+    structure = STRUCTURES[layout](
+        region_ids[:, queries, None],
+        role_ids[:, queries, None],
+        region_ids[:, None, :],
+        role_ids[:, None, :],
+    )
+    return structure & attention_mask[:, None, :].bool()
+
+
+def attention_argument(allowed: torch.Tensor, implementation: str, dtype: torch.dtype):
+    """What an attention implementation takes to attend as `allowed`, bool (B, Q, K), says.
+
+    Raises ValueError where flash attention, which knows padding only, cannot express it.
+    """
+    if bool(allowed.all()):
+        return None
+    if "flash" in implementation:
+        padding = allowed[:, :1]
+        if not bool((allowed == padding).all()):
+            raise ValueError(
+                f"expected attention without region structure for {implementation}, got captions"
+                " of separate regions; load with attn_implementation 'sdpa', 'flex_attention' or"
+                " 'eager'"
+            )
+        return padding[:, 0].long()  # (B, K)
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        B, Q, K = allowed.shape
+        return create_block_mask(
+            lambda b, h, q, k: allowed[b, q, k], B, None, Q, K, device=str(allowed.device)
+        )
+    if implementation == "eager":
+        bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return bias.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]  # (B, 1, Q, K)
+    return allowed[:, None]  # (B, 1, Q, K)
+
+
+def roi_align(features: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Averages bilinear samples of each box's bins (torchvision's `aligned` RoI-align).
+
+    Args:
+        features: (h, w, D), a feature map.
+        boxes: (K, 4), xyxy in cells; half a cell is subtracted. Two samples a bin and axis.
+        size: bins (rows, columns).
+
+    Returns (K, rows, columns, D). A sample more than a cell outside the map counts as zero.
+    """
+    h, w, D = features.shape
+    corners = boxes.float() - 0.5
+    ys = _sample_points(corners[:, 1], corners[:, 3], size[0])  # (K, rows * samples)
+    xs = _sample_points(corners[:, 0], corners[:, 2], size[1])  # (K, columns * samples)
+    y0, y1, wy, y_inside = _neighbours(ys, h)
+    x0, x1, wx, x_inside = _neighbours(xs, w)
+    flat = features.reshape(h * w, D)
+
+    def corner(y, x):
+        return flat[y[:, :, None] * w + x[:, None, :]]  # (K, ys, xs, D)
+
+    wy, wx = wy[:, :, None, None].to(flat.dtype), wx[:, None, :, None].to(flat.dtype)
+    top = corner(y0, x0) * (1 - wx) + corner(y0, x1) * wx
+    bottom = corner(y1, x0) * (1 - wx) + corner(y1, x1) * wx
+    inside = (y_inside[:, :, None] & x_inside[:, None, :])[..., None]
+    samples = (top * (1 - wy) + bottom * wy) * inside
+    bins = samples.view(-1, size[0], ROI_SAMPLES, size[1], ROI_SAMPLES, D)
+    return bins.mean(dim=(2, 4))
+
+
+def _sample_points(start, end, bins: int):
+    offsets = torch.arange(bins * ROI_SAMPLES, device=start.device) + 0.5
+    return start[:, None] + offsets * ((end - start) / (bins * ROI_SAMPLES))[:, None]
+
+
+def _neighbours(points, length: int):
+    """Lower and upper cell, weight of the upper, and whether the point counts at all."""
+    inside = (points >= -1.0) & (points <= length)
+    points = points.clamp(0, length - 1)
+    low = points.floor().long()
+    return low, (low + 1).clamp(max=length - 1), points - low, inside
+
+
+def tile_map(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Lays the tiles (tiles, n * n, D) of a grid (columns, rows) out as one map (h, w, D)."""
+    columns, rows = grid
+    n = int(features.shape[1] ** 0.5)
+    tiles = features.view(rows, columns, n, n, -1).transpose(1, 2)  # (rows, n, columns, n, D)
+    return tiles.reshape(rows * n, columns * n, -1)
+
+
+def merge_patches(features: torch.Tensor, merge: int) -> torch.Tensor:
+    """Concatenates each square of merge x merge patches, row by row (pixel unshuffle).
+
+    (T, P, C) to (T, P / merge^2, merge^2 * C), tokens row-major.
+    """
+    T, P, C = features.shape
+    n = int(P**0.5) // merge
+    squares = features.view(T, n, merge, n, merge, C).transpose(2, 3)  # (T, n, n, merge, merge, C)
+    return squares.reshape(T, n * n, merge * merge * C)
+
+
+def tiled_tokens(features: torch.Tensor, grid, image_size, newline, config) -> torch.Tensor:
+    """Visual tokens (tokens, D) of a tiled picture: its tiles in order."""
+    return features.flatten(0, 1)
+
+
+def anyres_tokens(features: torch.Tensor, grid, image_size, newline, config) -> torch.Tensor:
+    """Visual tokens of an anyres picture: the squeezed tile, then the cropped map with newlines."""
+    squeezed, tiles = features[0], features[1:]
+    crop_h, crop_w, h, w = anyres_map_size(
+        image_size, grid, config.cells_per_side, config.anyres_max_tiles
+    )
+    cells = tile_map(tiles, grid)
+    cells = cells[crop_h : cells.shape[0] - crop_h, crop_w : cells.shape[1] - crop_w]
+    if cells.shape[:2] != (h, w):
+        channels_first = cells.permute(2, 0, 1)[None]
+        cells = F.interpolate(channels_first, (h, w), mode="bilinear")[0].permute(1, 2, 0)
+    rows = torch.cat([cells, newline.expand(h, 1, -1)], dim=1)  # (h, w + 1, D)
+    return torch.cat([squeezed, rows.flatten(0, 1)])
+
+
+PICTURE_TOKENS = {"tiled": tiled_tokens, "anyres": anyres_tokens}
+
+
+class PerceptionDLMVisionModel(SiglipPreTrainedModel):
+    """SigLIP's embeddings and the layers that are used, with region prompts added to patches."""
+
+    config: SiglipVisionConfig
+    main_input_name = "pixel_values"
+    _input_embed_layer = "patch_embedding"
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__(config)
+        self.embeddings = SiglipVisionEmbeddings(config)
+        self.encoder = SiglipEncoder(config)
+        self.post_init()
+
+    def forward(self, pixel_values, patch_prompts=None) -> torch.Tensor:
+        """Features (T, P, C), without a final norm, of `pixel_values` (T, 3, S, S);
+        `patch_prompts` (T, P, C) is added to the patch embeddings."""
+        hidden = self.embeddings(pixel_values)
+        if patch_prompts is not None:
+            hidden = hidden + patch_prompts
+        return self.encoder(inputs_embeds=hidden).last_hidden_state
+
+
+class PerceptionDLMConnector(nn.Module):
+    """Merged patches to text width: linear, exact GELU, linear."""
+
+    def __init__(self, config: PerceptionDLMConfig):
+        super().__init__()
+        width = config.vision_config.hidden_size * config.spatial_merge_size**2
+        self.linear_1 = nn.Linear(width, config.text_config.hidden_size)
+        self.act = ACT2FN["gelu"]
+        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, merged: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(merged)))
+
+
+class PerceptionDLMAttention(nn.Module):
+    """Bidirectional attention with rotary positions and, optionally, grouped keys and values."""
+
+    def __init__(self, config: PerceptionDLMTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=bias)
+
+    def forward(self, hidden, rotary, attention_mask, cache=None, first_query: int = 0):
+        """Attends from the positions from `first_query` on to all of `hidden` and the cache."""
+        cos, sin = rotary
+        query = self._heads(self.q_proj(hidden[:, first_query:]))
+        key, value = self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
+        query, _ = apply_rotary_pos_emb(query, query, cos[:, first_query:], sin[:, first_query:])
+        key, _ = apply_rotary_pos_emb(key, key, cos, sin)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        if query.shape[2] == 0:  # only keys and values were wanted
+            return hidden[:, first_query:]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=False,
+        )
+        return self.o_proj(output.flatten(2))
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, L, head_dim)
+
+
+class PerceptionDLMDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and gated MLP."""
+
+    def __init__(self, config: PerceptionDLMTextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = PerceptionDLMAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden, rotary, attention_mask, cache=None, first_query: int = 0):
+        attended = self.self_attn(
+            self.input_layernorm(hidden), rotary, attention_mask, cache, first_query
+        )
+        hidden = hidden[:, first_query:] + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class PerceptionDLMPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to load, shard and dispatch these models."""
+
+    config: PerceptionDLMConfig
+    base_model_prefix = "perceptiondlm"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PerceptionDLMDecoderLayer", "SiglipEncoderLayer", "SiglipVisionEmbeddings"]
+    _skip_keys_device_placement = ["cache"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, PerceptionDLMForConditionalGeneration) and module.image_newline is not None:
+            std = self.config.initializer_range
+            nn.init.normal_(module.image_newline, std=std)
+
+
+class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
+    """LLaDA's bidirectional decoder stack."""
+
+    config: PerceptionDLMTextConfig
+
+    def __init__(self, config: PerceptionDLMTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            PerceptionDLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask=None,
+        cache=None,
+        first_query: int = 0,
+        last_attention_mask=None,
+        hidden_states: list | None = None,
+    ) -> torch.Tensor:
+        """Normalised states (B, L - first_query, D) of the positions from `first_query` on.
+
+        Args:
+            inputs_embeds: (B, L, D); position_ids: int (B, L), any order.
+            attention_mask: as `attention_argument` makes it, for L queries.
+            cache: an object whose `update(key, value, layer)` gives the keys and values to attend.
+            first_query: the last layer computes queries from here only, with
+                `last_attention_mask` for them.
+            hidden_states: a list to which the embeddings and each layer's output are appended.
+        """
+        hidden = inputs_embeds
+        rotary = self.rotary_emb(hidden, position_ids)
+        for i, layer in enumerate(self.layers):
+            if hidden_states is not None:
+                hidden_states.append(hidden)
+            if first_query and i + 1 == len(self.layers):
+                hidden = layer(hidden, rotary, last_attention_mask, cache, first_query)
+            else:
+                hidden = layer(hidden, rotary, attention_mask, cache)
+        hidden = self.norm(hidden)
+        if hidden_states is not None:
+            hidden_states.append(hidden)
+        return hidden
+
+
+class PerceptionDLMLanguageModel(PerceptionDLMPreTrainedModel):
+    """The decoder and its head."""
+
+    config: PerceptionDLMTextConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: PerceptionDLMTextConfig):
+        super().__init__(config)
+        self.model = PerceptionDLMTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+
+@dataclass
+class PerceptionDLMOutput(ModelOutput):
+    """Result of a forward pass.
+
+    Attributes:
+        loss: scalar, with labels.
+        logits: (B, L, V), or the positions of `logits_to_keep`; None with labels, where only
+            masked positions reach the head.
+        hidden_states: embeddings and every layer's output (B, L, D), on request.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, PerceptionDLMPreTrainedModel):
+    """Captions image regions, or answers about images, by masked diffusion (arXiv:2606.19534)."""
+
+    _tied_weights_keys = {
+        "language_model.lm_head.weight": "language_model.model.embed_tokens.weight"
+    }
+
+    def __init__(self, config: PerceptionDLMConfig):
+        super().__init__(config)
+        self.vision_tower = PerceptionDLMVisionModel(config.vision_config)
+        self.connector = PerceptionDLMConnector(config)
+        self.region_prompts = None
+        if config.num_region_prompts:
+            width = config.vision_config.hidden_size
+            self.region_prompts = nn.Embedding(config.num_region_prompts, width)
+        self.image_newline = None
+        if config.image_layout == "anyres":
+            self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
+        self.language_model = PerceptionDLMLanguageModel(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.language_model.set_output_embeddings(value)
+
+    allowed_attention = staticmethod(allowed_attention)
+    attention_argument = staticmethod(attention_argument)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; remembers where the processor is to be found."""
+        names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "code_revision")
+        options = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
+        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if isinstance(model, tuple):  # output_loading_info=True
+            model[0]._source = (pretrained_model_name_or_path, options)
+        elif pretrained_model_name_or_path is not None:
+            model._source = (pretrained_model_name_or_path, options)
+        return model
+
+    def encode_images(self, pixel_values, region_patches=None) -> torch.Tensor:
+        """Visual features (T, cells, D) of tiles (T, 3, S, S).
+
+        `region_patches` bool (T, R, h, w) says which patches each region prompt is added to.
+        """
+        prompts = None
+        if region_patches is not None:
+            if self.region_prompts is None:
+                raise ValueError("expected a model with region prompts for masks, got one without")
+            weight = self.region_prompts.weight
+            prompts = region_patches.flatten(2).transpose(1, 2).to(weight.dtype) @ weight
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        features = self.vision_tower(pixel_values, prompts)
+        return self.connector(merge_patches(features, self.config.spatial_merge_size))
+
+    def picture_tokens(self, features, image_grids, image_sizes) -> torch.Tensor:
+        """Visual tokens (tokens, D) of all pictures, from the features (T, cells, D) of their
+        tiles; `image_grids` and `image_sizes` are lists of pairs."""
+        layout = PICTURE_TOKENS[self.config.image_layout]
+        tokens = [
+            layout(tiles, grid, size, self.image_newline, self.config)
+            for tiles, grid, size in zip(
+                self._split_tiles(features, image_grids), image_grids, image_sizes, strict=True
+            )
+        ]
+        return torch.cat(tokens)
+
+    def replay_regions(self, features, image_grids, boxes, box_images) -> torch.Tensor:
+        """RoI tokens (K, roi_output_size^2, D) of the boxes (K, 4), normalised xyxy.
+
+        `box_images` (K,) is each box's picture; the boxes of a picture stand together, in order.
+        """
+        size = self.config.roi_output_size
+        replayed = []
+        for i, tiles in enumerate(self._split_tiles(features, image_grids)):
+            own = boxes[box_images == i]
+            cells, scaled = self._roi_frame(tiles, image_grids[i], own)
+            replayed.append(roi_align(cells, scaled, (size, size)).flatten(1, 2))
+        return torch.cat(replayed)
+
+    def _roi_frame(self, tiles, grid, boxes):
+        """The map to sample and the boxes in its cells, by the checkpoint's convention."""
+        count = grid[0] * grid[1]
+        released = self.config.roi_convention == "released"
+        first = 1 if released and count > 1 else 0  # released: from the second tile on
+        cells = tile_map(tiles[first : first + count], grid)
+        h, w = cells.shape[:2]
+        scaled = boxes * torch.tensor([w, h, w, h], device=boxes.device, dtype=boxes.dtype)
+        return cells, scaled / self.config.roi_stride if released else scaled
+
+    def _split_tiles(self, features, image_grids):
+        extra = (lambda n: 1) if self.config.image_layout == "anyres" else (lambda n: int(n > 1))
+        counts = [w * h + extra(w * h) for w, h in image_grids]
+        if sum(counts) != len(features):
+            raise ValueError(f"expected {sum(counts)} tiles for grids {image_grids},"
+                             f" got {len(features)}")
+        return features.split(counts)
+
+    def embed_inputs(
+        self,
+        input_ids,
+        role_ids,
+        pixel_values=None,
+        image_grids=None,
+        image_sizes=None,
+        region_patches=None,
+        boxes=None,
+        box_images=None,
+    ) -> torch.Tensor:
+        """Token embeddings (B, L, D) with visual and RoI tokens spliced in at their places."""
+        embeds = self.get_input_embeddings()(input_ids)
+        fixed = role_ids != ROLE_CAPTION  # what is being denoised may hold any id
+        places = fixed & (input_ids == self.config.image_token_id)
+        if pixel_values is None:
+            return _splice(embeds, places, embeds.new_zeros(0, embeds.shape[-1]), "picture")
+        grids = [tuple(grid) for grid in image_grids.tolist()]
+        features = self.encode_images(pixel_values, region_patches)
+        tokens = self.picture_tokens(features, grids, image_sizes.tolist())
+        embeds = _splice(embeds, places, tokens, "picture")
+        if boxes is not None and self.config.roi_output_size:
+            roi_ids = torch.tensor(self.config.roi_token_ids, device=input_ids.device)
+            places = (role_ids == ROLE_ROI) & torch.isin(input_ids, roi_ids)
+            replayed = self.replay_regions(features, grids, boxes, box_images)
+            embeds = _splice(embeds, places, replayed.flatten(0, 1), "RoI")
+        return embeds
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        region_ids: torch.LongTensor | None = None,
+        role_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        region_patches: torch.BoolTensor | None = None,
+        boxes: torch.FloatTensor | None = None,
+        box_images: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        timesteps: torch.FloatTensor | None = None,
+        noise: torch.FloatTensor | None = None,
+        loss_weighting: str = "inverse_rate",
+        logits_to_keep: int | torch.LongTensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> PerceptionDLMOutput | tuple:
+        """Predicts every position, or, with labels, the diffusion loss.
+
+        Args:
+            input_ids ... box_images: what the processor makes; positions default to 0, 1, 2, ...
+                over what is not padding, structure to none.
+            labels: int (B, L), -100 where there is nothing to learn. Labelled positions are
+                masked with probability p = (1 - eps) t + eps.
+            timesteps: t in [0, 1], float (B,); noise: uniform draws, float (B, L), a position is
+                masked where noise < p. Both are drawn when not given.
+            loss_weighting: "inverse_rate" (LLaDA: cross-entropy / p, over the label count) or
+                "none" (mean cross-entropy of a sample's masked positions).
+            logits_to_keep: without labels, the last so many positions (0: all), or their indices.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        if region_ids is None:
+            region_ids = torch.full_like(input_ids, SHARED_REGION)
+        if role_ids is None:
+            role_ids = torch.full_like(input_ids, ROLE_SHARED)
+        if labels is not None:
+            rate = mask_rate(timesteps, labels)
+            masked = draw_masked(labels, rate, noise)
+            input_ids = input_ids.masked_fill(masked, self.config.mask_token_id)
+        embeds = self.embed_inputs(
+            input_ids, role_ids, pixel_values, image_grids, image_sizes, region_patches, boxes,
+            box_images,
+        )
+        allowed = allowed_attention(
+            self.config.region_layout, region_ids, role_ids, attention_mask
+        )
+        implementation = self.language_model.config._attn_implementation
+        states = [] if self._wants(output_hidden_states, "output_hidden_states") else None
+        hidden = self.language_model.model(
+            embeds,
+            position_ids,
+            attention_argument(allowed, implementation, embeds.dtype),
+            hidden_states=states,
+        )
+        loss = logits = None
+        if labels is not None:
+            loss = self._loss(hidden, labels, masked, rate, loss_weighting)
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.language_model.lm_head(hidden[:, keep])
+        output = PerceptionDLMOutput(loss, logits, tuple(states) if states is not None else None)
+        return output if self._wants(return_dict, "return_dict") else output.to_tuple()
+
+    def _wants(self, flag: bool | None, name: str) -> bool:
+        return flag if flag is not None else bool(getattr(self.config, name))
+
+    def _loss(self, hidden, labels, masked, rate, weighting: str) -> torch.Tensor:
+        logits = self.language_model.lm_head(hidden[masked]).float()  # (masked, V)
+        losses = F.cross_entropy(logits, labels[masked], reduction="none")
+        return LOSS_WEIGHTINGS[weighting](losses, labels, masked, rate)
+
+
+def mask_rate(timesteps: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+    """Masking probability p (B,) of each sample, from t (B,) or a fresh uniform draw."""
+    if timesteps is None:
+        timesteps = torch.rand(labels.shape[0], device=labels.device)
+    return (1 - MINIMUM_MASK_RATE) * timesteps + MINIMUM_MASK_RATE
+
+
+def draw_masked(labels: torch.Tensor, rate: torch.Tensor, noise: torch.Tensor | None):
+    """Bool (B, L): labelled positions whose draw falls under the sample's rate."""
+    if noise is None:
+        noise = torch.rand(labels.shape, device=labels.device)
+    return (noise < rate[:, None]) & (labels >= 0)
+
+
+def inverse_rate_loss(losses, labels, masked, rate) -> torch.Tensor:
+    """LLaDA's bound: each loss over its sample's p and label count, over the batch size."""
+    counts = (labels >= 0).sum(1).clamp(min=1)
+    weights = (1 / (rate * counts))[:, None].expand_as(masked)[masked]
+    return (losses * weights).sum() / labels.shape[0]
+
+
+def unweighted_loss(losses, labels, masked, rate) -> torch.Tensor:
+    """Each sample's mean over its masked positions, averaged over the batch."""
+    weights = (1 / masked.sum(1).clamp(min=1))[:, None].expand_as(masked)[masked]
+    return (losses * weights).sum() / labels.shape[0]
+
+
+LOSS_WEIGHTINGS = {"inverse_rate": inverse_rate_loss, "none": unweighted_loss}
+
+
+def _splice(embeds, places, tokens, name: str) -> torch.Tensor:
+    """Puts tokens (n, D) where `places`, bool (B, L), says, in row-major order."""
+    expected = int(places.sum())
+    if expected != len(tokens):
+        raise ValueError(
+            f"expected {len(tokens)} {name} placeholders in input_ids, one for each {name} token,"
+            f" got {expected}"
+        )
+    return embeds.masked_scatter(places[..., None], tokens.to(embeds.dtype))
+
+
+PerceptionDLMForConditionalGeneration.register_for_auto_class("AutoModel")
+PerceptionDLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["PerceptionDLMForConditionalGeneration", "PerceptionDLMPreTrainedModel"]

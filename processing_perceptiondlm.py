@@ -1,0 +1,465 @@
+"""Prompts: pictures, masks and text to everything the network needs; token ids back to text.
+
+A sequence is built as parallel integer lists (ids, positions, region ids, role ids, labels), its
+fixed prompt first and what is to be denoised after it. In a batch, prompts are padded on the left
+and answers on the right, so that every answer starts in the same column.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from .configuration_perceptiondlm import (
+    NO_REGION,
+    ROLE_CAPTION,
+    ROLE_ROI,
+    ROLE_SHARED,
+    SHARED_REGION,
+    PerceptionDLMConfig,
+)
+from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
+
+IGNORED_LABEL = -100
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{{- '<img><IMG_CONTEXT></img>\\n' -}}
+{%- else -%}{{- part['text'] -}}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n' -}}
+{%- endif -%}
+"""
+
+
+@dataclass
+class TokenSequence:
+    """One sequence under construction: parallel lists, and where its answer starts."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    regions: list[int] = field(default_factory=list)
+    roles: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    prompt_length: int = 0
+
+    def add(self, ids: Sequence[int], *, position: int, region: int, role: int, target=False):
+        """Appends `ids` at consecutive positions from `position`; labelled when a `target`."""
+        self.ids += ids
+        self.positions += range(position, position + len(ids))
+        self.regions += [region] * len(ids)
+        self.roles += [role] * len(ids)
+        self.labels += list(ids) if target else [IGNORED_LABEL] * len(ids)
+
+
+class PerceptionDLMProcessor(ProcessorMixin):
+    """Builds model inputs from pictures with region masks, or pictures with questions.
+
+    Args:
+        image_processor: a `PerceptionDLMImageProcessor`.
+        tokenizer: a fast tokenizer that knows the special tokens below.
+        chat_template: Jinja template of a conversation about whole pictures.
+        region_layout: the model's attention structure; "independent" orders the sequence as a
+            tree (shared trunk, then a branch for each region), others as the released code does.
+        roi_output_size: side of a region's replayed grid; its square is the RoI tokens a region.
+        image_token, mask_token, eot_token: placeholder of visual tokens, the `[MASK]` of
+            denoising, and the end of a turn.
+        roi_token, caption_token: patterns of a region's placeholder and of its caption's marker,
+            with `{}` for the region's number.
+        system_prompt, region_instruction: texts of the region prompt.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template: str | None = CHAT_TEMPLATE,
+        region_layout: str = "released",
+        roi_output_size: int = 4,
+        image_token: str = "<IMG_CONTEXT>",
+        mask_token: str = "<|mdm_mask|>",
+        eot_token: str = "<|eot_id|>",
+        roi_token: str = "<|reserved_token_{}|>",
+        caption_token: str = "<|Mask_Cap_{}|>",
+        system_prompt: str = "You are a helpful assistant.",
+        region_instruction: str = "Describe each masked region in detail.",
+    ):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.region_layout = region_layout
+        self.roi_output_size = roi_output_size
+        self.image_token = image_token
+        self.mask_token = mask_token
+        self.eot_token = eot_token
+        self.roi_token = roi_token
+        self.caption_token = caption_token
+        self.system_prompt = system_prompt
+        self.region_instruction = region_instruction
+
+    @classmethod
+    def from_config(cls, config: PerceptionDLMConfig, tokenizer, **options):
+        """The processor that fits a model of `config`; `options` override its own defaults."""
+        vision = config.vision_config
+        image_processor = PerceptionDLMImageProcessor(
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            spatial_merge_size=config.spatial_merge_size,
+            image_layout=config.image_layout,
+            anyres_max_tiles=config.anyres_max_tiles,
+            num_region_prompts=config.num_region_prompts,
+            roi_convention=config.roi_convention,
+        )
+        return cls(
+            image_processor,
+            tokenizer,
+            region_layout=config.region_layout,
+            roi_output_size=config.roi_output_size,
+            **options,
+        )
+
+    def __call__(
+        self,
+        images=None,
+        text: str | list[str] | None = None,
+        masks=None,
+        *,
+        prompts: str | list[str] | None = None,
+        caption_length: int | None = None,
+        max_new_tokens: int | None = None,
+        captions=None,
+        answers: str | list[str] | None = None,
+        add_special_tokens: bool = False,
+        return_region_orders: bool = False,
+        return_tensors: str = "pt",
+        videos=None,
+        audio=None,
+    ) -> BatchFeature:
+        """Builds the inputs of one region pass a picture, or of one conversation a text.
+
+        Args:
+            images: for regions, one picture or a list of them; for text, pictures in the order of
+                their placeholders (flat or a list for each text), or None.
+            text: rendered prompt or prompts holding an image token for each picture.
+            masks: a list of masks for one picture, or a list of such lists; see `load_mask`.
+            prompts: with masks, the instruction (default `region_instruction`); without, plain
+                questions, rendered through the chat template after their pictures.
+            caption_length: masked tokens for each region (32 when neither this nor `captions` is
+                given); with `captions`, the slot that each is padded to with end-of-turn.
+            max_new_tokens: masked tokens of an answer; with `answers`, the padded slot.
+            captions: training targets, one text for each mask, in the order of the masks.
+            answers: training targets, one text for each prompt.
+            add_special_tokens: let the tokenizer add its own (templates already hold theirs).
+            return_region_orders: also give `region_orders`, the area order of each picture.
+            return_tensors: "pt", the only kind made.
+            videos, audio: passed as None by `apply_chat_template`; anything else is refused.
+
+        Returns:
+            int64 (B, L): `input_ids`, `attention_mask`, `position_ids`, `region_ids`, `role_ids`,
+            and `labels` with captions or answers; and the image processor's tensors.
+
+        Raises ValueError for inputs that do not fit together.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"expected return_tensors 'pt', got {return_tensors!r}")
+        _expect_none(videos=videos, audio=audio)
+        if masks is not None:
+            _expect_none(text=text, max_new_tokens=max_new_tokens, answers=answers)
+            data, sequences = self._regions(images, masks, prompts, caption_length, captions)
+        else:
+            _expect_none(caption_length=caption_length, captions=captions)
+            data, sequences = self._chat(
+                images, text, prompts, max_new_tokens, answers, add_special_tokens
+            )
+        orders = data.pop("region_orders", None)
+        has_targets = captions is not None or answers is not None
+        data = {**pad_sequences(sequences, self.tokenizer.pad_token_id, has_targets), **data}
+        if return_region_orders:
+            data["region_orders"] = orders
+        return BatchFeature(data)
+
+    def _regions(self, images, masks, prompts, caption_length, captions):
+        images, masks, captions = _as_region_batch(images, masks, captions)
+        instructions = _broadcast(prompts or self.region_instruction, len(images))
+        if caption_length is None and captions is None:
+            caption_length = 32
+        _expect_positive(caption_length=caption_length)
+        if self.image_processor.num_region_prompts == 0:
+            raise ValueError("expected a checkpoint with region prompts for masks, got one without")
+        features = self.image_processor(images, masks)
+        sequences = []
+        for i, order in enumerate(features["region_orders"]):
+            if captions is None:
+                slots = [[self.mask_token_id] * caption_length] * len(order)
+            else:
+                slots = [self._target_ids(captions[i][k], caption_length) for k in order]
+            count = self._image_tokens(features, i)
+            sequences.append(self._region_sequence(instructions[i], slots, count))
+        return dict(features), sequences
+
+    def _region_sequence(self, instruction: str, slots: list[list[int]], image_tokens: int):
+        tree = self.region_layout == "independent"
+        roi = [self._token_id(self.roi_token.format(k)) for k in range(len(slots))]
+        prompt = self._region_prompt(instruction, 0 if tree or not self.roi_output_size else len(slots))
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        _expect_count(ids, [self.image_token_id], 1, "picture placeholders", self.image_token)
+        sequence = self._add_prompt(ids, [image_tokens], roi)
+        if tree:
+            self._add_branches(sequence, roi, slots)
+        else:
+            self._add_captions(sequence, slots)
+        return sequence
+
+    def _region_prompt(self, instruction: str, placeholders: int) -> str:
+        roi = "\n".join(self.roi_token.format(k) for k in range(placeholders))
+        return (
+            f"<|start_header_id|>system<|end_header_id|>\n{self.system_prompt}{self.eot_token}\n"
+            f"<|start_header_id|>user<|end_header_id|>\n<img>{self.image_token}</img>{roi}\n"
+            f"{instruction}{self.eot_token}\n<|start_header_id|>assistant<|end_header_id|>\n"
+        )
+
+    def _add_prompt(self, ids: list[int], image_tokens: list[int], roi: list[int]) -> TokenSequence:
+        """Expands the placeholders; what stands between two RoI spans is seen by no caption."""
+        sequence = TokenSequence()
+        counts = iter(image_tokens)
+        last = max((i for i, token in enumerate(ids) if token in roi), default=-1)
+        seen_roi = False
+        for i, token in enumerate(ids):
+            region, role, repeats = SHARED_REGION, ROLE_SHARED, 1
+            if token == self.image_token_id:
+                repeats = next(counts)
+            elif token in roi:
+                region, role, repeats = roi.index(token), ROLE_ROI, self.roi_output_size**2
+                seen_roi = True
+            elif seen_roi and i < last:
+                region, role = NO_REGION, ROLE_ROI
+            position = len(sequence.ids)
+            sequence.add([token] * repeats, position=position, region=region, role=role)
+        sequence.prompt_length = len(sequence.ids)
+        return sequence
+
+    def _add_captions(self, sequence: TokenSequence, slots: list[list[int]]):
+        """Released order: marker, caption and newline of each region in turn, end-of-turn last."""
+        newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        for k, slot in enumerate(slots):
+            end = newline if k + 1 < len(slots) else [self.eot_token_id]
+            block = [self._token_id(self.caption_token.format(k)), *slot, *end]
+            start = len(sequence.ids)
+            sequence.add(block, position=start, region=k, role=ROLE_CAPTION, target=True)
+
+    def _add_branches(self, sequence: TokenSequence, roi: list[int], slots: list[list[int]]):
+        """Tree order: every branch's fixed tokens, then every caption; each branch's positions
+        go on from the trunk's end."""
+        trunk = len(sequence.ids)
+        count = self.roi_output_size**2
+        for k in range(len(slots)):
+            marker = self._token_id(self.caption_token.format(k))
+            fixed = [roi[k]] * count + [marker]
+            sequence.add(fixed, position=trunk, region=k, role=ROLE_ROI)
+        sequence.prompt_length = len(sequence.ids)
+        for k, slot in enumerate(slots):
+            start = trunk + count + 1
+            sequence.add(slot, position=start, region=k, role=ROLE_CAPTION, target=True)
+
+    def _chat(self, images, text, prompts, max_new_tokens, answers, add_special_tokens):
+        if (text is None) == (prompts is None):
+            raise ValueError("expected masks, or exactly one of `text` and `prompts`")
+        _expect_positive(max_new_tokens=max_new_tokens)
+        if prompts is not None:
+            text = self._render_questions(images, prompts)
+        texts = [text] if isinstance(text, str) else list(text)
+        answers = None if answers is None else _broadcast(answers, len(texts))
+        batch_ids = [self.tokenizer(t, add_special_tokens=add_special_tokens)["input_ids"] for t in texts]
+        pictures = _flatten(images)
+        placeholders = [ids.count(self.image_token_id) for ids in batch_ids]
+        if sum(placeholders) != len(pictures):
+            raise ValueError(
+                f"expected one {self.image_token!r} in the text for each of {len(pictures)}"
+                f" pictures, got {sum(placeholders)}"
+            )
+        limits = [1 if n > 1 else None for n in placeholders for _ in range(n)]
+        features = self.image_processor(pictures, max_tiles=limits) if pictures else {}
+        sequences, first = [], 0
+        for i, ids in enumerate(batch_ids):
+            last = first + placeholders[i]
+            counts = [self._image_tokens(features, k) for k in range(first, last)]
+            target = None if answers is None else answers[i]
+            sequences.append(self._chat_sequence(ids, counts, max_new_tokens, target))
+            first = last
+        return dict(features), sequences
+
+    def _chat_sequence(self, ids, image_tokens, max_new_tokens, answer) -> TokenSequence:
+        sequence = self._add_prompt(ids, image_tokens, roi=[])
+        if answer is not None:
+            slot = self._target_ids(answer, max_new_tokens, end=True)
+        else:
+            slot = [self.mask_token_id] * (max_new_tokens or 0)
+        start = len(sequence.ids)
+        sequence.add(slot, position=start, region=0, role=ROLE_CAPTION, target=True)
+        return sequence
+
+    def _render_questions(self, images, prompts) -> list[str]:
+        questions = [prompts] if isinstance(prompts, str) else list(prompts)
+        groups = _group_images(images, len(questions))
+        texts = []
+        for question, group in zip(questions, groups, strict=True):
+            content = [{"type": "image"} for _ in group] + [{"type": "text", "text": question}]
+            message = [{"role": "user", "content": content}]
+            texts.append(self.apply_chat_template(message, add_generation_prompt=True))
+        return texts
+
+    def _target_ids(self, text: str, length: int | None, end: bool = False) -> list[int]:
+        """A caption's or answer's ids; with `length`, or `end`, closed by end-of-turn."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if length is None:
+            return ids + [self.eot_token_id] if end or self.region_layout == "independent" else ids
+        if len(ids) > length:
+            raise ValueError(f"expected a text of at most {length} tokens, got {len(ids)}: {text[:80]!r}")
+        return ids + [self.eot_token_id] * (length - len(ids))
+
+    def _image_tokens(self, features, index: int) -> int:
+        height, width = features["image_sizes"][index].tolist()
+        grid = tuple(features["image_grids"][index].tolist())
+        return self.image_processor.num_image_tokens((width, height), grid)
+
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """Text of one caption or answer, up to its first end-of-turn or end-of-text.
+
+        Special tokens and ids beyond the tokenizer's vocabulary decode to nothing.
+        """
+        stops = {self.eot_token_id, self.tokenizer.eos_token_id}
+        kept = []
+        for token in map(int, ids):
+            if token in stops:
+                break
+            if token < len(self.tokenizer):
+                kept.append(token)
+        return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+    def _token_id(self, token: str) -> int:
+        index = self.tokenizer.convert_tokens_to_ids(token)
+        if index is None or index == self.tokenizer.unk_token_id:
+            raise ValueError(f"expected a tokenizer with the special token {token!r}, got one without")
+        return index
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the placeholder that visual tokens replace."""
+        return self._token_id(self.image_token)
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of the `[MASK]` that denoising fills."""
+        return self._token_id(self.mask_token)
+
+    @property
+    def eot_token_id(self) -> int:
+        """Id that ends a turn, and so a caption or answer."""
+        return self._token_id(self.eot_token)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that `__call__` makes."""
+        names = ["input_ids", "attention_mask", "position_ids", "region_ids", "role_ids"]
+        return names + self.image_processor.model_input_names
+
+
+def pad_sequences(sequences: list[TokenSequence], pad_id: int, with_labels: bool) -> dict:
+    """Stacks sequences into int64 (B, L): prompts padded on the left, answers on the right."""
+    left = max(s.prompt_length for s in sequences)
+    right = max(len(s.ids) - s.prompt_length for s in sequences)
+
+    def stack(values, before: int, after: int) -> torch.Tensor:
+        rows = []
+        for s, row in zip(sequences, values, strict=True):
+            head = [before] * (left - s.prompt_length)
+            rows.append(head + row + [after] * (left + right - len(head) - len(row)))
+        return torch.tensor(rows, dtype=torch.int64)
+
+    data = {
+        "input_ids": stack([s.ids for s in sequences], pad_id, pad_id),
+        "attention_mask": stack([[1] * len(s.ids) for s in sequences], 0, 0),
+        "position_ids": stack([s.positions for s in sequences], 0, 0),
+        "region_ids": stack([s.regions for s in sequences], NO_REGION, NO_REGION),
+        "role_ids": stack([s.roles for s in sequences], ROLE_SHARED, ROLE_CAPTION),
+    }
+    if with_labels:
+        data["labels"] = stack([s.labels for s in sequences], IGNORED_LABEL, IGNORED_LABEL)
+    return data
+
+
+def _as_region_batch(images, masks, captions):
+    """Lists of pictures, of their masks and of their captions, checked against each other."""
+    if images is None:
+        raise ValueError("expected a picture for the masks, got none")
+    if not isinstance(images, (list, tuple)):
+        images, masks = [images], [masks]
+        captions = None if captions is None else [captions]
+    if not images or len(masks) != len(images):
+        raise ValueError(f"expected a list of masks for each picture, got {len(images)} pictures"
+                         f" and {len(masks)} lists of masks")
+    if captions is not None:
+        counts = [(len(m), len(c)) for m, c in zip(masks, captions, strict=True)]
+        for regions, texts in counts:
+            if regions != texts:
+                raise ValueError(f"expected a caption for each of {regions} masks, got {texts}")
+    return list(images), list(masks), captions
+
+
+def _group_images(images, count: int) -> list[list]:
+    """Pictures of each of `count` questions."""
+    if images is None:
+        return [[] for _ in range(count)]
+    if not isinstance(images, (list, tuple)):
+        return [[images]] * count if count == 1 else _group_images([images], count)
+    if count == 1 and not any(isinstance(image, (list, tuple)) for image in images):
+        return [list(images)]
+    if len(images) != count:
+        raise ValueError(f"expected pictures for each of {count} questions, got {len(images)}")
+    return [list(i) if isinstance(i, (list, tuple)) else [] if i is None else [i] for i in images]
+
+
+def _flatten(images) -> list:
+    if images is None:
+        return []
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [picture for image in images for picture in _flatten(image)]
+
+
+def _broadcast(value: str | Sequence[str], count: int) -> list[str]:
+    values = [value] * count if isinstance(value, str) else list(value)
+    if len(values) != count:
+        raise ValueError(f"expected {count} texts, one for each sample, got {len(values)}")
+    return values
+
+
+def _expect_none(**options):
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"expected no {name} for this kind of input, got {value!r}")
+
+
+def _expect_positive(**options):
+    for name, value in options.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"expected {name} of at least 1, got {value!r}")
+
+
+def _expect_count(ids, wanted, count: int, name: str, token: str):
+    found = sum(i in wanted for i in ids)
+    if found != count:
+        raise ValueError(f"expected {count} {name} ({token!r}) in the prompt, got {found}")
+
+
+PerceptionDLMProcessor.register_for_auto_class()
+
+__all__ = ["PerceptionDLMProcessor"]

@@ -1,0 +1,500 @@
+"""Seeded synthetic scenes: pictures of plain objects with exact masks, captions and questions.
+
+A scene is a function of its split and seed alone, so a data set is a range of integers. Objects
+are signed distance functions sampled at pixel centres: the mask is exact (distance <= 0) and the
+drawn edge is antialiased. H, W are rows and columns; points are (x, y) in pixels, y downwards.
+"""
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+SPLITS = ("train", "heldout")
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+# name: (main tone, tone of its pattern). The second tone keeps the hue, so that it is never
+# another colour of the table, and differs enough in lightness to survive down-sampling.
+COLOURS = {
+    "red": ((222, 28, 32), (255, 178, 172)),
+    "green": ((22, 150, 56), (172, 244, 178)),
+    "blue": ((32, 64, 226), (164, 196, 255)),
+    "yellow": ((252, 228, 28), (128, 112, 0)),
+    "purple": ((140, 32, 172), (234, 176, 250)),
+    "orange": ((252, 132, 8), (122, 54, 0)),
+    "white": ((252, 252, 252), (98, 98, 102)),
+    "black": ((10, 10, 12), (98, 98, 102)),
+}
+SIZES = {"small": (0.25, 0.28), "large": (0.41, 0.46)}  # diameter over the picture's short side
+PATTERNS = ("plain", "striped", "dotted")
+GRID = (
+    ("top left", "top", "top right"),
+    ("left", "center", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
+POSITIONS = tuple(name for row in GRID for name in row)
+VOCABULARY = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "size": tuple(SIZES),
+    "pattern": PATTERNS,
+    "position": POSITIONS,
+}
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+
+MIN_OBJECTS, MAX_OBJECTS = 2, 8
+SHORT_SIDES = (96, 160)  # pixels, inclusive
+# long side : short side, and how often
+ASPECTS = {(1, 1): 0.25, (4, 3): 0.27, (3, 2): 0.23, (16, 9): 0.14, (2, 1): 0.11}
+MIN_VISIBLE = 0.8  # of an object's pixels
+GRID_MARGIN = 0.05  # of a side, between an object's centre and a line of the grid
+CROWDING = 0.6  # sum of squared diameters over the picture's area
+PLACE_TRIES = 16  # for one object
+COUNT_TRIES = 8  # of an arrangement, before another number of objects is drawn
+SCENE_TRIES = 80  # before the arrangement that always fits
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about the whole scene, its short answer, and which kind of question it is."""
+
+    question: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: `mask` (H, W) bool of its visible pixels, `attributes` (the keys of
+    `VOCABULARY`) and the `caption` that states them."""
+
+    mask: np.ndarray
+    attributes: dict[str, str]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture (RGB), its objects from back to front, and questions about the whole."""
+
+    image: Image.Image
+    objects: list[SceneObject]
+    questions: list[Question]
+
+
+# ---------------------------------------------------------------------------- shapes
+
+
+def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.hypot(x, y) - 1.0
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(abs(x), abs(y)) - 0.86
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # apex (0, -0.87), base from (-1, 0.87) to (1, 0.87): its box is centred on the origin
+    return np.maximum(y - 0.87, (1.74 * abs(x) - (y + 0.87)) / math.hypot(1.74, 1.0))
+
+
+def _fold_arms(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates along and across (>= 0) the nearest of five arms, the first one upwards."""
+    arm = 2 * math.pi / 5
+    angle, radius = np.arctan2(x, -y), np.hypot(x, y)
+    angle = abs(angle - arm * np.round(angle / arm))
+    return radius * np.cos(angle), radius * np.sin(angle)
+
+
+def _star(x: np.ndarray, y: np.ndarray, outer: float = 1.08, inner: float = 0.52) -> np.ndarray:
+    along, across = _fold_arms(x, y)
+    # one straight edge from the point (outer, 0) to the notch at 36 degrees
+    edge_along = inner * math.cos(math.pi / 5) - outer
+    edge_across = inner * math.sin(math.pi / 5)
+    cross = (along - outer) * edge_across - across * edge_along
+    return cross / math.hypot(edge_along, edge_across)
+
+
+def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return abs(np.hypot(x, y) - 0.71) - 0.29
+
+
+def _cross(x: np.ndarray, y: np.ndarray, arm: float = 0.36) -> np.ndarray:
+    x, y = abs(x), abs(y)
+    return np.minimum(np.maximum(x - 1.0, y - arm), np.maximum(x - arm, y - 1.0))
+
+
+# signed distance, in radii, to a shape of radius 1 around the origin (negative inside)
+_DISTANCES = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "ring": _ring,
+    "cross": _cross,
+}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What an object is, before it has a place; `cell` is (row, column) of the 3x3 grid."""
+
+    shape: str
+    colour: str
+    size: str
+    pattern: str
+    cell: tuple[int, int]
+    diameter: float  # pixels
+    angle: float  # radians
+    stripe_angle: float  # radians
+    offset: tuple[float, float]  # sub-pixel part of the centre (x, y)
+    tint: np.ndarray  # (3,) jitter of the colour
+
+    def local(self, half: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pixel centres of a window of 2 * half pixels, in the object's frame, in pixels."""
+        axis = np.arange(-half, half) + 0.5
+        x, y = axis[None, :] - self.offset[0], axis[:, None] - self.offset[1]
+        cos, sin = math.cos(self.angle), math.sin(self.angle)
+        return cos * x + sin * y, cos * y - sin * x
+
+
+@dataclass
+class _Layer:
+    """A plan rendered on its window; `origin` (row, column) is the window's corner."""
+
+    plan: _Plan
+    distance: np.ndarray  # (S, S) pixels to the edge, negative inside
+    origin: tuple[int, int] = (0, 0)
+    visible: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (H, W)
+
+    @classmethod
+    def of(cls, plan: _Plan) -> "_Layer":
+        radius = plan.diameter / 2
+        x, y = plan.local(math.ceil(1.1 * radius) + 2)
+        return cls(plan, _DISTANCES[plan.shape](x / radius, y / radius) * radius)
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        (top, left), side = self.origin, len(self.distance)
+        return slice(top, top + side), slice(left, left + side)
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        half = len(self.distance) / 2
+        return self.origin[1] + half, self.origin[0] + half
+
+
+def _coverage(distance: np.ndarray) -> np.ndarray:
+    """Share of a pixel inside an edge at a signed distance in pixels from its centre."""
+    return np.clip(0.5 - distance, 0.0, 1.0)
+
+
+def _pattern(plan: _Plan, half: int) -> np.ndarray | float:
+    """Where the second tone shows, from 0 to 1: (S, S), or 0 for a plain object.
+
+    Periods follow the diameter, so that a small object still shows three stripes or four dots.
+    """
+    if plan.pattern == "plain":
+        return 0.0
+    x, y = plan.local(half)
+    small = plan.size == "small"
+    if plan.pattern == "striped":
+        period = plan.diameter / (3.6 if small else 5.0)
+        cos, sin = math.cos(plan.stripe_angle), math.sin(plan.stripe_angle)
+        return _coverage(abs(_wrap(cos * x + sin * y, period)) - 0.22 * period)
+    if plan.shape == "star":  # a square lattice would miss its arms
+        radius = plan.diameter / 2
+        along, across = _fold_arms(x, y)
+        along = np.minimum(along, abs(along - 0.6 * radius))
+        return _coverage(np.hypot(along, across) - 0.19 * radius)
+    period = plan.diameter / (3.2 if small else 4.4)
+    return _coverage(np.hypot(_wrap(x, period), _wrap(y, period)) - 0.33 * period)
+
+
+def _wrap(x: np.ndarray, period: float) -> np.ndarray:
+    """Distance to the nearest multiple of the period, signed."""
+    return x - period * np.round(x / period)
+
+
+# ---------------------------------------------------------------------------- arrangement
+
+
+def _plan(rng: np.random.Generator, short: int, large_share: float) -> _Plan:
+    size = "large" if rng.random() < large_share else "small"
+    return _Plan(
+        shape=SHAPES[rng.integers(len(SHAPES))],
+        colour=tuple(COLOURS)[rng.integers(len(COLOURS))],
+        size=size,
+        pattern=PATTERNS[rng.integers(len(PATTERNS))],
+        cell=(int(rng.integers(3)), int(rng.integers(3))),
+        diameter=short * rng.uniform(*SIZES[size]),
+        angle=math.radians(rng.uniform(-10, 10)),
+        stripe_angle=math.radians(45 * rng.integers(4) + rng.uniform(-8, 8)),
+        offset=tuple(rng.uniform(-0.5, 0.5, 2)),
+        tint=rng.uniform(-8, 8, 3),
+    )
+
+
+def _corner(rng: np.random.Generator, cell: int, length: int, side: int) -> int:
+    """A random start of a window along one axis, its centre in the inner part of the cell."""
+    low = max((cell / 3 + GRID_MARGIN) * length if cell else 0, side / 2)
+    high = min(((cell + 1) / 3 - GRID_MARGIN) * length if cell < 2 else length, length - side / 2)
+    return min(max(round(rng.uniform(low, max(low, high)) - side / 2), 0), length - side)
+
+
+def _too_close(one: _Layer, other: _Layer) -> bool:
+    """A cheap refusal: like colours must not touch, others may overlap a little."""
+    (x, y), (u, v) = one.centre, other.centre
+    reach = (one.plan.diameter + other.plan.diameter) / 2
+    alike = one.plan.colour == other.plan.colour
+    return math.hypot(x - u, y - v) < (1.06 * reach + 3 if alike else 0.55 * reach)
+
+
+def _centre(mask: np.ndarray) -> tuple[float, float]:
+    """The centre (x, y) of the mask's box, over the width and the height."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    height, width = mask.shape
+    x, y = columns[0] + columns[-1] + 1, rows[0] + rows[-1] + 1
+    return x / (2 * width), y / (2 * height)
+
+
+def position_of(mask: np.ndarray) -> str:
+    """The name of the cell of the 3x3 grid in which the centre of a mask's box lies.
+
+    Args:
+        mask: (H, W) bool, not empty.
+    """
+    x, y = _centre(mask)
+    return GRID[int(3 * y)][int(3 * x)]
+
+
+def _stands(layer: _Layer, visible: np.ndarray) -> bool:
+    """Whether enough of a layer shows, in its cell and away from the lines of the grid."""
+    if visible.sum() < MIN_VISIBLE * (layer.distance <= 0).sum():
+        return False
+    row, column = layer.plan.cell
+    clear = all(abs(c - k / 3) >= GRID_MARGIN for c in _centre(visible) for k in (1, 2))
+    return clear and position_of(visible) == GRID[row][column]
+
+
+def _place(rng: np.random.Generator, layer: _Layer, below: list[_Layer], size: tuple) -> bool:
+    """Put a layer on top of the others, in place; False when no try leaves all of them standing."""
+    height, width = size
+    side = len(layer.distance)
+    for _ in range(PLACE_TRIES):
+        row, column = layer.plan.cell
+        layer.origin = _corner(rng, row, height, side), _corner(rng, column, width, side)
+        if any(_too_close(layer, other) for other in below):
+            continue
+        layer.visible = np.zeros(size, bool)
+        layer.visible[layer.window] = layer.distance <= 0
+        left = [other.visible & ~layer.visible for other in below]
+        if all(map(_stands, [*below, layer], [*left, layer.visible])):
+            for other, visible in zip(below, left, strict=True):
+                other.visible = visible
+            return True
+    return False
+
+
+def _arrange(rng: np.random.Generator, height: int, width: int) -> list[_Layer]:
+    """Layers from back to front, each with its visible mask."""
+    short = min(height, width)
+    for attempt in range(SCENE_TRIES):
+        if attempt % COUNT_TRIES == 0:
+            count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
+        large_share = (0.8, 0.76, 0.7, 0.62, 0.54, 0.46, 0.38)[count - MIN_OBJECTS]
+        plans = [_plan(rng, short, large_share) for _ in range(count)]
+        if sum(plan.diameter**2 for plan in plans) > CROWDING * height * width:
+            continue
+        layers: list[_Layer] = []
+        for layer in map(_Layer.of, plans):
+            if not _place(rng, layer, layers, (height, width)):
+                break
+            layers.append(layer)
+        if len(layers) == count:
+            return layers
+    return _fallback(rng, height, width)
+
+
+def _fallback(rng: np.random.Generator, height: int, width: int) -> list[_Layer]:
+    """Two small objects in the middle of two opposite corner cells: these always fit."""
+    layers = [_Layer.of(_plan(rng, min(height, width), 0.0)) for _ in range(2)]
+    for layer, cell in zip(layers, (0, 2), strict=True):
+        side = len(layer.distance)
+        layer.origin = tuple(
+            min(max(round((2 * cell + 1) / 6 * length - side / 2), 0), length - side)
+            for length in (height, width)
+        )
+        layer.visible = np.zeros((height, width), bool)
+        layer.visible[layer.window] = layer.distance <= 0
+    return layers
+
+
+# ---------------------------------------------------------------------------- painting
+
+
+def _canvas_size(rng: np.random.Generator) -> tuple[int, int]:
+    """(height, width)."""
+    short = int(rng.integers(SHORT_SIDES[0], SHORT_SIDES[1] + 1))
+    shares = tuple(ASPECTS.values())
+    a, b = tuple(ASPECTS)[rng.choice(len(shares), p=shares)]
+    sides = short, round(short * a / b)
+    return sides if rng.random() < 0.5 else sides[::-1]
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) float32: a muted tint of middle lightness with a cloudy, grainy texture."""
+    hue = rng.uniform(0, 2 * math.pi) + np.array([0, 2, 4]) * math.pi / 3
+    tint = rng.uniform(138, 184) * (1 + rng.uniform(0.03, 0.16) * np.cos(hue))
+    texture = np.zeros((height, width), np.float32)
+    for cells, strength in ((3, 9.0), (9, 5.0)):
+        noise = Image.fromarray(rng.uniform(-1, 1, (cells, cells)).astype(np.float32))
+        texture += strength * np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC))
+    texture += rng.uniform(-5, 5, (height, width)).astype(np.float32)
+    return tint.astype(np.float32) + texture[:, :, None]
+
+
+def _paint(canvas: np.ndarray, layer: _Layer) -> None:
+    """Blend a layer over the canvas (H, W, 3), in place."""
+    plan = layer.plan
+    main, second = (np.add(tone, plan.tint) for tone in COLOURS[plan.colour])
+    tone = np.asarray(_pattern(plan, len(layer.distance) // 2))[..., None]
+    alpha = _coverage(layer.distance)[..., None]  # (S, S, 1)
+    patch = canvas[layer.window]
+    patch += alpha * (main + tone * (second - main) - patch)
+
+
+def _describe(layer: _Layer) -> SceneObject:
+    attributes = {name: getattr(layer.plan, name) for name in VOCABULARY if name != "position"}
+    attributes["position"] = position_of(layer.visible)
+    return SceneObject(layer.visible, attributes, caption_of(attributes))
+
+
+def render_scene(seed: int, split: str = "train") -> Scene:
+    """The scene of a seed: 96 to 160 pixels on the short side, 1:2 to 2:1, 2 to 8 objects.
+
+    The same seed and split give the same bits (for one version of numpy); the splits draw from
+    separate random streams.
+
+    Raises:
+        ValueError: a negative seed, or a split that is not in `SPLITS`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"expected a split out of {SPLITS}, got {split!r}")
+    if seed < 0:
+        raise ValueError(f"expected a seed >= 0, got {seed}")
+    rng = np.random.default_rng([SPLITS.index(split), seed])
+    height, width = _canvas_size(rng)
+    layers = _arrange(rng, height, width)
+    canvas = _background(rng, height, width)
+    for layer in layers:
+        _paint(canvas, layer)
+    image = Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
+    objects = [_describe(layer) for layer in layers]
+    return Scene(image, objects, ask(rng, [thing.attributes for thing in objects]))
+
+
+# ---------------------------------------------------------------------------- language
+
+
+def caption_of(attributes: dict[str, str]) -> str:
+    """The one caption of an object with these attributes."""
+    return "a {size} {pattern} {colour} {shape} at the {position}".format(**attributes)
+
+
+def normalise(text: str) -> str:
+    """Lower case, with every run of other characters than letters and digits as one space."""
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+# longest first, so that "top left" is not read as "top"
+_WORDS = {
+    name: re.compile(rf"\b(?:{'|'.join(sorted(values, key=len, reverse=True))})\b")
+    for name, values in VOCABULARY.items()
+}
+
+
+def named_values(text: str) -> dict[str, set[str]]:
+    """Every value of each attribute that a text names, whatever its case, punctuation, order."""
+    text = normalise(text)
+    return {name: set(words.findall(text)) for name, words in _WORDS.items()}
+
+
+def parse_caption(text: str) -> dict[str, str | None]:
+    """The attributes that a text states.
+
+    An attribute is None when no value of it occurs, and also when several different ones do: a
+    text that says both "red" and "blue" does not say which colour the object has.
+    """
+    named = named_values(text)
+    return {name: min(values) if len(values) == 1 else None for name, values in named.items()}
+
+
+def answer_matches(answer: str, expected: str) -> bool:
+    """Whether an answer is the expected one, up to case, spaces and punctuation."""
+    return normalise(answer) == normalise(expected)
+
+
+def ask(rng: np.random.Generator, objects: list[dict[str, str]]) -> list[Question]:
+    """Questions about a scene, at most one of each kind, for objects given by their attributes.
+
+    Kinds: `count`, `count_colour`, `exists` always; `colour_of_shape` and `shape_of_colour` when
+    some shape or colour is there once; `what_at` when some position holds one object.
+    """
+    questions = [
+        Question("How many objects are there?", NUMBERS[len(objects)], "count"),
+        _ask_count_colour(rng, objects),
+        _ask_exists(rng, objects),
+    ]
+    for key, text, answer, kind in (
+        ("shape", "What colour is the {shape}?", "{colour}", "colour_of_shape"),
+        ("colour", "What shape is the {colour} object?", "{shape}", "shape_of_colour"),
+        ("position", "What is at the {position}?", "{colour} {shape}", "what_at"),
+    ):
+        counts = Counter(thing[key] for thing in objects)
+        alone = [thing for thing in objects if counts[thing[key]] == 1]
+        if alone:
+            thing = alone[rng.integers(len(alone))]
+            questions.append(Question(text.format(**thing), answer.format(**thing), kind))
+    return questions
+
+
+def _ask_count_colour(rng: np.random.Generator, objects: list[dict[str, str]]) -> Question:
+    """A colour that is there in three cases of four, otherwise any of the others."""
+    counts = Counter(thing["colour"] for thing in objects)
+    present = rng.random() < 0.75 or len(counts) == len(COLOURS)
+    choices = [colour for colour in COLOURS if (colour in counts) == present]
+    colour = choices[rng.integers(len(choices))]
+    return Question(
+        f"How many {colour} objects are there?", NUMBERS[counts[colour]], "count_colour"
+    )
+
+
+def _ask_exists(rng: np.random.Generator, objects: list[dict[str, str]]) -> Question:
+    """Yes or no with even odds; a no mixes the scene's own colours and shapes half the time."""
+    pairs = sorted({(thing["colour"], thing["shape"]) for thing in objects})
+    answer, near = rng.random(2) < 0.5
+    if answer:
+        choices = pairs
+    else:
+        colours, shapes = (sorted(set(values)) for values in zip(*pairs, strict=True))
+        mixed = set(itertools.product(colours, shapes)) - set(pairs)
+        absent = set(itertools.product(COLOURS, SHAPES)) - set(pairs)
+        choices = sorted(mixed if near and mixed else absent)
+    colour, shape = choices[rng.integers(len(choices))]
+    article = "an" if colour[0] in "aeiou" else "a"
+    return Question(f"Is there {article} {colour} {shape}?", "yes" if answer else "no", "exists")
+
+
+def iter_corpus(count: int, *, split: str = "train", start: int = 0) -> Iterator[str]:
+    """Every caption, question and answer of `count` scenes, as text to train a tokenizer on."""
+    for seed in range(start, start + count):
+        scene = render_scene(seed, split)
+        yield from (thing.caption for thing in scene.objects)
+        for question in scene.questions:
+            yield question.question
+            yield question.answer
