@@ -30,7 +30,7 @@ def confidence_intervals(
     generator = np.random.default_rng(seed)
     images = len(sums)
     draws = generator.multinomial(images, np.full(images, 1 / images), size=resamples)
-    positive, count, negative, negative_count = (draws @ sums).T if images else np.zeros((4, 1))
+    positive, count, negative, negative_count = (draws @ sums).T
     positive = positive / np.maximum(count, 1)
     negative = negative / np.maximum(negative_count, 1)
     averages = {
@@ -49,12 +49,15 @@ def confidence_intervals(
 
 
 def _sums_per_image(regions: Mapping[str, RegionScore], image_of: Mapping[str, str]) -> np.ndarray:
-    """Per picture: sum and number of positive scores, sum and number of negative ones."""
+    """Per picture: sum and number of positive scores, sum and number of negative ones.
+
+    Without any regions, one picture of nothing.
+    """
     sums = {}
     for key, region in regions.items():
         row = sums.setdefault(image_of[key], np.zeros(4))
         row += (region.positive, 1, region.negative or 0, region.negative is not None)
-    return np.array(list(sums.values())).reshape(-1, 4)
+    return np.array(list(sums.values()) or [np.zeros(4)])
 
 
 def table_by(regions: Mapping[str, RegionScore], group_of: Mapping[str, object]) -> dict:

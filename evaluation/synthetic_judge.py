@@ -28,11 +28,16 @@ def wrong_attributes(caption: str | None, truth: Mapping[str, str]) -> dict[str,
 
 
 def borrowed_attributes(
-    wrong: Mapping[str, set[str]], others: Sequence[Mapping[str, str]]
+    wrong: Mapping[str, set[str]], truths: Sequence[Mapping[str, str]]
 ) -> set[str]:
-    """The wrong attributes of which a named value is that of another region of the scene."""
+    """The wrong attributes of which a named value is that of another region of the scene.
+
+    Args:
+        wrong: what `wrong_attributes` found; never the region's own value.
+        truths: the attributes of the scene's regions; its own may be among them.
+    """
     return {
-        name for name, values in wrong.items() if any(other[name] in values for other in others)
+        name for name, values in wrong.items() if any(truth[name] in values for truth in truths)
     }
 
 
@@ -66,7 +71,7 @@ def score_captions(scenes: Sequence[Scene], captions: Sequence[Sequence[str | No
         truths = [thing.attributes for thing in scene.objects]
         for k, text in enumerate(_padded(texts, len(truths), index)):
             wrong = wrong_attributes(text, truths[k])
-            taken = borrowed_attributes(wrong, truths[:k] + truths[k + 1 :])
+            taken = borrowed_attributes(wrong, truths)
             for name in VOCABULARY:
                 right[name] += name not in wrong
                 borrowed[name] += name in taken

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from perceptiondlm.evaluation import benchmarks
 from perceptiondlm.evaluation.benchmarks import load_benchmark
+from PIL import Image
 
 SIZE = (40, 60)  # height, width of the pictures below
 CHOICES = [["It is red.", 1], ["It is not mentioned.", 0], ["It is blue.", -1]]

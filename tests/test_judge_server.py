@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-
 from perceptiondlm.evaluation.judge_client import (
     CallBudget,
     Endpoint,
@@ -78,7 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
             number = len(server.requests)
             server.requests.append(body)
             server.times.append(time.monotonic())
-            server.headers.append({**dict(self.headers), "path": self.path})
+            names = {name.lower(): value for name, value in self.headers.items()}
+            server.headers.append({**names, "path": self.path})
             server.under_way += 1
             server.most_under_way = max(server.most_under_way, server.under_way)
         try:
@@ -137,7 +137,7 @@ def test_a_question_is_sent_with_model_options_and_key(monkeypatch):
     assert server.requests == [
         {"model": "judge-1", "messages": MESSAGES, "temperature": 0, "max_tokens": 7}
     ]
-    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
 
 
 def test_an_empty_answer_is_an_answer(monkeypatch):

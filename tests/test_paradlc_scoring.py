@@ -1,4 +1,4 @@
-"""ParaDLC-Bench as published: what is read, and that scores are the recorded ones to the last bit."""
+"""ParaDLC-Bench as published: what is read, and the recorded scores to the last bit."""
 
 import functools
 import json
@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 
 import pytest
-
 from perceptiondlm.apps.cli import main
 from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.evaluation.scoring import (

@@ -8,7 +8,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-
 from perceptiondlm.training import scenes
 from perceptiondlm.training.scenes import (
     COLOURS,

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import pytest
-
 from perceptiondlm.evaluation.synthetic_judge import score_answers, score_captions
 from perceptiondlm.training.scenes import Question, render_scene
 
@@ -89,6 +88,13 @@ def test_naming_its_own_value_and_another_regions_is_wrong_and_interference():
     scores = score(RED_CAPTION + " by a blue thing", BLUE_CAPTION)
     assert scores["per_attribute"]["colour"] == 0.5
     assert scores["interference_rate"] == 0.5
+
+
+def test_a_superfluous_value_that_is_nobodys_is_wrong_but_no_interference():
+    # both regions are plain: naming "plain" as well is not taken from the other one
+    scores = score(RED_CAPTION.replace("plain", "plain dotted"), BLUE_CAPTION)
+    assert scores["per_attribute"]["pattern"] == 0.5
+    assert scores["interference_rate"] == 0.0
 
 
 @pytest.mark.parametrize("missing", [[], [None, None], ["", "  "]])

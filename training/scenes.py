@@ -67,7 +67,7 @@ class Question:
     kind: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SceneObject:
     """One object: `mask` (H, W) bool of its visible pixels, `attributes` (the keys of
     `VOCABULARY`) and the `caption` that states them."""
@@ -77,7 +77,7 @@ class SceneObject:
     caption: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scene:
     """A picture (RGB), its objects from back to front, and questions about the whole."""
 
