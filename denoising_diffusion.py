@@ -56,7 +56,7 @@ class Sampler:
         temperature: of the Gumbel noise (LLaDA's `exp(logits) / (-log U)^temperature`); 0: argmax.
         top_k, top_p: keep so many likeliest tokens, or so much probability, before choosing.
         remasking: "low_confidence" (softmax probability of the candidate) or "random".
-        banned: ids never chosen.
+        banned: int64 (ids,), never chosen.
         generator: draws the noise.
     """
 
@@ -64,14 +64,14 @@ class Sampler:
     top_k: int | None = None
     top_p: float | None = None
     remasking: str = "low_confidence"
-    banned: tuple[int, ...] = ()
+    banned: torch.Tensor | None = None
     generator: torch.Generator | None = None
 
     def __call__(self, logits: torch.Tensor) -> Prediction:
         """Prediction from logits (B, G, n, V) of any float type."""
         logits = logits.double()
-        if self.banned:
-            logits[..., list(self.banned)] = -torch.inf
+        if self.banned is not None:
+            logits = logits.index_fill(-1, self.banned, -torch.inf)
         logits = keep_top_p(keep_top_k(logits, self.top_k), self.top_p)
         tokens = self._choose(logits)
         if self.remasking == "random":
@@ -132,8 +132,9 @@ def ranks(values: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-def largest(values: torch.Tensor, eligible: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Bool: the `count` largest eligible values along the last axis, equals by position."""
+def largest(values: torch.Tensor, eligible: torch.Tensor, count) -> torch.Tensor:
+    """Bool: the `count` (a number, or int (B, G, 1)) largest eligible values along the last axis,
+    equals by position."""
     ranked = ranks((-values).masked_fill(~eligible, torch.inf))
     return eligible & (ranked < count)
 
@@ -180,7 +181,7 @@ class BlockCommit:
         steps = self.steps // self.blocks
         quota = self.block_length // steps + (step % steps < self.block_length % steps)
         eligible = in_first_block(state.masked, self.block_length)
-        chosen = largest(prediction.confidence, eligible, torch.tensor(quota, device=eligible.device))
+        chosen = largest(prediction.confidence, eligible, quota)
         return fill(state, chosen, prediction.tokens)
 
 

@@ -454,7 +454,12 @@ class DiffusionGenerationMixin:
 
             listener = on_step if options.return_history or callback is not None else None
             sampler = Sampler(
-                options.temperature, options.top_k, options.top_p, options.remasking, banned, generator
+                options.temperature,
+                options.top_k,
+                options.top_p,
+                options.remasking,
+                torch.tensor(banned, device=self.device) if banned else None,
+                generator,
             )
             answers, count = self._denoise_batch(inputs, rule, sampler, options, listener)
             rows += answers

@@ -197,15 +197,24 @@ class PerceptionDLMProcessor(ProcessorMixin):
         features = self.image_processor(images, masks)
         sequences = []
         for i, order in enumerate(features["region_orders"]):
-            if captions is None:
-                slots = [[self.mask_token_id] * caption_length] * len(order)
-            else:
-                slots = [self._target_ids(captions[i][k], caption_length) for k in order]
-            count = self._image_tokens(features, i)
-            sequences.append(self._region_sequence(instructions[i], slots, count))
+            texts = None if captions is None else [captions[i][k] for k in order]
+            slots = self.caption_slots(texts, len(order), caption_length)
+            sequences.append(self.region_sequence(features, i, slots, instructions[i]))
         return dict(features), sequences
 
-    def _region_sequence(self, instruction: str, slots: list[list[int]], image_tokens: int):
+    def caption_slots(self, captions: list[str] | None, count: int, caption_length: int | None):
+        """Token ids of each of `count` regions' captions, or masks where there are none."""
+        if captions is None:
+            return [[self.mask_token_id] * caption_length] * count
+        return [self._target_ids(caption, caption_length) for caption in captions]
+
+    def region_sequence(
+        self, features, index: int, slots: list[list[int]], instruction: str | None = None
+    ) -> TokenSequence:
+        """The sequence that captions regions of picture `index` of the image processor's
+        `features`; `slots` are the captions' ids in the order of the region prompts."""
+        instruction = instruction or self.region_instruction
+        image_tokens = self._image_tokens(features, index)
         tree = self.region_layout == "independent"
         roi = [self._token_id(self.roi_token.format(k)) for k in range(len(slots))]
         prompt = self._region_prompt(instruction, 0 if tree or not self.roi_output_size else len(slots))
@@ -295,6 +304,17 @@ class PerceptionDLMProcessor(ProcessorMixin):
             sequences.append(self._chat_sequence(ids, counts, max_new_tokens, target))
             first = last
         return dict(features), sequences
+
+    def chat_sequence(
+        self, text: str, features, *, answer: str | None = None, max_new_tokens: int | None = None
+    ) -> TokenSequence:
+        """The sequence of one rendered conversation, whose pictures are those of the image
+        processor's `features` ({}: none)."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        pictures = len(features["image_grids"]) if features else 0
+        _expect_count(ids, [self.image_token_id], pictures, "picture placeholders", self.image_token)
+        counts = [self._image_tokens(features, i) for i in range(pictures)]
+        return self._chat_sequence(ids, counts, max_new_tokens, answer)
 
     def _chat_sequence(self, ids, image_tokens, max_new_tokens, answer) -> TokenSequence:
         sequence = self._add_prompt(ids, image_tokens, roi=[])

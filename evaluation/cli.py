@@ -11,10 +11,7 @@ STEPS = {
     "judge": ("perceptiondlm.evaluation.judge", "ask a judge the questions about the captions"),
     "score": ("perceptiondlm.evaluation.score", "score a judge's answers as published"),
     "report": ("perceptiondlm.evaluation.report", "write a report with figures"),
-    "synthetic": (
-        "perceptiondlm.evaluation.synthetic_judge",
-        "judge captions of synthetic scenes exactly",
-    ),
+    "synthetic": ("perceptiondlm.evaluation.synthetic", "draw scenes, and judge them exactly"),
 }
 
 

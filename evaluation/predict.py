@@ -8,7 +8,7 @@ import argparse
 import glob
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,28 +19,8 @@ from ..image_processing_perceptiondlm import load_image, load_mask
 from .benchmarks import RegionSample, load_benchmark
 from .environment import run_environment
 from .files import Journal, read_journal, run_record_path, write_json
+from .sharding import Shard, process_state
 from .throughput import BatchCost, Throughput, effective_length, stop_ids, total_throughput
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which part of the work this process has, and how it waits for the others."""
-
-    rank: int = 0
-    count: int = 1
-    barrier: Callable[[], None] = lambda: None
-
-    def __post_init__(self):
-        if not 0 <= self.rank < self.count:
-            raise ValueError(f"expected a rank from 0 to {self.count - 1}, got {self.rank}")
-
-    @classmethod
-    def from_accelerate(cls) -> "Shard":
-        """This process's place among those that accelerate or torchrun started."""
-        from accelerate import PartialState
-
-        state = PartialState()
-        return cls(state.process_index, state.num_processes, state.wait_for_everyone)
 
 
 @dataclass(frozen=True)
@@ -250,7 +230,7 @@ def run(args: argparse.Namespace) -> int:
     benchmark = load_benchmark(args.benchmark, images=args.images)
     samples = benchmark.samples[: args.limit]
     shard = Shard.from_accelerate()
-    device = args.device or _default_device()
+    device = args.device or str(process_state().device)
     model, processor = load_model(args.model, args.subfolder, args.dtype, device)
     checkpoint = f"{args.model}/{args.subfolder}" if args.subfolder else args.model
     prediction = predict(
@@ -269,13 +249,6 @@ def run(args: argparse.Namespace) -> int:
         write_json(run_record_path(args.output), record)
         print(f"{args.output}: {prediction.throughput}")
     return 0
-
-
-def _default_device() -> str:
-    """This process's accelerator, which accelerate has chosen, or the CPU."""
-    from accelerate import PartialState
-
-    return str(PartialState().device)
 
 
 def _run_record(args: argparse.Namespace, model, checkpoint: str, prediction: Prediction) -> dict:

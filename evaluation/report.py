@@ -92,7 +92,8 @@ def _summary(report: Mapping) -> str:
         counts = ", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in coverage.items())
         parts.append(counts[0].upper() + counts[1:] + ".")
     if (report["missing"] or {}).get("regions"):
-        parts.append(f"Missing regions: {report['missing']['policy']}.")
+        verdict = {"wrong": "count as wrong", "drop": "are left out"}[report["missing"]["policy"]]
+        parts.append(f"The {len(report['missing']['regions'])} missing regions {verdict}.")
     return "\n\n".join(parts)
 
 
@@ -156,7 +157,11 @@ def _provenance(report: Mapping) -> str:
         "environment": "This report",
     }
     for field, name in names.items():
-        pairs = [pair for pair in _flatten(report[field] or {}) if "throughput." not in pair[0]]
+        record = dict(report[field] or {})
+        record.pop("throughput", None)  # has a table of its own
+        if record.get("environment") == report["environment"]:
+            record["environment"] = "as of this report"
+        pairs = _flatten(record)
         if pairs:
             parts.append(f"**{name}**\n\n" + _table(["", "recorded"], pairs))
     return "\n\n".join(parts)
@@ -186,6 +191,8 @@ def _percent(value: float) -> str:
 
 
 def _number(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_number, value)) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -11,7 +15,8 @@ from perceptiondlm.apps.cli import main
 from perceptiondlm.evaluation import predict as predict_module
 from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.evaluation.files import read_json
-from perceptiondlm.evaluation.predict import Shard, parse_option, predict
+from perceptiondlm.evaluation.predict import parse_option, predict
+from perceptiondlm.evaluation.sharding import Shard
 from perceptiondlm.evaluation.throughput import (
     BatchCost,
     effective_length,
@@ -158,6 +163,31 @@ def test_a_run_may_go_on_with_another_number_of_shards(samples, output):
     merged = run_shards(samples, output, models)[0]
     assert merged.captions == EXPECTED
     assert [len(model.calls) for model in models] == [2, 1]
+
+
+def test_processes_of_one_launch_know_their_ranks():
+    """Two real processes, as torchrun starts them, on the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    program = (
+        "from perceptiondlm.evaluation.sharding import Shard\n"
+        "shard = Shard.from_accelerate(); shard.barrier(); print(shard.rank, shard.count)"
+    )
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert printed == [["0", "2"], ["1", "2"]]
 
 
 def test_warming_up_is_not_counted(samples, output):

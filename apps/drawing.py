@@ -1,0 +1,445 @@
+"""Pictures to look at: regions in colour, numbered, with their captions beside or below.
+
+Everything is Pillow's, its bundled font included (Latin letters; pass `font` for other scripts).
+Boxes are (x0, y0, x1, y1) in pixels of the drawing, half-open.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+from ..image_processing_perceptiondlm import load_image, load_mask
+from .captioner import MASKED
+
+# Okabe and Ito's palette, told apart with any colour vision, in an order of strong contrasts.
+PALETTE = (
+    (0, 114, 178),  # blue
+    (230, 159, 0),  # orange
+    (0, 158, 115),  # bluish green
+    (213, 94, 0),  # vermilion
+    (86, 180, 233),  # sky blue
+    (204, 121, 167),  # reddish purple
+    (240, 228, 66),  # yellow
+)
+PAPER, INK, FAINT = (255, 255, 255), (28, 28, 32), (126, 126, 134)
+BLANK = (214, 214, 220)  # a token that is still to come
+NO_TEXT = "(nothing)"
+
+MIN_SIDE, MAX_SIDE = 720, 1600  # of the picture's long side in the drawing
+SPIRAL = [(r, k * math.pi / 8) for r in range(1, 40) for k in range(16)]
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Style:
+    """Sizes in pixels, all of them from the font's."""
+
+    font: ImageFont.FreeTypeFont
+    size: int
+
+    @classmethod
+    def fitting(cls, long_side: int, font: str | Path | None) -> "Style":
+        """Legible beside a picture whose long side has so many pixels."""
+        size = max(16, round(long_side / 48))
+        if font is None:
+            return cls(ImageFont.load_default(size), size)
+        return cls(ImageFont.truetype(str(font), size), size)
+
+    @property
+    def line(self) -> int:
+        """From one baseline to the next."""
+        return round(1.35 * self.size)
+
+    @property
+    def badge(self) -> int:
+        """Side of a number's badge."""
+        return round(1.45 * self.size)
+
+    @property
+    def gap(self) -> int:
+        """Between things that belong together."""
+        return round(0.6 * self.size)
+
+    @property
+    def margin(self) -> int:
+        """Around a panel."""
+        return round(0.9 * self.size)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One numbered text of a panel: where it stands and its wrapped lines of words."""
+
+    number: int | None
+    lines: list[list[str]]
+    box: Box
+    text_left: int
+
+
+def draw_regions(
+    image,
+    masks: Sequence,
+    captions: Sequence[str] | None = None,
+    *,
+    font: str | Path | None = None,
+    min_side: int = MIN_SIDE,
+    max_side: int = MAX_SIDE,
+) -> Image.Image:
+    """The picture with each region coloured and numbered, and the captions laid out in full.
+
+    Args:
+        image: as for `load_image`; masks: as for `load_mask`, one for each region.
+        captions: one for each mask; None draws the regions alone.
+        font: a TrueType file, for scripts that the bundled font lacks.
+        min_side, max_side: the picture is scaled so that its long side lies between them.
+
+    Captions stand beside a tall picture and below a wide one; nothing is cut off or overlaps.
+    Raises ValueError when there is not a caption for each mask.
+    """
+    picture = load_image(image)
+    regions = [load_mask(mask, picture.size) for mask in masks]
+    if captions is not None and len(captions) != len(regions):
+        raise ValueError(f"expected a caption for each of {len(regions)} masks, got {len(captions)}")
+    picture, regions = scale_to(picture, regions, min_side, max_side)
+    style = Style.fitting(max(picture.size), font)
+    marked = mark_regions(picture, regions, style)
+    if captions is None:
+        return marked
+    return add_panel(marked, [list(captions)], style, numbered=True)[0]
+
+
+def draw_answers(
+    image,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    font: str | Path | None = None,
+    min_side: int = MIN_SIDE,
+    max_side: int = MAX_SIDE,
+) -> Image.Image:
+    """The picture with questions and answers about it; options as for `draw_regions`."""
+    picture, _ = scale_to(load_image(image), [], min_side, max_side)
+    style = Style.fitting(max(picture.size), font)
+    return add_panel(picture, [answer_texts(questions, answers)], style, numbered=False)[0]
+
+
+def answer_texts(questions: Sequence[str], answers: Sequence[str]) -> list[str]:
+    """Panel texts of questions and answers."""
+    return [f"{q} — {a or NO_TEXT}" for q, a in zip(questions, answers, strict=True)]
+
+
+def scale_to(picture: Image.Image, regions: list[Image.Image], least: int, most: int):
+    """Scales picture and masks alike until the long side is within bounds."""
+    long_side = max(picture.size)
+    scale = min(max(long_side, least), most) / long_side
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    masks = [region.point([0] + [255] * 255) for region in regions]
+    if size == picture.size:
+        return picture, masks
+    # a box filter keeps thin regions visible; half of a pixel inside is inside
+    kind = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+    least_inside = 1 if scale < 1 else 128
+    table = [0] * least_inside + [255] * (256 - least_inside)
+    masks = [mask.resize(size, kind).point(table) for mask in masks]
+    return picture.resize(size, Image.Resampling.LANCZOS), masks
+
+
+def colour_of(index: int) -> tuple[int, int, int]:
+    """Colour of region `index` (from 0)."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def contrasting(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """White or ink, whichever has the higher contrast ratio on `colour` (WCAG)."""
+    on = _luminance(colour)
+    on_white, on_ink = 1.05 / (on + 0.05), (on + 0.05) / (_luminance(INK) + 0.05)
+    return PAPER if on_white > on_ink else INK
+
+
+def _luminance(colour: tuple[int, int, int]) -> float:
+    linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+# Regions on the picture.
+
+
+def mark_regions(picture: Image.Image, masks: list[Image.Image], style: Style) -> Image.Image:
+    """Fills, outlines and numbers the regions; small ones come to lie above large ones."""
+    marked = picture.copy()
+    width = max(1, round(style.size / 9))
+    areas = [sum(mask.histogram()[1:]) for mask in masks]
+    large_first = sorted(range(len(masks)), key=lambda i: -areas[i])
+    for i in large_first:
+        fill = Image.new("RGB", picture.size, colour_of(i))
+        marked = Image.composite(Image.blend(marked, fill, 0.36), marked, masks[i])
+    for i in large_first:
+        _outline(marked, masks[i], colour_of(i), width)
+    draw = ImageDraw.Draw(marked)
+    boxes = place_badges(masks, style, picture.size)
+    for i, (box, anchor) in enumerate(boxes):
+        if not _contains(box, anchor):
+            centre = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
+            draw.line([centre, anchor], fill=PAPER, width=3 * width)
+            draw.line([centre, anchor], fill=colour_of(i), width=width)
+    for i, (box, _) in enumerate(boxes):
+        _badge(draw, box, i + 1, style)
+    return marked
+
+
+def _outline(marked: Image.Image, mask: Image.Image, colour, width: int):
+    """Draws a coloured line inside the region's edge and a white one outside it."""
+    left, top, right, bottom = mask.getbbox()
+    pad = 2 * width
+    window = (left - pad, top - pad, right + pad, bottom + pad)
+    inside = mask.crop(window)
+    eroded = inside.filter(ImageFilter.MinFilter(2 * width + 1))
+    grown = inside.filter(ImageFilter.MaxFilter(2 * max(1, width // 2) + 1))
+    marked.paste(PAPER, window, ImageChops.subtract(grown, inside))
+    marked.paste(colour, window, ImageChops.subtract(inside, eroded))
+
+
+def place_badges(
+    masks: list[Image.Image], style: Style, size: tuple[int, int]
+) -> list[tuple[Box, tuple[int, int]]]:
+    """A badge's box for each region, none overlapping another while the picture has room, and the
+    point of the region that it stands for."""
+    placed: dict[int, Box] = {}
+    anchors = [_deepest_point(mask) for mask in masks]
+    areas = [sum(mask.histogram()[1:]) for mask in masks]
+    for i in sorted(range(len(masks)), key=lambda i: areas[i]):  # small ones have less choice
+        width = badge_width(i + 1, style)
+        candidates = [_centred(p, width, style.badge, size) for p in _around(anchors[i], style)]
+        free = (c for c in candidates if not any(_overlap(c, other) for other in placed.values()))
+        placed[i] = next(free, candidates[0])
+    return [(placed[i], anchors[i]) for i in range(len(masks))]
+
+
+def badge_width(number: int, style: Style) -> int:
+    """Width in pixels of the badge of `number`."""
+    text = round(style.font.getlength(str(number)))
+    return max(style.badge, text + round(0.8 * style.size))
+
+
+def _around(point: tuple[int, int], style: Style) -> Iterator[tuple[int, int]]:
+    yield point
+    for radius, angle in SPIRAL:
+        distance = radius * style.badge / 2
+        yield (
+            round(point[0] + distance * math.cos(angle)),
+            round(point[1] + distance * math.sin(angle)),
+        )
+
+
+def _centred(point: tuple[int, int], width: int, height: int, size: tuple[int, int]) -> Box:
+    """A box around a point, moved into the picture."""
+    left = min(max(0, point[0] - width // 2), max(0, size[0] - width))
+    top = min(max(0, point[1] - height // 2), max(0, size[1] - height))
+    return left, top, left + width, top + height
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return (
+        one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+    )
+
+
+def _contains(box: Box, point: tuple[int, int]) -> bool:
+    return box[0] <= point[0] < box[2] and box[1] <= point[1] < box[3]
+
+
+def _deepest_point(mask: Image.Image) -> tuple[int, int]:
+    """A point far inside the region: what erosion leaves last of a small copy of it."""
+    left, top, right, bottom = mask.getbbox()
+    width, height = right - left, bottom - top
+    scale = min(1.0, 96 / max(width, height))
+    small = mask.crop((left, top, right, bottom)).resize(
+        (max(1, round(width * scale)), max(1, round(height * scale)))
+    )
+    small = small.point([0] * 96 + [255] * 160)
+    framed = Image.new("L", (small.width + 2, small.height + 2))
+    framed.paste(small, (1, 1))
+    kept = framed if framed.getbbox() else framed.point([255] * 256)
+    while (eroded := kept.filter(ImageFilter.MinFilter(3))).getbbox():
+        kept = eroded
+    points = [(i % kept.width, i // kept.width) for i, v in enumerate(kept.tobytes()) if v]
+    centre = [sum(p[axis] for p in points) / len(points) for axis in (0, 1)]
+    x, y = min(points, key=lambda p: math.dist(p, centre))
+    return (
+        min(max(left, round(left + (x - 0.5) / scale)), right - 1),
+        min(max(top, round(top + (y - 0.5) / scale)), bottom - 1),
+    )
+
+
+def _badge(draw: ImageDraw.ImageDraw, box: Box, number: int, style: Style):
+    colour = colour_of(number - 1)
+    edges = (box[0], box[1], box[2] - 1, box[3] - 1)
+    line = max(1, style.size // 10)
+    draw.rounded_rectangle(edges, style.badge // 3, colour, PAPER, line)
+    centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    draw.text(centre, str(number), contrasting(colour), style.font, anchor="mm")
+
+
+# Captions in a panel.
+
+
+def add_panel(
+    picture: Image.Image, steps: list[list[str]], style: Style, *, numbered: bool
+) -> list[Image.Image]:
+    """Puts the texts of each step beside or below the picture; one drawing for each step, all of
+    one size, every text in the same place."""
+    beside = picture.width < 1.2 * picture.height
+    left = picture.width if beside else 0
+    top = 0 if beside else picture.height
+    width = _panel_width(picture, steps, style, beside, numbered)
+    layouts = lay_out(steps, (left, top), width, style, columns_of(width, len(steps[0]), style, beside),
+                      numbered)
+    height = max(entry.box[3] for entry in layouts[0]) + style.margin
+    size = (left + width, max(picture.height, height))
+    frames = []
+    for entries in layouts:
+        frame = Image.new("RGB", size, PAPER)
+        frame.paste(picture, (0, 0))
+        draw = ImageDraw.Draw(frame)
+        for entry in entries:
+            _draw_entry(draw, entry, style)
+        frames.append(frame)
+    return frames
+
+
+def _panel_width(picture, steps, style: Style, beside: bool, numbered: bool) -> int:
+    if not beside:
+        return max(picture.width, 26 * style.size)
+    width = max(round(0.7 * picture.width), 22 * style.size)
+    while width < max(1.3 * picture.width, 34 * style.size):  # wider, sooner than a tall tail
+        entries = lay_out(steps, (0, 0), width, style, 1, numbered)[0]
+        if entries[-1].box[3] + style.margin <= picture.height:
+            break
+        width += 2 * style.size
+    return width
+
+
+def columns_of(width: int, count: int, style: Style, beside: bool) -> int:
+    """Columns of text: lines of some sixty letters read best."""
+    return 1 if beside else max(1, min(count, width // (30 * style.size)))
+
+
+def lay_out(
+    steps: list[list[str]],
+    corner: tuple[int, int],
+    width: int,
+    style: Style,
+    columns: int,
+    numbered: bool,
+) -> list[list[Entry]]:
+    """Wraps every step's texts into entries; an entry has room for its longest text."""
+    count = len(steps[0])
+    indent = 0
+    if numbered:
+        indent = badge_width(count, style) + style.gap
+    column = (width - 2 * style.margin - (columns - 1) * 2 * style.margin) // columns
+    wrapped = [[wrap(text, column - indent, style) for text in texts] for texts in steps]
+    heights = [
+        max(style.badge if numbered else 0, style.line * max(len(lines[i]) for lines in wrapped))
+        for i in range(count)
+    ]
+    boxes = []
+    y = corner[1] + style.margin
+    for first, last in _columns(heights, columns, style.gap):
+        x = corner[0] + style.margin + len(_starts(boxes)) * (column + 2 * style.margin)
+        y = corner[1] + style.margin
+        for i in range(first, last):
+            boxes.append((x, y, x + column, y + heights[i]))
+            y += heights[i] + style.gap
+    return [
+        [
+            Entry(i + 1 if numbered else None, lines[i], boxes[i], boxes[i][0] + indent)
+            for i in range(count)
+        ]
+        for lines in wrapped
+    ]
+
+
+def _starts(boxes: list[Box]) -> set[int]:
+    return {box[0] for box in boxes}
+
+
+def _columns(heights: list[int], columns: int, gap: int) -> list[tuple[int, int]]:
+    """Splits entries, in order, into columns whose tallest is as short as a greedy fill makes it."""
+    def fill(limit: int) -> list[tuple[int, int]]:
+        spans, first, height = [], 0, 0
+        for i, own in enumerate(heights):
+            if i > first and height + own > limit:
+                spans.append((first, i))
+                first, height = i, 0
+            height += own + gap
+        return [*spans, (first, len(heights))]
+
+    limits = sorted({sum(heights[i:j]) + (j - i) * gap
+                     for i in range(len(heights)) for j in range(i + 1, len(heights) + 1)})
+    low, high = 0, len(limits) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if len(fill(limits[middle])) <= columns:
+            high = middle
+        else:
+            low = middle + 1
+    return fill(limits[low])
+
+
+def wrap(text: str, width: int, style: Style) -> list[list[str]]:
+    """Lines of words no wider than `width` pixels; a longer word is broken."""
+    lines, used = [[]], 0.0
+    space = style.font.getlength(" ")
+    for word in text.split() or [NO_TEXT]:
+        for piece in _pieces(word, width, style):
+            own = word_width(piece, style)
+            if lines[-1] and used + space + own > width:
+                lines.append([])
+                used = 0.0
+            used += own + (space if lines[-1] else 0)
+            lines[-1].append(piece)
+    return lines
+
+
+def _pieces(word: str, width: int, style: Style) -> Iterator[str]:
+    while word_width(word, style) > width and len(word) > 1:
+        end = 1
+        while end < len(word) - 1 and word_width(word[: end + 1], style) <= width:
+            end += 1
+        yield word[:end]
+        word = word[end:]
+    yield word
+
+
+def word_width(word: str, style: Style) -> float:
+    """Width in pixels of a word, or of the block that stands for a masked token."""
+    return 0.9 * style.size if word == MASKED else style.font.getlength(word)
+
+
+def _draw_entry(draw: ImageDraw.ImageDraw, entry: Entry, style: Style):
+    left, top, _, _ = entry.box
+    if entry.number is not None:
+        width = badge_width(entry.number, style)
+        right = entry.text_left - style.gap
+        _badge(draw, (right - width, top, right, top + style.badge), entry.number, style)
+    space = style.font.getlength(" ")
+    # a badge's number and the first line share their middle
+    middle = top + (style.badge if entry.number is not None else style.line) / 2
+    for line in entry.lines:
+        x = float(entry.text_left)
+        for word in line:
+            own = word_width(word, style)
+            if word == MASKED:
+                half = 0.3 * style.size
+                block = (x + 1, middle - half, x + own - 1, middle + half)
+                draw.rounded_rectangle(block, style.size // 6, BLANK)
+            else:
+                ink = FAINT if line == [NO_TEXT] else INK
+                draw.text((x, middle), word, ink, style.font, anchor="lm")
+            x += own + space
+        middle += style.line

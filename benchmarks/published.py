@@ -1,0 +1,61 @@
+"""The published way of captioning regions, written plainly, as the baseline of every ratio.
+
+Every step runs the whole sequence through the network and its head, takes a float64 softmax over
+the whole vocabulary at every position, and re-masks with Python loops over positions. Nothing is
+cached but the picture's features.
+"""
+
+import torch
+
+from ..configuration_perceptiondlm import ROLE_CAPTION
+
+
+@torch.no_grad()
+def caption_regions_plainly(model, inputs: dict, steps: int) -> list[list[int]]:
+    """Token ids of each row's answer positions, in order, after `steps` of joint re-masking.
+
+    `inputs` are the processor's tensors in the released layout; rows run one after another.
+    """
+    pictures = {k: inputs[k] for k in ("pixel_values", "image_grids", "image_sizes",
+                                       "region_patches", "boxes", "box_images") if k in inputs}
+    prompt_embeds = model.embed_inputs(inputs["input_ids"], inputs["role_ids"], **pictures)
+    return [_caption_row(model, inputs, prompt_embeds, row, steps) for row in
+            range(len(prompt_embeds))]
+
+
+def _caption_row(model, inputs, prompt_embeds, row: int, steps: int) -> list[int]:
+    mask_id = model.config.mask_token_id
+    kept = inputs["attention_mask"][row].bool()
+    ids = inputs["input_ids"][row][kept].clone()  # (L,)
+    is_answer = inputs["role_ids"][row][kept] == ROLE_CAPTION
+    places = [i for i in range(len(ids)) if is_answer[i] and ids[i] == mask_id]
+    masked = set(places)
+    for step in range(steps):
+        embeds = prompt_embeds[row][kept].clone()
+        embeds[is_answer] = model.get_input_embeddings()(ids[is_answer])
+        logits = _whole_sequence_logits(model, inputs, row, kept, embeds)  # (L, V)
+        probabilities = logits.double().softmax(-1)
+        predicted = probabilities.argmax(-1)
+        confidence = probabilities.gather(-1, predicted[:, None])[:, 0]
+        for i in list(masked):
+            ids[i] = predicted[i]
+        count = int(len(places) * ((steps - 1 - step) / steps))
+        ordered = sorted(places, key=lambda i: float(confidence[i]))
+        masked = set(ordered[:count])
+        for i in masked:
+            ids[i] = mask_id
+        if not masked:
+            break
+    return [int(ids[i]) for i in places]
+
+
+def _whole_sequence_logits(model, inputs, row, kept, embeds) -> torch.Tensor:
+    structure = [inputs[k][row : row + 1, kept] for k in ("region_ids", "role_ids", "attention_mask")]
+    allowed = model.allowed_attention(model.config.region_layout, *structure)
+    implementation = model.language_model.config._attn_implementation
+    hidden = model.language_model.model(
+        embeds[None],
+        inputs["position_ids"][row : row + 1, kept],
+        model.attention_argument(allowed, implementation, embeds.dtype),
+    )
+    return model.language_model.lm_head(hidden)[0]

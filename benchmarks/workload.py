@@ -1,0 +1,119 @@
+"""What the benchmarks run: a model of random weights, a tokenizer that knows the special tokens,
+and region inputs of a given number of regions and images."""
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ..configuration_perceptiondlm import PerceptionDLMConfig
+from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+from ..processing_perceptiondlm import PerceptionDLMProcessor
+
+PICTURE_SIZE = (1536, 1024)  # six tiles of 512 and the thumbnail
+
+CPU_PRESET = {
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 512,
+        "patch_size": 16,
+    },
+    "text_config": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    },
+}
+# name: (config fields, dtype)
+PRESETS = {"cpu": (CPU_PRESET, torch.float32), "8b": ({}, torch.bfloat16)}
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|startoftext|>",
+    "<|mdm_mask|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<IMG_CONTEXT>",
+    "<img>",
+    "</img>",
+    *(f"<|reserved_token_{i}|>" for i in range(16)),
+    *(f"<|Mask_Cap_{i}|>" for i in range(16)),
+]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes and the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.add_special_tokens(SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
+
+
+def build_model(preset: str, tokenizer, device: str) -> PerceptionDLMForConditionalGeneration:
+    """The preset's model with random weights made on the device (seed 0)."""
+    fields, dtype = PRESETS[preset]
+    token_id = tokenizer.convert_tokens_to_ids
+    config = PerceptionDLMConfig(
+        **fields,
+        mask_token_id=token_id("<|mdm_mask|>"),
+        eot_token_id=token_id("<|eot_id|>"),
+        start_header_token_id=token_id("<|start_header_id|>"),
+        end_header_token_id=token_id("<|end_header_id|>"),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        image_token_id=token_id("<IMG_CONTEXT>"),
+        image_start_token_id=token_id("<img>"),
+        image_end_token_id=token_id("</img>"),
+        roi_token_ids=token_id([f"<|reserved_token_{i}|>" for i in range(16)]),
+        caption_token_ids=token_id([f"<|Mask_Cap_{i}|>" for i in range(16)]),
+    )
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return PerceptionDLMForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def set_layout(model, tokenizer, layout: str) -> PerceptionDLMProcessor:
+    """Gives the model the layout ("released" or "independent") and returns its processor."""
+    model.config.region_layout = layout
+    model.config.roi_convention = "released" if layout == "released" else "aligned"
+    return PerceptionDLMProcessor.from_config(model.config, tokenizer)
+
+
+def region_inputs(processor, regions: int, images: int, caption_length: int) -> dict:
+    """Inputs for `images` noise pictures with `regions` boxes each, split into passes."""
+    random = np.random.default_rng(0)
+    width, height = PICTURE_SIZE
+    most = processor.image_processor.num_region_prompts
+    pictures, masks = [], []
+    for _ in range(images):
+        picture = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        boxes = [_random_box(random, width, height) for _ in range(regions)]
+        for first in range(0, regions, most):
+            pictures.append(picture)
+            masks.append(boxes[first : first + most])
+    return processor(pictures, masks=masks, caption_length=caption_length)
+
+
+def _random_box(random, width: int, height: int) -> dict:
+    w, h = random.integers(64, width // 2), random.integers(64, height // 2)
+    x, y = random.integers(0, width - w), random.integers(0, height - h)
+    return {"box": [int(x), int(y), int(x + w), int(y + h)]}

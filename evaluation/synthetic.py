@@ -1,0 +1,204 @@
+"""`perceptiondlm evaluate synthetic`: a benchmark of drawn scenes with an exact judge.
+
+`write` makes a folder in ParaDLC-Bench's form, so that `predict`, `score` and `report` take it as
+any other; `judge` answers its questions from what is known to be drawn, without asking anybody.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+from tqdm import tqdm
+
+from ..training.scenes import SPLITS, VOCABULARY, Scene, named_values, render_scene
+from .benchmarks import Benchmark, load_benchmark
+from .environment import run_environment
+from .files import file_sha256, read_json, run_record_path, write_json
+from .judge import read_captions
+from .synthetic_judge import borrowed_attributes, score_captions, wrong_attributes
+
+TRUTH_FILE = "truth.json"  # per region its attributes
+JUDGE_VERSION = "synthetic-exact-1"  # changes whenever a question or its answer below does
+RIGHT, UNNAMED, WRONG = range(3)  # choices of a question about an attribute
+MENTIONED, UNMENTIONED = range(2)  # choices of a question about another region
+IDENTIFYING = ("shape", "colour", "position")  # what tells regions apart; others often agree
+
+
+def write_scenes(
+    folder: str | Path, seeds: range, *, split: str = "heldout", progress: bool = True
+) -> Path:
+    """Draws one scene for each seed and writes pictures, masks, questions and the truth."""
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    annotations, truth, questions = [], {}, {}
+    for seed in tqdm(seeds, desc="scenes", disable=not progress):
+        scene = render_scene(seed, split)
+        image_id = f"{split}-{seed:06d}"
+        scene.image.save(folder / "images" / f"{image_id}.png")
+        annotations.append(_annotation(image_id, scene))
+        attributes = [thing.attributes for thing in scene.objects]
+        for index, own in enumerate(attributes):
+            truth[f"{image_id}_{index}"] = own
+            others = attributes[:index] + attributes[index + 1 :]
+            questions[f"{image_id}_{index}"] = region_questions(own, others)
+    write_json(folder / "annotations.json", annotations)
+    write_json(folder / "class_names.json", {key: own["shape"] for key, own in truth.items()})
+    write_json(folder / "qa.json", questions)
+    write_json(folder / TRUTH_FILE, truth)
+    return folder
+
+
+def _annotation(image_id: str, scene: Scene) -> dict:
+    width, height = scene.image.size
+    return {
+        "image_id": image_id,
+        "file_name": f"{image_id}.png",
+        "height": height,
+        "width": width,
+        "annotations": [
+            {
+                "index": index,
+                "category_name": thing.attributes["shape"],
+                "mask_rle": _mask_rle(thing.mask),
+            }
+            for index, thing in enumerate(scene.objects)
+        ],
+    }
+
+
+def _mask_rle(mask) -> dict:
+    import numpy as np
+    from pycocotools import mask as coco
+
+    rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
+def region_questions(own: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> list[dict]:
+    """A region's questions in the form of a `qa.json`: its attributes, then the other regions."""
+    return [
+        *(_attribute_question(name, own) for name in VOCABULARY),
+        *(_other_question(other) for other in others),
+    ]
+
+
+def _attribute_question(name: str, own: Mapping[str, str]) -> dict:
+    return {
+        "question": f"What does the description say of the {name}?",
+        "choices": [
+            [f"The {name} is given as {own[name]} and nothing else.", 1],
+            [f"The {name} is not given.", 0],
+            [f"The {name} is given as something other than {own[name]}.", -1],
+        ],
+        "type": "positive",
+    }
+
+
+def _other_question(other: Mapping[str, str]) -> dict:
+    thing = "the {colour} {shape} at the {position}".format(**other)
+    return {
+        "question": "Is another object described?",
+        "choices": [
+            [f"Something of {thing} is described.", -1],
+            [f"Nothing of {thing} is described.", 1],
+        ],
+        "type": "negative",
+        "subtype": "salient negative",
+    }
+
+
+def exact_answers(
+    caption: str, own: Mapping[str, str], others: Sequence[Mapping[str, str]]
+) -> list[str]:
+    """The answers to a region's recognition question and to `region_questions`.
+
+    An object is recognised by its shape, named alone. Another region is described when a shape,
+    colour or position is named that is its, and not the region's own.
+    """
+    named = named_values(caption)
+    wrong = wrong_attributes(caption, own)
+    answers = ["Yes" if named["shape"] == {own["shape"]} else "No"]
+    for name in VOCABULARY:
+        choice = RIGHT if name not in wrong else WRONG if named[name] else UNNAMED
+        answers.append("ABC"[choice])
+    for other in others:
+        borrowed = borrowed_attributes(wrong, [other]) & set(IDENTIFYING)
+        answers.append("AB"[MENTIONED if borrowed else UNMENTIONED])
+    return answers
+
+
+def judge_scenes(
+    benchmark: Benchmark, truth: Mapping[str, dict], captions: Mapping[str, str]
+) -> tuple[dict[str, list[str]], dict]:
+    """Judges captions exactly: the answers to be scored, and accuracies by attribute.
+
+    Regions without a caption have no answers, and count as wrong in the accuracies.
+    """
+    answers, scenes, texts = {}, [], []
+    for keys in _keys_by_picture(benchmark):
+        attributes = [truth[key] for key in keys]
+        scenes.append(SimpleNamespace(objects=[SimpleNamespace(attributes=a) for a in attributes]))
+        texts.append([captions.get(key) for key in keys])
+        for index, key in enumerate(keys):
+            if key in captions:
+                others = attributes[:index] + attributes[index + 1 :]
+                answers[key] = exact_answers(captions[key], attributes[index], others)
+    return answers, score_captions(scenes, texts)
+
+
+def _keys_by_picture(benchmark: Benchmark) -> Iterator[list[str]]:
+    pictures: dict[str, list[str]] = {}
+    for sample in benchmark.samples:
+        pictures.setdefault(sample.image_id, []).append(sample.key)
+    yield from pictures.values()
+
+
+def configure(parser: argparse.ArgumentParser):
+    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    write = actions.add_parser("write", help="draw scenes into a benchmark folder")
+    write.add_argument("--output", required=True, help="benchmark folder")
+    write.add_argument("--scenes", type=int, default=500, help="how many")
+    write.add_argument("--start", type=int, default=0, help="first seed")
+    write.add_argument("--split", choices=SPLITS, default="heldout")
+    write.set_defaults(run_action=run_write)
+    judge = actions.add_parser("judge", help="answer a folder's questions about captions")
+    judge.add_argument("--benchmark", required=True, help="folder that `write` made")
+    judge.add_argument("--predictions", required=True, help="JSON: {region: caption}")
+    judge.add_argument("--output", required=True, help="where the answers go (JSON)")
+    judge.set_defaults(run_action=run_judge)
+
+
+def run(args: argparse.Namespace) -> int:
+    return args.run_action(args)
+
+
+def run_write(args: argparse.Namespace) -> int:
+    if args.scenes < 1:
+        raise ValueError(f"expected scenes of 1 or more, got {args.scenes}")
+    write_scenes(args.output, range(args.start, args.start + args.scenes), split=args.split)
+    print(f"{args.output}: {args.scenes} scenes")
+    return 0
+
+
+def run_judge(args: argparse.Namespace) -> int:
+    benchmark = load_benchmark(args.benchmark)
+    truth = read_json(Path(args.benchmark) / TRUTH_FILE)
+    captions = read_captions(args.predictions, benchmark)
+    answers, accuracies = judge_scenes(benchmark, truth, captions)
+    write_json(args.output, answers)
+    record = {
+        "judge": "exact",
+        "prompt_version": JUDGE_VERSION,
+        "predictions": str(args.predictions),
+        "predictions_sha256": file_sha256(args.predictions),
+        "exact": accuracies,
+        "environment": run_environment(),
+    }
+    write_json(run_record_path(args.output), record)
+    print(
+        f"{args.output}: attributes {100 * accuracies['attribute_accuracy']:.2f} % right,"
+        f" captions {100 * accuracies['exact_caption_rate']:.2f} %,"
+        f" interference {100 * accuracies['interference_rate']:.2f} %"
+    )
+    return 0
