@@ -669,6 +669,5 @@ def _splice(embeds, places, tokens, name: str) -> torch.Tensor:
 
 
 PerceptionDLMForConditionalGeneration.register_for_auto_class("AutoModel")
-PerceptionDLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = ["PerceptionDLMForConditionalGeneration", "PerceptionDLMPreTrainedModel"]

@@ -21,6 +21,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
 from ..configuration_perceptiondlm import PerceptionDLMConfig
+from ..generation_diffusion import DiffusionOptions
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor, load_image, load_mask
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
@@ -205,6 +206,10 @@ class RegionCaptioner:
             source, trust_remote_code=False, **place
         )
         return cls(model.to(device or default_device()).eval(), processor, **options)
+
+    def check_options(self):
+        """Raises ValueError for decoding options that no picture could be decoded with."""
+        DiffusionOptions.build(self.model.config.generation_defaults, self.options)
 
     def __call__(
         self, image, masks: Sequence, *, instruction: str | None = None, callback=None, **options

@@ -6,6 +6,7 @@ import sys
 
 # name: (module with `configure(parser)` and `run(args) -> exit code`, one line of help)
 COMMANDS = {
+    "caption": ("perceptiondlm.apps.caption", "caption regions of pictures, or ask about pictures"),
     "train": ("perceptiondlm.training.cli", "train or fine-tune a checkpoint from a YAML recipe"),
     "evaluate": ("perceptiondlm.evaluation.cli", "predict, judge, score and report benchmarks"),
 }

@@ -4,6 +4,7 @@ Everything is Pillow's, its bundled font included (Latin letters; pass `font` fo
 Boxes are (x0, y0, x1, y1) in pixels of the drawing, half-open.
 """
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ PAPER, INK, FAINT = (255, 255, 255), (28, 28, 32), (126, 126, 134)
 BLANK = (214, 214, 220)  # a token that is still to come
 NO_TEXT = "(nothing)"
 
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MIN_SIDE, MAX_SIDE = 720, 1600  # of the picture's long side in the drawing
 SPIRAL = [(r, k * math.pi / 8) for r in range(1, 40) for k in range(16)]
 
@@ -44,7 +46,7 @@ class Style:
     @classmethod
     def fitting(cls, long_side: int, font: str | Path | None) -> "Style":
         """Legible beside a picture whose long side has so many pixels."""
-        size = max(16, round(long_side / 48))
+        size = max(18, round(long_side / 42))
         if font is None:
             return cls(ImageFont.load_default(size), size)
         return cls(ImageFont.truetype(str(font), size), size)
@@ -132,6 +134,15 @@ def answer_texts(questions: Sequence[str], answers: Sequence[str]) -> list[str]:
     return [f"{q} — {a or NO_TEXT}" for q, a in zip(questions, answers, strict=True)]
 
 
+def encode_picture(picture: Image.Image, suffix: str) -> bytes:
+    """The drawing as a file of the kind that `suffix` (".png", ...) names."""
+    if suffix.lower() not in SUFFIXES:
+        raise ValueError(f"expected a name ending in {', '.join(SUFFIXES)}, got {suffix!r}")
+    buffer = io.BytesIO()
+    picture.save(buffer, SUFFIXES[suffix.lower()], quality=92)
+    return buffer.getvalue()
+
+
 def scale_to(picture: Image.Image, regions: list[Image.Image], least: int, most: int):
     """Scales picture and masks alike until the long side is within bounds."""
     long_side = max(picture.size)
@@ -196,7 +207,7 @@ def _outline(marked: Image.Image, mask: Image.Image, colour, width: int):
     left, top, right, bottom = mask.getbbox()
     pad = 2 * width
     window = (left - pad, top - pad, right + pad, bottom + pad)
-    inside = mask.crop(window)
+    inside = mask.crop(window).filter(ImageFilter.GaussianBlur(0.8))  # soft, so not jagged
     eroded = inside.filter(ImageFilter.MinFilter(2 * width + 1))
     grown = inside.filter(ImageFilter.MaxFilter(2 * max(1, width // 2) + 1))
     marked.paste(PAPER, window, ImageChops.subtract(grown, inside))
@@ -209,14 +220,26 @@ def place_badges(
     """A badge's box for each region, none overlapping another while the picture has room, and the
     point of the region that it stands for."""
     placed: dict[int, Box] = {}
-    anchors = [_deepest_point(mask) for mask in masks]
     areas = [sum(mask.histogram()[1:]) for mask in masks]
-    for i in sorted(range(len(masks)), key=lambda i: areas[i]):  # small ones have less choice
+    small_first = sorted(range(len(masks)), key=lambda i: areas[i])  # they have less choice
+    anchors = _anchors(masks, small_first)
+    for i in small_first:
         width = badge_width(i + 1, style)
-        candidates = [_centred(p, width, style.badge, size) for p in _around(anchors[i], style)]
+        candidates = (_centred(p, width, style.badge, size) for p in _around(anchors[i], style))
         free = (c for c in candidates if not any(_overlap(c, other) for other in placed.values()))
-        placed[i] = next(free, candidates[0])
+        placed[i] = next(free, None) or _centred(anchors[i], width, style.badge, size)
     return [(placed[i], anchors[i]) for i in range(len(masks))]
+
+
+def _anchors(masks: list[Image.Image], small_first: list[int]) -> dict[int, tuple[int, int]]:
+    """A point for each region, where possible outside the smaller ones that lie above it."""
+    above = Image.new("L", masks[0].size)
+    anchors = {}
+    for i in small_first:
+        visible = ImageChops.subtract(masks[i], above)
+        anchors[i] = _deepest_point(visible if visible.getbbox() else masks[i])
+        above = ImageChops.lighter(above, masks[i])
+    return anchors
 
 
 def badge_width(number: int, style: Style) -> int:
@@ -296,8 +319,8 @@ def add_panel(
     left = picture.width if beside else 0
     top = 0 if beside else picture.height
     width = _panel_width(picture, steps, style, beside, numbered)
-    layouts = lay_out(steps, (left, top), width, style, columns_of(width, len(steps[0]), style, beside),
-                      numbered)
+    columns = columns_of(width, len(steps[0]), style, beside)
+    layouts = lay_out(steps, (left, top), width, style, columns, numbered)
     height = max(entry.box[3] for entry in layouts[0]) + style.margin
     size = (left + width, max(picture.height, height))
     frames = []
@@ -343,14 +366,13 @@ def lay_out(
         indent = badge_width(count, style) + style.gap
     column = (width - 2 * style.margin - (columns - 1) * 2 * style.margin) // columns
     wrapped = [[wrap(text, column - indent, style) for text in texts] for texts in steps]
+    lead = style.badge if numbered else style.line  # height of a first line
     heights = [
-        max(style.badge if numbered else 0, style.line * max(len(lines[i]) for lines in wrapped))
-        for i in range(count)
+        lead + style.line * (max(len(lines[i]) for lines in wrapped) - 1) for i in range(count)
     ]
     boxes = []
-    y = corner[1] + style.margin
-    for first, last in _columns(heights, columns, style.gap):
-        x = corner[0] + style.margin + len(_starts(boxes)) * (column + 2 * style.margin)
+    for k, (first, last) in enumerate(_columns(heights, columns, style.gap)):
+        x = corner[0] + style.margin + k * (column + 2 * style.margin)
         y = corner[1] + style.margin
         for i in range(first, last):
             boxes.append((x, y, x + column, y + heights[i]))
@@ -364,12 +386,9 @@ def lay_out(
     ]
 
 
-def _starts(boxes: list[Box]) -> set[int]:
-    return {box[0] for box in boxes}
-
-
 def _columns(heights: list[int], columns: int, gap: int) -> list[tuple[int, int]]:
-    """Splits entries, in order, into columns whose tallest is as short as a greedy fill makes it."""
+    """Splits entries, in order, into columns whose tallest is as short as can be."""
+
     def fill(limit: int) -> list[tuple[int, int]]:
         spans, first, height = [], 0, 0
         for i, own in enumerate(heights):
@@ -379,16 +398,14 @@ def _columns(heights: list[int], columns: int, gap: int) -> list[tuple[int, int]
             height += own + gap
         return [*spans, (first, len(heights))]
 
-    limits = sorted({sum(heights[i:j]) + (j - i) * gap
-                     for i in range(len(heights)) for j in range(i + 1, len(heights) + 1)})
-    low, high = 0, len(limits) - 1
+    low, high = max(heights), sum(heights) + gap * len(heights)
     while low < high:
         middle = (low + high) // 2
-        if len(fill(limits[middle])) <= columns:
+        if len(fill(middle)) <= columns:
             high = middle
         else:
             low = middle + 1
-    return fill(limits[low])
+    return fill(low)
 
 
 def wrap(text: str, width: int, style: Style) -> list[list[str]]:

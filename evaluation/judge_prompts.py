@@ -1,4 +1,9 @@
-"""What a judge is asked: one chat message a question, with or without pictures."""
+"""What a judge is asked: one chat message a question, with or without pictures.
+
+The questions, ParaDLC-Bench's recognition question among them, are the benchmarks'; the
+instructions around them and the recognition question without a picture are worded here. Figures
+that are to be compared with others need the same wording: `JudgePrompt.from_file` takes another.
+"""
 
 import hashlib
 import string

@@ -163,7 +163,7 @@ def test_troubles_on_the_way_change_no_score(folder, undisturbed):
         13: Reply({"choices": []}, cut=True),
     }
     with serving(lambda number, body: troubles.get(number) or letter_of(body)) as server:
-        assert main(command(folder, server.url)) == 0
+        assert main(command(folder, server.url, "--attempts", "5")) == 0
         assert (server.answered, len(server.requests)) == (CALLS + 1, CALLS + 4)
     assert scores_of(folder) == undisturbed
 

@@ -1,0 +1,82 @@
+"""The model and processor of a recipe: from a checkpoint, or from scratch."""
+
+import inspect
+import itertools
+import logging
+
+import torch
+from transformers import AutoTokenizer, set_seed
+
+from ..configuration_perceptiondlm import PerceptionDLMConfig
+from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+from ..processing_perceptiondlm import PerceptionDLMProcessor
+from .recipe import ModelRecipe, Recipe, SyntheticData
+from .scenes import iter_corpus
+from .tokenizer import special_token_ids, train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(recipe: Recipe):
+    """The model, in training precision, and its processor."""
+    seed = recipe.trainer.get("seed", 42)
+    if recipe.model.checkpoint is None:
+        model, processor = _from_scratch(recipe, seed)
+    else:
+        model, processor = _from_checkpoint(recipe.model)
+    if recipe.model.max_tiles is not None:
+        processor.image_processor.max_tiles = recipe.model.max_tiles
+    count = sum(parameter.numel() for parameter in model.parameters())
+    logger.info("model with %.2f M parameters, %d tokens", count / 1e6, len(processor.tokenizer))
+    return model, processor
+
+
+def _from_checkpoint(recipe: ModelRecipe):
+    place = {} if recipe.subfolder is None else {"subfolder": recipe.subfolder}
+    config = PerceptionDLMConfig.from_pretrained(recipe.checkpoint, **place, **recipe.config)
+    model = PerceptionDLMForConditionalGeneration.from_pretrained(
+        recipe.checkpoint,
+        config=config,
+        dtype=getattr(torch, recipe.dtype),
+        attn_implementation=recipe.attn_implementation,
+        **place,
+    )
+    return model, PerceptionDLMProcessor.from_pretrained(recipe.checkpoint, **place)
+
+
+def _from_scratch(recipe: Recipe, seed: int):
+    tokenizer = _tokenizer(recipe.model)
+    config = fresh_config(recipe.model.config, tokenizer, recipe.data)
+    processor = PerceptionDLMProcessor.from_config(config, tokenizer)
+    set_seed(seed)
+    if recipe.model.attn_implementation is not None:
+        config._attn_implementation = recipe.model.attn_implementation
+    model = PerceptionDLMForConditionalGeneration(config)
+    return model.to(getattr(torch, recipe.model.dtype)), processor
+
+
+def fresh_config(fields: dict, tokenizer, data) -> PerceptionDLMConfig:
+    """A config for a tokenizer: its size and ids, and the data's slots as decoding lengths."""
+    text = {"vocab_size": len(tokenizer), **fields.get("text_config", {})}
+    defaults = {}
+    if isinstance(data, SyntheticData):
+        lengths = ("caption_length", "max_new_tokens")
+        defaults = {name: getattr(data, name) for name in lengths}
+    return PerceptionDLMConfig(
+        **{
+            **special_token_ids(tokenizer),
+            **fields,
+            "text_config": text,
+            "generation_defaults": {**defaults, **fields.get("generation_defaults", {})},
+        }
+    )
+
+
+def _tokenizer(recipe: ModelRecipe):
+    if recipe.tokenizer is not None:
+        return AutoTokenizer.from_pretrained(recipe.tokenizer)
+    defaults = inspect.signature(PerceptionDLMProcessor).parameters
+    prompts = [defaults[name].default for name in ("system_prompt", "region_instruction")]
+    frame = [*prompts, "system\n", "user\n", "assistant\n"] * (recipe.tokenizer_scenes // 10 + 1)
+    corpus = itertools.chain(frame, iter_corpus(recipe.tokenizer_scenes))
+    return train_tokenizer(corpus, recipe.vocab_size)

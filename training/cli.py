@@ -1,0 +1,28 @@
+"""`perceptiondlm train RECIPE.yaml [section.key=value ...]`."""
+
+import argparse
+import logging
+import sys
+
+
+def configure(parser: argparse.ArgumentParser):
+    """Adds the recipe, its overrides and resuming."""
+    parser.add_argument("recipe", help="YAML recipe; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
+                        help="options that replace the recipe's, values in YAML")
+    parser.add_argument("--resume", nargs="?", const=True, default=None, metavar="CHECKPOINT",
+                        help="go on from a checkpoint (default: the last one of the output folder)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; a user's mistake is one line on stderr and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    from .recipe import load_recipe
+    from .run import train
+
+    try:
+        train(load_recipe(args.recipe, args.overrides), resume=args.resume)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"perceptiondlm train: {error}", file=sys.stderr)
+        return 2
+    return 0

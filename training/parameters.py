@@ -1,0 +1,53 @@
+"""Which parameters learn, and at which rate."""
+
+import torch
+from torch import nn
+
+from .recipe import ParametersRecipe
+
+
+def belongs(name: str, module: str) -> bool:
+    """Whether a parameter's dotted name lies in a module's, wherever an adapter has put it."""
+    return f".{module}." in f".{name}."
+
+
+def choose_trainable(model: nn.Module, recipe: ParametersRecipe):
+    """Sets `requires_grad` of each parameter that the recipe freezes; zeroes what it zeroes.
+
+    Raises ValueError for a module that the model has not, or when nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for module in [*recipe.trainable, *recipe.frozen, *recipe.zeroed, *recipe.learning_rates]:
+        if not any(belongs(name, module) for name in names):
+            top = sorted({name.split(".")[0] for name in names})
+            raise ValueError(f"expected modules of the model ({', '.join(top)}, or dotted names"
+                             f" in them), got {module!r}")
+    stopped = [*recipe.frozen, *recipe.zeroed]
+    for name, parameter in model.named_parameters():
+        chosen = not recipe.trainable or any(belongs(name, m) for m in recipe.trainable)
+        if not chosen or any(belongs(name, m) for m in stopped):
+            parameter.requires_grad_(False)
+        if any(belongs(name, m) for m in recipe.zeroed):
+            with torch.no_grad():
+                parameter.zero_()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("expected some parameters to train, got all of them frozen")
+
+
+def parameter_groups(
+    model: nn.Module, decayed: set[str], learning_rates: dict[str, float], weight_decay: float
+) -> list[dict]:
+    """Optimizer groups by module learning rate (the longest name that matches) and decay."""
+    modules = sorted(learning_rates, key=len, reverse=True)
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        module = next((m for m in modules if belongs(name, m)), None)
+        key = (module, name in decayed)
+        if key not in groups:
+            groups[key] = {"params": [], "weight_decay": weight_decay if key[1] else 0.0}
+            if module is not None:
+                groups[key]["lr"] = learning_rates[module]
+        groups[key]["params"].append(parameter)
+    return list(groups.values())

@@ -1,0 +1,398 @@
+"""Recipes: a YAML file and `key=value` overrides to typed options; an unknown key raises."""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from ..configuration_perceptiondlm import PerceptionDLMConfig
+from ..modeling_perceptiondlm import LOSS_WEIGHTINGS
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """What is trained.
+
+    Attributes:
+        checkpoint: folder or Hub id to start from; None: from scratch, by `config`.
+        subfolder: of the checkpoint.
+        config: fields of `PerceptionDLMConfig`; over those of the checkpoint where there is one.
+        tokenizer: folder of the tokenizer of a model from scratch; None: one is trained.
+        vocab_size: most tokens of a trained tokenizer, special tokens included.
+        tokenizer_scenes: synthetic scenes whose text it is trained on.
+        max_tiles: most tiles of a picture, its thumbnail not counted (None: the processor's).
+        dtype: of the parameters, "float32" or "bfloat16".
+        attn_implementation: as in transformers.
+    """
+
+    checkpoint: str | None = None
+    subfolder: str | None = None
+    config: dict = field(default_factory=dict)
+    tokenizer: str | None = None
+    vocab_size: int = 512
+    tokenizer_scenes: int = 2000
+    max_tiles: int | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+
+    def __post_init__(self):
+        _expect_known("model.config", self.config, _field_names(PerceptionDLMConfig))
+        _expect_one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class SyntheticData:
+    """Synthetic scenes, each its region captions or one of its questions.
+
+    Attributes:
+        scenes: scenes of an epoch, from `first_seed` on.
+        fresh: other scenes every epoch, else the same.
+        cache: render the scenes once, before training, and keep them in memory.
+        cache_workers: processes that render them.
+        region_share: share of the samples that caption regions; the others answer a question.
+        regions_per_sample: most regions of a sample, drawn at random (None: as many as there are
+            region prompts).
+        caption_length, max_new_tokens: slots that captions and answers are padded to.
+        eval_scenes: held-out scenes of an evaluation, from `eval_first_seed` on.
+    """
+
+    scenes: int = 20000
+    first_seed: int = 0
+    fresh: bool = False
+    cache: bool = False
+    cache_workers: int = 2
+    region_share: float = 0.7
+    regions_per_sample: int | None = None
+    caption_length: int = 14
+    max_new_tokens: int = 8
+    eval_scenes: int = 0
+    eval_first_seed: int = 0
+
+    def __post_init__(self):
+        _expect_positive("data.scenes", self.scenes)
+        _expect_share("data.region_share", self.region_share)
+        if self.fresh and self.cache:
+            raise ValueError("expected data.cache only without data.fresh, got both")
+
+
+@dataclass(frozen=True)
+class RegionData:
+    """Region captions: pictures with masks and a caption for each.
+
+    Attributes:
+        files: JSON, JSONL, Parquet or Arrow files in ParaCaption form (`image`, `mask_rles`,
+            `captions`), or COCO-style JSON (`images`, `annotations` with `segmentation` and
+            `caption`).
+        image_root: folder that the records' image paths start from.
+        caption_length: slot that captions are padded to with end-of-turn; None: not padded.
+        regions_per_sample: most regions of a sample (None: as many as there are region prompts).
+        max_text_tokens: a longer caption makes its record a broken one.
+        max_broken_share: share of broken records beyond which the run stops.
+        streaming: read records while training instead of before.
+        shuffle_buffer: records among which a streaming run draws.
+        eval_files: the same for evaluation.
+    """
+
+    files: list[str] = field(default_factory=list)
+    image_root: str | None = None
+    caption_length: int | None = None
+    regions_per_sample: int | None = None
+    max_text_tokens: int = 512
+    max_broken_share: float = 0.01
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    eval_files: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        _check_files(self)
+
+
+@dataclass(frozen=True)
+class ConversationData:
+    """Conversations about pictures in LLaVA's form; every assistant turn is a target.
+
+    Attributes:
+        files: JSON, JSONL, Parquet or Arrow files with `conversations` (or `messages`) and
+            `image` (or `images`): paths, or the pictures' bytes.
+        image_root: folder that the records' image paths start from.
+        answer_length: slot that answers are padded to with end-of-turn; None: one end-of-turn.
+        max_text_tokens: a longer answer makes its record a broken one.
+        max_broken_share, streaming, shuffle_buffer, eval_files: as for regions.
+    """
+
+    files: list[str] = field(default_factory=list)
+    image_root: str | None = None
+    answer_length: int | None = None
+    max_text_tokens: int = 2048
+    max_broken_share: float = 0.01
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    eval_files: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        _check_files(self)
+
+
+DATA_KINDS = {
+    "synthetic": SyntheticData,
+    "regions": RegionData,
+    "conversations": ConversationData,
+}
+
+
+@dataclass(frozen=True)
+class MaskingRecipe:
+    """Which label positions of a sample are masked, and how its loss is weighted.
+
+    Attributes:
+        full_mask_share: share of the samples with everything masked (t = 1).
+        t_low, t_high: of the other samples, t is uniform between these.
+        complementary: every sample twice, the second time with the other positions masked (a
+            fully masked one with fresh draws).
+        loss_weighting: "inverse_rate" (as published, 1 / p) or "none".
+        eval_levels: values of t at which the evaluation loss is taken.
+    """
+
+    full_mask_share: float = 0.0
+    t_low: float = 0.0
+    t_high: float = 1.0
+    complementary: bool = False
+    loss_weighting: str = "inverse_rate"
+    eval_levels: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
+
+    def __post_init__(self):
+        _expect_share("masking.full_mask_share", self.full_mask_share)
+        if not 0 <= self.t_low <= self.t_high <= 1:
+            raise ValueError(
+                "expected 0 <= masking.t_low <= masking.t_high <= 1,"
+                f" got {self.t_low} and {self.t_high}"
+            )
+        _expect_one_of("masking.loss_weighting", self.loss_weighting, tuple(LOSS_WEIGHTINGS))
+        for level in self.eval_levels:
+            _expect_share("masking.eval_levels", level)
+
+
+@dataclass(frozen=True)
+class ParametersRecipe:
+    """Which parameters learn, and how fast.
+
+    Attributes:
+        trainable: modules that learn, by dotted name ("connector"); empty: all.
+        frozen: modules that do not, taken from those.
+        zeroed: modules whose parameters are zero and stay so, for ablations.
+        learning_rates: of some modules, instead of the trainer's.
+        permute_prompts: draw a region's prompt at random, as in the released training.
+    """
+
+    trainable: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
+    zeroed: list[str] = field(default_factory=list)
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    permute_prompts: bool = True
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """A LoRA adapter of the language model.
+
+    Attributes:
+        r, alpha, dropout: rank, scale and dropout.
+        target_modules: names or a pattern (None: the decoder's seven projections).
+        modules_to_save: modules trained whole and saved with the adapter (None: the connector and
+            the region prompts).
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything of one run.
+
+    Attributes:
+        trainer: fields of `transformers.TrainingArguments`.
+        save_code: copy the modules of the code beside the final weights.
+    """
+
+    model: ModelRecipe
+    data: SyntheticData | RegionData | ConversationData
+    masking: MaskingRecipe
+    parameters: ParametersRecipe
+    lora: LoraRecipe | None
+    trainer: dict
+    save_code: bool = True
+
+
+SECTIONS = {
+    "model": ModelRecipe,
+    "masking": MaskingRecipe,
+    "parameters": ParametersRecipe,
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a YAML recipe; each override is `section.key=value`, its value in YAML.
+
+    Raises FileNotFoundError for no such file, ValueError for an unknown key or a wrong value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a recipe file, got {str(path)!r}: no such file")
+    values = _parse(path.read_text(), str(path)) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"expected sections in {path}, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return build_recipe(values)
+
+
+def build_recipe(values: dict) -> Recipe:
+    """A recipe from nested plain values."""
+    known = {f.name for f in dataclasses.fields(Recipe)}
+    _expect_known("the recipe", values, known)
+    sections = {name: build(cls, values.get(name), name) for name, cls in SECTIONS.items()}
+    lora = None if values.get("lora") is None else build(LoraRecipe, values["lora"], "lora")
+    trainer = dict(values.get("trainer") or {})
+    return Recipe(
+        data=_build_data(values.get("data")),
+        lora=lora,
+        trainer=check_trainer(trainer),
+        save_code=values.get("save_code", True),
+        **sections,
+    )
+
+
+def _build_data(values: dict | None):
+    values = dict(values or {})
+    kind = values.pop("kind", None)
+    _expect_one_of("data.kind", kind, tuple(DATA_KINDS))
+    return build(DATA_KINDS[kind], values, "data")
+
+
+def check_trainer(values: dict) -> dict:
+    """The values of `TrainingArguments` fields, checked by name."""
+    from transformers import TrainingArguments
+
+    _expect_known("trainer", values, _field_names(TrainingArguments))
+    if "output_dir" not in values:
+        raise ValueError("expected trainer.output_dir, got none")
+    return values
+
+
+def build(cls, values: dict | None, where: str):
+    """An options dataclass from plain values, by name and type."""
+    values = values or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"expected options in section {where!r}, got {values!r}")
+    _expect_known(where, values, _field_names(cls))
+    hints = typing.get_type_hints(cls)
+    return cls(**{k: _coerce(v, hints[k], f"{where}.{k}") for k, v in values.items()})
+
+
+def _coerce(value, hint, name: str):
+    """The value as the type says: an int is a float too, nothing else changes."""
+    if isinstance(hint, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        for option in options:
+            if _fits(value, option):
+                return _coerce(value, option, name)
+        raise ValueError(f"expected {name} as {hint}, got {value!r}")
+    if not _fits(value, hint):
+        raise ValueError(f"expected {name} as {getattr(hint, '__name__', hint)}, got {value!r}")
+    if hint is float:
+        return float(value)
+    items = typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return [_coerce(v, items[0], f"{name}[{i}]") for i, v in enumerate(value)]
+    if typing.get_origin(hint) is dict:
+        return {k: _coerce(v, items[1], f"{name}.{k}") for k, v in value.items()}
+    return value
+
+
+def _fits(value, hint) -> bool:
+    base = typing.get_origin(hint) or hint
+    if base is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if base is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, base)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values, as everyone expects: 1e-3 is a number, `no` is a word."""
+
+
+_PLAIN_VALUES = {  # tag: what it looks like; asked in this order
+    "int": r"[-+]?\d+",
+    "float": r"[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?|[-+]?\.inf|\.nan",
+    "bool": r"true|false|True|False",
+    "null": r"null|~|",
+}
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern in _PLAIN_VALUES.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None
+    )
+
+
+def _parse(text: str, where: str):
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"expected YAML in {where}, got: {error}") from error
+
+
+def _override(values: dict, override: str):
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ValueError(f"expected an override section.key=value, got {override!r}")
+    *parents, last = name.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ValueError(f"expected {parent!r} of {name!r} to be a section, got {values!r}")
+    values[last] = _parse(text, override)
+
+
+def _field_names(cls) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls) if f.init}
+
+
+def _expect_known(where: str, values: dict, known: set[str]):
+    unknown = sorted(map(str, set(values) - known))
+    if unknown:
+        raise ValueError(f"expected keys of {where} among {sorted(known)}, got {unknown}")
+
+
+def _expect_one_of(name: str, value, allowed: tuple):
+    if value not in allowed:
+        raise ValueError(f"expected {name} to be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _expect_positive(name: str, value: int):
+    if value < 1:
+        raise ValueError(f"expected {name} of at least 1, got {value}")
+
+
+def _expect_share(name: str, value: float):
+    if not 0 <= value <= 1:
+        raise ValueError(f"expected {name} between 0 and 1, got {value}")
+
+
+def _check_files(data):
+    if not data.files:
+        raise ValueError("expected at least one file in data.files, got none")
+    _expect_share("data.max_broken_share", data.max_broken_share)

@@ -1,0 +1,68 @@
+"""One run: build, train, save a folder that `from_pretrained` loads."""
+
+import logging
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from .build import build_model
+from .parameters import choose_trainable
+from .recipe import Recipe, SyntheticData
+from .synthetic import SceneDataset
+from .trainer import DiffusionTrainer
+
+logger = logging.getLogger(__name__)
+
+# over transformers' defaults, under the recipe's own
+TRAINER_DEFAULTS = {
+    "remove_unused_columns": False,
+    "prediction_loss_only": True,
+    "train_sampling_strategy": "group_by_length",
+    "report_to": "none",
+    "dataloader_drop_last": True,
+    "label_names": ["labels"],
+}
+
+
+def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
+    """Runs a recipe and saves the result in its `output_dir`.
+
+    Args:
+        resume: a Trainer checkpoint to go on from, or True for the last one.
+    """
+    args = TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
+    trainer = build_trainer(recipe, args)
+    trainer.train(resume_from_checkpoint=resume)
+    save_final(trainer, recipe)
+    return trainer
+
+
+def build_trainer(recipe: Recipe, args: TrainingArguments) -> DiffusionTrainer:
+    """The model, data and trainer of a recipe."""
+    model, processor = build_model(recipe)
+    choose_trainable(model, recipe.parameters)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("%.2f M of the parameters learn", learning / 1e6)
+    datasets = build_datasets(recipe, processor, args.seed)
+    return DiffusionTrainer(model, args, recipe, processor, *datasets)
+
+
+def build_datasets(recipe: Recipe, processor, seed: int):
+    """Training and evaluation data of a recipe."""
+    options = {"seed": seed, "permute_prompts": recipe.parameters.permute_prompts}
+    if isinstance(recipe.data, SyntheticData):
+        train_set = SceneDataset(processor, recipe.data, **options)
+        eval_set = None
+        if recipe.data.eval_scenes:
+            eval_set = SceneDataset(processor, recipe.data, split="heldout", **options)
+        return train_set, eval_set
+    raise NotImplementedError(type(recipe.data).__name__)
+
+
+def save_final(trainer: DiffusionTrainer, recipe: Recipe):
+    """Weights, config, processor and tokenizer; the code beside them if the recipe says so."""
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    if trainer.args.should_save and not recipe.save_code:
+        for module in folder.glob("*.py"):
+            module.unlink()

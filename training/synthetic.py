@@ -1,0 +1,144 @@
+"""Training samples from synthetic scenes: region captions, or one question and its answer."""
+
+import multiprocessing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ..processing_perceptiondlm import PerceptionDLMProcessor
+from .recipe import SyntheticData
+from .samples import CONTENT_STREAM, Sample, choose_regions, draw_prompts, generator_of
+from .scenes import Question, render_scene
+
+
+@dataclass
+class EncodedScene:
+    """A scene as the image processor gives it, pixels as bytes, and its texts in area order."""
+
+    pixels: np.ndarray  # (T, 3, S, S) uint8
+    features: dict[str, np.ndarray]
+    captions: list[str]
+    questions: list[Question]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The image processor's tensors."""
+        values = torch.from_numpy(self.pixels).float().div_(127.5).sub_(1.0)
+        rest = {name: torch.from_numpy(value) for name, value in self.features.items()}
+        return {"pixel_values": values, **rest}
+
+
+def encode_scene(image_processor, seed: int, split: str) -> EncodedScene:
+    """Renders a scene and prepares its pixels and masks."""
+    scene = render_scene(seed, split)
+    most = max(image_processor.num_region_prompts, 1)
+    objects = scene.objects
+    passes = [objects[i : i + most] for i in range(0, len(objects), most)]
+    features = image_processor([scene.image] * 1, [[o.mask for o in passes[0]]])
+    order = features.pop("region_orders")[0]
+    pixels = features.pop("pixel_values").add(1.0).mul(127.5).round().byte().numpy()
+    captions = [passes[0][k].caption for k in order]
+    arrays = {name: value.numpy() for name, value in features.items()}
+    return EncodedScene(pixels, arrays, captions, scene.questions)
+
+
+class SceneDataset(Dataset):
+    """Samples of scenes; an index counts on over epochs (`epoch * len(self) + i`)."""
+
+    def __init__(
+        self,
+        processor: PerceptionDLMProcessor,
+        data: SyntheticData,
+        *,
+        seed: int = 0,
+        split: str = "train",
+        permute_prompts: bool = True,
+    ):
+        held_out = split == "heldout"
+        self.processor = processor
+        self.data = data
+        self.seed = seed
+        self.split = split
+        self.count = data.eval_scenes if held_out else data.scenes
+        self.first_seed = data.eval_first_seed if held_out else data.first_seed
+        self.permute_prompts = permute_prompts
+        self.cached: list[EncodedScene] | None = None
+        if data.cache:
+            self.cached = self._encode_all()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        epoch, i = divmod(index, self.count)
+        rng = generator_of(self.seed, CONTENT_STREAM, epoch, i)
+        about_regions = rng.random() < self.data.region_share
+        scene = self._scene(epoch, i)
+        sample = self._regions if about_regions else self._question
+        return sample(rng, scene, (epoch, i))
+
+    def length(self, index: int) -> int:
+        """Roughly how long a sample is, without making it."""
+        epoch, i = divmod(index, self.count)
+        rng = generator_of(self.seed, CONTENT_STREAM, epoch, i)
+        about_regions = rng.random() < self.data.region_share
+        picture, regions = 0, 4
+        if self.cached is not None:
+            scene = self.cached[i]
+            picture = len(scene.pixels) * self.processor.image_processor.cells_per_side**2
+            regions = min(len(scene.captions), self._most_regions)
+        branch = self.processor.roi_output_size**2 + 1 + self.data.caption_length
+        return picture + (regions * branch if about_regions else self.data.max_new_tokens)
+
+    @property
+    def _most_regions(self) -> int:
+        prompts = self.processor.image_processor.num_region_prompts
+        return min(self.data.regions_per_sample or prompts, prompts)
+
+    def _scene(self, epoch: int, i: int) -> EncodedScene:
+        if self.cached is not None:
+            return self.cached[i]
+        offset = epoch * self.count if self.data.fresh else 0
+        seed = self.first_seed + offset + i
+        return encode_scene(self.processor.image_processor, seed, self.split)
+
+    def _encode_all(self) -> list[EncodedScene]:
+        image_processor = self.processor.image_processor
+        jobs = [
+            (image_processor, self.first_seed + i, self.split) for i in range(self.count)
+        ]
+        with multiprocessing.get_context("fork").Pool(self.data.cache_workers) as pool:
+            encoded = pool.imap(_encode_job, jobs, chunksize=64)
+            return list(tqdm(encoded, total=len(jobs), desc="rendering scenes", mininterval=10))
+
+    def _regions(self, rng, scene: EncodedScene, key) -> Sample:
+        count = min(len(scene.captions), self._most_regions)
+        regions = sorted(rng.permutation(len(scene.captions))[:count].tolist())
+        total = self.processor.image_processor.num_region_prompts
+        prompts = draw_prompts(rng, count, total, self.permute_prompts)
+        features = choose_regions(scene.tensors(), regions, prompts)
+        texts = [scene.captions[k] for k in regions]
+        slots = self.processor.caption_slots(texts, count, self.data.caption_length)
+        return Sample(self.processor.region_sequence(features, 0, slots), features, key)
+
+    def _question(self, rng, scene: EncodedScene, key) -> Sample:
+        question = scene.questions[rng.integers(len(scene.questions))]
+        names = ("pixel_values", "image_grids", "image_sizes")
+        tensors = scene.tensors()
+        features = {name: tensors[name] for name in names}
+        content = [{"type": "image"}, {"type": "text", "text": question.question}]
+        message = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(message, add_generation_prompt=True)
+        length = self.data.max_new_tokens
+        answer = question.answer
+        sequence = self.processor.chat_sequence(
+            text, features, answer=answer, max_new_tokens=length
+        )
+        return Sample(sequence, features, key)
+
+
+def _encode_job(job) -> EncodedScene:
+    torch.set_num_threads(1)
+    return encode_scene(*job)

@@ -1,0 +1,100 @@
+"""transformers' Trainer with the diffusion loss, this package's sample order and its groups."""
+
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from .order import EpochSampler
+from .parameters import parameter_groups
+from .recipe import Recipe
+from .samples import DiffusionCollator
+
+GROUPED = "group_by_length"
+
+
+class EvaluationLevel(Dataset):
+    """A data set to be evaluated at one noise level; its own type tells the collator."""
+
+    def __init__(self, dataset: Dataset, level: float):
+        self.dataset = dataset
+        self.level = level
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        return self.dataset[index]
+
+
+def evaluation_sets(dataset: Dataset | None, levels: list[float]) -> dict | None:
+    """A data set at each noise level, named by t in per cent ("t25")."""
+    if dataset is None or not len(dataset):
+        return None
+    return {f"t{round(100 * level)}": EvaluationLevel(dataset, level) for level in levels}
+
+
+class DiffusionTrainer(Trainer):
+    """Trains a `PerceptionDLMForConditionalGeneration`, or an adapter of one.
+
+    Args:
+        recipe: masking and parameters; `args` are already made from its trainer section.
+        processor: saved beside every checkpoint.
+        train_dataset: gives `Sample`s by index, and their `length(index)`.
+        eval_dataset: the same, evaluated at the recipe's noise levels.
+    """
+
+    def __init__(self, model, args: TrainingArguments, recipe: Recipe, processor, train_dataset,
+                 eval_dataset=None, callbacks=None):
+        self.recipe = recipe
+        self.loss_weighting = recipe.masking.loss_weighting
+        self.processor = processor
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=DiffusionCollator(processor, recipe.masking, args.seed),
+            train_dataset=train_dataset,
+            eval_dataset=evaluation_sets(eval_dataset, recipe.masking.eval_levels),
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        grouped = args.train_sampling_strategy == GROUPED
+        return EpochSampler(train_dataset or self.train_dataset, args.seed, batch, grouped)
+
+    def _get_eval_sampler(self, eval_dataset):
+        return None  # in order
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Collates with the noise level of the set."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        training = self.data_collator
+        self.data_collator = DiffusionCollator(
+            self.processor, self.recipe.masking, self.args.seed, level=eval_dataset.level
+        )
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The recipe's weighting in training, the plain mean at a fixed noise level."""
+        weighting = self.loss_weighting if model.training else "none"
+        outputs = model(**inputs, loss_weighting=weighting)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def create_optimizer(self, model=None):
+        """As the Trainer's, with a group for each module that has its own learning rate."""
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(
+                model,
+                set(self.get_decay_parameter_names(model)),
+                self.recipe.parameters.learning_rates,
+                self.args.weight_decay,
+            )
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
