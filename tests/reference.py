@@ -471,11 +471,11 @@ def answer_question(
     return [ids[c] for c in columns]
 
 
-def diffusion_loss(logits_of, ids, labels, t: float, noise) -> float:
+def diffusion_loss(logits_of, ids, labels, t: float, noise, mask: int) -> float:
     """LLaDA's loss of one sample; `logits_of(ids)` gives (L, V)."""
     p = (1 - 1e-3) * t + 1e-3
     targets = [i for i, label in enumerate(labels) if label != -100]
     masked = [i for i in targets if noise[i] < p]
-    noisy = [None if i in masked else token for i, token in enumerate(ids)]
+    noisy = [mask if i in masked else token for i, token in enumerate(ids)]
     log_probabilities = logits_of(noisy).log_softmax(-1)
     return sum(-float(log_probabilities[i, labels[i]]) / p / len(targets) for i in masked)

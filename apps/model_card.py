@@ -1,0 +1,252 @@
+"""The README of a published checkpoint, generated from the folder that is published."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import tqdm
+
+GENERATED = "<!-- This card is generated: remove this line to keep your own changes. -->"
+TAGS = ("perceptiondlm", "diffusion", "masked-diffusion", "llada", "siglip", "custom_code")
+METRICS = (  # (name in a report's summary, name on the card)
+    ("average", "Average"),
+    ("average_positive", "Positive questions"),
+    ("average_negative", "Negative questions"),
+)
+PAPER = "https://arxiv.org/abs/2606.19534"
+
+REGION_SNIPPET = '''\
+from PIL import Image, ImageDraw
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained({source}, trust_remote_code=True, dtype="auto")
+
+image = Image.new("RGB", (320, 240), "white")  # or Image.open("photo.jpg")
+draw = ImageDraw.Draw(image)
+draw.ellipse((30, 60, 130, 160), fill="red")
+draw.rectangle((190, 80, 290, 180), fill="blue")
+masks = [{{"box": [30, 60, 131, 161]}}, {{"box": [190, 80, 291, 181]}}]  # or PNG files, arrays, ...
+
+out = model.diffusion_generate(images=image, masks=masks)
+for number, caption in enumerate(out.texts[0], 1):
+    print(number, caption)'''
+
+QUESTION_SNIPPET = '''\
+from PIL import Image, ImageDraw
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained({source}, trust_remote_code=True, dtype="auto")
+
+image = Image.new("RGB", (320, 240), "white")  # or Image.open("photo.jpg")
+ImageDraw.Draw(image).ellipse((110, 70, 210, 170), fill="red")
+
+out = model.diffusion_generate(images=image, prompts="What is in the picture?", max_new_tokens=64)
+print(out.texts[0][0])'''
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a checkpoint comes from.
+
+    Attributes:
+        source: Hub id or name of what was converted or trained from.
+        revision: its commit on the Hub.
+        command: the command that made the folder.
+    """
+
+    source: str | None = None
+    revision: str | None = None
+    command: str | None = None
+
+    def to_dict(self) -> dict:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def model_card(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    provenance: Provenance | None = None,
+    report: Mapping | None = None,
+    base_model: str | Sequence[str] | None = None,
+    licence: str = "apache-2.0",
+) -> str:
+    """The card of the checkpoint in `folder`, as Markdown with a YAML header.
+
+    Args:
+        folder: holds `config.json` and the weights, whose checksums the card lists.
+        repo_id: where it is published, `revision` the branch when not the main one.
+        provenance: its origin; report: what `perceptiondlm evaluate report` (or `score`) wrote.
+        base_model: Hub id or ids of what it derives from (default: the provenance's source where
+            that is a Hub id).
+        licence: identifier of the weights' licence.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    provenance = provenance or Provenance()
+    if base_model is None and is_hub_id(provenance.source):
+        base_model = provenance.source
+    regions = bool(config["num_region_prompts"])
+    name = repo_id.split("/")[-1]
+    results = evaluation_results(report) if report else None
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=base_model if base_model is None or isinstance(base_model, str) else list(base_model),
+        license=licence,
+        language="en",
+        tags=[*TAGS, "region-captioning"] if regions else list(TAGS),
+        model_name=name if results else None,
+        eval_results=results,
+    )
+    parts = [
+        f"---\n{header.to_yaml()}\n---",
+        GENERATED,
+        f"# {name}",
+        _what_it_is(config, regions),
+        _usage(repo_id, revision, regions),
+        _evaluation(report),
+        _provenance(folder, provenance),
+        _limits(config, regions),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name has the form owner/name."""
+    return name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _what_it_is(config: Mapping, regions: bool) -> str:
+    text, vision = config["text_config"], config["vision_config"]
+    does = (
+        "It describes several masked regions of a picture at once, in one denoising process, and"
+        " answers questions about whole pictures."
+        if regions
+        else "It answers questions about pictures."
+    )
+    rows = [
+        f"| language model | {text['num_hidden_layers']} bidirectional layers of width"
+        f" {text['hidden_size']} (LLaDA), vocabulary {text['vocab_size']} |",
+        f"| vision tower | {vision['num_hidden_layers']} layers of width {vision['hidden_size']}"
+        f" (SigLIP), tiles of {vision['image_size']} pixels |",
+    ]
+    if regions:
+        rows.append(
+            f"| regions | up to {config['num_region_prompts']} in one pass (more in several),"
+            f" attention layout `{config['region_layout']}` |"
+        )
+    return (
+        f"A multimodal masked-diffusion language model ([PerceptionDLM]({PAPER})). {does}"
+        " Text is not written left to right: all positions start masked and are filled over a few"
+        " denoising steps.\n\n| part | |\n|---|---|\n" + "\n".join(rows)
+    )
+
+
+def _usage(repo_id: str, revision: str | None, regions: bool) -> str:
+    source = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
+    snippet = (REGION_SNIPPET if regions else QUESTION_SNIPPET).format(source=source)
+    return (
+        "## Use\n\n```bash\npip install torch \"transformers>=5.17\" pillow\n```\n\n"
+        f"```python\n{snippet}\n```\n\n"
+        "The modelling code is in this repository, which is why `trust_remote_code=True` is needed;"
+        " pass `revision` with a commit to pin what is run. `AutoProcessor.from_pretrained` loads"
+        " the processor alone."
+    )
+
+
+def evaluation_results(report: Mapping) -> list[EvalResult]:
+    """A report's averages, and its tokens per forward where measured, for the Hub's model-index."""
+    if "summary" not in report:
+        raise ValueError(f"expected a report with a summary, got one with {sorted(report)[:8]}")
+    dataset, name = _dataset(report)
+    common = {
+        "task_type": "image-text-to-text",
+        "task_name": "Region captioning",
+        "dataset_type": dataset,
+        "dataset_name": name,
+    }
+    values = [
+        (key, title, round(100 * report["summary"][key], 2), "accuracy")
+        for key, title in METRICS
+        if key in report["summary"]
+    ]
+    throughput = (report.get("prediction_run") or {}).get("throughput") or {}
+    if "nominal_tpf" in throughput:
+        title = "Tokens per forward, padding counted"
+        values.append(("nominal_tpf", title, round(throughput["nominal_tpf"], 3), "tokens_per_forward"))
+    return [
+        EvalResult(**common, metric_type=kind, metric_name=title, metric_value=value)
+        for _, title, value, kind in values
+    ]
+
+
+def _dataset(report: Mapping) -> tuple[str, str]:
+    """Hub id, or a plain word, and name of the benchmark."""
+    scoring = report.get("scoring") or report.get("provenance") or {}
+    place = str(scoring.get("annotations") or "region-captioning").rstrip("/")
+    name = place.split("/")[-1]
+    return (place if is_hub_id(place) else name.lower()), name
+
+
+def _evaluation(report: Mapping | None) -> str:
+    if not report:
+        return ""
+    _, name = _dataset(report)
+    rows = "\n".join(f"| {r.metric_name} | {r.metric_value} |" for r in evaluation_results(report))
+    judge = (report.get("judge_run") or {}).get("judge")
+    model = judge.get("model") if isinstance(judge, Mapping) else judge
+    by = f" Judged by {model}." if model else ""
+    return f"## Evaluation\n\n{name}, questions in per cent.{by}\n\n| | |\n|---|---|\n{rows}"
+
+
+def _provenance(folder: Path, provenance: Provenance) -> str:
+    lines = []
+    if provenance.source:
+        revision = f" at revision `{provenance.revision}`" if provenance.revision else ""
+        lines.append(f"Made from `{provenance.source}`{revision}.")
+    if provenance.command:
+        lines.append(f"```bash\n{provenance.command}\n```")
+    rows = [f"| `{name}` | `{digest}` |" for name, digest in checksums(folder).items()]
+    lines.append("| weights | SHA-256 |\n|---|---|\n" + "\n".join(rows))
+    return "## Provenance\n\n" + "\n\n".join(lines)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each weight file."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {f.name: _sha256(f) for f in tqdm(files, desc="Checksums", disable=len(files) < 2)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _limits(config: Mapping, regions: bool) -> str:
+    limits = [
+        "Captions and answers can be wrong, and say so with the same confidence as when right; do"
+        " not use them where a mistake harms somebody.",
+        "It has the biases of the pictures and texts that it and its parts were trained on.",
+        "A caption has a fixed number of positions (`caption_length`, 32 by default): what does not"
+        " fit is not said.",
+    ]
+    if regions:
+        limits.append(
+            "It describes regions that it is given and finds none by itself; a careless mask gives"
+            " a careless caption."
+        )
+    if regions and config["region_layout"] == "released":
+        limits.append(
+            "In this attention layout a caption may depend on the regions that are captioned beside"
+            " it, and the prompt is computed anew at every step."
+        )
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in limits)

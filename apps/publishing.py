@@ -1,0 +1,207 @@
+"""Publishing a checkpoint folder on the Hub: complete, with a card, in one commit.
+
+All large files are uploaded before the one commit that refers to them, so a failure at any point
+leaves the branch as it was, and trying again sends only what is not there yet.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .model_card import GENERATED, Provenance, is_hub_id, model_card
+
+CLASSES = ("AutoConfig", "AutoModel", "AutoProcessor")
+PROVENANCE = "provenance.json"
+KEPT_AWAY = ["__pycache__/*", "*.pyc", ".*", "*/.*", "*.tmp", "optimizer*", "*.pt", "*.pth"]
+STALE = ["*.safetensors", "*.safetensors.index.json"]  # of an earlier upload with other shards
+MAIN = "main"
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    report: Mapping | None = None,
+    base_model: str | Sequence[str] | None = None,
+    licence: str = "apache-2.0",
+    message: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """Publishes a checkpoint folder as `repo_id`, making the repository and branch if need be.
+
+    A model card is written into the folder first, unless somebody's own is there.
+
+    Args:
+        folder: what `convert_checkpoint.py` or training made.
+        repo_id: owner/name.
+        private: of a new repository (None: the owner's default).
+        revision: branch to publish on (default: main).
+        report: the evaluation report for the card; base_model, licence: see `model_card`.
+        message: of the commit.
+        token: of the Hub (default: the one of `hf auth login`, or HF_TOKEN).
+
+    Raises ValueError for a folder that would not load by itself, and huggingface_hub's errors
+    where the Hub refuses.
+    """
+    folder = Path(folder)
+    if not is_hub_id(repo_id):
+        raise ValueError(f"expected a repository as owner/name, got {repo_id!r}")
+    check_complete(folder)
+    branch = revision or MAIN
+    write_card(
+        folder, repo_id, revision=None if branch == MAIN else branch, report=report,
+        base_model=base_model, licence=licence,
+    )
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if branch != MAIN:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=branch,
+        commit_message=message or f"Upload {repo_id.split('/')[-1]}",
+        ignore_patterns=KEPT_AWAY,
+        delete_patterns=STALE,
+    )
+
+
+def check_complete(folder: Path):
+    """Raises ValueError unless the folder loads by itself: code, weights, processor, licence."""
+    missing = missing_files(folder)
+    if missing:
+        raise ValueError(
+            f"expected a complete checkpoint in {folder}, found no {', '.join(missing)}: make one"
+            " with convert_checkpoint.py"
+        )
+    if (folder / "LICENSE").stat().st_size == 0:
+        raise ValueError(f"expected a licence text in {folder / 'LICENSE'}, found it empty")
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Names of what a self-contained checkpoint lacks."""
+    settings = _read(folder / "config.json") | _read(folder / "processor_config.json")
+    auto_map = {
+        **_read(folder / "processor_config.json").get("auto_map", {}),
+        **_read(folder / "config.json").get("auto_map", {}),
+    }
+    needed = ["config.json", "processor_config.json", "tokenizer.json", "LICENSE"]
+    needed += [f"auto_map entry for {name}" for name in CLASSES if settings and name not in auto_map]
+    modules = {f"{reference.split('.')[0]}.py" for reference in auto_map.values()}
+    for module in sorted(modules):
+        if (folder / module).is_file():
+            modules |= {Path(f).name for f in get_relative_import_files(folder / module)}
+    needed += sorted(modules)
+    index = _read(folder / "model.safetensors.index.json")
+    needed += sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
+    return [name for name in needed if not (folder / name).is_file()]
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_card(folder: Path, repo_id: str, **options):
+    """Writes README.md, unless there is one that was not generated."""
+    path = folder / "README.md"
+    if path.exists() and GENERATED not in path.read_text(encoding="utf-8"):
+        return
+    provenance = Provenance(**_read(folder / PROVENANCE))
+    path.write_text(
+        model_card(folder, repo_id, provenance=provenance, **options), encoding="utf-8"
+    )
+
+
+def write_provenance(folder: str | Path, source: str | Path, source_folder: Path, argv: Sequence[str]):
+    """Records beside the weights what a checkpoint was made from, and how.
+
+    Args:
+        folder: the checkpoint.
+        source: Hub id or folder, as the user named it; of a folder only its name is recorded.
+        source_folder: where its files lie; for a Hub id, the snapshot in the Hub's cache.
+        argv: the command and its arguments.
+    """
+    is_snapshot = source_folder.resolve().parent.name == "snapshots"
+    is_local = Path(source).exists()
+    provenance = Provenance(
+        source=Path(source).resolve().name if is_local else str(source),
+        revision=source_folder.resolve().name if is_snapshot else None,
+        command=shlex.join(_without_folders(argument) for argument in argv),
+    )
+    content = json.dumps(provenance.to_dict(), indent=1) + "\n"
+    (Path(folder) / PROVENANCE).write_text(content, encoding="utf-8")
+
+
+def _without_folders(argument: str) -> str:
+    """A path's last part: where things lay on somebody's disk is nobody's business."""
+    if is_hub_id(argument) and not Path(argument).exists():
+        return argument
+    return Path(argument).name if "/" in argument or "\\" in argument else argument
+
+
+# The command.
+
+
+def add_push_options(parser: argparse.ArgumentParser):
+    """Options of publishing beside the repository's name."""
+    parser.add_argument("--private", action="store_true", default=None, help="make it private")
+    parser.add_argument("--revision", help="branch to publish on (default: main)")
+    parser.add_argument(
+        "--report", type=Path, help="report.json of `perceptiondlm evaluate report`, for the card"
+    )
+    parser.add_argument("--base-model", action="append", help="Hub id it derives from; repeatable")
+    parser.add_argument("--licence", default="apache-2.0", help="default: %(default)s")
+
+
+def configure(parser: argparse.ArgumentParser):
+    """Adds the arguments to the `publish` parser."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Publishes a converted or trained checkpoint on the Hub, with a generated model card, in"
+        "\none commit. Log in first with `hf auth login`, or set HF_TOKEN. If it fails, run it"
+        "\nagain: what is uploaded already is not sent twice."
+    )
+    parser.epilog = "exit codes: 0 published, 1 the Hub refused or was out of reach, 2 usage"
+    parser.add_argument("folder", type=Path, help="checkpoint folder")
+    parser.add_argument("repo_id", metavar="owner/name", help="repository on the Hub")
+    add_push_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Publishes; prints the commit's address."""
+    return push_from(args, args.folder, args.repo_id)
+
+
+def push_from(args: argparse.Namespace, folder: Path, repo_id: str) -> int:
+    """Publishes as the options of `add_push_options` say; returns an exit code."""
+    try:
+        report = None if args.report is None else json.loads(args.report.read_text("utf-8"))
+        commit = push_folder(
+            folder, repo_id, private=args.private, revision=args.revision, report=report,
+            base_model=args.base_model, licence=args.licence,
+        )
+    except HfHubHTTPError as error:  # an OSError too, but not the user's mistake
+        return _fail(1, error, folder, repo_id)
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(2, error)
+    except (OSError, RuntimeError) as error:
+        return _fail(1, error, folder, repo_id)
+    print(commit.commit_url)
+    return 0
+
+
+def _fail(code: int, error: Exception, folder: Path | None = None, repo_id: str = "") -> int:
+    cause = f" ({error.__cause__})" if error.__cause__ else ""
+    print(f"error: {error}{cause}", file=sys.stderr)
+    if folder is not None:
+        print(f"to go on: perceptiondlm publish {folder} {repo_id}", file=sys.stderr)
+    return code

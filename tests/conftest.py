@@ -1,0 +1,172 @@
+"""Checkpoints, tiny models and pictures that the tests share."""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+# Before transformers is imported: no network, and remote code apart from the user's own cache.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="perceptiondlm-modules-")
+
+import numpy as np
+import pytest
+import torch
+from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
+from perceptiondlm.convert_checkpoint import convert
+from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+VECTORS = Path(__file__).parent / "fixtures" / "vectors"
+TEXT = {
+    "vocab_size": 468,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 4096,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 4,
+    "vision_use_head": False,
+}
+
+
+@pytest.fixture(scope="session")
+def vectors() -> Path:
+    """The recorded checkpoints and what the released code computed from them."""
+    return VECTORS
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """Folder of a recorded checkpoint, by its name, in this package's layout."""
+    root = tmp_path_factory.mktemp("converted")
+
+    @functools.cache
+    def convert_once(name: str) -> Path:
+        vision = VECTORS / name / "vision" / "config.json"
+        return convert(
+            VECTORS / name,
+            root / name.replace("/", "-"),
+            vision_source=vision if vision.exists() else None,
+        )
+
+    return convert_once
+
+
+@pytest.fixture(scope="session")
+def load(converted):
+    """Model and processor of a recorded checkpoint, by its name."""
+
+    @functools.cache
+    def load_once(name: str):
+        folder = converted(name)
+        model = PerceptionDLMForConditionalGeneration.from_pretrained(folder).eval()
+        return model, PerceptionDLMProcessor.from_pretrained(folder)
+
+    return load_once
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(VECTORS / "released-region")
+
+
+@pytest.fixture(scope="session")
+def make_config(tokenizer):
+    """A tiny configuration for `tokenizer`; keywords change it, `text` and `vision` their parts."""
+    ids = tokenizer.convert_tokens_to_ids
+
+    def make(*, text=None, vision=None, **changes) -> PerceptionDLMConfig:
+        options = {
+            "mask_token_id": ids("<|mdm_mask|>"),
+            "eot_token_id": ids("<|eot_id|>"),
+            "start_header_token_id": ids("<|start_header_id|>"),
+            "end_header_token_id": ids("<|end_header_id|>"),
+            "bos_token_id": ids("<|startoftext|>"),
+            "eos_token_id": ids("<|endoftext|>"),
+            "pad_token_id": tokenizer.pad_token_id,
+            "image_token_id": ids("<IMG_CONTEXT>"),
+            "image_start_token_id": ids("<img>"),
+            "image_end_token_id": ids("</img>"),
+            "roi_token_ids": ids([f"<|reserved_token_{i}|>" for i in range(16)]),
+            "caption_token_ids": ids([f"<|Mask_Cap_{i}|>" for i in range(16)]),
+        }
+        return PerceptionDLMConfig(
+            text_config=TEXT | (text or {}), vision_config=VISION | (vision or {}),
+            **(options | changes),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make(make_config, tokenizer):
+    """A tiny model with loud random weights and its processor; the same pair for the same call.
+
+    Loud: every norm, bias and embedding matters, and predictions differ from place to place.
+    """
+    pairs = {}
+
+    def make_once(seed: int = 0, **changes):
+        key = repr((seed, sorted(changes.items())))
+        if key not in pairs:
+            config = make_config(**changes)
+            model = PerceptionDLMForConditionalGeneration(config).eval()
+            randomise(model, seed)
+            pairs[key] = model, PerceptionDLMProcessor.from_config(config, tokenizer)
+        return pairs[key]
+
+    return make_once
+
+
+def randomise(model: torch.nn.Module, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in sorted(model.named_parameters()):
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim == 1 and name.endswith("weight"):  # a norm
+            weight.data = 1 + 0.2 * noise
+        elif "embed" in name or "prompts" in name or weight.ndim == 1:
+            weight.data = 0.7 * noise
+        else:
+            weight.data = noise * 1.5 / weight[0].numel() ** 0.5
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """A smooth, asymmetric picture of a size (width, height); another for another seed."""
+
+    def draw(width: int, height: int, seed: int = 0) -> Image.Image:
+        noise = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+        return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def blobs():
+    """Irregular masks, uint8 arrays, that may overlap, of distinct areas."""
+
+    def draw(width: int, height: int, count: int, seed: int = 0, soft: bool = False) -> list:
+        rng = np.random.default_rng(seed)
+        masks, areas = [], set()
+        while len(masks) < count:
+            noise = rng.integers(0, 256, (4, 4), dtype=np.uint8)
+            smooth = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+            values = np.asarray(smooth).astype(int) - int(rng.integers(110, 190))
+            mask = np.where(values > 0, np.clip(values * 3, 1, 255) if soft else 255, 0)
+            area = int((mask != 0).sum())
+            if area and area not in areas:
+                areas.add(area)
+                masks.append(mask.astype(np.uint8))
+        return masks
+
+    return draw
