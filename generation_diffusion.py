@@ -1,10 +1,4 @@
-"""Generation: options, passes, what is computed once and what at each step, results.
-
-The prompt of a pass stands before its answer, in the same columns for a whole batch. Where the
-answer cannot influence the prompt (the independent layout), the prompt's keys and values are
-computed once and the cache is exact; elsewhere every step computes the whole sequence, unless a
-`prompt_cache` is asked for.
-"""
+"""Generation: options, passes, batches and results of `diffusion_generate`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .configuration_perceptiondlm import ROLE_CAPTION
+from .answer_network import AnswerNetwork, answer_slots, prompt_length, rows_of, scatter_valid
 from .denoising_diffusion import (
     Adaptive,
     BlockCommit,
@@ -192,134 +186,6 @@ class Pass:
     masks: list[int]
 
 
-class KeyValueBuffer:
-    """Keys and values of a whole sequence, written in place from a given column on."""
-
-    def __init__(self, length: int):
-        self.length = length
-        self.start = 0
-        self.stop = length
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def window(self, start: int, stop: int) -> "KeyValueBuffer":
-        """Next writes go to columns from `start`; columns before `stop` are attended to."""
-        self.start, self.stop = start, stop
-        return self
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int):
-        """Writes (B, heads, n, head_dim); returns what may be attended to."""
-        if layer not in self.layers:
-            B, heads, _, width = key.shape
-            self.layers[layer] = tuple(key.new_zeros(B, heads, self.length, width) for _ in "kv")
-        keys, values = self.layers[layer]
-        end = self.start + key.shape[2]
-        keys[:, :, self.start : end] = key
-        values[:, :, self.start : end] = value
-        return keys[:, :, : self.stop], values[:, :, : self.stop]
-
-
-class AnswerNetwork:
-    """Logits of the answer positions of one batch, computing as little as its structure allows.
-
-    Args:
-        model: the model; `inputs`: the processor's tensors for it.
-        prompt_cache: see `DiffusionOptions`; `cfg_scale`: guidance, 0 for none.
-    """
-
-    def __init__(self, model, inputs: dict, prompt_cache: int | None, cfg_scale: float, compiled):
-        self.model = model
-        self.text = model.language_model
-        self.cfg_scale = cfg_scale
-        roles = inputs["role_ids"]
-        self.prompt_length = int((roles != ROLE_CAPTION).all(0).sum())
-        self.answer_ids = inputs["input_ids"][:, self.prompt_length :].clone()  # (B, A)
-        prompt = self._prompt_embeds(inputs)
-        columns = {k: inputs[k] for k in ("position_ids", "region_ids", "role_ids", "attention_mask")}
-        if cfg_scale:
-            prompt = torch.cat([prompt, self._masked_prompt(prompt)])
-            columns = {k: torch.cat([v, v]) for k, v in columns.items()}
-        self.positions = columns["position_ids"]
-        length = self.positions.shape[1]
-        exact_cache = model.config.region_layout == "independent"
-        self.refresh_interval = 0 if exact_cache else 1 if prompt_cache is None else prompt_cache
-        self._build_masks(columns, prompt.dtype, exact_cache)
-        self.cache = None if self.refresh_interval == 1 else KeyValueBuffer(length)
-        if exact_cache:
-            self.prompt = None
-            self._prefill(prompt)
-        else:
-            self.prompt = prompt
-        self.step = torch.compile(self._step, dynamic=False) if compiled else self._step
-
-    def _prompt_embeds(self, inputs: dict) -> torch.Tensor:
-        names = ("pixel_values", "image_grids", "image_sizes", "region_patches", "boxes", "box_images")
-        features = {k: inputs[k] for k in names if k in inputs}
-        embeds = self.model.embed_inputs(inputs["input_ids"], inputs["role_ids"], **features)
-        return embeds[:, : self.prompt_length]
-
-    def _masked_prompt(self, prompt: torch.Tensor) -> torch.Tensor:
-        weight = self.text.get_input_embeddings().weight
-        return weight[self.model.config.mask_token_id].to(prompt).expand_as(prompt)
-
-    def _build_masks(self, columns: dict, dtype, exact_cache: bool):
-        """Attention arguments of the prompt alone, of the answer, and of the whole sequence."""
-        config, start = self.model.config, self.prompt_length
-        implementation = self.text.config._attn_implementation
-        structure = (columns["region_ids"], columns["role_ids"], columns["attention_mask"])
-
-        def argument(queries: slice, keys: int | None):
-            allowed = self.model.allowed_attention(config.region_layout, *structure, queries)
-            return self.model.attention_argument(allowed[:, :, :keys], implementation, dtype)
-
-        self.answer_mask = argument(slice(start, None), None)
-        self.prompt_mask = argument(slice(0, start), start) if exact_cache else None
-        self.full_mask = None if exact_cache else argument(slice(None), None)
-
-    def _prefill(self, prompt: torch.Tensor):
-        start = self.prompt_length
-        cache = self.cache.window(0, start)
-        self.text.model(prompt, self.positions[:, :start], self.prompt_mask, cache, first_query=start)
-
-    def __call__(self, answer_ids: torch.Tensor, step: int, columns: torch.Tensor) -> torch.Tensor:
-        """Logits (B, N, V) at `columns` int64 (B, N) of the answer, given its ids (B, A)."""
-        return self.step(answer_ids, columns, self._recomputes(step))
-
-    def _recomputes(self, step: int) -> bool:
-        if self.prompt is None:
-            return False
-        interval = self.refresh_interval
-        return step == 0 or (interval > 0 and step % interval == 0)
-
-    def _step(self, answer_ids, columns, recompute: bool) -> torch.Tensor:
-        answer = self.text.get_input_embeddings()(answer_ids)
-        if self.cfg_scale:
-            answer, columns = torch.cat([answer, answer]), torch.cat([columns, columns])
-        hidden = self._whole(answer) if recompute else self._answer_only(answer)
-        index = columns[..., None].expand(-1, -1, hidden.shape[-1])
-        logits = self.text.lm_head(hidden.gather(1, index))  # (B, N, V)
-        if self.cfg_scale:
-            conditional, unconditional = logits.chunk(2)
-            return unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
-        return logits
-
-    def _whole(self, answer: torch.Tensor) -> torch.Tensor:
-        sequence = torch.cat([self.prompt, answer], dim=1)
-        cache = self.cache and self.cache.window(0, sequence.shape[1])
-        return self.text.model(
-            sequence,
-            self.positions,
-            self.full_mask,
-            cache,
-            first_query=self.prompt_length,
-            last_attention_mask=self.answer_mask,
-        )
-
-    def _answer_only(self, answer: torch.Tensor) -> torch.Tensor:
-        start = self.prompt_length
-        cache = self.cache.window(start, start + answer.shape[1])
-        return self.text.model(answer, self.positions[:, start:], self.answer_mask, cache)
-
-
 class DiffusionGenerationMixin:
     """`diffusion_generate` for a model with `embed_inputs` and `language_model`."""
 
@@ -372,11 +238,15 @@ class DiffusionGenerationMixin:
         single = not isinstance(images, (list, tuple))
         images, masks = ([images], [masks]) if single else (list(images), list(masks))
         if len(images) != len(masks):
-            raise ValueError(f"expected a list of masks for each of {len(images)} images,"
-                             f" got {len(masks)}")
+            raise ValueError(
+                f"expected a list of masks for each of {len(images)} images, got {len(masks)}"
+            )
         passes = plan_passes([len(own) for own in masks], self.config.num_region_prompts)
-        instructions = [prompts] * len(images) if prompts is None or isinstance(prompts, str) \
+        instructions = (
+            [prompts] * len(images)
+            if prompts is None or isinstance(prompts, str)
             else list(prompts)
+        )
         scope = "region" if self.config.region_layout == "independent" else "image"
         rule = options.region_rule(scope, self.config.eot_token_id)
         runs, orders = [], []
@@ -413,7 +283,9 @@ class DiffusionGenerationMixin:
                 prompts=[prompts[i] for i in batch],
                 max_new_tokens=options.max_new_tokens,
             )
-            runs.append((inputs, *self._answer_settings(options.max_new_tokens, processor, options)))
+            runs.append(
+                (inputs, *self._answer_settings(options.max_new_tokens, processor, options))
+            )
         return self._run(runs, lambda rows: rows, processor, options, callback)
 
     def _generate_inputs(self, inputs, processor, options, callback):
@@ -432,7 +304,9 @@ class DiffusionGenerationMixin:
         rule = options.answer_rule(length, self.config.eot_token_id)
         if options.stop_strings:
             tokenizer = (processor or self._saved_processor()).tokenizer
-            ids = [tokenizer(s, add_special_tokens=False)["input_ids"] for s in options.stop_strings]
+            ids = [
+                tokenizer(s, add_special_tokens=False)["input_ids"] for s in options.stop_strings
+            ]
             rule = StopAt(rule, tuple(map(tuple, ids)))
         given = options.banned_token_ids
         banned = self.config.banned_token_ids if given is None else given
@@ -519,14 +393,18 @@ class DiffusionGenerationMixin:
         pairs = {
             "region_layout": (self.config.region_layout, processor.region_layout),
             "roi_output_size": (self.config.roi_output_size, processor.roi_output_size),
-            "image_size": (self.config.vision_config.image_size, processor.image_processor.image_size),
+            "image_size": (
+                self.config.vision_config.image_size,
+                processor.image_processor.image_size,
+            ),
             "image_layout": (self.config.image_layout, processor.image_processor.image_layout),
             "mask_token_id": (self.config.mask_token_id, processor.mask_token_id),
         }
         for name, (expected, got) in pairs.items():
             if expected != got:
-                raise ValueError(f"expected a processor with the model's {name} {expected!r},"
-                                 f" got {got!r}")
+                raise ValueError(
+                    f"expected a processor with the model's {name} {expected!r}, got {got!r}"
+                )
 
 
 def plan_passes(counts: Sequence[int], most: int) -> list[Pass]:
@@ -543,49 +421,8 @@ def plan_passes(counts: Sequence[int], most: int) -> list[Pass]:
     ]
 
 
-def answer_slots(inputs: dict, prompt_length: int, mask_token_id: int) -> tuple[torch.Tensor, State]:
-    """Where the answers stand: columns of the answer, int64 (B, G, n), and the first state.
-
-    Every region of a batch has equally many masked positions; rows with fewer regions are padded
-    with groups that are not valid.
-    """
-    ids = inputs["input_ids"][:, prompt_length:]
-    regions = inputs["region_ids"][:, prompt_length:]
-    open_ = (ids == mask_token_id) & inputs["attention_mask"][:, prompt_length:].bool()
-    if not bool(open_.any(1).all()):
-        raise ValueError("expected masked answer positions in every row of input_ids, got none")
-    groups = int(regions[open_].max()) + 1
-    members = open_[:, None] & (regions[:, None] == torch.arange(groups, device=ids.device)[:, None])
-    sizes = members.sum(-1)  # (B, G)
-    n = int(sizes.max())
-    if not bool(((sizes == n) | (sizes == 0)).all()):
-        raise ValueError(f"expected equally many masked positions a region, got {sizes.tolist()}")
-    # positions of the members of each group, in order: a stable sort puts them first
-    columns = (~members).long().sort(dim=-1, stable=True).indices[..., :n]
-    valid = (sizes == n)[..., None].expand(-1, -1, n).contiguous()
-    tokens = torch.full(columns.shape, mask_token_id, device=ids.device)
-    return columns * valid, State(tokens, valid.clone(), valid)
-
-
-def scatter_valid(template, columns, tokens, valid) -> torch.Tensor:
-    """`template` (B, A) with tokens (B, N) at columns (B, N) where valid."""
-    spare = torch.cat([template, template[:, :1]], dim=1)  # invalid ones land in a spare column
-    target = torch.where(valid, columns, template.shape[1])
-    return spare.scatter(1, target, tokens)[:, :-1]
-
-
-def rows_of(state: State) -> list[list[list[int]]]:
-    """Token ids of each row's valid groups."""
-    tokens, valid = state.tokens.tolist(), state.valid[..., 0].tolist()
-    return [
-        [ids for ids, keep in zip(row, kept, strict=True) if keep]
-        for row, kept in zip(tokens, valid, strict=True)
-    ]
-
-
 def _answer_length(inputs: dict, mask_token_id: int) -> int:
-    prompt_length = int((inputs["role_ids"] != ROLE_CAPTION).all(0).sum())
-    columns, _ = answer_slots(inputs, prompt_length, mask_token_id)
+    columns, _ = answer_slots(inputs, prompt_length(inputs), mask_token_id)
     return columns.shape[-1]
 
 
@@ -597,8 +434,9 @@ def _pictures_of_prompts(images, count: int) -> list[list]:
     if count == 1 and not any(isinstance(image, (list, tuple)) for image in images):
         return [list(images)]
     if len(images) != count:
-        raise ValueError(f"expected an image or a list of them for each of {count} prompts,"
-                         f" got {len(images)}")
+        raise ValueError(
+            f"expected an image or a list of them for each of {count} prompts, got {len(images)}"
+        )
     return [list(i) if isinstance(i, (list, tuple)) else [i] for i in images]
 
 

@@ -28,6 +28,7 @@ from transformers.models.siglip.modeling_siglip import (
 )
 from transformers.utils import ModelOutput
 
+from .attention_structure import allowed_attention, attention_argument
 from .configuration_perceptiondlm import (
     ROLE_CAPTION,
     ROLE_ROI,
@@ -37,163 +38,9 @@ from .configuration_perceptiondlm import (
     PerceptionDLMTextConfig,
 )
 from .generation_diffusion import DiffusionGenerationMixin
-from .image_processing_perceptiondlm import anyres_map_size
+from .visual_features import PICTURE_TOKENS, merge_patches, roi_align, tile_map
 
 MINIMUM_MASK_RATE = 1e-3  # LLaDA's eps: p = (1 - eps) t + eps
-ROI_SAMPLES = 2  # bilinear samples a bin and axis
-
-
-# Attention structure: may query q see key k? Integer tensors that broadcast to (B, Q, K).
-
-
-def released_structure(q_region, q_role, k_region, k_role):
-    """A caption sees what is shared, its own RoI tokens and itself; all else sees everything."""
-    return (q_role < ROLE_CAPTION) | (k_region == SHARED_REGION) | (k_region == q_region)
-
-
-def independent_structure(q_region, q_role, k_region, k_role):
-    """A tree: each position sees its own branch and the trunk, up to its own role."""
-    return ((k_region == SHARED_REGION) | (k_region == q_region)) & (k_role <= q_role)
-
-
-def full_structure(q_region, q_role, k_region, k_role):
-    """No structure: everything sees everything."""
-    return torch.ones_like(q_region + k_region, dtype=torch.bool)
-
-
-STRUCTURES = {
-    "released": released_structure,
-    "independent": independent_structure,
-    "full": full_structure,
-}
-
-
-def allowed_attention(layout: str, region_ids, role_ids, attention_mask, queries=slice(None)):
-    """Bool (B, Q, K), true where a query of `queries` may see a key; padding is never seen.
-
-    `region_ids`, `role_ids` and `attention_mask` are integer (B, L).
-    """
-    structure = STRUCTURES[layout](
-        region_ids[:, queries, None],
-        role_ids[:, queries, None],
-        region_ids[:, None, :],
-        role_ids[:, None, :],
-    )
-    return structure & attention_mask[:, None, :].bool()
-
-
-def attention_argument(allowed: torch.Tensor, implementation: str, dtype: torch.dtype):
-    """What an attention implementation takes to attend as `allowed`, bool (B, Q, K), says.
-
-    Raises ValueError where flash attention, which knows padding only, cannot express it.
-    """
-    if bool(allowed.all()):
-        return None
-    if "flash" in implementation:
-        padding = allowed[:, :1]
-        if not bool((allowed == padding).all()):
-            raise ValueError(
-                f"expected attention without region structure for {implementation}, got captions"
-                " of separate regions; load with attn_implementation 'sdpa', 'flex_attention' or"
-                " 'eager'"
-            )
-        return padding[:, 0].long()  # (B, K)
-    if implementation == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        B, Q, K = allowed.shape
-        return create_block_mask(
-            lambda b, h, q, k: allowed[b, q, k], B, None, Q, K, device=str(allowed.device)
-        )
-    if implementation == "eager":
-        bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return bias.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]  # (B, 1, Q, K)
-    return allowed[:, None]  # (B, 1, Q, K)
-
-
-def roi_align(features: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Averages bilinear samples of each box's bins (torchvision's `aligned` RoI-align).
-
-    Args:
-        features: (h, w, D), a feature map.
-        boxes: (K, 4), xyxy in cells; half a cell is subtracted. Two samples a bin and axis.
-        size: bins (rows, columns).
-
-    Returns (K, rows, columns, D). A sample more than a cell outside the map counts as zero.
-    """
-    h, w, D = features.shape
-    corners = boxes.float() - 0.5
-    ys = _sample_points(corners[:, 1], corners[:, 3], size[0])  # (K, rows * samples)
-    xs = _sample_points(corners[:, 0], corners[:, 2], size[1])  # (K, columns * samples)
-    y0, y1, wy, y_inside = _neighbours(ys, h)
-    x0, x1, wx, x_inside = _neighbours(xs, w)
-    flat = features.reshape(h * w, D)
-
-    def corner(y, x):
-        return flat[y[:, :, None] * w + x[:, None, :]]  # (K, ys, xs, D)
-
-    wy, wx = wy[:, :, None, None].to(flat.dtype), wx[:, None, :, None].to(flat.dtype)
-    top = corner(y0, x0) * (1 - wx) + corner(y0, x1) * wx
-    bottom = corner(y1, x0) * (1 - wx) + corner(y1, x1) * wx
-    inside = (y_inside[:, :, None] & x_inside[:, None, :])[..., None]
-    samples = (top * (1 - wy) + bottom * wy) * inside
-    bins = samples.view(-1, size[0], ROI_SAMPLES, size[1], ROI_SAMPLES, D)
-    return bins.mean(dim=(2, 4))
-
-
-def _sample_points(start, end, bins: int):
-    offsets = torch.arange(bins * ROI_SAMPLES, device=start.device) + 0.5
-    return start[:, None] + offsets * ((end - start) / (bins * ROI_SAMPLES))[:, None]
-
-
-def _neighbours(points, length: int):
-    """Lower and upper cell, weight of the upper, and whether the point counts at all."""
-    inside = (points >= -1.0) & (points <= length)
-    points = points.clamp(0, length - 1)
-    low = points.floor().long()
-    return low, (low + 1).clamp(max=length - 1), points - low, inside
-
-
-def tile_map(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Lays the tiles (tiles, n * n, D) of a grid (columns, rows) out as one map (h, w, D)."""
-    columns, rows = grid
-    n = int(features.shape[1] ** 0.5)
-    tiles = features.view(rows, columns, n, n, -1).transpose(1, 2)  # (rows, n, columns, n, D)
-    return tiles.reshape(rows * n, columns * n, -1)
-
-
-def merge_patches(features: torch.Tensor, merge: int) -> torch.Tensor:
-    """Concatenates each square of merge x merge patches, row by row (pixel unshuffle).
-
-    (T, P, C) to (T, P / merge^2, merge^2 * C), tokens row-major.
-    """
-    T, P, C = features.shape
-    n = int(P**0.5) // merge
-    squares = features.view(T, n, merge, n, merge, C).transpose(2, 3)  # (T, n, n, merge, merge, C)
-    return squares.reshape(T, n * n, merge * merge * C)
-
-
-def tiled_tokens(features: torch.Tensor, grid, image_size, newline, config) -> torch.Tensor:
-    """Visual tokens (tokens, D) of a tiled picture: its tiles in order."""
-    return features.flatten(0, 1)
-
-
-def anyres_tokens(features: torch.Tensor, grid, image_size, newline, config) -> torch.Tensor:
-    """Visual tokens of an anyres picture: the squeezed tile, then the cropped map with newlines."""
-    squeezed, tiles = features[0], features[1:]
-    crop_h, crop_w, h, w = anyres_map_size(
-        image_size, grid, config.cells_per_side, config.anyres_max_tiles
-    )
-    cells = tile_map(tiles, grid)
-    cells = cells[crop_h : cells.shape[0] - crop_h, crop_w : cells.shape[1] - crop_w]
-    if cells.shape[:2] != (h, w):
-        channels_first = cells.permute(2, 0, 1)[None]
-        cells = F.interpolate(channels_first, (h, w), mode="bilinear")[0].permute(1, 2, 0)
-    rows = torch.cat([cells, newline.expand(h, 1, -1)], dim=1)  # (h, w + 1, D)
-    return torch.cat([squeezed, rows.flatten(0, 1)])
-
-
-PICTURE_TOKENS = {"tiled": tiled_tokens, "anyres": anyres_tokens}
 
 
 class PerceptionDLMVisionModel(SiglipPreTrainedModel):
@@ -307,7 +154,11 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PerceptionDLMDecoderLayer", "SiglipEncoderLayer", "SiglipVisionEmbeddings"]
+    _no_split_modules = [
+        "PerceptionDLMDecoderLayer",
+        "SiglipEncoderLayer",
+        "SiglipVisionEmbeddings",
+    ]
     _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -317,7 +168,10 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, PerceptionDLMForConditionalGeneration) and module.image_newline is not None:
+        if (
+            isinstance(module, PerceptionDLMForConditionalGeneration)
+            and module.image_newline is not None
+        ):
             std = self.config.initializer_range
             nn.init.normal_(module.image_newline, std=std)
 
@@ -447,9 +301,6 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
     def set_output_embeddings(self, value):
         self.language_model.set_output_embeddings(value)
 
-    allowed_attention = staticmethod(allowed_attention)
-    attention_argument = staticmethod(attention_argument)
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; remembers where the processor is to be found."""
@@ -516,8 +367,9 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         extra = (lambda n: 1) if self.config.image_layout == "anyres" else (lambda n: int(n > 1))
         counts = [w * h + extra(w * h) for w, h in image_grids]
         if sum(counts) != len(features):
-            raise ValueError(f"expected {sum(counts)} tiles for grids {image_grids},"
-                             f" got {len(features)}")
+            raise ValueError(
+                f"expected {sum(counts)} tiles for grids {image_grids}, got {len(features)}"
+            )
         return features.split(counts)
 
     def embed_inputs(
@@ -595,12 +447,16 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             masked = draw_masked(labels, rate, noise)
             input_ids = input_ids.masked_fill(masked, self.config.mask_token_id)
         embeds = self.embed_inputs(
-            input_ids, role_ids, pixel_values, image_grids, image_sizes, region_patches, boxes,
+            input_ids,
+            role_ids,
+            pixel_values,
+            image_grids,
+            image_sizes,
+            region_patches,
+            boxes,
             box_images,
         )
-        allowed = allowed_attention(
-            self.config.region_layout, region_ids, role_ids, attention_mask
-        )
+        allowed = allowed_attention(self.config.region_layout, region_ids, role_ids, attention_mask)
         implementation = self.language_model.config._attn_implementation
         states = [] if self._wants(output_hidden_states, "output_hidden_states") else None
         hidden = self.language_model.model(
@@ -613,7 +469,9 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         if labels is not None:
             loss = self._loss(hidden, labels, masked, rate, loss_weighting)
         else:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            keep = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
             logits = self.language_model.lm_head(hidden[:, keep])
         output = PerceptionDLMOutput(loss, logits, tuple(states) if states is not None else None)
         return output if self._wants(return_dict, "return_dict") else output.to_tuple()

@@ -217,7 +217,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
         image_tokens = self._image_tokens(features, index)
         tree = self.region_layout == "independent"
         roi = [self._token_id(self.roi_token.format(k)) for k in range(len(slots))]
-        prompt = self._region_prompt(instruction, 0 if tree or not self.roi_output_size else len(slots))
+        prompt = self._region_prompt(
+            instruction, 0 if tree or not self.roi_output_size else len(slots)
+        )
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         _expect_count(ids, [self.image_token_id], 1, "picture placeholders", self.image_token)
         sequence = self._add_prompt(ids, [image_tokens], roi)
@@ -286,7 +288,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
             text = self._render_questions(images, prompts)
         texts = [text] if isinstance(text, str) else list(text)
         answers = None if answers is None else _broadcast(answers, len(texts))
-        batch_ids = [self.tokenizer(t, add_special_tokens=add_special_tokens)["input_ids"] for t in texts]
+        batch_ids = [
+            self.tokenizer(t, add_special_tokens=add_special_tokens)["input_ids"] for t in texts
+        ]
         pictures = _flatten(images)
         placeholders = [ids.count(self.image_token_id) for ids in batch_ids]
         if sum(placeholders) != len(pictures):
@@ -312,7 +316,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
         processor's `features` ({}: none)."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         pictures = len(features["image_grids"]) if features else 0
-        _expect_count(ids, [self.image_token_id], pictures, "picture placeholders", self.image_token)
+        _expect_count(
+            ids, [self.image_token_id], pictures, "picture placeholders", self.image_token
+        )
         counts = [self._image_tokens(features, i) for i in range(pictures)]
         return self._chat_sequence(ids, counts, max_new_tokens, answer)
 
@@ -342,7 +348,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
         if length is None:
             return ids + [self.eot_token_id] if end or self.region_layout == "independent" else ids
         if len(ids) > length:
-            raise ValueError(f"expected a text of at most {length} tokens, got {len(ids)}: {text[:80]!r}")
+            raise ValueError(
+                f"expected a text of at most {length} tokens, got {len(ids)}: {text[:80]!r}"
+            )
         return ids + [self.eot_token_id] * (length - len(ids))
 
     def _image_tokens(self, features, index: int) -> int:
@@ -367,7 +375,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def _token_id(self, token: str) -> int:
         index = self.tokenizer.convert_tokens_to_ids(token)
         if index is None or index == self.tokenizer.unk_token_id:
-            raise ValueError(f"expected a tokenizer with the special token {token!r}, got one without")
+            raise ValueError(
+                f"expected a tokenizer with the special token {token!r}, got one without"
+            )
         return index
 
     @property
@@ -424,8 +434,10 @@ def _as_region_batch(images, masks, captions):
         images, masks = [images], [masks]
         captions = None if captions is None else [captions]
     if not images or len(masks) != len(images):
-        raise ValueError(f"expected a list of masks for each picture, got {len(images)} pictures"
-                         f" and {len(masks)} lists of masks")
+        raise ValueError(
+            f"expected a list of masks for each picture, got {len(images)} pictures"
+            f" and {len(masks)} lists of masks"
+        )
     if captions is not None:
         counts = [(len(m), len(c)) for m, c in zip(masks, captions, strict=True)]
         for regions, texts in counts:
@@ -470,7 +482,9 @@ def _expect_none(**options):
 
 def _expect_positive(**options):
     for name, value in options.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
             raise ValueError(f"expected {name} of at least 1, got {value!r}")
 
 

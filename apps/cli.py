@@ -9,6 +9,7 @@ COMMANDS = {
     "caption": ("perceptiondlm.apps.caption", "caption regions of pictures, or ask about pictures"),
     "train": ("perceptiondlm.training.cli", "train or fine-tune a checkpoint from a YAML recipe"),
     "evaluate": ("perceptiondlm.evaluation.cli", "predict, judge, score and report benchmarks"),
+    "publish": ("perceptiondlm.apps.publishing", "put a checkpoint on the Hub, with a model card"),
 }
 
 

@@ -61,8 +61,11 @@ def measure(arguments) -> dict:
             rows += _measure_size(model, tokenizer, regions, images, arguments)
     return {
         "machine": describe_machine(device),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
-                     "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
         "preset": arguments.preset,
         "steps": arguments.steps,
         "budget": arguments.budget,
@@ -76,8 +79,10 @@ def measure(arguments) -> dict:
 
 def _measure_size(model, tokenizer, regions: int, images: int, arguments) -> list[dict]:
     """Alternates the methods `repeats` times after one warm-up of each; one row a method."""
-    runs = {name: _runner(name, model, tokenizer, regions, images, arguments)
-            for name in arguments.methods}
+    runs = {
+        name: _runner(name, model, tokenizer, regions, images, arguments)
+        for name in arguments.methods
+    }
     timings = {name: [] for name in runs}
     forwards, peaks = {}, {}
     for repeat in range(arguments.repeats + (0 if arguments.no_warm_up else 1)):
@@ -224,8 +229,11 @@ def _median_seconds(run: Callable, device: str, repeats: int = 7) -> float:
 def describe_machine(device: str) -> dict:
     """Names of the processor and, on CUDA, of the accelerator."""
     cpu = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
         platform.processor(),
     )
     machine = {"cpu": cpu, "threads": torch.get_num_threads(), "device": device}
@@ -244,8 +252,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
     parser.add_argument("--regions", type=_integers, default=[4], help="say 1,2,4,6,12,24")
     parser.add_argument("--images", type=_integers, default=[1], help="say 1,8")
-    parser.add_argument("--methods", default="published,independent-exact",
-                        help=f"among published,{','.join(METHODS)}")
+    parser.add_argument(
+        "--methods",
+        default="published,independent-exact",
+        help=f"among published,{','.join(METHODS)}",
+    )
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--budget", type=int, default=12, help="forwards of adaptive methods")
     parser.add_argument("--caption-length", type=int, default=32)
@@ -268,8 +279,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'method':24}{'regions':>8}{'images':>8}{'seconds':>10}{'ratio':>8}{'TPF':>7}")
     for row in result["rows"]:
         ratio = f"{row['ratio']:.2f}" if row["ratio"] else "-"
-        print(f"{row['method']:24}{row['regions']:>8}{row['images']:>8}{row['seconds']:>10.3f}"
-              f"{ratio:>8}{row['tokens_per_forward']:>7.2f}")
+        print(
+            f"{row['method']:24}{row['regions']:>8}{row['images']:>8}{row['seconds']:>10.3f}"
+            f"{ratio:>8}{row['tokens_per_forward']:>7.2f}"
+        )
     if parsed.output:
         write_json(parsed.output, result)
     else:

@@ -7,6 +7,7 @@ cached but the picture's features.
 
 import torch
 
+from ..attention_structure import allowed_attention, attention_argument
 from ..configuration_perceptiondlm import ROLE_CAPTION
 
 
@@ -16,11 +17,22 @@ def caption_regions_plainly(model, inputs: dict, steps: int) -> list[list[int]]:
 
     `inputs` are the processor's tensors in the released layout; rows run one after another.
     """
-    pictures = {k: inputs[k] for k in ("pixel_values", "image_grids", "image_sizes",
-                                       "region_patches", "boxes", "box_images") if k in inputs}
+    pictures = {
+        k: inputs[k]
+        for k in (
+            "pixel_values",
+            "image_grids",
+            "image_sizes",
+            "region_patches",
+            "boxes",
+            "box_images",
+        )
+        if k in inputs
+    }
     prompt_embeds = model.embed_inputs(inputs["input_ids"], inputs["role_ids"], **pictures)
-    return [_caption_row(model, inputs, prompt_embeds, row, steps) for row in
-            range(len(prompt_embeds))]
+    return [
+        _caption_row(model, inputs, prompt_embeds, row, steps) for row in range(len(prompt_embeds))
+    ]
 
 
 def _caption_row(model, inputs, prompt_embeds, row: int, steps: int) -> list[int]:
@@ -50,12 +62,14 @@ def _caption_row(model, inputs, prompt_embeds, row: int, steps: int) -> list[int
 
 
 def _whole_sequence_logits(model, inputs, row, kept, embeds) -> torch.Tensor:
-    structure = [inputs[k][row : row + 1, kept] for k in ("region_ids", "role_ids", "attention_mask")]
-    allowed = model.allowed_attention(model.config.region_layout, *structure)
+    structure = [
+        inputs[k][row : row + 1, kept] for k in ("region_ids", "role_ids", "attention_mask")
+    ]
+    allowed = allowed_attention(model.config.region_layout, *structure)
     implementation = model.language_model.config._attn_implementation
     hidden = model.language_model.model(
         embeds[None],
         inputs["position_ids"][row : row + 1, kept],
-        model.attention_argument(allowed, implementation, embeds.dtype),
+        attention_argument(allowed, implementation, embeds.dtype),
     )
     return model.language_model.lm_head(hidden)[0]

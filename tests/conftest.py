@@ -70,7 +70,8 @@ def load(converted):
     def load_once(name: str):
         folder = converted(name)
         model = PerceptionDLMForConditionalGeneration.from_pretrained(folder).eval()
-        return model, PerceptionDLMProcessor.from_pretrained(folder)
+        processor = PerceptionDLMProcessor.from_pretrained(folder, trust_remote_code=True)
+        return model, processor
 
     return load_once
 

@@ -1,0 +1,278 @@
+"""Publishing, with the Hub's real client against a Hub on loopback."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import yaml
+from hub_server import TOKEN, HubServer
+from huggingface_hub import ModelCard
+
+from perceptiondlm.apps import publishing
+from perceptiondlm.apps.cli import main
+from perceptiondlm.apps.model_card import Provenance, checksums, model_card
+from perceptiondlm.apps.publishing import push_folder, write_provenance
+from perceptiondlm.convert_checkpoint import convert
+
+VECTORS = Path(__file__).parent / "fixtures" / "vectors"
+PICTURE = VECTORS / "region_0.png"
+MASKS = [VECTORS / f"region_0_mask_{i}.png" for i in range(3)]
+REPO = "somebody/captioner"
+REPORT = {
+    "summary": {"average": 0.624, "average_positive": 0.5, "average_negative": 0.748},
+    "scoring": {"annotations": "MSALab/ParaDLC-Bench"},
+    "prediction_run": {"throughput": {"nominal_tpf": 2.9}},
+    "judge_run": {"judge": {"model": "a-judge"}},
+}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with HubServer() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A region model in three shards."""
+    folder = tmp_path_factory.mktemp("converted") / "checkpoint"
+    convert(VECTORS / "released-region", folder, max_shard_size="600KB")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(converted, tmp_path):
+    """A copy that a test may change."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for file in converted.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def fresh_process(code: str, hub: HubServer, home: Path) -> str:
+    """What a program prints that knows the loopback Hub and nothing of this package."""
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "PATH": os.environ["PATH"],
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=home, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_published_model_captions_alike_in_a_fresh_process(hub, checkpoint, tmp_path):
+    push_folder(checkpoint, REPO)
+    code = f"""
+import json
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained("{REPO}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{REPO}", trust_remote_code=True)
+masks = {[str(mask) for mask in MASKS]}
+out = model.diffusion_generate({str(PICTURE)!r}, masks, processor=processor, caption_length=8)
+alone = model.diffusion_generate({str(PICTURE)!r}, masks, caption_length=8)
+assert alone.texts == out.texts
+print(json.dumps([out.token_ids[0], out.texts[0]]))
+"""
+    from perceptiondlm.apps.captioner import RegionCaptioner
+
+    captioner = RegionCaptioner.from_pretrained(checkpoint)
+    expected = captioner.model.diffusion_generate(
+        PICTURE, MASKS, processor=captioner.processor, caption_length=8
+    )
+    got = json.loads(fresh_process(code, hub, tmp_path).splitlines()[-1])
+    assert got == [expected.token_ids[0], expected.texts[0]]
+    assert hub.count("GET", rf"/{REPO}/resolve/.*modeling_perceptiondlm.py") == 1
+
+
+def test_the_snippet_on_the_card_runs_as_pasted(hub, checkpoint, tmp_path):
+    push_folder(checkpoint, REPO)
+    card = hub.repositories[REPO].trees[hub.repositories[REPO].branches["main"]]["README.md"]
+    snippet = re.search(r"```python\n(.*?)```", card.content.decode(), re.DOTALL)[1]
+    lines = fresh_process(snippet, hub, tmp_path).splitlines()
+    assert [line.split()[0] for line in lines][:1] == ["1"]
+
+
+def test_a_repository_is_published_in_one_commit(hub, checkpoint):
+    push_folder(checkpoint, REPO)
+    assert hub.count("POST", "/commit/main") == 1
+    expected = {file.name for file in checkpoint.iterdir()} | {".gitattributes"}
+    assert hub.files(REPO) == expected
+
+
+def test_an_upload_that_fails_half_way_leaves_main_untouched(hub, checkpoint):
+    push_folder(checkpoint, REPO)
+    before = hub.repositories[REPO].branches["main"]
+    for shard in checkpoint.glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes() + b" ")
+    hub.fail("PUT", "/large/", after=1)
+    with pytest.raises(RuntimeError, match="safetensors"):
+        push_folder(checkpoint, REPO)
+    assert hub.repositories[REPO].branches["main"] == before
+
+
+def test_a_commit_that_fails_leaves_main_untouched(hub, checkpoint):
+    hub.fail("POST", "/commit/")
+    with pytest.raises(huggingface_hub.errors.HfHubHTTPError):
+        push_folder(checkpoint, REPO)
+    assert hub.files(REPO) == {".gitattributes"}
+
+
+def test_a_retry_sends_only_what_is_not_there_yet(hub, checkpoint):
+    hub.fail("PUT", "/large/", after=2)
+    with pytest.raises(RuntimeError):
+        push_folder(checkpoint, REPO)
+    sent = len(hub.large_files)
+    assert sent == 2
+    hub.requests.clear()
+    push_folder(checkpoint, REPO)
+    assert sum(hub.uploads().values()) == 3 - sent
+    assert "model-00003-of-00003.safetensors" in hub.files(REPO)
+
+
+def test_an_upload_cut_off_by_the_network_goes_on_by_itself(hub, checkpoint):
+    hub.fail("PUT", "/large/", status=None)
+    push_folder(checkpoint, REPO)
+    assert {"README.md", "model-00001-of-00003.safetensors"} <= hub.files(REPO)
+
+
+def test_publishing_again_with_other_shards_removes_the_old_ones(hub, checkpoint, tmp_path):
+    push_folder(checkpoint, REPO)
+    whole = convert(checkpoint, tmp_path / "whole")
+    push_folder(whole, REPO)
+    weights = {name for name in hub.files(REPO) if "safetensors" in name}
+    assert weights == {"model.safetensors"}
+
+
+def test_a_revision_is_published_beside_main(hub, checkpoint):
+    push_folder(checkpoint, REPO, revision="v2")
+    assert hub.files(REPO) == {".gitattributes"}
+    assert "model.safetensors.index.json" in hub.files(REPO, "v2")
+    assert 'revision="v2"' in (checkpoint / "README.md").read_text()
+
+
+def test_a_private_repository_is_created_private(hub, checkpoint):
+    push_folder(checkpoint, REPO, private=True)
+    assert hub.repositories[REPO].private
+
+
+def test_push_to_hub_of_model_and_processor_makes_a_repository_that_loads(
+    hub, converted, tmp_path
+):
+    code = f"""
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained({str(converted)!r}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({str(converted)!r}, trust_remote_code=True)
+model.push_to_hub("{REPO}")
+processor.push_to_hub("{REPO}")
+again = AutoModel.from_pretrained("{REPO}", trust_remote_code=True)
+out = again.diffusion_generate({str(PICTURE)!r}, [{str(MASKS[0])!r}], caption_length=4)
+want = model.diffusion_generate({str(PICTURE)!r}, [{str(MASKS[0])!r}], caption_length=4)
+assert out.token_ids == want.token_ids
+print("same")
+"""
+    assert "same" in fresh_process(code, hub, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "LICENSE", "denoising_diffusion.py",
+             "model-00002-of-00003.safetensors", "processor_config.json"],
+)
+def test_an_incomplete_folder_is_refused_before_anything_is_sent(hub, checkpoint, name):
+    (checkpoint / name).unlink()
+    with pytest.raises(ValueError, match=re.escape(name)):
+        push_folder(checkpoint, REPO)
+    assert not hub.requests
+
+
+def test_a_config_that_auto_model_cannot_use_is_refused(hub, checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["auto_map"]["AutoModel"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="auto_map entry for AutoModel"):
+        push_folder(checkpoint, REPO)
+
+
+def test_the_cards_header_says_what_the_hub_reads(checkpoint):
+    provenance = Provenance("MSALab/PerceptionDLM", "0" * 40, "python convert_checkpoint.py")
+    card = ModelCard(model_card(checkpoint, REPO, provenance=provenance, report=REPORT))
+    data = card.data.to_dict()
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert data["base_model"] == "MSALab/PerceptionDLM"
+    assert data["license"] == "apache-2.0"
+    assert "custom_code" in data["tags"]
+
+
+def test_a_reports_scores_become_a_model_index(checkpoint):
+    header = yaml.safe_load(model_card(checkpoint, REPO, report=REPORT).split("---")[1])
+    (entry,) = header["model-index"]
+    (result,) = entry["results"]
+    assert result["dataset"] == {"type": "MSALab/ParaDLC-Bench", "name": "ParaDLC-Bench"}
+    values = {metric["name"]: metric["value"] for metric in result["metrics"]}
+    assert values == {
+        "Average": 62.4,
+        "Positive questions": 50.0,
+        "Negative questions": 74.8,
+        "Tokens per forward, padding counted": 2.9,
+    }
+
+
+def test_the_card_lists_the_checksums_that_sha256sum_gives(checkpoint):
+    lines = subprocess.run(
+        ["sha256sum", *sorted(checkpoint.glob("*.safetensors"))], capture_output=True, text=True
+    ).stdout.splitlines()
+    assert list(checksums(checkpoint).values()) == [line.split()[0] for line in lines]
+    card = model_card(checkpoint, REPO)
+    assert all(digest in card for digest in checksums(checkpoint).values())
+
+
+def test_provenance_names_a_hub_snapshots_commit_and_no_local_folder(checkpoint, tmp_path):
+    snapshot = tmp_path / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    argv = ["convert_checkpoint.py", "--source", "MSALab/P", "--output", str(tmp_path / "made")]
+    write_provenance(checkpoint, "MSALab/P", snapshot, argv)
+    record = json.loads((checkpoint / "provenance.json").read_text())
+    assert record["revision"] == "a" * 40
+    assert record["command"] == "convert_checkpoint.py --source MSALab/P --output made"
+    publishing.write_card(checkpoint, REPO)
+    card = (checkpoint / "README.md").read_text()
+    assert "a" * 40 in card
+    assert str(tmp_path) not in card
+
+
+def test_a_card_of_ones_own_is_kept(hub, checkpoint):
+    (checkpoint / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
+    push_folder(checkpoint, REPO)
+    assert (checkpoint / "README.md").read_text().endswith("mine\n")
+
+
+def test_the_publish_command_prints_the_commit(hub, checkpoint, capsys):
+    assert main(["publish", str(checkpoint), REPO, "--private"]) == 0
+    assert f"{hub.url}/{REPO}/commit/" in capsys.readouterr().out
+
+
+def test_the_publish_command_says_how_to_go_on_after_a_failure(hub, checkpoint, capsys):
+    hub.fail("PUT", "/large/", after=1)
+    assert main(["publish", str(checkpoint), REPO]) == 1
+    assert f"perceptiondlm publish {checkpoint} {REPO}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("repo_id", ["captioner", "../x", "a/b/c"])
+def test_a_repository_without_an_owner_is_refused(hub, checkpoint, repo_id):
+    with pytest.raises(ValueError, match="owner/name"):
+        push_folder(checkpoint, repo_id)
