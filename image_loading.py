@@ -156,7 +156,7 @@ def _open_mask(mask, size: tuple[int, int]) -> Image.Image:
     if isinstance(mask, (list, tuple)) and mask and all(isinstance(p, (list, tuple)) for p in mask):
         return _mask_from_polygons(mask, size)
     raise ValueError(
-        "expected a mask as PIL image, path, (H, W) array or tensor, COCO RLE dict, box or polygons,"
+        "expected a mask as PIL image, path, (H, W) array or tensor, COCO RLE, box or polygons,"
         f" got {describe(mask)}"
     )
 

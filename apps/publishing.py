@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 
 from .model_card import GENERATED, Provenance, is_hub_id, model_card
 
@@ -96,14 +96,20 @@ def missing_files(folder: Path) -> list[str]:
     }
     needed = ["config.json", "processor_config.json", "tokenizer.json", "LICENSE"]
     needed += [f"auto_map entry for {name}" for name in CLASSES if settings and name not in auto_map]
-    modules = {f"{reference.split('.')[0]}.py" for reference in auto_map.values()}
-    for module in sorted(modules):
-        if (folder / module).is_file():
-            modules |= {Path(f).name for f in get_relative_import_files(folder / module)}
-    needed += sorted(modules)
+    needed += sorted(_modules(folder, {f"{name.split('.')[0]}.py" for name in auto_map.values()}))
     index = _read(folder / "model.safetensors.index.json")
     needed += sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
     return [name for name in needed if not (folder / name).is_file()]
+
+
+def _modules(folder: Path, named: set[str]) -> set[str]:
+    """The modules named and all that they import from beside them."""
+    found: set[str] = set()
+    while new := named - found:
+        found |= new
+        present = [folder / name for name in new if (folder / name).is_file()]
+        named = {f"{name}.py" for file in present for name in get_relative_imports(file)}
+    return found
 
 
 def _read(path: Path) -> dict:

@@ -81,6 +81,8 @@ class HubServer:
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+        # another host, as the Hub's is: the client takes headers from the Hub's own answers
+        self.storage_url = f"http://localhost:{self.server.server_port}"
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -185,13 +187,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._expect_token()
         asked = json.loads(body)
         repo_id = f"{asked['organization']}/{asked['name']}"
+        answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": "0"}
         if repo_id in self.hub.repositories:
-            raise Refusal(409, "You already created this model repo")
+            return self._json(answer | {"error": "You already created this model repo"}, 409)
         private = asked.get("private") or asked.get("visibility") == "private"
         repository = Repository(bool(private))
         repository.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n")})
         self.hub.repositories[repo_id] = repository
-        self._json({"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": "0"})
+        self._json(answer)
 
     def _validate(self, body: bytes):
         content = json.loads(body)["content"]
@@ -307,7 +310,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= {
             "X-Linked-ETag": f'"{blob.oid}"',
             "X-Linked-Size": str(len(blob.content)),
-            "Location": f"{self.hub.url}/large/{blob.oid}",
+            "Location": f"{self.hub.storage_url}/large/{blob.oid}",
         }
         self._send(302, b"", headers)
 

@@ -7,7 +7,10 @@ from transformers import TrainingArguments
 
 from .build import build_model
 from .parameters import choose_trainable
-from .recipe import Recipe, SyntheticData
+from .conversations import ConversationSamples
+from .recipe import Recipe, RegionData, SyntheticData
+from .regions import RegionSamples
+from .sources import FileDataset, StreamDataset
 from .synthetic import SceneDataset
 from .trainer import DiffusionTrainer
 
@@ -43,20 +46,37 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> DiffusionTrainer:
     choose_trainable(model, recipe.parameters)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%.2f M of the parameters learn", learning / 1e6)
-    datasets = build_datasets(recipe, processor, args.seed)
+    datasets = build_datasets(recipe, processor, args)
     return DiffusionTrainer(model, args, recipe, processor, *datasets)
 
 
-def build_datasets(recipe: Recipe, processor, seed: int):
+def build_datasets(recipe: Recipe, processor, args: TrainingArguments):
     """Training and evaluation data of a recipe."""
-    options = {"seed": seed, "permute_prompts": recipe.parameters.permute_prompts}
+    options = {"seed": args.seed, "permute_prompts": recipe.parameters.permute_prompts}
     if isinstance(recipe.data, SyntheticData):
         train_set = SceneDataset(processor, recipe.data, **options)
         eval_set = None
         if recipe.data.eval_scenes:
             eval_set = SceneDataset(processor, recipe.data, split="heldout", **options)
         return train_set, eval_set
-    raise NotImplementedError(type(recipe.data).__name__)
+    return file_datasets(recipe, processor, args)
+
+
+def file_datasets(recipe: Recipe, processor, args: TrainingArguments):
+    """Training and evaluation data from files."""
+    data = recipe.data
+    if isinstance(data, RegionData):
+        permute = recipe.parameters.permute_prompts
+        maker = RegionSamples(processor, data, seed=args.seed, permute_prompts=permute)
+    else:
+        maker = ConversationSamples(processor, data)
+    options = {"maker": maker, "most_broken": data.max_broken_share, "seed": args.seed}
+    if data.streaming:
+        place = {"rank": args.process_index, "world_size": args.world_size}
+        train_set = StreamDataset(data.files, **options, buffer=data.shuffle_buffer, **place)
+    else:
+        train_set = FileDataset(data.files, **options)
+    return train_set, FileDataset(data.eval_files, **options) if data.eval_files else None
 
 
 def save_final(trainer: DiffusionTrainer, recipe: Recipe):

@@ -1,6 +1,6 @@
 """transformers' Trainer with the diffusion loss, this package's sample order and its groups."""
 
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from .order import EpochSampler
@@ -62,6 +62,20 @@ class DiffusionTrainer(Trainer):
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         grouped = args.train_sampling_strategy == GROUPED
         return EpochSampler(train_dataset or self.train_dataset, args.seed, batch, grouped)
+
+    def get_train_dataloader(self):
+        """A stream has divided its records among the processes itself."""
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            drop_last=True,
+        )
 
     def _get_eval_sampler(self, eval_dataset):
         return None  # in order

@@ -1,0 +1,179 @@
+"""HTTP beneath the endpoint: OpenAI's error bodies, bodies within limits, patience with an end."""
+
+import asyncio
+import functools
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .serving_limits import Limits
+
+log = logging.getLogger(__name__)
+
+DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 5.0  # read and dropped, so that a refusal is heard
+KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large",
+         429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """A refusal, sent as OpenAI's clients expect one."""
+
+    def __init__(self, status: int, message: str, *, code=None, param=None, headers=None):
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = headers or {}
+
+    def body(self) -> dict:
+        """The `error` object."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {"message": str(self), "type": KINDS.get(self.status, kind),
+                 "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def install_errors(app: FastAPI):
+    """Answers every failure with an error body."""
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError):
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException):
+        message = f"{error.detail}: {request.method} {request.url.path[:200]}"
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception):
+        return ApiError(500, "internal error, see the server's log").response()
+
+
+class ByteBudget:
+    """Memory of bodies that are being received or read, all requests together."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.taken = 0
+
+    def take(self, count: int):
+        """Raises 429 where there is no more."""
+        if self.taken + count > self.most:
+            raise ApiError(429, "too much is being uploaded: try again later",
+                           code="overloaded", headers={"Retry-After": "2"})
+        self.taken += count
+
+    def give(self, count: int):
+        """Gives back what was taken."""
+        self.taken -= count
+
+
+async def read_body(request: Request, limits: Limits, budget: ByteBudget) -> bytearray:
+    """The body, within size and time; what it took of the budget is the caller's to give back."""
+    data = bytearray()
+    declared = request.headers.get("content-length", "")
+    try:
+        if declared.isdigit() and int(declared) > limits.body_bytes:
+            raise _too_large(limits)
+        await asyncio.wait_for(_receive(request, data, limits, budget), limits.body_seconds)
+    except ApiError:
+        budget.give(len(data))
+        await _drain(request)
+        raise
+    except asyncio.TimeoutError as error:  # not yet the built-in one in Python 3.10
+        budget.give(len(data))
+        raise ApiError(408, f"expected the body within {limits.body_seconds:g} seconds",
+                       code="request_timeout", headers={"Connection": "close"}) from error
+    except BaseException:
+        budget.give(len(data))
+        raise
+    return data
+
+
+async def _receive(request: Request, data: bytearray, limits: Limits, budget: ByteBudget):
+    async for chunk in request.stream():
+        if len(data) + len(chunk) > limits.body_bytes:
+            raise _too_large(limits)
+        budget.take(len(chunk))
+        data += chunk
+
+
+def _too_large(limits: Limits) -> ApiError:
+    most = limits.body_bytes / (1 << 20)
+    return ApiError(413, f"expected a body of at most {most:g} MiB, got more",
+                    code="request_too_large", headers={"Connection": "close"})
+
+
+async def _drain(request: Request):
+    """Drops what a client is still sending: one whose connection breaks hears no refusal."""
+
+    async def drop():
+        left = DRAIN_BYTES
+        while left > 0:
+            message = await request.receive()
+            if message["type"] != "http.request" or not message.get("more_body"):
+                return
+            left -= len(message.get("body", b""))
+
+    try:
+        await asyncio.wait_for(drop(), DRAIN_SECONDS)
+    except asyncio.TimeoutError:
+        pass
+
+
+async def until_disconnected(request: Request):
+    """Returns when the client has gone; to be called after the body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class SendTimeout:
+    """ASGI middleware: a client that takes nothing for so long is given up."""
+
+    def __init__(self, app, seconds: float):
+        self.app = app
+        self.seconds = seconds
+
+    async def __call__(self, scope, receive, send):
+        async def timed(message):
+            await asyncio.wait_for(send(message), self.seconds)
+
+        await self.app(scope, receive, timed if scope["type"] == "http" else send)
+
+
+class PatientProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1, but a connection without a whole request head in time is closed."""
+
+    def __init__(self, *args, header_seconds: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.header_seconds = header_seconds
+
+    @classmethod
+    def within(cls, seconds: float):
+        """What uvicorn takes as `http`."""
+        return functools.partial(cls, header_seconds=seconds)
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self._arm()
+
+    def on_response_complete(self):
+        super().on_response_complete()
+        self._arm()
+
+    def _arm(self):
+        self.loop.call_later(self.header_seconds, self._close_if_idle, self.cycle)
+
+    def _close_if_idle(self, cycle):
+        idle = cycle is None or cycle.response_complete
+        if self.cycle is cycle and idle and not self.transport.is_closing():
+            log.debug("no request within %g seconds: connection closed", self.header_seconds)
+            self.transport.close()

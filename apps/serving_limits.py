@@ -1,0 +1,166 @@
+"""What a stranger may send: sizes, counts and kinds, checked before anything large is made of it.
+
+Everything here raises ValueError with what was expected and what came. No string from outside is
+ever taken for a path.
+"""
+
+import base64
+import binascii
+import io
+import re
+from dataclasses import dataclass
+
+from PIL import Image
+
+from .inputs import MASK_FORMATS, PICTURE_FORMATS, annotation_mask
+
+DATA_URL = re.compile(r"data:(?P<kind>[\w.+/-]*)(?:;[\w=.+-]+)*?(?P<base64>;base64)?,", re.ASCII)
+# What people send as a picture that is none: first bytes, and what to call it.
+NOT_PICTURES = (
+    (b"<svg", "SVG"), (b"<!doctype html", "HTML"), (b"<html", "HTML"), (b"<?xml", "XML or SVG"),
+    (b"%pdf", "PDF"), (b"pk\x03\x04", "a ZIP archive"), (b"{", "JSON"),
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most that one request may ask for.
+
+    Attributes:
+        body_bytes: of a request's body, or of an uploaded or fetched file.
+        pixels: of a picture.
+        masks: regions of a picture.
+        mask_pixels: of all masks of a picture together, a byte of memory each.
+        images: pictures of a conversation.
+        text: characters of a message's text.
+        caption_length, new_tokens, steps: of decoding.
+        header_seconds, body_seconds: to receive a request's head, and its body.
+        request_seconds: from received to answered.
+        send_seconds: for a client to take what is sent.
+    """
+
+    body_bytes: int = 32 << 20
+    pixels: int = 40_000_000
+    masks: int = 64
+    mask_pixels: int = 400_000_000
+    images: int = 8
+    text: int = 20_000
+    caption_length: int = 256
+    new_tokens: int = 1024
+    steps: int = 1024
+    header_seconds: float = 10.0
+    body_seconds: float = 30.0
+    request_seconds: float = 300.0
+    send_seconds: float = 30.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"expected {name} above 0, got {value!r}")
+
+
+def expect_at_most(name: str, value: int | None, most: int):
+    """Refuses an option beyond its limit."""
+    if value is not None and value > most:
+        raise ValueError(f"expected {name} of at most {most}, got {value}")
+
+
+def decode_picture(data: bytes, name: str, limits: Limits) -> Image.Image:
+    """A picture from an encoded file's bytes, as stored: not converted, fully read."""
+    return _decode(data, name, limits, PICTURE_FORMATS)
+
+
+def decode_mask(data: bytes, name: str, limits: Limits) -> Image.Image:
+    """A mask from an encoded file's bytes; lossy kinds are refused."""
+    if data[:3] == b"\xff\xd8\xff":
+        raise ValueError(f"expected {name} without loss, say as PNG, got JPEG")
+    return _decode(data, name, limits, MASK_FORMATS)
+
+
+def _decode(data: bytes, name: str, limits: Limits, formats) -> Image.Image:
+    if len(data) > limits.body_bytes:
+        most = limits.body_bytes / (1 << 20)
+        raise ValueError(
+            f"expected {name} of at most {most:g} MiB, got {len(data) / (1 << 20):.1f} MiB"
+        )
+    try:
+        picture = Image.open(io.BytesIO(data), formats=formats)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"expected at most {limits.pixels:,} pixels in {name}, got: {error}") from error
+    except Exception as error:  # decoders fail in many ways on what strangers make up
+        kinds = ", ".join(formats)
+        raise ValueError(f"expected {name} as {kinds}, got {_kind_of(data)}") from error
+    if picture.width * picture.height > limits.pixels:
+        raise ValueError(
+            f"expected at most {limits.pixels:,} pixels in {name},"
+            f" got {picture.width}x{picture.height}"
+        )
+    try:
+        picture.load()
+    except Exception as error:
+        raise ValueError(f"expected {name} as a whole file, got a damaged one: {error}") from error
+    return picture
+
+
+def _kind_of(data: bytes) -> str:
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for start, kind in NOT_PICTURES:
+        if head.startswith(start):
+            return kind
+    if not data:
+        return "nothing"
+    return f"something that starts with {data[:12]!r}"
+
+
+def decode_data_url(url: str, name: str, limits: Limits) -> bytes:
+    """The bytes of a `data:` URL with base64 content."""
+    match = DATA_URL.match(url[:256])
+    if match is None or match["base64"] is None:
+        raise ValueError(f"expected {name} as data:image/...;base64,..., got {url[:60]!r}")
+    if match["kind"] in ("image/svg+xml", "text/html"):
+        raise ValueError(f"expected {name} as a pixel picture, got {match['kind']}")
+    content = url[match.end() :]
+    if len(content) * 3 // 4 > limits.body_bytes + 3:
+        raise ValueError(f"expected {name} of at most {limits.body_bytes:,} bytes, got more")
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"expected {name} in base64, got: {error}") from error
+
+
+def alpha_mask(picture: Image.Image) -> Image.Image | None:
+    """The region that a picture's alpha channel shows: not transparent, where some of it is."""
+    if "A" not in picture.getbands() and "transparency" not in picture.info:
+        return None
+    alpha = picture.convert("RGBA").getchannel("A")
+    return alpha if alpha.getextrema()[0] == 0 else None
+
+
+def read_mask(item, size: tuple[int, int], name: str, limits: Limits):
+    """A mask as `load_mask` takes it, from JSON: COCO RLE, `{"box": ...}`, `{"polygons": ...}`, a
+    plain box or polygons, a COCO annotation, or a mask picture as data URL."""
+    if isinstance(item, str):
+        return decode_mask(decode_data_url(item, name, limits), name, limits)
+    if not isinstance(item, (dict, list)):
+        raise ValueError(f"expected {name} as an object, a list or a data URL, got {item!r:.80}")
+    mask = annotation_mask(item, name)
+    if isinstance(mask, dict) and "size" in mask and mask["size"] != [size[1], size[0]]:
+        raise ValueError(
+            f"expected {name} with the picture's size [height, width] {[size[1], size[0]]},"
+            f" got {str(mask['size'])[:60]}"
+        )
+    if isinstance(mask, list) and any(isinstance(part, str) for part in mask):
+        raise ValueError(f"expected {name} as numbers, got text in it: {str(mask)[:80]}")
+    return mask
+
+
+def expect_masks(count: int, size: tuple[int, int], limits: Limits):
+    """Refuses more masks than a request may have, or more memory than they may take."""
+    if count > limits.masks:
+        raise ValueError(f"expected at most {limits.masks} masks for a picture, got {count}")
+    pixels = size[0] * size[1] * count
+    if pixels > limits.mask_pixels:
+        raise ValueError(
+            f"expected at most {limits.mask_pixels:,} pixels in all masks together,"
+            f" got {pixels:,}: send a smaller picture or fewer masks"
+        )

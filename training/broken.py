@@ -1,0 +1,55 @@
+"""Broken records: counted once each, logged with their place and reason, too many stop the run."""
+
+import logging
+import multiprocessing
+
+logger = logging.getLogger(__name__)
+
+LEAST_SEEN = 100  # records of a stream before its share of broken ones means anything
+
+
+class TooManyBroken(ValueError):
+    """More records are broken than the recipe allows."""
+
+
+class BrokenRecords:
+    """Counts shared by all the workers of a process.
+
+    Args:
+        most_share: share of broken records beyond which `report` raises `TooManyBroken`.
+        total: how many records there are; None for a stream, of which `seen` are counted.
+    """
+
+    def __init__(self, most_share: float, total: int | None):
+        self.most_share = most_share
+        self.total = total
+        self._lock = multiprocessing.Lock()
+        self._counts = multiprocessing.Array("q", 2, lock=False)  # broken, seen
+        self._flags = multiprocessing.Array("b", max(total or 0, 1), lock=False)
+
+    @property
+    def count(self) -> int:
+        """Distinct broken records so far."""
+        return self._counts[0]
+
+    def see(self):
+        """Counts one record of a stream."""
+        with self._lock:
+            self._counts[1] += 1
+
+    def report(self, number: int, where: str, reason: str):
+        """Logs record `number` as broken, once; raises `TooManyBroken` beyond the share."""
+        with self._lock:
+            if self.total is not None:
+                if self._flags[number]:
+                    return
+                self._flags[number] = 1
+            self._counts[0] += 1
+            broken, seen = self._counts[0], self._counts[1]
+        logger.warning("skipped a broken record, %s: %s", where, reason)
+        of = self.total if self.total is not None else max(seen, LEAST_SEEN)
+        if broken > self.most_share * of:
+            raise TooManyBroken(
+                f"expected at most {self.most_share:.2%} broken records, got {broken} of {of};"
+                f" the last one, {where}: {reason}"
+            )

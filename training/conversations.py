@@ -1,0 +1,109 @@
+"""Samples of conversations about pictures: each assistant turn, with the turns before it."""
+
+from ..processing_perceptiondlm import PerceptionDLMProcessor
+from .recipe import ConversationData
+from .records import Record, count_answers
+from .regions import picture_path
+from .samples import Sample
+
+PLACEHOLDER = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+         "system": "system"}
+
+
+def turns_of(record: Record) -> list[tuple[str, str]]:
+    """(role, text) of each turn, from LLaVA's `conversations` or from `messages`."""
+    found = []
+    for turn in record.get("conversations", "messages"):
+        if not isinstance(turn, dict):
+            raise ValueError(f"expected a turn with a role and text, got {turn!r}")
+        role = turn.get("from", turn.get("role"))
+        text = turn.get("value", turn.get("content"))
+        if role not in ROLES:
+            raise ValueError(f"expected a turn from one of {', '.join(ROLES)}, got {role!r}")
+        if not isinstance(text, str):
+            raise ValueError(f"expected a turn's text, got {type(text).__name__}")
+        found.append((ROLES[role], text))
+    return found
+
+
+def message_of(role: str, text: str) -> dict:
+    """A turn as the chat template takes it; the newline after a placeholder is the template's."""
+    before, *after = text.split(PLACEHOLDER)
+    content = [{"type": "text", "text": before}] if before else []
+    for part in after:
+        part = part.removeprefix("\n")
+        content += [{"type": "image"}, *([{"type": "text", "text": part}] if part else [])]
+    return {"role": role, "content": content}
+
+
+class ConversationSamples:
+    """Makes samples of records with `conversations` and, for pictures, `image` or `images`."""
+
+    def __init__(self, processor: PerceptionDLMProcessor, data: ConversationData):
+        self.processor = processor
+        self.data = data
+        self.reserved = (processor.image_token, processor.mask_token)
+
+    count = staticmethod(count_answers)
+
+    def samples_of(self, count: int) -> int:
+        """A sample for each assistant turn."""
+        return count
+
+    def length(self, count: int, number: int) -> int:
+        """Later turns have more before them."""
+        return number
+
+    def make(self, record: Record, number: int, rng, key: tuple, epoch: int) -> Sample:
+        """Assistant turn `number`, after all the turns before it."""
+        turns = turns_of(record)
+        targets = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
+        if not targets:
+            raise ValueError("expected an assistant turn, got none")
+        pictures = self._pictures(record)
+        turns = self._with_placeholders(turns, len(pictures))
+        context, answer = turns[: targets[number]], turns[targets[number]][1].strip()
+        if not answer:
+            raise ValueError("expected an answer with text in it, got an empty one")
+        used = sum(text.count(PLACEHOLDER) for _, text in context)
+        features = {}
+        if used:
+            limits = [1 if used > 1 else None] * used
+            features = self.processor.image_processor(pictures[:used], max_tiles=limits)
+        messages = [message_of(role, text) for role, text in context]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        sequence = self.processor.chat_sequence(
+            text, features, answer=answer, max_new_tokens=self.data.answer_length
+        )
+        self._check_length(sequence)
+        return Sample(sequence, dict(features), key)
+
+    def _pictures(self, record: Record) -> list:
+        if record.pictures:
+            return record.pictures
+        named = record.values.get("images", record.values.get("image"))
+        named = [] if named is None else named if isinstance(named, list) else [named]
+        return [picture_path(name, record, self.data.image_root) for name in named]
+
+    def _with_placeholders(self, turns: list, pictures: int) -> list:
+        """The turns, pictures without a placeholder put before the first user turn."""
+        for _, text in turns:
+            for token in self.reserved:
+                if token in text:
+                    raise ValueError(f"expected no special token in a turn, got {token!r}")
+        placed = sum(text.count(PLACEHOLDER) for _, text in turns)
+        if placed not in (0, pictures):
+            raise ValueError(f"expected {PLACEHOLDER!r} for each of {pictures} pictures, got {placed}")
+        first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
+        if placed == pictures or first is None:
+            return turns
+        role, text = turns[first]
+        opened = (role, f"{PLACEHOLDER}\n" * pictures + text)
+        return [*turns[:first], opened, *turns[first + 1 :]]
+
+    def _check_length(self, sequence):
+        image = self.processor.image_token_id
+        tokens = sum(token != image for token in sequence.ids)
+        if tokens > self.data.max_text_tokens:
+            raise ValueError(f"expected at most {self.data.max_text_tokens} text tokens, got {tokens}")

@@ -1,0 +1,227 @@
+"""Records of data files, through `datasets`: one row a record, whatever the file's form.
+
+A row holds the record as JSON text (pictures' bytes apart), how many samples it makes, and where
+it stands, so that a malformed line is a row too and every complaint names a file and a line.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+
+TABLES = (".parquet", ".arrow")
+LINES = (".jsonl", ".ndjson")
+PICTURE_FIELDS = ("image", "images")
+ASSISTANT_ROLES = ("gpt", "assistant")
+
+FEATURES = datasets.Features(
+    {
+        "record": datasets.Value("large_string"),
+        "error": datasets.Value("string"),
+        "pictures": datasets.List(datasets.Value("large_binary")),
+        "file": datasets.Value("int32"),
+        "number": datasets.Value("int64"),
+        "count": datasets.Value("int32"),
+    }
+)
+
+
+def count_masks(values: dict) -> int:
+    """Masks of a region record, 1 where that cannot be told."""
+    masks = values.get("mask_rles", values.get("masks"))
+    return len(masks) if isinstance(masks, list) and masks else 1
+
+
+def count_answers(values: dict) -> int:
+    """Assistant turns of a conversation, 1 where that cannot be told."""
+    turns = values.get("conversations", values.get("messages"))
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    roles = [turn.get("from", turn.get("role")) for turn in turns]
+    return max(sum(role in ASSISTANT_ROLES for role in roles), 1)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record.
+
+    Attributes:
+        values: its fields, or None where `error` says why it could not be read.
+        pictures: embedded pictures, in the order of the record's picture fields.
+        where: file, and line or record number.
+        key: (file, record number), for seeding.
+        folder: of its file.
+    """
+
+    values: dict | None
+    error: str | None
+    pictures: list[bytes]
+    where: str
+    key: tuple[int, int]
+    folder: Path = field(default=Path("."))
+
+    def get(self, *names: str, kind: type = list):
+        """The first of the fields that is there; ValueError when none is, or of another type."""
+        found = next((name for name in names if self.values.get(name) is not None), None)
+        if found is None:
+            raise ValueError(f"expected a field {' or '.join(names)}, got {sorted(self.values)}")
+        if not isinstance(self.values[found], kind):
+            raise ValueError(f"expected {found} as {kind.__name__},"
+                             f" got {type(self.values[found]).__name__}")
+        return self.values[found]
+
+
+def open_records(files: list[str], count: Callable[[dict], int], streaming: bool):
+    """Rows of all records of `files`, as a `datasets` data set or, `streaming`, an iterable one.
+
+    `count` says how many items (masks, answers) a record holds. Raises FileNotFoundError for a
+    file that is not there and ValueError for one of no known form.
+    """
+    paths = [_check_path(name) for name in files]
+    if streaming:
+        shards = {"paths": [(i, str(path)) for i, path in enumerate(paths)]}
+        return datasets.IterableDataset.from_generator(
+            _rows, features=FEATURES, gen_kwargs={**shards, "count": count}
+        )
+    # the stamps make a changed file another data set: `datasets` caches by these arguments
+    stamps = [(path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+    return datasets.Dataset.from_generator(
+        _rows,
+        features=FEATURES,
+        gen_kwargs={
+            "paths": [(i, str(path)) for i, path in enumerate(paths)],
+            "count": count,
+            "stamps": tuple(stamps),
+        },
+    )
+
+
+def record_of(row: dict, files: list[str]) -> Record:
+    """The record of a row."""
+    path = Path(files[row["file"]])
+    unit = "line" if path.suffix in LINES else "record"
+    values = None if row["record"] is None else json.loads(row["record"])
+    key = (row["file"], row["number"])
+    where = f"{path}, {unit} {row['number']}"
+    return Record(values, row["error"], row["pictures"] or [], where, key, path.parent)
+
+
+def _check_path(name: str) -> Path:
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a data file, got {name!r}: no such file")
+    if path.suffix not in (*TABLES, *LINES, ".json"):
+        raise ValueError(f"expected a data file as .json, {', '.join((*LINES, *TABLES))},"
+                         f" got {name!r}")
+    return path
+
+
+def _rows(paths: list[tuple[int, str]], count: Callable, stamps: tuple = ()) -> Iterator[dict]:
+    for file, name in paths:
+        for number, values, error, pictures in _read(Path(name)):
+            text = None if values is None else json.dumps(values)
+            yield {
+                "record": text,
+                "error": error,
+                "pictures": pictures,
+                "file": file,
+                "number": number,
+                "count": 1 if values is None else count(values),
+            }
+
+
+def _read(path: Path) -> Iterator[tuple]:
+    """Number (from 1), values, error and pictures of each record of a file."""
+    if path.suffix in TABLES:
+        yield from _read_table(path)
+    elif path.suffix in LINES:
+        yield from _read_lines(path)
+    else:
+        yield from _read_json(path)
+
+
+def _read_lines(path: Path) -> Iterator[tuple]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except ValueError as error:  # malformed JSON or not UTF-8
+                yield number, None, f"expected a JSON object, got: {error}", []
+                continue
+            yield number, *_checked(values), []
+
+
+def _checked(values) -> tuple[dict | None, str | None]:
+    if isinstance(values, dict):
+        return values, None
+    return None, f"expected a JSON object, got {type(values).__name__}"
+
+
+def _read_json(path: Path) -> Iterator[tuple]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {path}, got: {error}") from error
+    if isinstance(content, dict) and "annotations" in content:
+        content = coco_records(content)
+    if not isinstance(content, list):
+        raise ValueError(f"expected a list of records, or COCO's images and annotations, in {path},"
+                         f" got {type(content).__name__}")
+    for number, values in enumerate(content, 1):
+        yield number, *_checked(values), []
+
+
+def _read_table(path: Path) -> Iterator[tuple]:
+    kind = path.suffix.removeprefix(".")
+    table = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    names = [n for n in PICTURE_FIELDS if n in (table.features or {})]
+    for name in names:
+        table = _undecoded(table, name)
+    for number, row in enumerate(table, 1):
+        pictures = []
+        for name in names:
+            value = row[name]
+            for picture in value if isinstance(value, list) else [value]:
+                data = picture.get("bytes") if isinstance(picture, dict) else picture
+                if isinstance(data, bytes):
+                    pictures.append(data)
+            if pictures:
+                row = {k: v for k, v in row.items() if k != name}
+        yield number, json.loads(json.dumps(row, default=_plain)), None, pictures
+
+
+def _undecoded(table, name: str):
+    feature = table.features[name]
+    inner = getattr(feature, "feature", None)
+    if isinstance(feature, datasets.Image):
+        return table.cast_column(name, datasets.Image(decode=False))
+    if isinstance(inner, datasets.Image):
+        return table.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return table
+
+
+def _plain(value):
+    return value.decode("ascii") if isinstance(value, bytes) else str(value)
+
+
+def coco_records(content: dict) -> list[dict]:
+    """COCO's images and annotations as records of one picture each, in the order of the images;
+    an image without annotations makes none."""
+    records = {
+        image["id"]: {"image": image["file_name"], "mask_rles": [], "captions": []}
+        for image in content.get("images", [])
+    }
+    for annotation in content["annotations"]:
+        record = records.get(annotation["image_id"])
+        if record is None:
+            name = f"missing image id {annotation['image_id']}"
+            record = records[annotation["image_id"]] = {
+                "image": name, "mask_rles": [], "captions": [],
+            }
+        record["mask_rles"].append(annotation["segmentation"])
+        if "caption" in annotation:
+            record["captions"].append(annotation["caption"])
+    return [record for record in records.values() if record["mask_rles"]]

@@ -1,0 +1,91 @@
+"""Samples of region captions: an image's masks in groups of at most one pass's regions."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..processing_perceptiondlm import PerceptionDLMProcessor
+from .recipe import RegionData
+from .records import Record, count_masks
+from .samples import CONTENT_STREAM, Sample, choose_regions, draw_prompts, generator_of
+
+
+def partition(count: int, most: int, rng: np.random.Generator) -> list[list[int]]:
+    """Divides `count` masks at random into as few groups of at most `most` as there can be, of
+    nearly equal size."""
+    groups = np.array_split(rng.permutation(count), -(-count // most))
+    return [sorted(group.tolist()) for group in groups]
+
+
+class RegionSamples:
+    """Makes samples of records with `image`, `mask_rles` (or `masks`) and `captions`."""
+
+    def __init__(self, processor: PerceptionDLMProcessor, data: RegionData, *,
+                 seed: int = 0, permute_prompts: bool = True):
+        self.processor = processor
+        self.data = data
+        self.seed = seed
+        self.permute_prompts = permute_prompts
+        prompts = processor.image_processor.num_region_prompts
+        if prompts == 0:
+            raise ValueError("expected a model with region prompts for region captions, got none")
+        self.most = min(data.regions_per_sample or prompts, prompts)
+
+    count = staticmethod(count_masks)
+
+    def samples_of(self, count: int) -> int:
+        """Groups of a record with so many masks."""
+        return -(-count // self.most)
+
+    def length(self, count: int, number: int) -> int:
+        """Branches of a group, the only part that is known before a picture is opened."""
+        groups = self.samples_of(count)
+        regions = count // groups + (number < count % groups)
+        return regions * (self.processor.roi_output_size**2 + (self.data.caption_length or 64))
+
+    def make(self, record: Record, number: int, rng, key: tuple, epoch: int) -> Sample:
+        """Group `number` of this epoch's partition of the record's masks."""
+        masks, captions = record.get("mask_rles", "masks"), record.get("captions")
+        if not masks:
+            raise ValueError("expected at least one mask, got none")
+        if len(captions) != len(masks):
+            raise ValueError(f"expected a caption for each of {len(masks)} masks,"
+                             f" got {len(captions)} captions")
+        groups = partition(
+            len(masks), self.most, generator_of(self.seed, CONTENT_STREAM, epoch, *record.key, 0)
+        )
+        group = groups[number]
+        features = self.processor.image_processor(
+            [picture_of(record, self.data.image_root)], [[masks[k] for k in group]]
+        )
+        order = features.pop("region_orders")[0]
+        texts = [self._checked(captions[group[k]]) for k in order]
+        slots = self.processor.caption_slots(texts, len(texts), self.data.caption_length)
+        for slot in slots:
+            if len(slot) > self.data.max_text_tokens:
+                raise ValueError(f"expected a caption of at most {self.data.max_text_tokens} tokens,"
+                                 f" got {len(slot)}")
+        prompts = draw_prompts(
+            rng, len(texts), self.processor.image_processor.num_region_prompts, self.permute_prompts
+        )
+        features = choose_regions(dict(features), list(range(len(texts))), prompts)
+        return Sample(self.processor.region_sequence(features, 0, slots), features, key)
+
+    def _checked(self, caption) -> str:
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"expected a caption with text in it, got {caption!r}")
+        return caption.strip()
+
+
+def picture_of(record: Record, root: str | None) -> str | bytes:
+    """The record's only picture: its bytes, or its path."""
+    if record.pictures:
+        return record.pictures[0]
+    return picture_path(record.get("image", kind=str), record, root)
+
+
+def picture_path(name, record: Record, root: str | None) -> str:
+    """The path of a picture named in a record, from `root` or else the record's folder."""
+    if not isinstance(name, str):
+        raise ValueError(f"expected a picture as a path, got {name!r}")
+    return str(Path(root or record.folder) / name)
