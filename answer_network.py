@@ -14,13 +14,19 @@ from .denoising_diffusion import State
 
 
 class KeyValueBuffer:
-    """Keys and values of a whole sequence, written in place from a given column on."""
+    """Keys and values (B, heads, L, head_dim) of every layer, written in place from a given column
+    on. They are allocated once, each on its layer's device, so that steps have fixed addresses."""
 
-    def __init__(self, length: int):
-        self.length = length
+    def __init__(self, text_model, batch: int, length: int, dtype: torch.dtype):
+        config = text_model.config
+        shape = (batch, config.num_key_value_heads, length, config.head_dim)
         self.start = 0
         self.stop = length
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.keys, self.values = [], []
+        for layer in text_model.layers:
+            device = layer.input_layernorm.weight.device
+            self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
+            self.values.append(torch.zeros(shape, dtype=dtype, device=device))
 
     def window(self, start: int, stop: int) -> "KeyValueBuffer":
         """Next writes go to columns from `start`; columns before `stop` are attended to."""
@@ -29,10 +35,7 @@ class KeyValueBuffer:
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int):
         """Writes (B, heads, n, head_dim); returns what may be attended to."""
-        if layer not in self.layers:
-            B, heads, _, width = key.shape
-            self.layers[layer] = tuple(key.new_zeros(B, heads, self.length, width) for _ in "kv")
-        keys, values = self.layers[layer]
+        keys, values = self.keys[layer], self.values[layer]
         end = self.start + key.shape[2]
         keys[:, :, self.start : end] = key
         values[:, :, self.start : end] = value
@@ -61,17 +64,27 @@ class AnswerNetwork:
             prompt = torch.cat([prompt, self._masked_prompt(prompt)])
             columns = {k: torch.cat([v, v]) for k, v in columns.items()}
         self.positions = columns["position_ids"]
-        length = self.positions.shape[1]
         exact_cache = model.config.region_layout == "independent"
         self.refresh_interval = 0 if exact_cache else 1 if prompt_cache is None else prompt_cache
         self._build_masks(columns, prompt.dtype, exact_cache)
-        self.cache = None if self.refresh_interval == 1 else KeyValueBuffer(length)
+        self.cache = None
+        if self.refresh_interval != 1:
+            self.cache = KeyValueBuffer(self.text.model, *self.positions.shape, prompt.dtype)
         if exact_cache:
             self.prompt = None
             self._prefill(prompt)
         else:
             self.prompt = prompt
-        self.step = torch.compile(self._step, dynamic=False) if compiled else self._step
+        self.step = self._compiled_step() if compiled else self._step
+
+    def _compiled_step(self):
+        """The step for static shapes; on CUDA replayed as a graph, whose buffers stay in place."""
+        if self.answer_ids.device.type != "cuda":
+            return torch.compile(self._step, dynamic=False)
+        if self.cache is not None:
+            for buffer in (*self.cache.keys, *self.cache.values):
+                torch._dynamo.mark_static_address(buffer)
+        return torch.compile(self._step, dynamic=False, mode="reduce-overhead")
 
     def _prompt_embeds(self, inputs: dict) -> torch.Tensor:
         names = (

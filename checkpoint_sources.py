@@ -206,8 +206,8 @@ def anyres_tiles(settings: dict, vision: dict) -> int:
     canvases, given = [[w, h] for w in sides for h in sides], settings.get("image_grid_pinpoints")
     if isinstance(given, list) and given != canvases:
         raise ConversionError(
-            f"expected image_grid_pinpoints of 1 to {MAX_CANVAS_TILES} tiles of {sides[0]} pixels"
-            f" a side, got {given}"
+            f"expected image_grid_pinpoints of 1 to {MAX_CANVAS_TILES} tiles of {sides[0]} pixels a"
+            f" side (as vision_source says), got {_few(list(map(str, given)))}"
         )
     aspect = settings["image_aspect_ratio"]
     shrunk = re.fullmatch(r"anyres_max_(\d+)", str(aspect))

@@ -180,8 +180,8 @@ def _mask_from_array(mask: np.ndarray) -> Image.Image:
         raise ValueError(f"expected a bool, integer or float mask, got {values.dtype}")
     if values.dtype.kind in "if" and not values.min() >= 0:  # NaN fails this too
         raise ValueError(f"expected mask values of 0 or more, got a minimum of {values.min()}")
-    if values.dtype == np.uint8:
-        return Image.fromarray(np.ascontiguousarray(values))
+    if values.dtype in (np.uint8, np.bool_):
+        return Image.fromarray(np.ascontiguousarray(values).view(np.uint8))
     return Image.fromarray((values != 0).astype(np.uint8))
 
 

@@ -33,13 +33,25 @@ def choose_grid(size: tuple[int, int], tile: int, max_tiles: int) -> tuple[int, 
     return best
 
 
+def resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resizes (bicubic, aspect not kept) to `size` (width, height) as Pillow 13 does.
+
+    From Pillow 13 on a picture that loses much more height than width is resized vertically first,
+    before it never was; values differ by several levels, so the order is fixed here.
+    """
+    lost_width, lost_height = picture.width - size[0], picture.height - size[1]
+    if lost_height > max(0, 2 * lost_width):
+        picture = picture.resize((picture.width, size[1]), Image.Resampling.BICUBIC)
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
 def cut_tiles(picture: Image.Image, grid: tuple[int, int], tile: int) -> list[Image.Image]:
-    """Resizes (bicubic, aspect not kept) to the grid and cuts row by row; thumbnail last."""
+    """Resizes to the grid and cuts row by row; thumbnail last."""
     columns, rows = grid
-    resized = picture.resize((columns * tile, rows * tile), Image.Resampling.BICUBIC)
+    resized = resize(picture, (columns * tile, rows * tile))
     tiles = _crop_row_by_row(resized, grid, tile)
     if len(tiles) > 1:
-        tiles.append(picture.resize((tile, tile), Image.Resampling.BICUBIC))
+        tiles.append(resize(picture, (tile, tile)))
     return tiles
 
 
@@ -67,8 +79,8 @@ def cut_anyres_tiles(picture: Image.Image, grid: tuple[int, int], tile: int) -> 
         fitted = (min(math.ceil(width * (canvas_h / height)), canvas_w), canvas_h)
     canvas = Image.new("RGB", (canvas_w, canvas_h))
     corner = ((canvas_w - fitted[0]) // 2, (canvas_h - fitted[1]) // 2)
-    canvas.paste(picture.resize(fitted, Image.Resampling.BICUBIC), corner)
-    squeezed = picture.resize((tile, tile), Image.Resampling.BICUBIC)
+    canvas.paste(resize(picture, fitted), corner)
+    squeezed = resize(picture, (tile, tile))
     return [squeezed, *_crop_row_by_row(canvas, grid, tile)]
 
 
@@ -117,12 +129,12 @@ def region_patches(
     columns, rows = grid
     h = tile // patch
     region = mask.point([OUTSIDE] + [number] * 255)
-    resized = np.asarray(region.resize((columns * tile, rows * tile), Image.Resampling.BICUBIC))
+    resized = np.asarray(resize(region, (columns * tile, rows * tile)))
     corners = resized[::patch, ::patch] != OUTSIDE  # (rows * h, columns * h)
     tiles = corners.reshape(rows, h, columns, h).swapaxes(1, 2).reshape(-1, h, h)  # (T, h, w)
     if len(tiles) == 1:
         return tiles
-    thumbnail = np.asarray(region.resize((tile, tile), Image.Resampling.BICUBIC))
+    thumbnail = np.asarray(resize(region, (tile, tile)))
     return np.concatenate([tiles, thumbnail[None, ::patch, ::patch] != OUTSIDE])
 
 

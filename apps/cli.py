@@ -7,6 +7,8 @@ import sys
 # name: (module with `configure(parser)` and `run(args) -> exit code`, one line of help)
 COMMANDS = {
     "caption": ("perceptiondlm.apps.caption", "caption regions of pictures, or ask about pictures"),
+    "web": ("perceptiondlm.apps.web", "a web page: paint regions, caption them, watch it happen"),
+    "serve": ("perceptiondlm.apps.serve", "an OpenAI-compatible endpoint for captions and answers"),
     "train": ("perceptiondlm.training.cli", "train or fine-tune a checkpoint from a YAML recipe"),
     "evaluate": ("perceptiondlm.evaluation.cli", "predict, judge, score and report benchmarks"),
     "publish": ("perceptiondlm.apps.publishing", "put a checkpoint on the Hub, with a model card"),

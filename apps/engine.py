@@ -53,7 +53,9 @@ class Ticket:
     `wait` for it, `result` for it, `follow` its steps, or `cancel` it.
     """
 
-    def __init__(self, job: RegionJob | ChatJob, options: dict, key, prompt_tokens, on_step, follow):
+    def __init__(
+        self, job: RegionJob | ChatJob, options: dict, key, prompt_tokens: int, on_step, follow
+    ):
         self.job = job
         self.options = options
         self.key = key
@@ -74,7 +76,7 @@ class Ticket:
         return self._cancelled.is_set()
 
     def result(self, timeout: float | None = None) -> Completion:
-        """Waits for the result. Raises TimeoutError, CancelledError, or what the job failed with."""
+        """Waits for the result; raises TimeoutError, CancelledError or the job's own error."""
         return self.future.result(timeout)
 
     def cancel(self):
@@ -177,24 +179,25 @@ class Engine:
             raise
         ticket = Ticket(job, options, self._key(job, options), prompt_tokens, on_step, follow)
         with self._changed:
-            self._admit(ticket)
+            self.expect_room(job.nbytes)
             self._waiting.append(ticket)
             self._changed.notify_all()
         self.metrics.count("accepted")
         ticket.future.add_done_callback(lambda _: self._forget(ticket))
         return ticket
 
-    def _admit(self, ticket: Ticket):
+    def expect_room(self, nbytes: int = 0):
+        """Raises `EngineClosed`, or `QueueFull` where a job of so many bytes would be refused."""
         if self._closed:
             raise EngineClosed("expected a running engine, this one is shutting down")
-        size = sum(other.job.nbytes for other in self._waiting)
-        full = len(self._waiting) >= self.max_queue
-        heavy = bool(self._waiting) and size + ticket.job.nbytes > self.max_queue_bytes
-        if full or heavy:
+        waiting = list(self._waiting)
+        size = sum(other.job.nbytes for other in waiting)
+        heavy = bool(waiting) and size + nbytes > self.max_queue_bytes
+        if heavy or len(waiting) >= self.max_queue:
             self.metrics.count("refused")
             raise QueueFull(
-                f"{len(self._waiting)} requests are waiting already: try again later",
-                self.metrics.seconds_until_free(len(self._waiting)),
+                f"{len(waiting)} requests are waiting already: try again later",
+                self.metrics.seconds_until_free(len(waiting)),
             )
 
     def _key(self, job, options: dict):
@@ -226,7 +229,7 @@ class Engine:
         return self._thread.is_alive() and not self._closed
 
     def close(self, *, drain: bool = True, timeout: float | None = None):
-        """Takes no more jobs; finishes those that wait (`drain`) or cancels all; ends the thread."""
+        """Takes no more jobs; finishes those that wait (`drain`) or drops all; ends the thread."""
         with self._changed:
             self._closed = True
             dropped = [] if drain else [*self._waiting, *self._running]

@@ -59,7 +59,7 @@ class UrlPolicy:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise ValueError(f"expected a host that is known, got {host[:80]!r}: {error}") from error
+            raise ValueError(f"expected a known host, got {host[:80]!r}: {error}") from error
         addresses = [entry[4][0].partition("%")[0] for entry in found]
         if not self.allow_private:
             for address in addresses:
@@ -81,7 +81,7 @@ def is_public(address: str) -> bool:
 
 
 def fetch(url: str, policy: UrlPolicy, limits: Limits) -> bytes:
-    """The bytes behind a URL; ValueError where the policy, a limit or the host stands against it."""
+    """The bytes behind a URL; ValueError where the policy or a limit stands against it."""
     import httpx
 
     deadline = time.monotonic() + policy.seconds

@@ -86,7 +86,9 @@ def _decode(data: bytes, name: str, limits: Limits, formats) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"expected at most {limits.pixels:,} pixels in {name}, got: {error}") from error
+        raise ValueError(
+            f"expected at most {limits.pixels:,} pixels in {name}, got: {error}"
+        ) from error
     except Exception as error:  # decoders fail in many ways on what strangers make up
         kinds = ", ".join(formats)
         raise ValueError(f"expected {name} as {kinds}, got {_kind_of(data)}") from error

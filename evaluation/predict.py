@@ -12,15 +12,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ..image_processing_perceptiondlm import load_image, load_mask
 from .benchmarks import RegionSample, load_benchmark
+from .checkpoint import (
+    add_checkpoint_arguments,
+    add_decoding_arguments,
+    checkpoint_record,
+    decoding_options,
+    load_model,
+)
 from .environment import run_environment
 from .files import Journal, read_journal, run_record_path, write_json
 from .sharding import Shard, process_state
-from .throughput import BatchCost, Throughput, effective_length, stop_ids, total_throughput
+from .throughput import BatchCost, Throughput, batch_cost, stop_ids, timed, total_throughput
 
 
 @dataclass(frozen=True)
@@ -117,25 +123,23 @@ def _caption(
         [_load_region(region, image) for region in regions]
         for regions, image in zip(batch, images, strict=True)
     ]
-    _synchronise(model)
-    generating = time.perf_counter()
-    result = model.diffusion_generate(images=images, masks=masks, processor=processor, **options)
-    _synchronise(model)
+    result, seconds = timed(
+        model,
+        lambda: model.diffusion_generate(
+            images=images, masks=masks, processor=processor, **options
+        ),
+    )
     end = time.perf_counter()
     captions = {
         region.key: text
         for regions, texts in zip(batch, result.texts, strict=True)
         for region, text in zip(regions, texts, strict=True)
     }
-    stops = stop_ids(model.config)
-    ids = [caption for image_ids in result.token_ids for caption in image_ids]
-    cost = BatchCost(
+    cost = batch_cost(
+        result,
+        stop_ids(model.config),
         images=len(batch),
-        regions=len(captions),
-        forwards=int(result.num_forwards),
-        nominal_tokens=sum(map(len, ids)),
-        effective_tokens=sum(effective_length(caption, stops) for caption in ids),
-        generate_seconds=end - generating,
+        generate_seconds=seconds,
         end_to_end_seconds=end - start,
         rank=rank,
     )
@@ -147,13 +151,6 @@ def _load_region(region: RegionSample, image):
         return load_mask(region.mask, image.size)
     except ValueError as error:
         raise ValueError(f"region {region.key} of {region.image_path}: {error}") from error
-
-
-def _synchronise(model):
-    """Waits for the device, so that a clock read afterwards counts the work that was queued."""
-    device = torch.device(model.device)
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _by_picture(samples: Iterator[RegionSample]) -> list[list[RegionSample]]:
@@ -189,41 +186,16 @@ def _captions_in(journals: dict[Path, list[dict]], identity: dict) -> dict[str, 
     return captions
 
 
-def parse_option(text: str) -> tuple[str, object]:
-    """NAME=VALUE, the value as JSON where it is (`steps=16`), else as text (`remasking=random`)."""
-    name, separator, value = text.partition("=")
-    if not (name and separator):
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
-def load_model(path: str, subfolder: str, dtype: str, device: str):
-    """A checkpoint and its processor, ready to caption."""
-    from transformers import AutoModel, AutoProcessor
-
-    common = {"trust_remote_code": True, "subfolder": subfolder}
-    model = AutoModel.from_pretrained(path, dtype=dtype, **common).eval().to(device)
-    return model, AutoProcessor.from_pretrained(path, **common)
-
-
 def configure(parser: argparse.ArgumentParser):
     add = parser.add_argument
-    add("--model", required=True, help="checkpoint: folder or Hub id")
-    add("--subfolder", default="", help="of the checkpoint, for weights and processor")
-    add("--dtype", default="auto", help="auto, float32, bfloat16, ...")
-    add("--device", help="default: the accelerator if there is one, else the CPU")
+    add_checkpoint_arguments(parser)
     add("--benchmark", required=True, help="benchmark folder, COCO-style JSON, or Hub dataset id")
     add("--images", help="the pictures' folder, if not beside the annotations")
     add("--output", required=True, help="where the captions go (JSON)")
     add("--batch-size", type=int, default=1, help="pictures in one call")
     add("--limit", type=int, help="only the first regions")
     add("--warmup", type=int, default=0, help="untimed calls beforehand")
-    help_text = "of diffusion_generate, as steps=32; may be repeated"
-    option = {"dest": "options", "type": parse_option, "metavar": "NAME=VALUE"}
-    add("--option", action="append", default=[], help=help_text, **option)
+    add_decoding_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,7 +1,11 @@
 """Efficiency of a prediction run: tokens per forward pass and seconds, counted two ways each."""
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,47 @@ class Throughput:
             f" TPF {self.nominal_tpf:.2f} nominal, {self.effective_tpf:.2f} effective,"
             f" {self.tokens_per_second:.1f} tokens/s"
         )
+
+
+def timed(model, call: Callable[[], Result]) -> tuple[Result, float]:
+    """What a call gives and the seconds it took, the model's device idle before and after."""
+    _synchronise(model)
+    start = time.perf_counter()
+    result = call()
+    _synchronise(model)
+    return result, time.perf_counter() - start
+
+
+def _synchronise(model):
+    """Waits for the device, so that a clock read afterwards counts the work that was queued."""
+    import torch
+
+    device = torch.device(model.device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def batch_cost(
+    result,
+    stops: Sequence[int],
+    *,
+    images: int,
+    generate_seconds: float,
+    end_to_end_seconds: float,
+    rank: int = 0,
+) -> BatchCost:
+    """What a `DiffusionOutput` took; `stops` are the ids that end a caption."""
+    ids = [caption for image_ids in result.token_ids for caption in image_ids]
+    return BatchCost(
+        images=images,
+        regions=len(ids),
+        forwards=int(result.num_forwards),
+        nominal_tokens=sum(map(len, ids)),
+        effective_tokens=sum(effective_length(caption, stops) for caption in ids),
+        generate_seconds=generate_seconds,
+        end_to_end_seconds=end_to_end_seconds,
+        rank=rank,
+    )
 
 
 def total_throughput(costs: Iterable[BatchCost]) -> Throughput:

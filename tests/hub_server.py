@@ -101,6 +101,10 @@ class HubServer:
         repository = self.repositories[repo_id]
         return set(repository.trees[repository.resolve(revision)])
 
+    def read(self, repo_id: str, path: str, revision: str = "main") -> str:
+        repository = self.repositories[repo_id]
+        return repository.trees[repository.resolve(revision)][path].content.decode()
+
     def count(self, method: str, path: str) -> int:
         return sum(m == method and bool(re.search(path, p)) for m, p in self.requests)
 

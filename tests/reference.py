@@ -31,16 +31,27 @@ def best_grid(width: int, height: int, side: int, most: int = 6) -> tuple[int, i
     return best[1]
 
 
+def resize(picture: Image.Image, width: int, height: int) -> np.ndarray:
+    """Bicubic, by Pillow 13's order of passes whichever Pillow there is."""
+    if picture.height > height and picture.height - height > 2 * (picture.width - width):
+        sizes = [(picture.width, height), (width, height)]
+    else:
+        sizes = [(width, picture.height), (width, height)]
+    for size in sizes:
+        picture = picture.resize(size, Image.BICUBIC)
+    return np.asarray(picture)
+
+
 def cut(picture: Image.Image, grid: tuple[int, int], side: int) -> np.ndarray:
     """uint8 (T, side, side, 3): tiles row by row, then the thumbnail if there are several."""
     columns, rows = grid
-    whole = np.asarray(picture.resize((columns * side, rows * side), Image.BICUBIC))
+    whole = resize(picture, columns * side, rows * side)
     tiles = []
     for row in range(rows):
         for column in range(columns):
             tiles.append(whole[row * side : (row + 1) * side, column * side : (column + 1) * side])
     if columns * rows > 1:
-        tiles.append(np.asarray(picture.resize((side, side), Image.BICUBIC)))
+        tiles.append(resize(picture, side, side))
     return np.stack(tiles)
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 from conversion_sources import VECTORS, case_names, replay_in_fresh_process
-
 from perceptiondlm.convert_checkpoint import convert
 
 SOURCES = {

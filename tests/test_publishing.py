@@ -1,8 +1,10 @@
 """Publishing, with the Hub's real client against a Hub on loopback."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 
 from perceptiondlm.apps import publishing
+from perceptiondlm.apps.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
 from perceptiondlm.apps.model_card import Provenance, checksums, model_card
 from perceptiondlm.apps.publishing import push_folder, write_provenance
@@ -31,80 +34,115 @@ REPORT = {
 }
 
 
+# A reader's program: what it prints is compared below. It knows nothing of this package.
+READER = """
+import json
+from transformers import AutoModel, AutoProcessor
+
+picture, masks = {picture!r}, {masks!r}
+
+def captions(name, **options):
+    model = AutoModel.from_pretrained(name, trust_remote_code=True)
+    out = model.diffusion_generate(picture, masks, caption_length=8, **options)
+    return model, [out.token_ids[0], out.texts[0]]
+
+processor = AutoProcessor.from_pretrained({repo!r}, trust_remote_code=True)
+model, published = captions({repo!r}, processor=processor)
+model.push_to_hub("somebody/again")
+processor.push_to_hub("somebody/again")
+_, pushed = captions("somebody/again")
+print("=====")
+exec({snippet!r})
+print("=====")
+print(json.dumps([published, pushed]))
+"""
+
+
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+def hub():
+    with loopback_hub() as server:
+        yield server
+
+
+@contextlib.contextmanager
+def loopback_hub():
+    """A Hub that this process's client talks to."""
+    with HubServer() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        patch.setenv("HF_TOKEN", TOKEN)
         yield server
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory):
+def sharded(tmp_path_factory):
     """A region model in three shards."""
-    folder = tmp_path_factory.mktemp("converted") / "checkpoint"
-    convert(VECTORS / "released-region", folder, max_shard_size="600KB")
-    return folder
+    folder = tmp_path_factory.mktemp("sharded") / "checkpoint"
+    return convert(VECTORS / "released-region", folder, max_shard_size="600KB")
 
 
 @pytest.fixture
-def checkpoint(converted, tmp_path):
+def checkpoint(sharded, tmp_path):
     """A copy that a test may change."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for file in converted.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return Path(shutil.copytree(sharded, tmp_path / "checkpoint"))
 
 
-def fresh_process(code: str, hub: HubServer, home: Path) -> str:
-    """What a program prints that knows the loopback Hub and nothing of this package."""
-    environment = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "PATH": os.environ["PATH"],
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=home, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def reader(sharded, tmp_path_factory):
+    """What the reader's program, a fresh process, prints in its three parts; and the Hub."""
+    home = tmp_path_factory.mktemp("reader")
+    with loopback_hub() as hub:
+        push_folder(shutil.copytree(sharded, home / "published"), REPO)
+        snippet = re.search(r"```python\n(.*?)```", hub.read(REPO, "README.md"), re.DOTALL)[1]
+        program = READER.format(
+            repo=REPO, picture=str(PICTURE), masks=[str(mask) for mask in MASKS], snippet=snippet
+        )
+        environment = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "PATH": os.environ["PATH"],
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, cwd=home, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        yield done.stdout.split("=====\n"), hub
 
 
-def test_a_published_model_captions_alike_in_a_fresh_process(hub, checkpoint, tmp_path):
-    push_folder(checkpoint, REPO)
-    code = f"""
-import json
-from transformers import AutoModel, AutoProcessor
-model = AutoModel.from_pretrained("{REPO}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{REPO}", trust_remote_code=True)
-masks = {[str(mask) for mask in MASKS]}
-out = model.diffusion_generate({str(PICTURE)!r}, masks, processor=processor, caption_length=8)
-alone = model.diffusion_generate({str(PICTURE)!r}, masks, caption_length=8)
-assert alone.texts == out.texts
-print(json.dumps([out.token_ids[0], out.texts[0]]))
-"""
-    from perceptiondlm.apps.captioner import RegionCaptioner
-
-    captioner = RegionCaptioner.from_pretrained(checkpoint)
-    expected = captioner.model.diffusion_generate(
+@pytest.fixture(scope="module")
+def expected(sharded):
+    """Ids and captions of the folder that was published."""
+    captioner = RegionCaptioner.from_pretrained(sharded)
+    out = captioner.model.diffusion_generate(
         PICTURE, MASKS, processor=captioner.processor, caption_length=8
     )
-    got = json.loads(fresh_process(code, hub, tmp_path).splitlines()[-1])
-    assert got == [expected.token_ids[0], expected.texts[0]]
-    assert hub.count("GET", rf"/{REPO}/resolve/.*modeling_perceptiondlm.py") == 1
+    return [out.token_ids[0], out.texts[0]]
 
 
-def test_the_snippet_on_the_card_runs_as_pasted(hub, checkpoint, tmp_path):
-    push_folder(checkpoint, REPO)
-    card = hub.repositories[REPO].trees[hub.repositories[REPO].branches["main"]]["README.md"]
-    snippet = re.search(r"```python\n(.*?)```", card.content.decode(), re.DOTALL)[1]
-    lines = fresh_process(snippet, hub, tmp_path).splitlines()
-    assert [line.split()[0] for line in lines][:1] == ["1"]
+def test_a_published_model_captions_alike_in_a_fresh_process(reader, expected):
+    (*_, results), _ = reader
+    assert json.loads(results)[0] == expected
+
+
+def test_push_to_hub_of_model_and_processor_makes_a_repository_that_captions_alike(
+    reader, expected
+):
+    (*_, results), _ = reader
+    assert json.loads(results)[1] == expected
+
+
+def test_the_snippet_on_the_card_runs_as_pasted(reader):
+    (_, printed, _), _ = reader
+    assert re.match(r"1 .*2 ", printed, re.DOTALL)
+
+
+def test_the_readers_code_and_weights_come_from_the_hub(reader):
+    _, hub = reader
+    assert hub.count("GET", rf"/{REPO}/resolve/.*/modeling_perceptiondlm.py")
+    assert hub.count("GET", "/large/") >= 3
 
 
 def test_a_repository_is_published_in_one_commit(hub, checkpoint):
@@ -168,24 +206,6 @@ def test_a_revision_is_published_beside_main(hub, checkpoint):
 def test_a_private_repository_is_created_private(hub, checkpoint):
     push_folder(checkpoint, REPO, private=True)
     assert hub.repositories[REPO].private
-
-
-def test_push_to_hub_of_model_and_processor_makes_a_repository_that_loads(
-    hub, converted, tmp_path
-):
-    code = f"""
-from transformers import AutoModel, AutoProcessor
-model = AutoModel.from_pretrained({str(converted)!r}, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained({str(converted)!r}, trust_remote_code=True)
-model.push_to_hub("{REPO}")
-processor.push_to_hub("{REPO}")
-again = AutoModel.from_pretrained("{REPO}", trust_remote_code=True)
-out = again.diffusion_generate({str(PICTURE)!r}, [{str(MASKS[0])!r}], caption_length=4)
-want = model.diffusion_generate({str(PICTURE)!r}, [{str(MASKS[0])!r}], caption_length=4)
-assert out.token_ids == want.token_ids
-print("same")
-"""
-    assert "same" in fresh_process(code, hub, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -225,14 +225,14 @@ def test_roi_align_is_torchvisions(vectors, size):
     recorded = load_file(vectors / "roi_align.safetensors")
     bins = tuple(map(int, size.split("x")))
     got = roi_align(recorded["features"][0].permute(1, 2, 0), recorded["boxes"], bins)
-    assert deviation(got.permute(0, 3, 1, 2), recorded[f"output_{size}"]) < 1e-6
+    assert deviation(got.permute(0, 3, 1, 2), recorded[f"output_{size}"]) < 1e-5
 
 
 def test_roi_align_of_scaled_boxes_is_torchvisions(vectors):
     recorded = load_file(vectors / "roi_align.safetensors")
     features = recorded["features"][0].permute(1, 2, 0)
     got = roi_align(features, recorded["boxes"] * 4 / 32, (4, 4))
-    assert deviation(got.permute(0, 3, 1, 2), recorded["output_4x4_scale_32"]) < 1e-6
+    assert deviation(got.permute(0, 3, 1, 2), recorded["output_4x4_scale_32"]) < 1e-5
 
 
 def test_every_recorded_size_gets_the_recorded_grid(vectors):

@@ -8,10 +8,20 @@ import sys
 def configure(parser: argparse.ArgumentParser):
     """Adds the recipe, its overrides and resuming."""
     parser.add_argument("recipe", help="YAML recipe; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
-                        help="options that replace the recipe's, values in YAML")
-    parser.add_argument("--resume", nargs="?", const=True, default=None, metavar="CHECKPOINT",
-                        help="go on from a checkpoint (default: the last one of the output folder)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="options that replace the recipe's, values in YAML",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=None,
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint (default: the last one of the output folder)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

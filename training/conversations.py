@@ -7,8 +7,13 @@ from .regions import picture_path
 from .samples import Sample
 
 PLACEHOLDER = "<image>"
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-         "system": "system"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def turns_of(record: Record) -> list[tuple[str, str]]:
@@ -94,7 +99,9 @@ class ConversationSamples:
                     raise ValueError(f"expected no special token in a turn, got {token!r}")
         placed = sum(text.count(PLACEHOLDER) for _, text in turns)
         if placed not in (0, pictures):
-            raise ValueError(f"expected {PLACEHOLDER!r} for each of {pictures} pictures, got {placed}")
+            raise ValueError(
+                f"expected {PLACEHOLDER!r} for each of {pictures} pictures, got {placed}"
+            )
         first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
         if placed == pictures or first is None:
             return turns
@@ -106,4 +113,6 @@ class ConversationSamples:
         image = self.processor.image_token_id
         tokens = sum(token != image for token in sequence.ids)
         if tokens > self.data.max_text_tokens:
-            raise ValueError(f"expected at most {self.data.max_text_tokens} text tokens, got {tokens}")
+            raise ValueError(
+                f"expected at most {self.data.max_text_tokens} text tokens, got {tokens}"
+            )

@@ -1,8 +1,5 @@
 """LoRA adapters of the language model, with the small modules trained whole beside them."""
 
-import json
-from pathlib import Path
-
 from transformers import PreTrainedModel
 
 from .recipe import LoraRecipe

@@ -20,8 +20,10 @@ def choose_trainable(model: nn.Module, recipe: ParametersRecipe):
     for module in [*recipe.trainable, *recipe.frozen, *recipe.zeroed, *recipe.learning_rates]:
         if not any(belongs(name, module) for name in names):
             top = sorted({name.split(".")[0] for name in names})
-            raise ValueError(f"expected modules of the model ({', '.join(top)}, or dotted names"
-                             f" in them), got {module!r}")
+            raise ValueError(
+                f"expected modules of the model ({', '.join(top)}, or dotted names"
+                f" in them), got {module!r}"
+            )
     stopped = [*recipe.frozen, *recipe.zeroed]
     for name, parameter in model.named_parameters():
         chosen = not recipe.trainable or any(belongs(name, m) for m in recipe.trainable)

@@ -67,8 +67,9 @@ class Record:
         if found is None:
             raise ValueError(f"expected a field {' or '.join(names)}, got {sorted(self.values)}")
         if not isinstance(self.values[found], kind):
-            raise ValueError(f"expected {found} as {kind.__name__},"
-                             f" got {type(self.values[found]).__name__}")
+            raise ValueError(
+                f"expected {found} as {kind.__name__}, got {type(self.values[found]).__name__}"
+            )
         return self.values[found]
 
 
@@ -112,8 +113,9 @@ def _check_path(name: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"expected a data file, got {name!r}: no such file")
     if path.suffix not in (*TABLES, *LINES, ".json"):
-        raise ValueError(f"expected a data file as .json, {', '.join((*LINES, *TABLES))},"
-                         f" got {name!r}")
+        raise ValueError(
+            f"expected a data file as .json, {', '.join((*LINES, *TABLES))}, got {name!r}"
+        )
     return path
 
 
@@ -168,8 +170,10 @@ def _read_json(path: Path) -> Iterator[tuple]:
     if isinstance(content, dict) and "annotations" in content:
         content = coco_records(content)
     if not isinstance(content, list):
-        raise ValueError(f"expected a list of records, or COCO's images and annotations, in {path},"
-                         f" got {type(content).__name__}")
+        raise ValueError(
+            f"expected a list of records, or COCO's images and annotations, in {path},"
+            f" got {type(content).__name__}"
+        )
     for number, values in enumerate(content, 1):
         yield number, *_checked(values), []
 
@@ -219,7 +223,9 @@ def coco_records(content: dict) -> list[dict]:
         if record is None:
             name = f"missing image id {annotation['image_id']}"
             record = records[annotation["image_id"]] = {
-                "image": name, "mask_rles": [], "captions": [],
+                "image": name,
+                "mask_rles": [],
+                "captions": [],
             }
         record["mask_rles"].append(annotation["segmentation"])
         if "caption" in annotation:

@@ -20,8 +20,14 @@ def partition(count: int, most: int, rng: np.random.Generator) -> list[list[int]
 class RegionSamples:
     """Makes samples of records with `image`, `mask_rles` (or `masks`) and `captions`."""
 
-    def __init__(self, processor: PerceptionDLMProcessor, data: RegionData, *,
-                 seed: int = 0, permute_prompts: bool = True):
+    def __init__(
+        self,
+        processor: PerceptionDLMProcessor,
+        data: RegionData,
+        *,
+        seed: int = 0,
+        permute_prompts: bool = True,
+    ):
         self.processor = processor
         self.data = data
         self.seed = seed
@@ -49,8 +55,9 @@ class RegionSamples:
         if not masks:
             raise ValueError("expected at least one mask, got none")
         if len(captions) != len(masks):
-            raise ValueError(f"expected a caption for each of {len(masks)} masks,"
-                             f" got {len(captions)} captions")
+            raise ValueError(
+                f"expected a caption for each of {len(masks)} masks, got {len(captions)} captions"
+            )
         groups = partition(
             len(masks), self.most, generator_of(self.seed, CONTENT_STREAM, epoch, *record.key, 0)
         )
@@ -63,8 +70,10 @@ class RegionSamples:
         slots = self.processor.caption_slots(texts, len(texts), self.data.caption_length)
         for slot in slots:
             if len(slot) > self.data.max_text_tokens:
-                raise ValueError(f"expected a caption of at most {self.data.max_text_tokens} tokens,"
-                                 f" got {len(slot)}")
+                raise ValueError(
+                    f"expected a caption of at most {self.data.max_text_tokens} tokens,"
+                    f" got {len(slot)}"
+                )
         prompts = draw_prompts(
             rng, len(texts), self.processor.image_processor.num_region_prompts, self.permute_prompts
         )

@@ -6,8 +6,9 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from .build import build_model
-from .parameters import choose_trainable
 from .conversations import ConversationSamples
+from .lora import add_adapter
+from .parameters import choose_trainable
 from .recipe import Recipe, RegionData, SyntheticData
 from .regions import RegionSamples
 from .sources import FileDataset, StreamDataset
@@ -43,6 +44,8 @@ def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
 def build_trainer(recipe: Recipe, args: TrainingArguments) -> DiffusionTrainer:
     """The model, data and trainer of a recipe."""
     model, processor = build_model(recipe)
+    if recipe.lora is not None:
+        model = add_adapter(model, recipe.lora)
     choose_trainable(model, recipe.parameters)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%.2f M of the parameters learn", learning / 1e6)

@@ -95,8 +95,17 @@ class StreamDataset(IterableDataset):
         buffer: records among which the next one is drawn.
     """
 
-    def __init__(self, files: list[str], maker: SampleMaker, most_broken: float, seed: int = 0,
-                 *, buffer: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        files: list[str],
+        maker: SampleMaker,
+        most_broken: float,
+        seed: int = 0,
+        *,
+        buffer: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         from datasets.distributed import split_dataset_by_node
 
         self.files = files

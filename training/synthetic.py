@@ -106,9 +106,7 @@ class SceneDataset(Dataset):
 
     def _encode_all(self) -> list[EncodedScene]:
         image_processor = self.processor.image_processor
-        jobs = [
-            (image_processor, self.first_seed + i, self.split) for i in range(self.count)
-        ]
+        jobs = [(image_processor, self.first_seed + i, self.split) for i in range(self.count)]
         with multiprocessing.get_context("fork").Pool(self.data.cache_workers) as pool:
             encoded = pool.imap(_encode_job, jobs, chunksize=64)
             return list(tqdm(encoded, total=len(jobs), desc="rendering scenes", mininterval=10))

@@ -42,8 +42,16 @@ class DiffusionTrainer(Trainer):
         eval_dataset: the same, evaluated at the recipe's noise levels.
     """
 
-    def __init__(self, model, args: TrainingArguments, recipe: Recipe, processor, train_dataset,
-                 eval_dataset=None, callbacks=None):
+    def __init__(
+        self,
+        model,
+        args: TrainingArguments,
+        recipe: Recipe,
+        processor,
+        train_dataset,
+        eval_dataset=None,
+        callbacks=None,
+    ):
         self.recipe = recipe
         self.loss_weighting = recipe.masking.loss_weighting
         self.processor = processor

@@ -1,0 +1,81 @@
+"""`perceptiondlm serve`: an OpenAI-compatible endpoint for region captions and questions."""
+
+import argparse
+import os
+import sys
+
+EPILOG = """\
+a request, with OpenAI's own client:
+  client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+  answer = client.chat.completions.create(
+      model=client.models.list().data[0].id,
+      messages=[{"role": "user", "content": [
+          {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}]}],
+      extra_body={"masks": [{"box": [40, 60, 220, 300]}, {"size": [480, 640], "counts": "..."}]},
+  )
+  answer.choices[0].message.regions     # [{"region": 1, "caption": "...", "box": [...], ...}]
+
+regions, the first of these that a request has:
+  masks in the body: COCO RLE, {"box": [x0, y0, x1, y1]}, {"polygons": [[x, y, ...]]}, data URLs
+  {"masks": [...]} as a text part; further image parts, each a mask; the picture's alpha channel
+Without regions the conversation is answered ("task": "question" or "regions" insists on one).
+
+PERCEPTIONDLM_API_KEY in the environment asks clients for that key. GET /health, /metrics
+(Prometheus), /v1/models.
+"""
+
+API_KEY = "PERCEPTIONDLM_API_KEY"
+GRACE_SECONDS = 30  # for requests under way when the server is told to stop
+
+
+def configure(parser: argparse.ArgumentParser):
+    """Adds the arguments to the `serve` parser."""
+    from .serving_cli import add_model_arguments, add_queue_arguments
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "Serves region captions and answers to OpenAI's clients."
+    parser.epilog = EPILOG
+    add_model_arguments(parser)
+    add_queue_arguments(parser, host_port=8000)
+    parser.add_argument("--name", help="what the model is called (default: by its folder or id)")
+    urls = parser.add_argument_group("pictures behind URLs, which are refused by default")
+    urls.add_argument("--allow-url-host", action="append", default=[], metavar="HOST",
+                      help="fetch from this host, host:port, or '*' for every host; repeatable")
+    urls.add_argument("--allow-private-urls", action="store_true",
+                      help="also from loopback and private addresses")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until it is told to stop; returns an exit code."""
+    try:
+        import uvicorn
+
+        from .serving_app import create_app
+        from .serving_http import PatientProtocol
+    except ImportError as error:
+        print(f"perceptiondlm serve: {error}: pip install 'perceptiondlm[apps]'", file=sys.stderr)
+        return 2
+    from .serving_cli import limits_of, load_engine, model_name
+    from .serving_fetch import UrlPolicy
+
+    try:
+        limits = limits_of(args)
+        policy = UrlPolicy(frozenset(args.allow_url_host), args.allow_private_urls)
+        engine = load_engine(args)
+    except (ValueError, OSError) as error:
+        print(f"perceptiondlm serve: {error}", file=sys.stderr)
+        return 2
+    app = create_app(
+        engine, name=args.name or model_name(args), limits=limits, policy=policy,
+        api_key=os.environ.get(API_KEY),
+    )
+    config = uvicorn.Config(
+        app, host=args.host, port=args.port, http=PatientProtocol.within(limits.header_seconds),
+        ws="none", timeout_graceful_shutdown=GRACE_SECONDS, proxy_headers=False,
+        server_header=False,
+    )
+    try:
+        uvicorn.Server(config).run()
+    except KeyboardInterrupt:
+        pass
+    return 0
