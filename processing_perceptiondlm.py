@@ -209,10 +209,19 @@ class PerceptionDLMProcessor(ProcessorMixin):
         return [self._target_ids(caption, caption_length) for caption in captions]
 
     def region_sequence(
-        self, features, index: int, slots: list[list[int]], instruction: str | None = None
+        self,
+        features,
+        index: int,
+        slots: list[list[int]],
+        instruction: str | None = None,
+        prompts: list[int] | None = None,
     ) -> TokenSequence:
         """The sequence that captions regions of picture `index` of the image processor's
-        `features`; `slots` are the captions' ids in the order of the region prompts."""
+        `features`; `slots` are the captions' ids in the order of the regions.
+
+        `prompts` are the regions' prompt numbers (default 0, 1, ...): in the independent layout,
+        where no region is first, a region's RoI placeholder and marker carry its prompt's number.
+        """
         instruction = instruction or self.region_instruction
         image_tokens = self._image_tokens(features, index)
         tree = self.region_layout == "independent"
@@ -224,7 +233,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         _expect_count(ids, [self.image_token_id], 1, "picture placeholders", self.image_token)
         sequence = self._add_prompt(ids, [image_tokens], roi)
         if tree:
-            self._add_branches(sequence, roi, slots)
+            self._add_branches(sequence, slots, prompts or list(range(len(slots))))
         else:
             self._add_captions(sequence, slots)
         return sequence
@@ -266,14 +275,14 @@ class PerceptionDLMProcessor(ProcessorMixin):
             start = len(sequence.ids)
             sequence.add(block, position=start, region=k, role=ROLE_CAPTION, target=True)
 
-    def _add_branches(self, sequence: TokenSequence, roi: list[int], slots: list[list[int]]):
+    def _add_branches(self, sequence: TokenSequence, slots: list[list[int]], prompts: list[int]):
         """Tree order: every branch's fixed tokens, then every caption; each branch's positions
         go on from the trunk's end."""
         trunk = len(sequence.ids)
         count = self.roi_output_size**2
-        for k in range(len(slots)):
-            marker = self._token_id(self.caption_token.format(k))
-            fixed = [roi[k]] * count + [marker]
+        for k, number in enumerate(prompts):
+            marker = self._token_id(self.caption_token.format(number))
+            fixed = [self._token_id(self.roi_token.format(number))] * count + [marker]
             sequence.add(fixed, position=trunk, region=k, role=ROLE_ROI)
         sequence.prompt_length = len(sequence.ids)
         for k, slot in enumerate(slots):

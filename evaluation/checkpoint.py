@@ -24,9 +24,9 @@ def load_model(path: str, subfolder: str, dtype: str, device: str):
     return model, AutoProcessor.from_pretrained(path, **common)
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser):
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, required: bool = True):
     add = parser.add_argument
-    add("--model", help="checkpoint: folder or Hub id")
+    add("--model", required=required, help="checkpoint: folder or Hub id")
     add("--subfolder", default="", help="of the checkpoint, for weights and processor")
     add("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     add("--device", help="default: the accelerator if there is one, else the CPU")

@@ -11,7 +11,9 @@ STEPS = {
     "judge": ("perceptiondlm.evaluation.judge", "ask a judge the questions about the captions"),
     "score": ("perceptiondlm.evaluation.score", "score a judge's answers as published"),
     "report": ("perceptiondlm.evaluation.report", "write a report with figures"),
-    "synthetic": ("perceptiondlm.evaluation.synthetic", "draw scenes, and judge them exactly"),
+    "synthetic": ("perceptiondlm.evaluation.synthetic", "measure on drawn scenes, judged exactly"),
+    "sweep": ("perceptiondlm.evaluation.sweep", "accuracy against forward passes, rule by rule"),
+    "latency": ("perceptiondlm.evaluation.latency", "seconds against regions in a picture"),
 }
 
 

@@ -211,7 +211,7 @@ def run(args: argparse.Namespace) -> int:
         samples,
         args.output,
         batch_size=args.batch_size,
-        options=dict(args.options),
+        options=decoding_options(args),
         checkpoint=checkpoint,
         warmup=args.warmup,
         shard=shard,
@@ -226,12 +226,11 @@ def run(args: argparse.Namespace) -> int:
 def _run_record(args: argparse.Namespace, model, checkpoint: str, prediction: Prediction) -> dict:
     return {
         "checkpoint": checkpoint,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
+        **checkpoint_record(args, model),
         "benchmark": str(args.benchmark),
         "predictions": str(args.output),
         "batch_size": args.batch_size,
-        "options": dict(args.options),
+        "options": decoding_options(args),
         "throughput": prediction.throughput.to_json(),
         "environment": run_environment(),
     }

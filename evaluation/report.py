@@ -16,6 +16,7 @@ SECTIONS = (  # (field of the scores, title of its table, title of its first col
     ("per_region_count", "By regions in a picture", "regions in the picture"),
     ("per_category", "By category", "category"),
 )
+SHOWN_ELSEWHERE = ("throughput", "per_attribute", "questions_per_kind")  # in tables of their own
 AVERAGES = ("average_positive", "average_negative", "average")
 
 
@@ -24,6 +25,7 @@ def build_report(
     *,
     prediction_run: Mapping | None = None,
     judge_run: Mapping | None = None,
+    measurements: Mapping | None = None,
     rows: Sequence[dict] = (),
     sources: Mapping[str, str] | None = None,
 ) -> dict:
@@ -33,6 +35,7 @@ def build_report(
         scores: what `score` wrote.
         prediction_run: the record beside the predictions: checkpoint, options, throughput.
         judge_run: the record beside the answers: judge, prompt version.
+        measurements: what `synthetic` measured of the checkpoint.
         rows: measurements for the figures (see `draw_figures`).
         sources: SHA-256 of each file that went in.
     """
@@ -49,6 +52,7 @@ def build_report(
         "per_category": scores.get("per_category"),
         "prediction_run": prediction_run,
         "judge_run": judge_run,
+        "measurements": dict(measurements) if measurements else None,
         "scoring": scores.get("provenance"),
         "rows": list(rows),
         "sources": dict(sources or {}),
@@ -70,6 +74,7 @@ def render_markdown(report: Mapping, figures: Sequence[Path] = (), *, title: str
     parts = [
         f"# {title}",
         _summary(report),
+        _synthetic(report["measurements"]),
         _efficiency(report),
         _measurements(report["rows"]),
         *(f"![{figure.stem.replace('_', ' ')}]({figure.name})" for figure in figures),
@@ -87,7 +92,7 @@ def _summary(report: Mapping) -> str:
     for name in AVERAGES:
         row = [name.replace("_", " "), _percent(report["summary"][name])]
         rows.append(row + ([" to ".join(map(_percent, intervals[name]))] if intervals else []))
-    parts = ["## Scores", _table(header, rows)]
+    parts = ["## Scores", markdown_table(header, rows)]
     if coverage := report["coverage"]:
         counts = ", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in coverage.items())
         parts.append(counts[0].upper() + counts[1:] + ".")
@@ -95,6 +100,25 @@ def _summary(report: Mapping) -> str:
         verdict = {"wrong": "count as wrong", "drop": "are left out"}[report["missing"]["policy"]]
         parts.append(f"The {len(report['missing']['regions'])} missing regions {verdict}.")
     return "\n\n".join(parts)
+
+
+def _synthetic(measured: Mapping | None) -> str:
+    """What the exact judge of synthetic scenes found, attribute by attribute."""
+    if not measured:
+        return ""
+    shares = {
+        "attributes, mean": measured["attribute_accuracy"],
+        **measured["per_attribute"],
+        "captions right in every attribute": measured["exact_caption_rate"],
+        "captions with an attribute of another region": measured["interference_rate"],
+        f"questions ({measured['questions']})": measured["question_accuracy"],
+        **{
+            f"questions: {kind.replace('_', ' ')}": found["accuracy"]
+            for kind, found in measured["questions_per_kind"].items()
+        },
+    }
+    title = f"## Exact judge, {measured['regions']} regions of {measured['scenes']} scenes\n\n"
+    return title + markdown_table(["", "%"], [[name, _percent(v)] for name, v in shares.items()])
 
 
 def _efficiency(report: Mapping) -> str:
@@ -112,7 +136,7 @@ def _efficiency(report: Mapping) -> str:
         ["regions per second", f"{throughput['regions_per_second']:.3f}"],
         ["processes", f"{throughput['processes']}"],
     ]
-    return "## Efficiency\n\n" + _table(["", "measured"], rows)
+    return "## Efficiency\n\n" + markdown_table(["", "measured"], rows)
 
 
 def _measurements(rows: Sequence[dict]) -> str:
@@ -120,7 +144,7 @@ def _measurements(rows: Sequence[dict]) -> str:
         return ""
     fields = list(dict.fromkeys(field for row in rows for field in row))
     body = [[_number(row.get(field, "")) for field in fields] for row in rows]
-    return "## Measurements\n\n" + _table(fields, body)
+    return "## Measurements\n\n" + markdown_table(fields, body)
 
 
 def _interference(interference: Mapping | None) -> str:
@@ -143,7 +167,7 @@ def _groups(groups: Mapping | None, title: str, column: str) -> str:
         for name, group in groups.items()
     ]
     header = [column, "regions", "positive %", "negative %", "average %"]
-    return f"## {title}\n\n" + _table(header, body)
+    return f"## {title}\n\n" + markdown_table(header, body)
 
 
 def _provenance(report: Mapping) -> str:
@@ -152,18 +176,20 @@ def _provenance(report: Mapping) -> str:
     names = {
         "prediction_run": "Prediction",
         "judge_run": "Judge",
+        "measurements": "Exact judge",
         "scoring": "Scoring",
         "sources": "Files (SHA-256)",
         "environment": "This report",
     }
     for field, name in names.items():
         record = dict(report[field] or {})
-        record.pop("throughput", None)  # has a table of its own
+        for shown in SHOWN_ELSEWHERE:
+            record.pop(shown, None)
         if record.get("environment") == report["environment"]:
             record["environment"] = "as of this report"
         pairs = _flatten(record)
         if pairs:
-            parts.append(f"**{name}**\n\n" + _table(["", "recorded"], pairs))
+            parts.append(f"**{name}**\n\n" + markdown_table(["", "recorded"], pairs))
     return "\n\n".join(parts)
 
 
@@ -177,7 +203,8 @@ def _flatten(record: Mapping, prefix: str = "") -> list[list[str]]:
     return pairs
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of cells of text."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
@@ -201,25 +228,38 @@ def configure(parser: argparse.ArgumentParser):
     add("--scores", required=True, help="what score wrote")
     add("--predictions", help="prediction file; its run record lies beside it")
     add("--answers", help="answer file; its run record lies beside it")
-    add("--rows", help="JSON list of measurements, for the figures")
+    add("--measurements", help="what `synthetic` wrote for the same checkpoint")
+    help_text = "measurements for the figures: what sweep or latency wrote, or a JSON list"
+    add("--rows", nargs="+", default=[], help=help_text)
     add("--title", default="Evaluation", help="of the report")
     add("--output", required=True, help="folder for report.md, report.json and figures")
 
 
 def run(args: argparse.Namespace) -> int:
-    rows = read_json(args.rows) if args.rows else []
-    if not isinstance(rows, list):
-        raise ValueError(f"{args.rows}: expected a list of rows, got {type(rows).__name__}")
-    given = (args.scores, args.predictions, args.answers, args.rows)
+    given = (args.scores, args.predictions, args.answers, args.measurements, *args.rows)
     report = build_report(
         read_json(args.scores),
         prediction_run=_run_record(args.predictions),
         judge_run=_run_record(args.answers),
-        rows=rows,
+        measurements=read_json(args.measurements) if args.measurements else None,
+        rows=[row for path in args.rows for row in read_rows(path)],
         sources={str(path): file_sha256(path) for path in given if path},
     )
     print(write_report(report, args.output, title=args.title))
     return 0
+
+
+def read_rows(path: str) -> list[dict]:
+    """Rows for the figures: a JSON list of them, or what `sweep` or `latency` wrote."""
+    content = read_json(path)
+    rows = content.get("rows") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a list of rows, got {type(content).__name__}")
+    if all(isinstance(row, dict) and "rule" in row for row in rows):
+        from .sweep import figure_rows
+
+        return figure_rows(rows)
+    return rows
 
 
 def _run_record(output: str | None) -> dict | None:

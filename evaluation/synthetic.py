@@ -1,6 +1,6 @@
-"""`perceptiondlm evaluate synthetic`: a benchmark of drawn scenes with an exact judge.
+"""`perceptiondlm evaluate synthetic`: drawn scenes with an exact judge.
 
-`write` makes a folder in ParaDLC-Bench's form, so that `predict`, `score` and `report` take it as
+Alone, it measures a checkpoint on held-out scenes in one go (`held_out`). `write` makes a folder in ParaDLC-Bench's form, so that `predict`, `score` and `report` take it as
 any other; `judge` answers its questions from what is known to be drawn, without asking anybody.
 """
 
@@ -13,8 +13,23 @@ from tqdm import tqdm
 
 from ..training.scenes import SPLITS, VOCABULARY, Scene, named_values, render_scene
 from .benchmarks import Benchmark, load_benchmark
+from .checkpoint import (
+    add_checkpoint_arguments,
+    add_decoding_arguments,
+    checkpoint_record,
+    decoding_options,
+    load_checkpoint,
+)
 from .environment import run_environment
 from .files import file_sha256, read_json, run_record_path, write_json
+from .held_out import (
+    SPLIT,
+    SceneTexts,
+    describe_scenes,
+    held_out_scenes,
+    measurements,
+    resolved_options,
+)
 from .judge import read_captions
 from .synthetic_judge import borrowed_attributes, score_captions, wrong_attributes
 
@@ -155,7 +170,13 @@ def _keys_by_picture(benchmark: Benchmark) -> Iterator[list[str]]:
 
 
 def configure(parser: argparse.ArgumentParser):
-    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    add_checkpoint_arguments(parser, required=False)
+    add_scene_arguments(parser)
+    add_decoding_arguments(parser)
+    add = parser.add_argument
+    add("--regions-per-pass", type=int, help="at most; 1: one region at a time")
+    add("--texts", help="also write every caption and answer beside the truth (JSON)")
+    actions = parser.add_subparsers(dest="action", metavar="[write | judge]")
     write = actions.add_parser("write", help="draw scenes into a benchmark folder")
     write.add_argument("--output", required=True, help="benchmark folder")
     write.add_argument("--scenes", type=int, default=500, help="how many")
@@ -167,10 +188,88 @@ def configure(parser: argparse.ArgumentParser):
     judge.add_argument("--predictions", required=True, help="JSON: {region: caption}")
     judge.add_argument("--output", required=True, help="where the answers go (JSON)")
     judge.set_defaults(run_action=run_judge)
+    parser.set_defaults(run_action=run_measure)
+
+
+def add_scene_arguments(parser: argparse.ArgumentParser):
+    add = parser.add_argument
+    add("--scenes", type=int, default=500, help="how many held-out scenes")
+    add("--seed", type=int, default=0, help="of the first scene; the next ones follow")
+    add("--batch-size", type=int, default=16, help="pictures, or questions, in one call")
+    add("--output", help="where the report goes (JSON)")
 
 
 def run(args: argparse.Namespace) -> int:
     return args.run_action(args)
+
+
+def run_measure(args: argparse.Namespace) -> int:
+    if args.output is None:
+        raise ValueError("expected --output REPORT.json, got none")
+    model, processor = load_checkpoint(args)
+    options = decoding_options(args)
+    resolved_options(model, options)  # refuses a mistake before any work
+    scenes = held_out_scenes(args.seed, args.scenes)
+    said = describe_scenes(
+        model,
+        processor,
+        scenes,
+        batch_size=args.batch_size,
+        regions_per_pass=args.regions_per_pass,
+        options=options,
+    )
+    measured = measurements(scenes, said)
+    record = _scene_record(args, model, options) | {"regions_per_pass": args.regions_per_pass}
+    write_json(args.output, measured | record)
+    if args.texts:
+        write_json(args.texts, _texts_beside_truth(args.seed, scenes, said))
+    print(f"{args.output}: {summary_line(measured)}")
+    return 0
+
+
+def _scene_record(args: argparse.Namespace, model, options: dict) -> dict:
+    """Where measurements on scenes come from."""
+    return {
+        **checkpoint_record(args, model),
+        "decoding_options": resolved_options(model, options),
+        "scenes": args.scenes,
+        "seed": args.seed,
+        "split": SPLIT,
+        "batch_size": args.batch_size,
+        "judge": JUDGE_VERSION,
+        **run_environment(),
+    }
+
+
+def _texts_beside_truth(first_seed: int, scenes: Sequence[Scene], said: SceneTexts) -> list[dict]:
+    return [
+        {
+            "seed": seed,
+            "captions": [
+                {"truth": thing.caption, "caption": text}
+                for thing, text in zip(scene.objects, captions, strict=True)
+            ],
+            "answers": [
+                {"question": asked.question, "truth": asked.answer, "answer": text}
+                for asked, text in zip(scene.questions, answers, strict=True)
+            ],
+        }
+        for seed, (scene, captions, answers) in enumerate(
+            zip(scenes, said.captions, said.answers, strict=True), start=first_seed
+        )
+    ]
+
+
+def summary_line(measured: Mapping) -> str:
+    """The measurements that matter most, in one line."""
+    return (
+        f"attributes {100 * measured['attribute_accuracy']:.2f} %,"
+        f" whole captions {100 * measured['exact_caption_rate']:.2f} %,"
+        f" interference {100 * measured['interference_rate']:.2f} %,"
+        f" questions {100 * measured['question_accuracy']:.2f} %;"
+        f" {measured['regions']} regions, {measured['forwards_per_pass']:.1f} forwards a pass,"
+        f" TPF {measured['tokens_per_forward']:.2f}, {measured['seconds']:.1f} s"
+    )
 
 
 def run_write(args: argparse.Namespace) -> int:

@@ -9,21 +9,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-pytest.importorskip("pycocotools")
-
-from perceptiondlm.apps.captioner import RegionCaptioner  # noqa: E402
-from perceptiondlm.apps.engine import Engine, EngineClosed, JobFailed, QueueFull  # noqa: E402
-from perceptiondlm.apps.serving_jobs import ChatJob, RegionJob  # noqa: E402
-from perceptiondlm.convert_checkpoint import convert  # noqa: E402
+from perceptiondlm.apps.captioner import RegionCaptioner
+from perceptiondlm.apps.engine import Engine, EngineClosed, JobFailed, QueueFull
+from perceptiondlm.apps.serving_jobs import ChatJob, RegionJob
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 SHORT = {"caption_length": 8}
 
 
 @pytest.fixture(scope="module")
-def captioner(tmp_path_factory):
-    folder = convert(VECTORS / "released-region", tmp_path_factory.mktemp("model") / "region")
-    return RegionCaptioner.from_pretrained(folder, device="cpu", dtype="float32")
+def captioner(load):
+    return RegionCaptioner(*load("released-region"))
 
 
 @pytest.fixture

@@ -186,7 +186,8 @@ class ParametersRecipe:
         frozen: modules that do not, taken from those.
         zeroed: modules whose parameters are zero and stay so, for ablations.
         learning_rates: of some modules, instead of the trainer's.
-        permute_prompts: draw a region's prompt at random, as in the released training.
+        permute_prompts: draw a region's prompt at random, as in the released training (in the
+            independent layout its RoI placeholder and marker go with it).
     """
 
     trainable: list[str] = field(default_factory=list)

@@ -78,7 +78,8 @@ class RegionSamples:
             rng, len(texts), self.processor.image_processor.num_region_prompts, self.permute_prompts
         )
         features = choose_regions(dict(features), list(range(len(texts))), prompts)
-        return Sample(self.processor.region_sequence(features, 0, slots), features, key)
+        sequence = self.processor.region_sequence(features, 0, slots, prompts=prompts)
+        return Sample(sequence, features, key)
 
     def _checked(self, caption) -> str:
         if not isinstance(caption, str) or not caption.strip():

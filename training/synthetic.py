@@ -119,7 +119,8 @@ class SceneDataset(Dataset):
         features = choose_regions(scene.tensors(), regions, prompts)
         texts = [scene.captions[k] for k in regions]
         slots = self.processor.caption_slots(texts, count, self.data.caption_length)
-        return Sample(self.processor.region_sequence(features, 0, slots), features, key)
+        sequence = self.processor.region_sequence(features, 0, slots, prompts=prompts)
+        return Sample(sequence, features, key)
 
     def _question(self, rng, scene: EncodedScene, key) -> Sample:
         question = scene.questions[rng.integers(len(scene.questions))]

@@ -1,0 +1,186 @@
+"""A checkpoint measured on held-out scenes: every region captioned, every question answered."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from ..generation_diffusion import DiffusionOptions, plan_passes
+from ..training.scenes import Scene, render_scene
+from .synthetic_judge import score_answers, score_captions
+from .throughput import Throughput, batch_cost, stop_ids, timed, total_throughput
+
+SPLIT = "heldout"  # never trained on
+
+
+@dataclass(frozen=True)
+class SceneTexts:
+    """What a checkpoint said about some scenes, and what it took.
+
+    Attributes:
+        captions: for each scene the caption of each region.
+        answers: for each scene the answer to each question.
+        captioning, answering: efficiency of the two.
+        passes: region passes, several for a scene with more regions than go into one.
+    """
+
+    captions: list[list[str]]
+    answers: list[list[str]]
+    captioning: Throughput
+    answering: Throughput
+    passes: int
+
+
+def held_out_scenes(first_seed: int, count: int, *, progress: bool = True) -> list[Scene]:
+    """Renders the held-out scenes of `count` seeds from `first_seed` on."""
+    if count < 1:
+        raise ValueError(f"expected scenes of 1 or more, got {count}")
+    seeds = range(first_seed, first_seed + count)
+    return [
+        render_scene(seed, SPLIT) for seed in tqdm(seeds, desc="render", disable=not progress)
+    ]
+
+
+def describe_scenes(
+    model,
+    processor,
+    scenes: Sequence[Scene],
+    *,
+    batch_size: int = 16,
+    regions_per_pass: int | None = None,
+    options: dict | None = None,
+    progress: bool = True,
+) -> SceneTexts:
+    """Captions all regions of the scenes and answers all their questions.
+
+    Args:
+        model: has `diffusion_generate` and `config`; processor: passed on to it.
+        scenes: of any sizes, batched in their order.
+        batch_size: pictures, or questions, in one call.
+        regions_per_pass: fewer than the checkpoint takes at once, 1 for one region at a time.
+        options: of `diffusion_generate`. An answer takes no more steps than it has positions.
+        progress: shows progress bars.
+    """
+    for name, value in (("batch_size", batch_size), ("regions_per_pass", regions_per_pass or 1)):
+        if value < 1:
+            raise ValueError(f"expected {name} of 1 or more, got {value}")
+    options = options or {}
+    groups = list(_region_groups(scenes, regions_per_pass))
+    common = {"model": model, "processor": processor, "batch_size": batch_size}
+    captions, captioning = _caption(groups, scenes, options, progress=progress, **common)
+    answers, answering = _answer(scenes, answer_options(model, options), progress, **common)
+    most = model.config.num_region_prompts
+    passes = len(plan_passes([len(regions) for _, regions in groups], most))
+    return SceneTexts(captions, answers, captioning, answering, passes)
+
+
+def answer_options(model, options: dict) -> dict:
+    """`options` as questions take them: no more steps than an answer has positions."""
+    chosen = DiffusionOptions.build(model.config.generation_defaults, options)
+    if chosen.steps is None:
+        return options
+    return options | {"steps": min(chosen.steps, chosen.max_new_tokens)}
+
+
+def _region_groups(scenes: Sequence[Scene], size: int | None) -> Iterator[tuple[int, list[int]]]:
+    """(scene, its regions) that are handed to the model together."""
+    for i, scene in enumerate(scenes):
+        regions = list(range(len(scene.objects)))
+        step = size or len(regions)
+        yield from ((i, regions[first : first + step]) for first in range(0, len(regions), step))
+
+
+def _caption(groups, scenes, options, *, model, processor, batch_size, progress):
+    """Captions of every scene's regions, and the `Throughput`."""
+    captions = [[""] * len(scene.objects) for scene in scenes]
+    costs = []
+    bar = tqdm(total=sum(map(len, captions)), desc="caption", unit="region", disable=not progress)
+    with bar:
+        for first in range(0, len(groups), batch_size):
+            batch = groups[first : first + batch_size]
+            images = [scenes[i].image for i, _ in batch]
+            masks = [[scenes[i].objects[k].mask for k in regions] for i, regions in batch]
+            result, cost = _generate(
+                model, len(batch), images=images, masks=masks, processor=processor, **options
+            )
+            for (i, regions), texts in zip(batch, result.texts, strict=True):
+                for k, text in zip(regions, texts, strict=True):
+                    captions[i][k] = text
+            costs.append(cost)
+            bar.update(cost.regions)
+    return captions, total_throughput(costs)
+
+
+def _answer(scenes, options, progress, *, model, processor, batch_size):
+    """Answers to every scene's questions, and the `Throughput`, whose regions are answers."""
+    asked = [(scene.image, question) for scene in scenes for question in scene.questions]
+    texts, costs = [], []
+    with tqdm(total=len(asked), desc="answer", unit="question", disable=not progress) as bar:
+        for first in range(0, len(asked), batch_size):
+            batch = asked[first : first + batch_size]
+            images = [[image] for image, _ in batch]
+            prompts = [question.question for _, question in batch]
+            result, cost = _generate(
+                model, len(batch), images=images, prompts=prompts, processor=processor, **options
+            )
+            texts += [row[0] for row in result.texts]
+            costs.append(cost)
+            bar.update(len(batch))
+    answers = iter(texts)
+    return [[next(answers) for _ in scene.questions] for scene in scenes], total_throughput(costs)
+
+
+def _generate(model, count: int, **inputs):
+    """One call of `diffusion_generate`, and what it took."""
+    start = time.perf_counter()
+    result, seconds = timed(model, lambda: model.diffusion_generate(**inputs))
+    cost = batch_cost(
+        result,
+        stop_ids(model.config),
+        images=count,
+        generate_seconds=seconds,
+        end_to_end_seconds=time.perf_counter() - start,
+    )
+    return result, cost
+
+
+def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
+    """Accuracies and costs of what a checkpoint said, as a report has them.
+
+    Those of `score_captions` and `score_answers`; then `tokens_per_forward` (caption positions
+    over forward passes, padding counted) and `tokens_per_forward_effective` (tokens before end of
+    turn), `forwards`, `forwards_per_pass`, `seconds` (captions and answers); and `captioning` and
+    `answering` in full.
+    """
+    questions = [question for scene in scenes for question in scene.questions]
+    answers = score_answers(questions, [text for texts in said.answers for text in texts])
+    captioning, answering = said.captioning, said.answering
+    return {
+        **score_captions(scenes, said.captions),
+        "question_accuracy": answers.pop("question_accuracy"),
+        "questions": answers.pop("questions"),
+        "questions_per_kind": {
+            kind: {"accuracy": share, "questions": answers["kind_counts"][kind]}
+            for kind, share in answers["per_kind"].items()
+        },
+        "tokens_per_forward": captioning.nominal_tpf,
+        "tokens_per_forward_effective": captioning.effective_tpf,
+        "forwards": captioning.forwards,
+        "passes": said.passes,
+        "forwards_per_pass": captioning.forwards / said.passes,
+        "seconds": captioning.end_to_end_seconds + answering.end_to_end_seconds,
+        "captioning": captioning.to_json(),
+        "answering": answering.to_json(),
+    }
+
+
+def resolved_options(model, options: dict) -> dict:
+    """Every decoding option in force: those given, over the checkpoint's and the defaults."""
+    chosen = DiffusionOptions.build(model.config.generation_defaults, options)
+    record = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
+    record.pop("generator")
+    if chosen.steps is None:
+        record["steps"] = chosen.caption_length
+    return record

@@ -1,0 +1,157 @@
+"""`perceptiondlm evaluate sweep`: accuracy against forward passes, for each adaptive rule.
+
+Every row measures the same held-out scenes under another rule, value or budget of steps.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..denoising_diffusion import ACCEPT_RULES, accept_rule
+from .checkpoint import (
+    add_checkpoint_arguments,
+    add_option_argument,
+    checkpoint_record,
+    load_checkpoint,
+)
+from .environment import run_environment
+from .files import write_json, write_text
+from .held_out import SPLIT, describe_scenes, held_out_scenes, measurements, resolved_options
+from .report import markdown_table
+from .synthetic import add_scene_arguments, summary_line
+
+FIXED = "fixed"  # the schedule that takes all its steps
+DEFAULT_RULES = "fixed,threshold:0.9,threshold:0.7,factor:1.0,entropy_bound:0.1"
+MEASURED = (
+    "forwards_per_pass",
+    "tokens_per_forward",
+    "tokens_per_forward_effective",
+    "attribute_accuracy",
+    "exact_caption_rate",
+    "interference_rate",
+    "question_accuracy",
+    "seconds",
+)
+PERCENT = {
+    "attribute_accuracy",
+    "exact_caption_rate",
+    "interference_rate",
+    "question_accuracy",
+}
+
+
+@dataclass(frozen=True)
+class SweepRule:
+    """A rule of the sweep: "fixed", or an adaptive one with its value."""
+
+    name: str
+    value: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "SweepRule":
+        """NAME or NAME:VALUE; an adaptive rule without a value takes its default."""
+        name, _, value = text.strip().partition(":")
+        if name not in (FIXED, *ACCEPT_RULES) or (name == FIXED and value):
+            known = ", ".join((FIXED, *(f"{rule}[:VALUE]" for rule in ACCEPT_RULES)))
+            raise argparse.ArgumentTypeError(f"expected a rule out of {known}, got {text!r}")
+        if name == FIXED:
+            return cls(name)
+        try:
+            return cls(name, accept_rule(name, float(value) if value else None).value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"rule {text!r}: {error}") from error
+
+    def options(self, steps: int | None) -> dict:
+        """As options of `diffusion_generate`."""
+        budget = {} if steps is None else {"steps": steps}
+        if self.name == FIXED:
+            return budget
+        return budget | {"adaptive": self.name, "adaptive_value": self.value}
+
+
+def parse_rules(text: str) -> list[SweepRule]:
+    return [SweepRule.parse(part) for part in text.split(",")]
+
+
+def parse_steps(text: str) -> list[int | None]:
+    """Budgets, comma-separated; "full" is a step for each position of a caption."""
+    try:
+        return [None if part.strip() == "full" else int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers or 'full', got {text!r}") from error
+
+
+def sweep_row(rule: SweepRule, steps: int, measured: Mapping) -> dict:
+    """One row: what was asked for, then what was measured."""
+    asked = {"rule": rule.name, "value": rule.value, "steps": steps}
+    return asked | {name: measured[name] for name in MEASURED}
+
+
+def render_sweep(rows: Sequence[Mapping]) -> str:
+    """The rows as a Markdown table, shares in per cent."""
+    header = [name.replace("_", " ") + (" %" if name in PERCENT else "") for name in rows[0]]
+    return markdown_table(header, [[_cell(name, row[name]) for name in row] for row in rows]) + "\n"
+
+
+def _cell(name: str, value) -> str:
+    if value is None:
+        return ""
+    if name in PERCENT:
+        return f"{100 * value:.2f}"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def figure_rows(rows: Sequence[Mapping]) -> list[dict]:
+    """The rows as `draw_figures` takes them: accuracy of the attributes, a line for each rule."""
+    return [
+        {
+            "label": row["rule"],
+            "accuracy": row["attribute_accuracy"],
+            "seconds": row["seconds"],
+            "forwards": row["forwards_per_pass"],
+        }
+        for row in rows
+    ]
+
+
+def configure(parser: argparse.ArgumentParser):
+    add_checkpoint_arguments(parser)
+    add_scene_arguments(parser)
+    add_option_argument(parser)
+    add = parser.add_argument
+    add("--rules", type=parse_rules, default=DEFAULT_RULES, help=f"default: {DEFAULT_RULES}")
+    help_text = "budgets of every rule, as 2,4,full (default: full)"
+    add("--steps", type=parse_steps, default="full", help=help_text)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.output is None:
+        raise ValueError("expected --output SWEEP.json, got none")
+    model, processor = load_checkpoint(args)
+    common = dict(args.options)
+    plan = [(rule, rule.options(steps)) for rule in args.rules for steps in args.steps]
+    resolved = [resolved_options(model, common | own) for _, own in plan]
+    scenes = held_out_scenes(args.seed, args.scenes)
+    record = {
+        **checkpoint_record(args, model),
+        "options": common,
+        "scenes": args.scenes,
+        "seed": args.seed,
+        "split": SPLIT,
+        "batch_size": args.batch_size,
+        **run_environment(),
+    }
+    rows = []
+    for (rule, own), chosen in zip(plan, resolved, strict=True):
+        said = describe_scenes(
+            model, processor, scenes, batch_size=args.batch_size, options=common | own
+        )
+        measured = measurements(scenes, said)
+        rows.append(sweep_row(rule, chosen["steps"], measured))
+        write_json(args.output, {"rows": rows} | record)
+        print(f"{rule.name} {'' if rule.value is None else rule.value}: {summary_line(measured)}")
+    table = Path(args.output).with_suffix(".md")
+    write_text(table, render_sweep(rows))
+    print(f"{args.output}, {table}")
+    return 0

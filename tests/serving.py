@@ -1,0 +1,64 @@
+"""A server on loopback for tests: an application run by the real uvicorn, in a thread."""
+
+import base64
+import contextlib
+import io
+import threading
+import time
+
+import uvicorn
+from perceptiondlm.apps.engine import Engine
+from perceptiondlm.apps.serving_app import create_app
+from perceptiondlm.apps.serving_http import PatientProtocol
+from perceptiondlm.apps.serving_limits import Limits
+
+
+@contextlib.contextmanager
+def served(captioner, *, limits: Limits | None = None, engine: dict | None = None, **options):
+    """Serves a captioner; gives the address, http://127.0.0.1:port, and the engine."""
+    limits = limits or Limits()
+    own = Engine(captioner, **(engine or {}))
+    app = create_app(own, name="tester", limits=limits, **options)
+    config = uvicorn.Config(
+        app, port=0, log_level="error", ws="none", http=PatientProtocol.within(limits.header_seconds)
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.02)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}", own
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        own.close(drain=False, timeout=20)
+
+
+def data_url(content, kind: str = "image/png") -> str:
+    """A picture, path or bytes as a data URL."""
+    if hasattr(content, "save"):
+        buffer = io.BytesIO()
+        content.save(buffer, "PNG")
+        content = buffer.getvalue()
+    elif hasattr(content, "read_bytes"):
+        content = content.read_bytes()
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def image_part(content, kind: str = "image/png") -> dict:
+    """An image part of a message."""
+    url = content if isinstance(content, str) else data_url(content, kind)
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def text_part(text: str) -> dict:
+    """A text part of a message."""
+    return {"type": "text", "text": text}
+
+
+def user(*parts: dict) -> list[dict]:
+    """A conversation of one message."""
+    return [{"role": "user", "content": list(parts)}]

@@ -1,0 +1,269 @@
+"""Pictures of every form to tiles, against a plain implementation."""
+
+import io
+import time
+
+import numpy as np
+import pytest
+import reference
+import skimage.data
+import torch
+from perceptiondlm.image_loading import load_image
+from perceptiondlm.image_processing_perceptiondlm import (
+    PerceptionDLMImageProcessor,
+    anyres_map_size,
+    choose_canvas,
+    choose_grid,
+    resize,
+)
+from PIL import Image
+
+SIDE = 32
+SIZES = [(40, 40), (100, 30), (30, 100), (61, 47), (200, 190), (33, 180), (1, 1), (1, 90), (90, 1)]
+
+
+@pytest.fixture
+def process():
+    return PerceptionDLMImageProcessor(image_size=SIDE, patch_size=4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_tiles_equal_the_plain_ones(process, picture, size):
+    image = picture(*size)
+    expected = reference.normalise(
+        reference.cut(image, reference.best_grid(*size, SIDE), SIDE)
+    ).float()
+    pixels = process(image)["pixel_values"]
+    assert pixels.dtype == torch.float32
+    assert torch.equal(pixels, expected)
+
+
+def test_grids_equal_the_plain_ones_for_random_sizes():
+    rng = np.random.default_rng(5)
+    for width, height in rng.integers(1, 3000, (300, 2)).tolist():
+        for side, most in ((SIDE, 6), (512, 6), (512, 4), (448, 12)):
+            ours = choose_grid((width, height), side, most)
+            assert ours == reference.best_grid(width, height, side, most)
+
+
+def test_equally_close_grids_go_to_the_larger_picture_alone():
+    assert choose_grid((100, 100), 512, 6) == (1, 1)
+    assert choose_grid((2000, 2000), 512, 6) == (2, 2)
+    exactly_half = int((0.5 * 512 * 512 * 4) ** 0.5)
+    assert choose_grid((exactly_half, exactly_half), 512, 6) == (1, 1)
+
+
+def test_max_tiles_limits_the_grid_for_all_or_for_each(process, picture):
+    images = [picture(200, 60), picture(200, 60, seed=1)]
+    assert process(images, max_tiles=1)["image_grids"].tolist() == [[1, 1], [1, 1]]
+    assert process(images, max_tiles=[1, None])["image_grids"].tolist() == [[1, 1], [3, 1]]
+
+
+def test_sizes_are_height_and_width(process, picture):
+    assert process(picture(200, 60))["image_sizes"].tolist() == [[60, 200]]
+
+
+def test_pictures_are_processed_one_after_another(process, picture):
+    images = [picture(40, 40), picture(200, 60, seed=1), picture(40, 90, seed=2)]
+    together = process(images)["pixel_values"]
+    apart = torch.cat([process(image)["pixel_values"] for image in images])
+    assert torch.equal(together, apart)
+
+
+def test_a_tall_picture_is_resized_as_by_pillow_13(picture):
+    """The pass that loses most goes first; rounding between passes is 8 bits deep."""
+    tall, flat = picture(140, 300), picture(300, 140)
+    vertical_first = tall.resize((140, 64), Image.BICUBIC).resize((32, 64), Image.BICUBIC)
+    assert np.array_equal(resize(tall, (32, 64)), vertical_first)
+    horizontal_first = flat.resize((64, 140), Image.BICUBIC).resize((64, 32), Image.BICUBIC)
+    assert np.array_equal(resize(flat, (64, 32)), horizontal_first)
+
+
+# Forms of pictures: each equals the same picture given as RGB.
+
+
+@pytest.fixture
+def rgb(picture):
+    return np.asarray(picture(37, 29))
+
+
+def test_arrays_tensors_files_and_bytes_are_the_same_picture(rgb, tmp_path):
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(rgb.copy())
+    forms = [
+        rgb,
+        rgb.astype(np.float64) / 255,
+        rgb.astype(np.float32) / 255,
+        rgb.astype(np.uint16) * 257,
+        np.asfortranarray(rgb),
+        rgb[::-1][::-1],
+        tensor.permute(2, 0, 1),
+        tensor.permute(2, 0, 1).float() / 255,
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        (tmp_path / "a.png").read_bytes(),
+    ]
+    for form in forms:
+        assert np.array_equal(load_image(form), rgb)
+
+
+def test_grey_arrays_of_any_layout_are_grey_pictures(rgb):
+    grey = rgb[..., 0]
+    expected = np.stack([grey] * 3, -1)
+    tensor = torch.from_numpy(grey.copy())
+    for form in (grey, grey[..., None], tensor, tensor[None], tensor[None].float() / 255):
+        assert np.array_equal(load_image(form), expected)
+    assert np.array_equal(load_image(grey > 100), np.where(expected > 100, 255, 0))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "1", "LAB"])
+def test_every_mode_opens_as_pil_converts_it(rgb, mode):
+    source = Image.fromarray(rgb)
+    if mode == "LAB":
+        image = Image.frombytes("LAB", source.size, rgb.tobytes())
+        assert load_image(image).mode == "RGB"
+        return
+    image = source.convert(mode)
+    assert np.array_equal(load_image(image), image.convert("RGB"))
+
+
+def test_alpha_is_dropped(rgb):
+    alpha = np.random.default_rng(0).integers(0, 256, rgb.shape[:2], dtype=np.uint8)
+    rgba = np.dstack([rgb, alpha])
+    assert np.array_equal(load_image(Image.fromarray(rgba)), rgb)
+    assert np.array_equal(load_image(rgba), rgb)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_sixteen_bit_grey_is_scaled_to_eight(mode, tmp_path):
+    eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    wide = eight.astype(np.uint16) * 257
+    if mode == "I":
+        image = Image.fromarray(wide.astype(np.int32))
+    else:
+        data = wide.astype("<u2" if mode == "I;16" else ">u2").tobytes()
+        image = Image.frombytes(mode, (16, 16), data)
+    assert image.mode == mode
+    assert np.array_equal(load_image(image), np.stack([eight] * 3, -1))
+
+
+def test_a_sixteen_bit_png_file_is_scaled_to_eight(tmp_path):
+    eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(eight.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert np.array_equal(load_image(tmp_path / "deep.png"), np.stack([eight] * 3, -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation, picture):
+    image = picture(16, 8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    upright = np.asarray(image)
+    if orientation in (2, 3, 7, 6):
+        upright = upright[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        upright = upright[::-1]
+    if orientation in (5, 6, 7, 8):
+        upright = _turned(np.asarray(image), orientation)
+    assert np.array_equal(load_image(buffer.getvalue()), upright)
+
+
+def _turned(pixels, orientation):
+    transposed = pixels.swapaxes(0, 1)
+    flips = {5: transposed, 6: transposed[:, ::-1], 7: transposed[::-1, ::-1], 8: transposed[::-1]}
+    return flips[orientation]
+
+
+def test_an_animation_gives_its_first_frame(picture, tmp_path):
+    frames = [picture(20, 20, seed=s).quantize() for s in (1, 2)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert np.array_equal(load_image(tmp_path / "a.gif"), frames[0].convert("RGB"))
+
+
+def test_a_url_is_fetched(monkeypatch, picture):
+    import perceptiondlm.image_loading as loading
+
+    image, asked = picture(9, 9), []
+    monkeypatch.setattr(loading, "fetch_image", lambda url: asked.append(url) or image)
+    assert load_image("https://example.org/a.png").tobytes() == image.tobytes()
+    assert asked == ["https://example.org/a.png"]
+
+
+def test_giving_a_picture_leaves_it_as_it_was(process, rgb):
+    before = rgb.copy()
+    process(rgb)
+    assert np.array_equal(rgb, before)
+
+
+# LLaVA's pictures.
+
+
+def test_canvases_keep_most_pixels_and_then_waste_least():
+    """By going through all 36 canvases and their definitions, one after another."""
+    rng = np.random.default_rng(1)
+    for width, height in rng.integers(1, 2500, (200, 2)).tolist():
+        best = None
+        for i in range(1, 7):
+            for j in range(1, 7):
+                scale = min(i * 384 / width, j * 384 / height)
+                effective = min(int(width * scale) * int(height * scale), width * height)
+                wasted = i * j * 384 * 384 - effective
+                if best is None or effective > best[0] or effective == best[0] and wasted < best[1]:
+                    best = (effective, wasted, (i, j))
+        assert choose_canvas((width, height), 384) == best[2]
+
+
+def test_anyres_tokens_are_those_of_the_map_that_is_left():
+    """A 500x200 picture on a 2x1 canvas of 27-cell tiles, by hand."""
+    crop_h, crop_w, h, w = anyres_map_size((200, 500), (2, 1), 27, 4)
+    # 54 cells wide: 200 * 54 / 500 = 21.6, so 21 of 27 rows, half of the 6 spare on each side
+    assert (crop_h, crop_w, h, w) == (3, 0, 21, 54)
+
+
+def test_a_large_anyres_map_is_shrunk():
+    """A square picture on 4x4 tiles of 10 cells, at most 4 tiles' worth: t = 2."""
+    assert anyres_map_size((900, 900), (4, 4), 10, 4) == (0, 0, 20, 20)
+    assert anyres_map_size((900, 900), (2, 2), 10, 4) == (0, 0, 20, 20)
+
+
+@pytest.mark.parametrize("size", [(100, 30), (31, 99), (64, 64), (7, 200)])
+def test_an_anyres_picture_is_centred_on_black(size, picture):
+    process = PerceptionDLMImageProcessor(
+        image_size=SIDE, patch_size=4, spatial_merge_size=1, image_layout="anyres"
+    )
+    out = process(picture(*size))
+    columns, rows = out["image_grids"][0].tolist()
+    tiles = out["pixel_values"]
+    assert len(tiles) == columns * rows + 1
+    squeezed = reference.normalise(reference.resize(picture(*size), SIDE, SIDE)[None])[0].float()
+    assert torch.equal(tiles[0], squeezed)
+    canvas = torch.cat(
+        [torch.cat(list(tiles[1 + r * columns : 1 + (r + 1) * columns]), 2) for r in range(rows)], 1
+    )
+    lit = (canvas != -1).any(0)
+    ys, xs = torch.where(lit)
+    left, right = int(xs.min()), canvas.shape[2] - 1 - int(xs.max())
+    top, bottom = int(ys.min()), canvas.shape[1] - 1 - int(ys.max())
+    assert abs(left - right) <= 1 and abs(top - bottom) <= 1
+    assert min(left, top) == 0
+
+
+# Photographs.
+
+
+@pytest.mark.parametrize(("megapixels", "seconds"), [(1, 5), (12, 15)])
+def test_a_photograph_with_irregular_masks_is_prepared_in_time(megapixels, seconds):
+    scale = (megapixels * 1e6 / (512 * 512 * 0.75)) ** 0.5
+    width, height = round(512 * scale), round(384 * scale)
+    photo = Image.fromarray(skimage.data.astronaut()).resize((width, height))
+    grey = np.asarray(photo.convert("L"))
+    bands = [(0, 40), (40, 80), (80, 120), (120, 170), (170, 220), (220, 256)]
+    masks = [(grey >= low) & (grey < high) for low, high in bands]
+    process = PerceptionDLMImageProcessor(image_size=512, patch_size=16)
+    start = time.perf_counter()
+    out = process(photo, [masks])
+    assert time.perf_counter() - start < seconds
+    assert out["pixel_values"].shape == (7, 3, 512, 512)
+    assert bool(out["region_patches"].any((0, 2, 3)).all())

@@ -1,0 +1,303 @@
+"""Whole runs: batches, resuming, freezing, evaluation, saved folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from perceptiondlm.apps.cli import main
+from perceptiondlm.training.recipe import build_recipe, load_recipe
+from perceptiondlm.training.run import TRAINER_DEFAULTS, build_trainer, train
+from transformers import AutoModel, AutoProcessor, TrainerCallback, TrainingArguments
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+TINY = {
+    "vision_config": {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
+    },
+    "text_config": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    },
+    "num_region_prompts": 8,
+    "roi_output_size": 2,
+    "roi_convention": "aligned",
+    "region_layout": "independent",
+    "initializer_range": 0.1,
+}
+
+
+@pytest.fixture
+def recipe_of(tmp_path):
+    """A recipe of a very small run; keywords replace options of its sections."""
+
+    def make(**sections):
+        values = {
+            "model": {"config": TINY, "tokenizer_scenes": 60, "max_tiles": 2},
+            "data": {"kind": "synthetic", "scenes": 24, "caption_length": 12},
+            "masking": {"loss_weighting": "none"},
+            "parameters": {},
+            "trainer": {
+                "output_dir": str(tmp_path / "run"), "max_steps": 4, "learning_rate": 1e-2,
+                "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no",
+                "use_cpu": True, "seed": 0, "disable_tqdm": True, "lr_scheduler_type": "constant",
+            },
+        }
+        for name, options in sections.items():
+            values[name] = {**values.get(name, {}), **options}
+        return build_recipe(values)
+
+    return make
+
+
+def losses_of(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def arguments(recipe) -> TrainingArguments:
+    return TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
+
+
+def weights_of(trainer) -> dict:
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+def test_gradient_accumulation_equals_a_larger_batch(recipe_of):
+    whole = train(recipe_of())
+    parts = train(recipe_of(trainer={"per_device_train_batch_size": 2,
+                                     "gradient_accumulation_steps": 2}))
+    assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-4)  # logs are rounded
+    for name, weight in weights_of(whole).items():
+        assert torch.allclose(weight, parts.model.state_dict()[name], atol=2e-4), name
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe_of, tmp_path, workers):
+    # 24 scenes in batches of 4: step 8 lies in the second epoch
+    saving = {"max_steps": 9, "save_strategy": "steps", "save_steps": 4,
+              "lr_scheduler_type": "cosine", "dataloader_num_workers": workers}
+    whole = train(recipe_of(trainer=saving))
+    checkpoint = tmp_path / "run" / "checkpoint-8"
+    resumed = train(recipe_of(trainer={**saving, "output_dir": str(tmp_path / "again")}),
+                    resume=str(tmp_path / "run" / "checkpoint-4"))
+    assert checkpoint.is_dir()
+    assert losses_of(resumed) == losses_of(whole)
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_one_batch_overfits_to_nearly_no_loss(recipe_of):
+    recipe = recipe_of(
+        data={"scenes": 4, "region_share": 0.5},
+        masking={"loss_weighting": "none", "t_low": 1.0, "t_high": 1.0},
+        parameters={"permute_prompts": False},
+        trainer={"max_steps": 1},
+    )
+    trainer = build_trainer(recipe, arguments(recipe))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    optimizer = torch.optim.AdamW(trainer.model.parameters(), 5e-3)
+    for _ in range(250):
+        loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss.item() < 0.02:
+            break
+    assert loss.item() < 0.02
+
+
+FREEZING = {
+    "connector only": ({"trainable": ["connector"]}, {"connector"}),
+    "all but the vision tower": (
+        {"frozen": ["vision_tower"]}, {"connector", "region_prompts", "language_model"},
+    ),
+    "part of the decoder": (
+        {"trainable": ["language_model"], "frozen": ["language_model.lm_head"]},
+        {"language_model"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FREEZING)
+def test_frozen_modules_stay_and_the_others_learn(recipe_of, kind):
+    options, learning = FREEZING[kind]
+    recipe = recipe_of(parameters=options, trainer={"max_steps": 2})
+    trainer = build_trainer(recipe, arguments(recipe))
+    before = weights_of(trainer)
+    trainer.train()
+    changed = {n for n, w in trainer.model.state_dict().items() if not torch.equal(w, before[n])}
+    assert {name.split(".")[0] for name in changed} == learning
+    assert "language_model.lm_head.weight" not in changed or not options.get("frozen") or (
+        "language_model.lm_head" not in options["frozen"]
+    )
+
+
+def test_zeroed_modules_are_zero_after_training(recipe_of):
+    trainer = train(recipe_of(parameters={"zeroed": ["region_prompts"]}, trainer={"max_steps": 2}))
+    assert not trainer.model.region_prompts.weight.any()
+
+
+def test_an_unknown_module_is_refused(recipe_of):
+    recipe = recipe_of(parameters={"frozen": ["visual_tower"]})
+    with pytest.raises(ValueError, match="connector.*got 'visual_tower'"):
+        build_trainer(recipe, arguments(recipe))
+
+
+def test_modules_learn_at_their_own_rates_without_decay_of_norms_and_biases(recipe_of):
+    rates = {"vision_tower": 1e-4, "language_model.lm_head": 1e-5}
+    recipe = recipe_of(parameters={"learning_rates": rates},
+                       trainer={"learning_rate": 1e-3, "weight_decay": 0.1})
+    trainer = build_trainer(recipe, arguments(recipe))
+    names = {p: n for n, p in trainer.model.named_parameters()}
+    found = {
+        names[p]: (group["lr"], group["weight_decay"])
+        for group in trainer.create_optimizer().param_groups
+        for p in group["params"]
+    }
+    assert len(found) == len(names)
+    assert found["vision_tower.embeddings.patch_embedding.weight"] == (1e-4, 0.1)
+    assert found["vision_tower.embeddings.patch_embedding.bias"] == (1e-4, 0.0)
+    assert found["language_model.lm_head.weight"] == (1e-5, 0.1)
+    assert found["language_model.model.norm.weight"] == (1e-3, 0.0)
+    assert found["connector.linear_1.weight"] == (1e-3, 0.1)
+
+
+def test_loss_weightings_differ_in_training_and_not_in_evaluation(recipe_of):
+    runs = []
+    for weighting in ("none", "inverse_rate"):
+        recipe = recipe_of(masking={"loss_weighting": weighting}, data={"eval_scenes": 4})
+        trainer = build_trainer(recipe, arguments(recipe))
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+        train_loss = trainer.compute_loss(trainer.model.train(), dict(batch)).item()
+        runs.append((train_loss, trainer.evaluate()))
+    assert runs[0][0] != pytest.approx(runs[1][0], rel=1e-3)
+    for name in ("eval_t25_loss", "eval_t100_loss"):
+        assert runs[0][1][name] == pytest.approx(runs[1][1][name])
+
+
+def test_the_evaluation_loss_repeats_and_has_the_levels_asked_for(recipe_of):
+    recipe = recipe_of(masking={"eval_levels": [0.5, 1.0]}, data={"eval_scenes": 6})
+    trainer = build_trainer(recipe, arguments(recipe))
+    one, other = trainer.evaluate(), trainer.evaluate()
+    names = {name for name in one if name.endswith("_loss")}
+    assert names == {"eval_t50_loss", "eval_t100_loss"}
+    assert all(one[name] == other[name] for name in names)
+    assert one["eval_t50_loss"] != one["eval_t100_loss"]
+
+
+def test_gradient_checkpointing_changes_no_loss(recipe_of):
+    plain = train(recipe_of())
+    saving = train(recipe_of(trainer={"gradient_checkpointing": True}))
+    assert losses_of(saving) == losses_of(plain)
+
+
+def test_a_cached_and_a_rendered_epoch_are_the_same(recipe_of):
+    cached = recipe_of(data={"cache": True, "scenes": 6})
+    plain = recipe_of(data={"scenes": 6})
+    one, other = (build_trainer(r, arguments(r)).train_dataset for r in (cached, plain))
+    for i in range(6):
+        a, b = one[i], other[i]
+        assert a.sequence == b.sequence
+        assert all(torch.equal(a.features[n], b.features[n]) for n in a.features)
+
+
+def test_fresh_scenes_differ_between_epochs_and_fixed_ones_do_not(recipe_of):
+    for fresh in (True, False):
+        recipe = recipe_of(data={"scenes": 3, "fresh": fresh})
+        data = build_trainer(recipe, arguments(recipe)).train_dataset
+        same = torch.equal(data[0].features["image_sizes"], data[3].features["image_sizes"])
+        assert same != fresh
+
+
+def test_options_of_synthetic_data_change_the_samples(recipe_of):
+    def samples(**options):
+        recipe = recipe_of(data=options)
+        data = build_trainer(recipe, arguments(recipe)).train_dataset
+        return [data[i] for i in range(12)]
+
+    assert all("boxes" in s.features for s in samples(region_share=1.0))
+    assert not any("boxes" in s.features for s in samples(region_share=0.0))
+    assert max(len(s.features["boxes"]) for s in samples(region_share=1.0)) > 2
+    few = samples(region_share=1.0, regions_per_sample=2)
+    assert max(len(s.features["boxes"]) for s in few) == 2
+
+
+def test_batches_hold_samples_of_like_length_and_an_epoch_all(recipe_of):
+    recipe = recipe_of(data={"cache": True, "scenes": 24})
+    trainer = build_trainer(recipe, arguments(recipe))
+    sampler = trainer._get_train_sampler()
+    order = list(sampler)
+    assert sorted(order) == list(range(24))
+    lengths = [trainer.train_dataset.length(i) for i in order]
+    spread = sum(max(lengths[i:i + 4]) - min(lengths[i:i + 4]) for i in range(0, 24, 4))
+    by_chance = sum(max(c) - min(c) for c in
+                    (([trainer.train_dataset.length(i) for i in range(j, j + 4)])
+                     for j in range(0, 24, 4)))
+    assert spread < by_chance / 2
+    sampler.set_epoch(1)
+    assert sorted(sampler) == list(range(24, 48))
+
+
+def test_the_saved_folder_captions_and_answers(recipe_of, tmp_path, picture, blobs):
+    trainer = train(recipe_of(trainer={"max_steps": 1}))
+    folder = tmp_path / "run"
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    image, masks = picture(40, 60), blobs(40, 60, 2)
+    own = trainer.model.eval().diffusion_generate(image, masks, processor=trainer.processor)
+    loaded = model.diffusion_generate(image, masks)
+    assert loaded.token_ids == own.token_ids
+    assert len(loaded.token_ids[0][0]) == 12  # the recipe's slot
+    assert processor.image_processor.max_tiles == 2
+    assert len(model.diffusion_generate(image, prompts="what?").texts[0]) == 1
+
+
+def test_the_code_is_left_out_when_not_wanted(recipe_of, tmp_path):
+    values = recipe_of(trainer={"max_steps": 1})
+    train(build_recipe({**recipe_values(values), "save_code": False}))
+    assert not list((tmp_path / "run").glob("*.py"))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["auto_map"]["AutoModel"].endswith("PerceptionDLMForConditionalGeneration")
+
+
+def recipe_values(recipe) -> dict:
+    import dataclasses
+
+    values = dataclasses.asdict(recipe)
+    values["data"]["kind"] = "synthetic"
+    return values
+
+
+def test_the_command_trains_and_resumes(tmp_path, recipe_of):
+    import yaml
+
+    file = tmp_path / "recipe.yaml"
+    recipe = recipe_of(trainer={"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
+    file.write_text(yaml.safe_dump(recipe_values(recipe)))
+    assert main(["train", str(file)]) == 0
+    assert main(["train", str(file), "trainer.max_steps=3", "--resume"]) == 0
+    state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("data: {kind: synthetic, scnes: 3}\ntrainer: {output_dir: x}\n")
+    assert main(["train", str(file)]) == 2
+    assert "scnes" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "none.yaml")]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+class StopAt(TrainerCallback):
+    """Ends a run early, as an interruption does."""
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_valid(path):
+    if "compute_environment" in path.read_text():
+        pytest.skip("an accelerate config")
+    recipe = load_recipe(path, ["trainer.use_cpu=true", "trainer.bf16=false"])
+    assert arguments(recipe).output_dir
