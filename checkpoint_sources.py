@@ -281,29 +281,30 @@ def read_vision_config(source: str | Path) -> dict:
 
 def read_own(folder: Path, settings: dict, vision_source, base) -> Source:
     """This package's layout: a saved model, or a training checkpoint with its base's processor."""
-    return _read_own(WeightFiles(folder), [folder, *_base_folders(base)], vision_source)
+    folders = [folder] if base is None else [folder, fetch(base)]
+    return _read_own(WeightFiles(folder), folders, vision_source)
 
 
 def read_sharded(folder: Path, vision_source, base) -> Source:
     """A checkpoint that FSDP saved sharded; `base` has what is not beside it."""
-    return _read_own(
-        DistributedFiles(folder), [folder, folder.parent, *_base_folders(base)], vision_source
-    )
+    folders = [folder.parent] if base is None else [folder.parent, fetch(base)]
+    return _read_own(DistributedFiles(folder), folders, vision_source)
 
 
 def read_adapter(folder: Path, vision_source, base) -> Source:
     """A PEFT adapter, merged into its base (in memory)."""
     from peft import PeftModel
 
-    recorded = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    (base_folder,) = _base_folders(base or recorded)
+    base = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if base is None:
+        raise ConversionError(f"expected base, the model that {folder} adapts, got none")
+    base_folder = fetch(base)
+    kind = read_json(base_folder / "config.json").get("model_type")
+    if kind != PerceptionDLMConfig.model_type:
+        raise UnrecognisedSource(f"expected a converted base in {base_folder}, got {kind!r}")
     model = PerceptionDLMForConditionalGeneration.from_pretrained(base_folder, dtype="auto")
     merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
     return _read_own(StateDict(folder, merged.state_dict()), [folder, base_folder], vision_source)
-
-
-def _base_folders(base) -> list[Path]:
-    return [] if base is None else [fetch(base)]
 
 
 def _read_own(tensors: Tensors, folders: Sequence[Path], vision_source) -> Source:

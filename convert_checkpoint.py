@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -117,9 +117,10 @@ def convert(
     FileNotFoundError or FileExistsError) that says what was expected and what came, or OSError
     with ENOSPC on a full disk.
     """
-    output, limit, dtype = Path(output), parse_size(max_shard_size), parse_dtype(dtype)
+    output, dtype = Path(os.path.abspath(output)), parse_dtype(dtype)
+    limit = parse_size(max_shard_size)
     folder = fetch(source)
-    expect_free_output(output, folder, force)
+    expect_free_output(output, [folder, vision_source, base], force)
     opened = read_source(folder, vision_source, base)
     dtype = dtype or opened.dtype
     shards = plan_shards(opened, dtype, limit)
@@ -150,11 +151,12 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
-def expect_free_output(output: Path, source: Path, force: bool):
-    """Refuses to replace without `force`, and the source with it."""
-    target, origin = output.resolve(), source.resolve()
-    if target == origin or target in origin.parents:
-        raise OutputExists(f"expected an output apart from the source {source}, got {output}")
+def expect_free_output(output: Path, sources: Sequence[str | Path | None], force: bool):
+    """Refuses to replace without `force`, and what is converted even with it."""
+    target = output.resolve()
+    for source in (Path(source).resolve() for source in sources if source is not None):
+        if target == source or target in source.parents:
+            raise OutputExists(f"expected an output apart from the source {source}, got {output}")
     if os.path.lexists(output) and not force:
         raise OutputExists(f"expected an output that is not there yet, got {output}; see force")
 

@@ -3,10 +3,11 @@
 import io
 import math
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from transformers.image_utils import load_image as fetch_image
 
 
@@ -19,15 +20,19 @@ def load_image(image) -> Image.Image:
 
     Raises ValueError for anything else, FileNotFoundError for a path that is not there.
     """
+    with _damage_as_value_error("picture", image):
+        return _to_rgb(ImageOps.exif_transpose(_open(image)))
+
+
+@contextmanager
+def _damage_as_value_error(name: str, given):
+    """What PIL raises for files that it cannot read, in the terms of this module."""
     try:
-        picture = _open(image)
-        return _to_rgb(ImageOps.exif_transpose(picture))
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"expected a readable picture, got {describe(image)}: {error}") from error
+        yield
     except FileNotFoundError:
         raise
-    except OSError as error:  # PIL's word for truncated or damaged files
-        raise ValueError(f"expected a readable picture, got {describe(image)}: {error}") from error
+    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"expected a readable {name}, got {describe(given)}: {error}") from error
 
 
 def _open(image) -> Image.Image:
@@ -36,7 +41,7 @@ def _open(image) -> Image.Image:
     if isinstance(image, bytes):
         return Image.open(io.BytesIO(image))
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return fetch_image(image)
+        return _fetch(image)
     if isinstance(image, (str, os.PathLike)):
         if not os.path.isfile(image):
             raise FileNotFoundError(
@@ -55,6 +60,15 @@ def _open(image) -> Image.Image:
         "expected a picture as PIL image, path, URL, bytes, numpy (H, W, C) or torch (C, H, W),"
         f" got {type(image).__name__}"
     )
+
+
+def _fetch(url: str) -> Image.Image:
+    import httpx  # what huggingface_hub, and so transformers, fetches with
+
+    try:
+        return fetch_image(url)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(f"expected a picture at {url}, got: {error}") from error
 
 
 def _from_array(array: np.ndarray, layout: str) -> Image.Image:
@@ -123,15 +137,20 @@ def load_mask(mask, size: tuple[int, int]) -> Image.Image:
 
     Raises ValueError for a mask that is empty, of another size, or of no known form.
     """
-    region = _open_mask(mask, size)
-    if region.size != tuple(size):
-        raise ValueError(
-            "expected a mask with the picture's size"
-            f" {size[0]}x{size[1]} (width x height), got {region.size[0]}x{region.size[1]}"
-        )
+    with _damage_as_value_error("mask", mask):
+        region = _open_mask(mask, size)
+    _expect_size(region.size, size)
     if region.getbbox() is None:
         raise ValueError("expected a mask with at least one non-zero pixel, got an empty mask")
     return region
+
+
+def _expect_size(got: tuple[int, int], size: tuple[int, int]):
+    if tuple(got) != tuple(size):
+        raise ValueError(
+            "expected a mask with the picture's size"
+            f" {size[0]}x{size[1]} (width x height), got {got[0]}x{got[1]}"
+        )
 
 
 def _open_mask(mask, size: tuple[int, int]) -> Image.Image:
@@ -146,7 +165,7 @@ def _open_mask(mask, size: tuple[int, int]) -> Image.Image:
     if isinstance(mask, np.ndarray):
         return _mask_from_array(mask)
     if isinstance(mask, dict) and {"size", "counts"} <= set(mask):
-        return _mask_from_rle(mask)
+        return _mask_from_rle(mask, size)
     if isinstance(mask, dict) and set(mask) == {"box"}:
         return _mask_from_box(mask["box"], size)
     if isinstance(mask, dict) and set(mask) == {"polygons"}:
@@ -185,36 +204,41 @@ def _mask_from_array(mask: np.ndarray) -> Image.Image:
     return Image.fromarray((values != 0).astype(np.uint8))
 
 
-def _mask_from_rle(rle: dict) -> Image.Image:
+def _mask_from_rle(rle: dict, size: tuple[int, int]) -> Image.Image:
     from pycocotools import mask as coco
 
-    height, width = _numbers("COCO RLE size", rle["size"], 2)
+    height, width = _integers("COCO RLE size [height, width]", rle["size"], 2)
+    _expect_size((width, height), size)
     counts = rle["counts"]
-    if min(height, width) < 1 or height * width > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"expected a COCO RLE size of 1 pixel or more, got {rle['size']}")
     if isinstance(counts, (list, tuple)):
-        if not all(_is_number(c) and c >= 0 for c in counts) or sum(counts) != height * width:
-            raise ValueError(f"expected COCO RLE counts that add up to {height}x{width} pixels")
-        encoded = coco.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
+        runs = _integers("COCO RLE counts", counts, len(counts))
+        _expect_runs(runs, height * width)
+        encoded = coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    elif isinstance(counts, (str, bytes)):
+        data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
+        _expect_runs(_compressed_runs(data), height * width)
+        encoded = {"size": [height, width], "counts": data}
     else:
-        if not isinstance(counts, (str, bytes)):
-            raise ValueError(
-                f"expected COCO RLE counts as str, bytes or list, got {describe(counts)}"
-            )
-        encoded = {"size": [height, width], "counts": counts}
-        _check_compressed_counts(counts, height * width)
+        raise ValueError(f"expected COCO RLE counts as str, bytes or list, got {describe(counts)}")
     return Image.fromarray(coco.decode(encoded))
 
 
-def _check_compressed_counts(counts: str | bytes, pixels: int):
-    """COCO's decoder trusts its input, so the run lengths (LEB128-like, 5 bits a character, each
-    from the third on relative to the one two before) are added up here first."""
-    data = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
+def _expect_runs(runs: list[int], pixels: int):
+    """COCO's decoder trusts its input, so run lengths are checked first."""
+    if any(run < 0 for run in runs) or sum(runs) != pixels:
+        raise ValueError(
+            f"expected COCO RLE counts that add up to {pixels} pixels, got {sum(runs)}"
+        )
+
+
+def _compressed_runs(data: bytes) -> list[int]:
+    """Run lengths of compressed counts: 5 bits a character, lowest first, in two's complement,
+    each from the third on relative to the one two before."""
     runs, value, shift = [], 0, 0
     for byte in data:
         chunk = byte - 48
-        if not 0 <= chunk < 64:
-            raise ValueError(f"expected COCO RLE counts, got the character {chr(byte)!r} in them")
+        if not 0 <= chunk < 64 or shift > 30:
+            raise ValueError(f"expected COCO RLE counts, got {chr(byte)!r} in them after {runs[-3:]}")
         value |= (chunk & 31) << shift
         shift += 5
         if chunk & 32:
@@ -223,10 +247,9 @@ def _check_compressed_counts(counts: str | bytes, pixels: int):
             value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
         value, shift = 0, 0
-    if shift or any(run < 0 for run in runs) or sum(runs) != pixels:
-        raise ValueError(
-            f"expected COCO RLE counts that add up to {pixels} pixels, got {sum(runs)}"
-        )
+    if shift:
+        raise ValueError(f"expected COCO RLE counts, got them cut off after {runs[-3:]}")
+    return runs
 
 
 def _mask_from_box(box, size: tuple[int, int]) -> Image.Image:
@@ -267,6 +290,13 @@ def _numbers(name: str, values, count: int) -> list:
     ):
         raise ValueError(f"expected {name} of {count} finite numbers, got {describe(values)}")
     return list(values)
+
+
+def _integers(name: str, values, count: int) -> list[int]:
+    numbers = _numbers(name, values, count)
+    if any(number != int(number) for number in numbers):
+        raise ValueError(f"expected {name} of whole numbers, got {describe(values)}")
+    return [int(number) for number in numbers]
 
 
 def _is_number(value) -> bool:

@@ -15,6 +15,7 @@ from PIL import Image
 from .inputs import MASK_FORMATS, PICTURE_FORMATS, annotation_mask
 
 DATA_URL = re.compile(r"data:(?P<kind>[\w.+/-]*)(?:;[\w=.+-]+)*?(?P<base64>;base64)?,", re.ASCII)
+MAX_NUMBER = 10**9  # of a coordinate or run length
 # What people send as a picture that is none: first bytes, and what to call it.
 NOT_PICTURES = (
     (b"<svg", "SVG"), (b"<!doctype html", "HTML"), (b"<html", "HTML"), (b"<?xml", "XML or SVG"),
@@ -151,9 +152,21 @@ def read_mask(item, size: tuple[int, int], name: str, limits: Limits):
             f"expected {name} with the picture's size [height, width] {[size[1], size[0]]},"
             f" got {str(mask['size'])[:60]}"
         )
-    if isinstance(mask, list) and any(isinstance(part, str) for part in mask):
-        raise ValueError(f"expected {name} as numbers, got text in it: {str(mask)[:80]}")
+    for part in mask.values() if isinstance(mask, dict) else [mask]:
+        _expect_numbers(part, name)
     return mask
+
+
+def _expect_numbers(values, name: str, depth: int = 3):
+    """Refuses what is no number a picture could need in a list of lists of them; a text is left to
+    whom it is meant for."""
+    if not isinstance(values, list):
+        return
+    for value in values:
+        if isinstance(value, list) and depth:
+            _expect_numbers(value, name, depth - 1)
+        elif not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
+            raise ValueError(f"expected {name} of finite numbers, got {str(value)[:40]!r} in it")
 
 
 def expect_masks(count: int, size: tuple[int, int], limits: Limits):

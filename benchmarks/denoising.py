@@ -9,7 +9,6 @@ regions and images in the same run.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -22,8 +21,10 @@ from pathlib import Path
 import torch
 import transformers
 
+from ..configuration_perceptiondlm import ROLE_CAPTION
 from ..evaluation.files import write_json
 from .published import caption_regions_plainly
+from .report import draw, table, update_readme
 from .workload import PRESETS, build_model, build_tokenizer, region_inputs, set_layout
 
 
@@ -55,10 +56,13 @@ def measure(arguments) -> dict:
     device = arguments.device
     tokenizer = build_tokenizer()
     model = build_model(arguments.preset, tokenizer, device)
+    floor = measure_floor(model, device)
     rows = []
     for images in arguments.images:
         for regions in arguments.regions:
             rows += _measure_size(model, tokenizer, regions, images, arguments)
+    for row in rows:
+        row["floor_seconds"] = floor_seconds(row, floor, arguments)
     return {
         "machine": describe_machine(device),
         "versions": {
@@ -72,17 +76,16 @@ def measure(arguments) -> dict:
         "caption_length": arguments.caption_length,
         "repeats": arguments.repeats,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "floor": measure_floor(model, device),
+        "floor": floor,
         "rows": rows,
     }
 
 
 def _measure_size(model, tokenizer, regions: int, images: int, arguments) -> list[dict]:
     """Alternates the methods `repeats` times after one warm-up of each; one row a method."""
-    runs = {
-        name: _runner(name, model, tokenizer, regions, images, arguments)
-        for name in arguments.methods
-    }
+    runs, sizes = {}, {}
+    for name in arguments.methods:
+        runs[name], sizes[name] = _runner(name, model, tokenizer, regions, images, arguments)
     timings = {name: [] for name in runs}
     forwards, peaks = {}, {}
     for repeat in range(arguments.repeats + (0 if arguments.no_warm_up else 1)):
@@ -103,6 +106,7 @@ def _measure_size(model, tokenizer, regions: int, images: int, arguments) -> lis
             "seconds": medians[name],
             "all_seconds": timings[name],
             "ratio": medians["published"] / medians[name] if "published" in medians else None,
+            "tokens": list(sizes[name]),
             "forwards": forwards[name],
             "tokens_per_forward": tokens / forwards[name],
             "tokens_per_second": tokens / medians[name],
@@ -112,8 +116,9 @@ def _measure_size(model, tokenizer, regions: int, images: int, arguments) -> lis
     ]
 
 
-def _runner(name, model, tokenizer, regions, images, arguments) -> Callable[[], int]:
-    """A call that denoises once and returns the forward passes it took."""
+def _runner(name, model, tokenizer, regions, images, arguments):
+    """A call that denoises once and returns the forward passes it took; and its size: passes,
+    positions of one, answer positions of one."""
     layout = "released" if name == "published" else METHODS[name].layout
     processor = set_layout(model, tokenizer, layout)
     inputs = region_inputs(processor, regions, images, arguments.caption_length)
@@ -128,7 +133,9 @@ def _runner(name, model, tokenizer, regions, images, arguments) -> Callable[[], 
         steps = arguments.budget if options.pop("budget", False) else arguments.steps
         return model.diffusion_generate(inputs=inputs, steps=steps, **options).num_forwards
 
-    return run
+    roles = inputs["role_ids"]
+    answer = int((roles == ROLE_CAPTION).any(0).sum())
+    return run, (*roles.shape, answer)
 
 
 def timed(run: Callable[[], int], device: str) -> tuple[float, int, int]:
@@ -198,21 +205,21 @@ def measure_floor(model, device: str) -> dict:
         "matmul_flops_per_second": rate,
         "copy_bytes_per_second": bandwidth,
         "language_model_bytes": weights,
+        "language_model_parameters": sum(p.numel() for p in model.language_model.parameters()),
         "seconds_to_read_weights": weights / bandwidth,
     }
 
 
-def floor_seconds(result: dict, row: dict, prompt_tokens: int) -> float:
-    """Least time of a row: the prompt's arithmetic once, then for each step the larger of the
-    answer's arithmetic and reading the weights."""
-    floor = result["floor"]
-    parameters = floor["language_model_bytes"] / (2 if result["preset"] == "8b" else 4)
-    operation = 2 * parameters / floor["matmul_flops_per_second"]
-    steps = result["budget"] if "adaptive" in row["method"] else result["steps"]
-    answer = row["regions"] * row["images"] * result["caption_length"]
-    step = max(answer * operation, floor["seconds_to_read_weights"])
-    passes = row["images"] * -(-row["regions"] // 6)
-    return passes * prompt_tokens * operation + steps * step
+def floor_seconds(row: dict, floor: dict, arguments) -> float | None:
+    """Least time of a method that computes the prompt once: its arithmetic, then for each step the
+    larger of the answer's arithmetic and reading the weights once. None for the others."""
+    if row["method"] == "published" or row["method"] == "released-exact":
+        return None
+    rows, length, answer = row["tokens"]
+    operation = 2 * floor["language_model_parameters"] / floor["matmul_flops_per_second"]
+    steps = arguments.budget if "adaptive" in row["method"] else arguments.steps
+    step = max(rows * answer * operation, floor["seconds_to_read_weights"])
+    return rows * (length - answer) * operation + steps * step
 
 
 def _median_seconds(run: Callable, device: str, repeats: int = 7) -> float:
@@ -264,6 +271,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-warm-up", action="store_true", help="time the first run too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--plots", type=Path, help="folder to draw the plots in")
+    parser.add_argument("--readme", type=Path, help="README whose table to replace")
     parsed = parser.parse_args(arguments)
     parsed.methods = parsed.methods.split(",")
     unknown = sorted(set(parsed.methods) - {"published", *METHODS})
@@ -276,17 +285,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures, prints a table and writes the JSON."""
     parsed = parse(arguments)
     result = measure(parsed)
-    print(f"{'method':24}{'regions':>8}{'images':>8}{'seconds':>10}{'ratio':>8}{'TPF':>7}")
-    for row in result["rows"]:
-        ratio = f"{row['ratio']:.2f}" if row["ratio"] else "-"
-        print(
-            f"{row['method']:24}{row['regions']:>8}{row['images']:>8}{row['seconds']:>10.3f}"
-            f"{ratio:>8}{row['tokens_per_forward']:>7.2f}"
-        )
+    print(table(result))
     if parsed.output:
         write_json(parsed.output, result)
-    else:
-        print(json.dumps(result["floor"]))
+    if parsed.plots:
+        draw(result, parsed.plots)
+    if parsed.readme:
+        update_readme(parsed.readme, result)
     return 0
 
 

@@ -14,6 +14,26 @@ FIGURES = {
 }
 
 
+def figure_rows(content: object, source: str = "rows") -> list[dict]:
+    """Rows as `draw_figures` takes them: a list of them, or what `sweep` or `latency` wrote.
+
+    A sweep's rows become a line for each rule, with the accuracy of the attributes.
+    """
+    rows = content.get("rows") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise ValueError(f"{source}: expected a list of rows, got {type(content).__name__}")
+    return [_of_sweep(row) if isinstance(row, dict) and "rule" in row else row for row in rows]
+
+
+def _of_sweep(row: dict) -> dict:
+    return {
+        "label": row["rule"],
+        "accuracy": row["attribute_accuracy"],
+        "seconds": row["seconds"],
+        "forwards": row["forwards_per_pass"],
+    }
+
+
 def draw_figures(rows: Sequence[dict], folder: str | Path) -> list[Path]:
     """Draws each figure whose fields some rows have, one line a label.
 

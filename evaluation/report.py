@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .environment import run_environment
-from .figures import draw_figures
+from .figures import draw_figures, figure_rows
 from .files import file_sha256, read_json, run_record_path, write_json, write_text
 
 SECTIONS = (  # (field of the scores, title of its table, title of its first column)
@@ -242,24 +242,11 @@ def run(args: argparse.Namespace) -> int:
         prediction_run=_run_record(args.predictions),
         judge_run=_run_record(args.answers),
         measurements=read_json(args.measurements) if args.measurements else None,
-        rows=[row for path in args.rows for row in read_rows(path)],
+        rows=[row for path in args.rows for row in figure_rows(read_json(path), path)],
         sources={str(path): file_sha256(path) for path in given if path},
     )
     print(write_report(report, args.output, title=args.title))
     return 0
-
-
-def read_rows(path: str) -> list[dict]:
-    """Rows for the figures: a JSON list of them, or what `sweep` or `latency` wrote."""
-    content = read_json(path)
-    rows = content.get("rows") if isinstance(content, dict) else content
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a list of rows, got {type(content).__name__}")
-    if all(isinstance(row, dict) and "rule" in row for row in rows):
-        from .sweep import figure_rows
-
-        return figure_rows(rows)
-    return rows
 
 
 def _run_record(output: str | None) -> dict | None:

@@ -102,19 +102,6 @@ def _cell(name: str, value) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def figure_rows(rows: Sequence[Mapping]) -> list[dict]:
-    """The rows as `draw_figures` takes them: accuracy of the attributes, a line for each rule."""
-    return [
-        {
-            "label": row["rule"],
-            "accuracy": row["attribute_accuracy"],
-            "seconds": row["seconds"],
-            "forwards": row["forwards_per_pass"],
-        }
-        for row in rows
-    ]
-
-
 def configure(parser: argparse.ArgumentParser):
     add_checkpoint_arguments(parser)
     add_scene_arguments(parser)

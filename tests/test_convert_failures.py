@@ -23,6 +23,7 @@ from conversion_sources import (
 from perceptiondlm import convert_checkpoint
 from perceptiondlm.convert_checkpoint import convert, main
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 REGION = "released-region"
 
@@ -185,6 +186,14 @@ def test_the_source_is_never_replaced(tmp_path, output):
     assert (source / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("option", ["base", "vision_source"])
+def test_neither_a_base_nor_a_vision_source_is_replaced(tmp_path, option):
+    used = copy_source(REGION, tmp_path / "used")
+    with pytest.raises(FileExistsError, match="an output apart from the source"):
+        convert(VECTORS / REGION, used, force=True, **{option: used})
+    assert (used / "model.safetensors").exists()
+
+
 def test_verification_notices_weights_that_differ_in_one_bit(capsys, tmp_path, monkeypatch):
     write = convert_checkpoint.save_file
 
@@ -254,6 +263,28 @@ def test_a_lost_shard_of_fsdps_is_named(capsys, tmp_path):
     (shard,) = sharded.glob("*.distcp")
     shard.unlink()
     expect_failure(capsys, tmp_path, sharded.parent, 4, f"the shard {shard.name}")
+
+
+def test_a_short_shard_of_fsdps_is_damage_and_leaves_nothing(capsys, tmp_path):
+    from torch.distributed.checkpoint import save
+
+    converted = convert(VECTORS / REGION, tmp_path / "converted")
+    sharded = tmp_path / "checkpoint-10" / "pytorch_model_fsdp_0"
+    weights = load_file(converted / "model.safetensors")
+    save({"model": weights}, checkpoint_id=sharded, no_dist=True)
+    (shard,) = sharded.glob("*.distcp")
+    truncate(shard)
+    options = ("--base", str(converted))
+    expect_failure(capsys, tmp_path, sharded.parent, 5, "whole in", *options)
+
+
+def test_an_adapter_says_what_base_it_needs(capsys, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    expect_failure(capsys, tmp_path, adapter, 1, "expected base, the model that")
+    options = ("--base", str(VECTORS / REGION))
+    expect_failure(capsys, tmp_path, adapter, 3, "a converted base", *options)
 
 
 def test_token_ids_beyond_the_embedding_are_refused(capsys, tmp_path):

@@ -8,49 +8,12 @@ import torch
 from perceptiondlm.apps.cli import main
 from perceptiondlm.training.recipe import build_recipe, load_recipe
 from perceptiondlm.training.run import TRAINER_DEFAULTS, build_trainer, train
-from transformers import AutoModel, AutoProcessor, TrainerCallback, TrainingArguments
+from perceptiondlm.training.scenes import iter_corpus
+from perceptiondlm.training.tokenizer import train_tokenizer
+from training_runs import losses_of, recipe_of, small_tokenizer, weights_of, arguments
+from transformers import AutoModel, AutoProcessor, TrainingArguments
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-TINY = {
-    "vision_config": {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-    },
-    "text_config": {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
-    },
-    "num_region_prompts": 8,
-    "roi_output_size": 2,
-    "roi_convention": "aligned",
-    "region_layout": "independent",
-    "initializer_range": 0.1,
-}
-
-
-@pytest.fixture
-def recipe_of(tmp_path):
-    """A recipe of a very small run; keywords replace options of its sections."""
-
-    def make(**sections):
-        values = {
-            "model": {"config": TINY, "tokenizer_scenes": 60, "max_tiles": 2},
-            "data": {"kind": "synthetic", "scenes": 24, "caption_length": 12},
-            "masking": {"loss_weighting": "none"},
-            "parameters": {},
-            "trainer": {
-                "output_dir": str(tmp_path / "run"), "max_steps": 4, "learning_rate": 1e-2,
-                "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no",
-                "use_cpu": True, "seed": 0, "disable_tqdm": True, "lr_scheduler_type": "constant",
-            },
-        }
-        for name, options in sections.items():
-            values[name] = {**values.get(name, {}), **options}
-        return build_recipe(values)
-
-    return make
-
-
 def losses_of(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -289,10 +252,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert "scnes" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
     assert "no such file" in capsys.readouterr().err
-
-
-class StopAt(TrainerCallback):
-    """Ends a run early, as an interruption does."""
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)

@@ -85,21 +85,21 @@ class DiffusionTrainer(Trainer):
             drop_last=True,
         )
 
-    def _get_eval_sampler(self, eval_dataset):
-        return None  # in order
-
     def get_eval_dataloader(self, eval_dataset=None):
-        """Collates with the noise level of the set."""
+        """All of a set, in order, at its noise level."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
-        training = self.data_collator
-        self.data_collator = DiffusionCollator(
+        collate = DiffusionCollator(
             self.processor, self.recipe.masking, self.args.seed, level=eval_dataset.level
         )
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training
+        loader = DataLoader(
+            eval_dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=collate,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The recipe's weighting in training, the plain mean at a fixed noise level."""

@@ -1,0 +1,119 @@
+"""How likely an answer is to a masked-diffusion model: the Monte-Carlo bound of LLaDA.
+
+log p(r | prompt) >= E_l E_m [ (n / l) sum_{i in m} log p(r_i | prompt, r with m masked) ], where l
+is uniform over 1 ... n, n the answer's length, and m is l of its positions, every choice of them
+equally likely (equation 6 of LLaDA, arXiv:2502.09992). S samples, L prompt length, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from ..answer_network import answer_slots, prompt_length
+from ..attention_structure import allowed_attention, attention_argument
+
+COLUMNS = ("region_ids", "role_ids", "attention_mask")
+
+
+def masked_counts(
+    length: int, samples: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """How many positions each sample masks, int64 (samples,) in 1 ... length.
+
+    Evenly spaced around the circle of counts from a random start: each is uniform, and together
+    they vary less than independent draws.
+    """
+    start = torch.rand((), generator=generator, dtype=torch.float64)
+    places = (start + torch.arange(samples, dtype=torch.float64) / samples) % 1.0
+    return (places * length).long().clamp(max=length - 1) + 1
+
+
+def draw_masks(
+    counts: torch.Tensor, length: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Bool (S, length) with `counts` (S,) positions set, every choice of them equally likely."""
+    order = torch.rand(len(counts), length, generator=generator, dtype=torch.float64).argsort(-1)
+    return order.argsort(-1) < counts[:, None]
+
+
+def bound_terms(
+    logits: torch.Tensor, target: torch.Tensor, masked: torch.Tensor
+) -> torch.Tensor:
+    """One estimate of the bound from each sample, float64 (S,), in nats.
+
+    Args:
+        logits: (S, n, V) of the answer with the masked positions masked.
+        target: int64 (n,), the answer; masked: bool (S, n), one position or more in each sample.
+    """
+    chosen = logits.double().log_softmax(-1).gather(-1, target.expand(len(logits), -1)[..., None])
+    weights = target.shape[0] / masked.sum(-1)
+    return weights * (chosen[..., 0] * masked).sum(-1)
+
+
+def log_likelihood_bound(
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    target: torch.Tensor,
+    mask_token_id: int,
+    *,
+    samples: int = 128,
+    batch_size: int = 16,
+    generator: torch.Generator | None = None,
+) -> float:
+    """The bound of log p(target) in nats, averaged over `samples` draws.
+
+    Args:
+        predict: logits (S, n, V) of an answer's ids (S, n), some of them the mask token.
+        target: int64 (n,), the answer.
+        samples: more of them, less noise; batch_size: run together.
+        generator: of the draws, on the CPU.
+    """
+    if samples < 1 or batch_size < 1:
+        raise ValueError(
+            f"expected samples and batch_size of 1 or more, got {samples} and {batch_size}"
+        )
+    counts = masked_counts(len(target), samples, generator)
+    masked = draw_masks(counts, len(target), generator).to(target.device)
+    terms = [
+        bound_terms(predict(target.masked_fill(chunk, mask_token_id)), target, chunk)
+        for chunk in masked.split(batch_size)
+    ]
+    return float(torch.cat(terms).mean())
+
+
+class AnswerLogits:
+    """Logits of one prompt's answer positions, the pictures encoded once.
+
+    Args:
+        model: the model; `inputs`: what the processor made of one prompt, its answer masked.
+    """
+
+    def __init__(self, model, inputs: dict):
+        self.model = model
+        self.text = model.language_model
+        inputs = {k: v.to(model.device) for k, v in inputs.items()}
+        if len(inputs["input_ids"]) != 1:
+            raise ValueError(f"expected inputs of one prompt, got {len(inputs['input_ids'])}")
+        self.start = prompt_length(inputs)
+        answer_slots(inputs, self.start, model.config.mask_token_id)  # checks that it is masked
+        self.positions = inputs.pop("position_ids")  # (1, L + n)
+        self.columns = [inputs[name] for name in COLUMNS]
+        inputs.pop("attention_mask")
+        inputs.pop("region_ids")
+        self.prompt = model.embed_inputs(**inputs)[:, : self.start]  # (1, L, D)
+
+    @torch.no_grad()
+    def __call__(self, answers: torch.Tensor) -> torch.Tensor:
+        """Logits (S, n, V) of answers (S, n)."""
+        S = len(answers)
+        embeds = torch.cat(
+            [self.prompt.expand(S, -1, -1), self.text.get_input_embeddings()(answers)], dim=1
+        )
+        columns = [column.expand(S, -1) for column in self.columns]
+        allowed = allowed_attention(self.model.config.region_layout, *columns)
+        implementation = self.text.config._attn_implementation
+        hidden = self.text.model(
+            embeds,
+            self.positions.expand(S, -1),
+            attention_argument(allowed, implementation, embeds.dtype),
+        )
+        return self.text.lm_head(hidden[:, self.start :])
