@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from ..image_processing_perceptiondlm import load_image, load_mask
@@ -73,9 +74,8 @@ def encode_animation(frames: Sequence[Image.Image], suffix: str) -> bytes:
     if suffix.lower() not in FORMATS:
         raise ValueError(f"expected a name ending in {', '.join(FORMATS)}, got {suffix!r}")
     kind = FORMATS[suffix.lower()]
-    if kind == "GIF":  # one palette for all frames, or colours flicker
-        palette = _palette(frames[-1])
-        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    if kind == "GIF":
+        frames = _share_palette(frames)
     durations = [FIRST_MS, *[STEP_MS] * (len(frames) - 2), LAST_MS][-len(frames) :]
     buffer = io.BytesIO()
     frames[0].save(
@@ -84,13 +84,23 @@ def encode_animation(frames: Sequence[Image.Image], suffix: str) -> bytes:
     return buffer.getvalue()
 
 
-def _palette(frame: Image.Image) -> Image.Image:
-    """The frame's 240 colours, and those that are drawn with exactly as they are."""
+def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
+    """The frames in one palette, or colours would flicker: the last one's 240 colours, and those
+    that panels are drawn with, exactly."""
     exact = [PAPER, INK, BLANK, *PALETTE]
-    colours = frame.quantize(240, method=Image.Quantize.MEDIANCUT).getpalette()[: 3 * 240]
     palette = Image.new("P", (1, 1))
-    palette.putpalette(colours + [value for colour in exact for value in colour])
-    return palette
+    found = frames[-1].quantize(240, method=Image.Quantize.MEDIANCUT).getpalette()[: 3 * 240]
+    found += [0] * (3 * 240 - len(found))
+    palette.putpalette(found + [value for colour in exact for value in colour])
+    shared = []
+    for frame in frames:
+        indices = np.array(frame.quantize(palette=palette, dither=Image.Dither.NONE))
+        pixels = np.asarray(frame)
+        for k, colour in enumerate(exact):  # Pillow takes the nearest in a coarse grid
+            indices[(pixels == colour).all(-1)] = 240 + k
+        shared.append(Image.fromarray(indices))
+        shared[-1].putpalette(palette.getpalette())
+    return shared
 
 
 def _thin(steps: list) -> list:

@@ -25,7 +25,7 @@ PALETTE = (
     (204, 121, 167),  # reddish purple
     (240, 228, 66),  # yellow
 )
-PAPER, INK, FAINT = (255, 255, 255), (28, 28, 32), (126, 126, 134)
+PAPER, INK, FAINT = (255, 255, 255), (16, 16, 20), (110, 110, 118)
 BLANK = (214, 214, 220)  # a token that is still to come
 NO_TEXT = "(nothing)"
 

@@ -424,8 +424,10 @@ def _largest(regions: list[RegionSource], size, most: int) -> list[RegionSource]
 
 def annotation_mask(annotation, name: str):
     """The mask, as `load_mask` takes it, of a COCO or SAM annotation or of a plain mask."""
-    if not isinstance(annotation, dict):
-        return annotation
+    if isinstance(annotation, list):
+        return annotation  # a box or polygons
+    if not isinstance(annotation, dict):  # least of all a path
+        raise ValueError(f"expected annotations or masks in {name}, got {str(annotation)[:80]!r}")
     if {"size", "counts"} <= set(annotation) or set(annotation) in ({"box"}, {"polygons"}):
         return annotation
     segmentation = annotation.get("segmentation")

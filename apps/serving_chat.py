@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from .captioner import RegionCaptions, Step
 from .serving_http import ApiError
@@ -30,6 +31,7 @@ from .serving_limits import (
 
 DECODING = ("steps", "block_length", "temperature", "top_k", "top_p", "cfg_scale", "remasking",
             "adaptive", "adaptive_value", "adaptive_verify", "prompt_cache", "seed")
+MOST_KEYS, MOST_ITEMS = 64, 256  # of an object and a list in a request, masks apart
 SHOWN = 200  # characters of a client's input that an error repeats
 
 
@@ -111,14 +113,34 @@ class ChatRequest(Model):
 def read_request(body: bytes | bytearray) -> ChatRequest:
     """Parses a body; ApiError 400 says which field is wrong."""
     try:
-        return ChatRequest.model_validate_json(body)
+        content = from_json(body)
+    except ValueError as error:
+        raise ApiError(400, f"expected JSON, got: {error}", code="invalid_request") from error
+    _expect_small(content)
+    try:
+        return ChatRequest.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = _place(first["loc"])
         message = f"{place}: {first['msg']}" if place else first["msg"]
-        if first["type"] not in ("json_invalid", "missing"):
+        if first["type"] != "missing":
             message += f", got {first['input']!r:.{SHOWN}}"
         raise ApiError(400, message, code="invalid_request", param=place or None) from error
+
+
+def _expect_small(value, depth: int = 6):
+    """Refuses objects and lists so large that there would be an error for each of millions."""
+    if isinstance(value, dict):
+        if len(value) > MOST_KEYS:
+            raise ApiError(400, f"expected objects of at most {MOST_KEYS} keys, got {len(value)}",
+                           code="invalid_request")
+        value = [item for key, item in value.items() if key != "masks"]
+    elif isinstance(value, list) and len(value) > MOST_ITEMS:
+        raise ApiError(400, f"expected lists of at most {MOST_ITEMS} items, got {len(value)}",
+                       code="invalid_request")
+    if isinstance(value, list) and depth:
+        for item in value:
+            _expect_small(item, depth - 1)
 
 
 def _place(loc: tuple) -> str:

@@ -19,9 +19,8 @@ def served(captioner, *, limits: Limits | None = None, engine: dict | None = Non
     limits = limits or Limits()
     own = Engine(captioner, **(engine or {}))
     app = create_app(own, name="tester", limits=limits, **options)
-    config = uvicorn.Config(
-        app, port=0, log_level="error", ws="none", http=PatientProtocol.within(limits.header_seconds)
-    )
+    http = PatientProtocol.within(limits.header_seconds)
+    config = uvicorn.Config(app, port=0, log_level="error", ws="none", http=http)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

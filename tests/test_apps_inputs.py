@@ -152,12 +152,10 @@ def test_single_masks_for_several_pictures_are_refused(tmp_path):
         open_sources([str(save(tmp_path / "mask.png"))], two)
 
 
-def test_a_mask_of_another_size_is_refused_before_it_is_decoded(tmp_path):
+def test_a_mask_of_another_size_is_refused(tmp_path):
     (cat,) = pictures(tmp_path, "cat.png")
-    mask = declare_png(tmp_path / "mask.png", 5000, 5000)
-    mask.write_bytes(mask.read_bytes())
-    (source,) = open_sources([str(mask)], [cat])
-    with pytest.raises(ValueError):
+    (source,) = open_sources([str(save(tmp_path / "mask.png", block(0, 0, 5, 5).T))], [cat])
+    with pytest.raises(ValueError, match="20x12, got 12x20"):
         source.regions(cat, SIZE)
 
 
@@ -292,6 +290,16 @@ def test_a_damaged_annotation_file_is_refused_by_name(tmp_path, text):
     (tmp_path / "bad.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="bad.json"):
         open_sources([str(tmp_path / "bad.json")], [cat])
+
+
+@pytest.mark.parametrize("place", ["{path}", "file://{path}", "http://127.0.0.1:9/{path}"])
+def test_a_path_in_an_annotation_file_is_never_opened(tmp_path, place):
+    (cat,) = pictures(tmp_path, "cat.png")
+    secret = save(tmp_path / "secret.png", block(0, 0, 9, 9))
+    path = write_json(tmp_path / "m.json", [place.format(path=secret)])
+    (source,) = open_sources([path], [cat])
+    with pytest.raises(ValueError, match="expected annotations or masks"):
+        source.regions(cat, SIZE)
 
 
 def test_huge_json_is_refused_unread(tmp_path):

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
 from perceptiondlm.apps.captioner import RegionCaptioner
 from perceptiondlm.apps.engine import Engine, EngineClosed, JobFailed, QueueFull
 from perceptiondlm.apps.serving_jobs import ChatJob, RegionJob
+from PIL import Image
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 SHORT = {"caption_length": 8}

@@ -226,7 +226,7 @@ def test_a_client_that_leaves_frees_its_place(captioner):
 
 
 def test_a_full_queue_answers_429_with_retry_after(captioner):
-    with served(captioner, engine={"window": 3.0, "max_queue": 1}) as (address, engine):
+    with served(captioner, engine={"window": 1.0, "max_queue": 1}) as (address, engine):
         body = {"model": "tester", "messages": user(image_part(PICTURE)),
                 "masks": [[5, 5, 30, 30]], **SHORT}
         answers = []

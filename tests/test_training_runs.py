@@ -1,29 +1,24 @@
 """Whole runs: batches, resuming, freezing, evaluation, saved folders."""
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from perceptiondlm.apps.cli import main
-from perceptiondlm.training.recipe import build_recipe, load_recipe
-from perceptiondlm.training.run import TRAINER_DEFAULTS, build_trainer, train
-from perceptiondlm.training.scenes import iter_corpus
-from perceptiondlm.training.tokenizer import train_tokenizer
-from training_runs import losses_of, recipe_of, small_tokenizer, weights_of, arguments
-from transformers import AutoModel, AutoProcessor, TrainingArguments
+from perceptiondlm.training.recipe import load_recipe
+from perceptiondlm.training.run import build_trainer, train
+from training_runs import arguments, losses_of, recipe_values, small_recipe, weights_of
+from transformers import AutoModel, AutoProcessor
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-def losses_of(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def arguments(recipe) -> TrainingArguments:
-    return TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
-
-
-def weights_of(trainer) -> dict:
-    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+@pytest.fixture
+def recipe_of(tmp_path):
+    return functools.partial(small_recipe, tmp_path / "run")
 
 
 def test_gradient_accumulation_equals_a_larger_batch(recipe_of):
@@ -218,27 +213,16 @@ def test_the_saved_folder_captions_and_answers(recipe_of, tmp_path, picture, blo
 
 
 def test_the_code_is_left_out_when_not_wanted(recipe_of, tmp_path):
-    values = recipe_of(trainer={"max_steps": 1})
-    train(build_recipe({**recipe_values(values), "save_code": False}))
+    train(recipe_of(trainer={"max_steps": 1}, save_code=False))
     assert not list((tmp_path / "run").glob("*.py"))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["auto_map"]["AutoModel"].endswith("PerceptionDLMForConditionalGeneration")
 
 
-def recipe_values(recipe) -> dict:
-    import dataclasses
-
-    values = dataclasses.asdict(recipe)
-    values["data"]["kind"] = "synthetic"
-    return values
-
-
-def test_the_command_trains_and_resumes(tmp_path, recipe_of):
-    import yaml
-
+def test_the_command_trains_and_resumes(tmp_path):
     file = tmp_path / "recipe.yaml"
-    recipe = recipe_of(trainer={"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
-    file.write_text(yaml.safe_dump(recipe_values(recipe)))
+    trainer = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    file.write_text(yaml.safe_dump(recipe_values(tmp_path / "run", trainer=trainer)))
     assert main(["train", str(file)]) == 0
     assert main(["train", str(file), "trainer.max_steps=3", "--resume"]) == 0
     state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, set_seed
 
 from ..configuration_perceptiondlm import PerceptionDLMConfig
+from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from .recipe import ModelRecipe, Recipe, SyntheticData
@@ -41,7 +42,19 @@ def _from_checkpoint(recipe: ModelRecipe):
         attn_implementation=recipe.attn_implementation,
         **place,
     )
-    return model, PerceptionDLMProcessor.from_pretrained(recipe.checkpoint, **place)
+    return model, load_processor(recipe.checkpoint, **place)
+
+
+def load_processor(path: str, **place) -> PerceptionDLMProcessor:
+    """The processor saved in a checkpoint, by this package's classes, whatever code it names."""
+    values, _ = PerceptionDLMProcessor.get_processor_dict(path, **place)
+    image_options = dict(values.pop("image_processor"))
+    for name in ("auto_map", "image_processor_type", "processor_class"):
+        image_options.pop(name, None)
+        values.pop(name, None)
+    image_processor = PerceptionDLMImageProcessor(**image_options)
+    tokenizer = AutoTokenizer.from_pretrained(path, **place)
+    return PerceptionDLMProcessor(image_processor, tokenizer, **values)
 
 
 def _from_scratch(recipe: Recipe, seed: int):

@@ -1,0 +1,89 @@
+"""The benchmark's baseline computes what ours does, and its results are written as documented."""
+
+import json
+
+import pytest
+import torch
+from perceptiondlm.benchmarks import denoising, workload
+from perceptiondlm.benchmarks.published import caption_regions_plainly
+from perceptiondlm.benchmarks.report import END, START, update_readme
+
+MINI = {
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 16,
+    },
+    "text_config": {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+}
+
+
+@pytest.fixture
+def mini(monkeypatch):
+    """Adds a preset that runs in a second."""
+    monkeypatch.setitem(workload.PRESETS, "mini", (MINI, torch.float32))
+
+
+def test_the_published_way_and_the_exact_one_give_the_same_ids(mini):
+    tokenizer = workload.build_tokenizer()
+    model = workload.build_model("mini", tokenizer, "cpu")
+    processor = workload.set_layout(model, tokenizer, "released")
+    inputs = workload.region_inputs(processor, regions=8, images=1, caption_length=6)
+    plain = caption_regions_plainly(model, inputs, steps=4)
+    ours = model.diffusion_generate(inputs=inputs, steps=4).token_ids
+    assert plain == [[token for caption in row for token in caption] for row in ours]
+
+
+def test_a_run_writes_every_documented_field(mini, tmp_path):
+    output = tmp_path / "result.json"
+    methods = ["published", *denoising.METHODS]
+    methods.remove("independent-compiled")
+    code = denoising.main(
+        f"--preset mini --regions 1,7 --images 1 --methods {','.join(methods)} --steps 4 --budget 2"
+        f" --caption-length 4 --repeats 1 --device cpu --output {output} --plots {tmp_path}".split()
+    )
+    result = json.loads(output.read_text())
+    assert code == 0
+    assert {"machine", "versions", "preset", "rows", "floor"} <= set(result)
+    assert len(result["rows"]) == 2 * len(methods)
+    wanted = {"method", "regions", "images", "seconds", "ratio", "forwards"}
+    wanted |= {"tokens_per_forward", "peak_bytes"}
+    assert all(wanted <= set(row) for row in result["rows"])
+    assert (tmp_path / "latency-mini.png").exists() and (tmp_path / "floor-mini.png").exists()
+    passes = {
+        row["regions"]: row["forwards"] for row in result["rows"] if row["method"] == "published"
+    }
+    assert passes == {1: 4, 7: 8}  # seven regions take two passes
+
+
+def test_a_method_there_is_none_of_is_a_usage_error(mini, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        denoising.parse(["--methods", "published,faster"])
+    assert stopped.value.code == 2
+    assert "faster" in capsys.readouterr().err
+
+
+def test_the_readme_table_is_replaced_between_its_markers(mini, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    options = "--preset mini --steps 2 --budget 1 --caption-length 2 --repeats 1 --device cpu"
+    denoising.main([*options.split(), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith(f"before\n{START}\n") and text.endswith(f"{END}\nafter\n")
+    assert "old" not in text and "independent-exact" in text
+
+
+def test_a_readme_without_markers_is_refused(mini, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing")
+    with pytest.raises(ValueError, match="expected the markers"):
+        update_readme(readme, {"rows": []})
