@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, SiglipVisionConfig
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -146,6 +147,10 @@ class PerceptionDLMDecoderLayer(GradientCheckpointingLayer):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
+class RegionPrompts(nn.Embedding):
+    """Learned prompts (R, C), drawn as large as the patch embeddings that they are added to."""
+
+
 class PerceptionDLMPreTrainedModel(PreTrainedModel):
     """What transformers needs to know to load, shard and dispatch these models."""
 
@@ -168,12 +173,11 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if (
-            isinstance(module, PerceptionDLMForConditionalGeneration)
-            and module.image_newline is not None
-        ):
-            std = self.config.initializer_range
-            nn.init.normal_(module.image_newline, std=std)
+        if isinstance(module, RegionPrompts):
+            init.normal_(module.weight, std=1.0)
+        elif isinstance(module, PerceptionDLMForConditionalGeneration):
+            if module.image_newline is not None:
+                init.normal_(module.image_newline, std=self.config.initializer_range)
 
 
 class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
@@ -282,7 +286,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         self.region_prompts = None
         if config.num_region_prompts:
             width = config.vision_config.hidden_size
-            self.region_prompts = nn.Embedding(config.num_region_prompts, width)
+            self.region_prompts = RegionPrompts(config.num_region_prompts, width)
         self.image_newline = None
         if config.image_layout == "anyres":
             self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))

@@ -18,6 +18,7 @@ from .drawing import (
     add_panel,
     answer_texts,
     mark_regions,
+    one_line,
     scale_to,
 )
 
@@ -49,7 +50,8 @@ def draw_steps(
     picture, regions = scale_to(picture, regions, min_side, max_side)
     style = Style.fitting(max(picture.size), font)
     marked = mark_regions(picture, regions, style) if regions else picture
-    frames = add_panel(marked, [list(s) for s in steps], style, numbered=bool(regions))
+    texts = [one_line(step) if regions else list(step) for step in steps]
+    frames = add_panel(marked, texts, style, numbered=bool(regions))
     return [_with_bar(f, i, len(frames) - 1, style) for i, f in enumerate(frames)]
 
 
@@ -92,12 +94,12 @@ def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
     found = frames[-1].quantize(240, method=Image.Quantize.MEDIANCUT).getpalette()[: 3 * 240]
     found += [0] * (3 * 240 - len(found))
     palette.putpalette(found + [value for colour in exact for value in colour])
-    shared = []
+    shared, weights = [], np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
     for frame in frames:
         indices = np.array(frame.quantize(palette=palette, dither=Image.Dither.NONE))
-        pixels = np.asarray(frame)
+        codes = np.asarray(frame) @ weights
         for k, colour in enumerate(exact):  # Pillow takes the nearest in a coarse grid
-            indices[(pixels == colour).all(-1)] = 240 + k
+            indices[codes == weights @ colour] = 240 + k
         shared.append(Image.fromarray(indices))
         shared[-1].putpalette(palette.getpalette())
     return shared

@@ -302,7 +302,9 @@ class RegionCaptioner:
         """Texts of `count` answers; those not begun yet (None or absent) are one mark."""
         mask_id = self.model.config.mask_token_id
         rows = rows + [None] * (count - len(rows))
-        return [MASKED if ids is None else partial_text(self.processor, ids, mask_id) for ids in rows]
+        return [
+            MASKED if ids is None else partial_text(self.processor, ids, mask_id) for ids in rows
+        ]
 
 
 def partial_text(processor, ids: Sequence[int], mask_token_id: int) -> str:

@@ -4,8 +4,10 @@ Everything is Pillow's, its bundled font included (Latin letters; pass `font` fo
 Boxes are (x0, y0, x1, y1) in pixels of the drawing, half-open.
 """
 
+import functools
 import io
 import math
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ PALETTE = (
 PAPER, INK, FAINT = (255, 255, 255), (16, 16, 20), (110, 110, 118)
 BLANK = (214, 214, 220)  # a token that is still to come
 NO_TEXT = "(nothing)"
+# For fonts that lack typographers' marks, as the bundled one does.
+LIKENESSES = dict(zip("‘’‚“”„–—−•·×", "\'\'\'\"\"\"---**x", strict=True))
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MIN_SIDE, MAX_SIDE = 720, 1600  # of the picture's long side in the drawing
@@ -74,12 +78,14 @@ class Style:
 
 @dataclass(frozen=True)
 class Entry:
-    """One numbered text of a panel: where it stands and its wrapped lines of words."""
+    """One text of a panel, numbered or not: where it stands and its wrapped lines of words, the
+    first `quiet` of them in a fainter ink."""
 
     number: int | None
     lines: list[list[str]]
     box: Box
     text_left: int
+    quiet: int = 0
 
 
 def draw_regions(
@@ -105,13 +111,15 @@ def draw_regions(
     picture = load_image(image)
     regions = [load_mask(mask, picture.size) for mask in masks]
     if captions is not None and len(captions) != len(regions):
-        raise ValueError(f"expected a caption for each of {len(regions)} masks, got {len(captions)}")
+        raise ValueError(
+            f"expected a caption for each of {len(regions)} masks, got {len(captions)}"
+        )
     picture, regions = scale_to(picture, regions, min_side, max_side)
     style = Style.fitting(max(picture.size), font)
     marked = mark_regions(picture, regions, style)
     if captions is None:
         return marked
-    return add_panel(marked, [list(captions)], style, numbered=True)[0]
+    return add_panel(marked, [one_line(captions)], style, numbered=True)[0]
 
 
 def draw_answers(
@@ -130,8 +138,14 @@ def draw_answers(
 
 
 def answer_texts(questions: Sequence[str], answers: Sequence[str]) -> list[str]:
-    """Panel texts of questions and answers."""
-    return [f"{q} — {a or NO_TEXT}" for q, a in zip(questions, answers, strict=True)]
+    """Panel texts of questions and answers: each question a line above its answer."""
+    pairs = zip(one_line(questions), one_line(answers), strict=True)
+    return [f"{question}\n{answer or NO_TEXT}" for question, answer in pairs]
+
+
+def one_line(texts: Sequence[str]) -> list[str]:
+    """Texts without line breaks."""
+    return [" ".join(text.split()) for text in texts]
 
 
 def encode_picture(picture: Image.Image, suffix: str) -> bytes:
@@ -319,7 +333,7 @@ def add_panel(
     left = picture.width if beside else 0
     top = 0 if beside else picture.height
     width = _panel_width(picture, steps, style, beside, numbered)
-    columns = columns_of(width, len(steps[0]), style, beside)
+    columns = 1 if beside else columns_of(steps, width, picture.height, style, numbered)
     layouts = lay_out(steps, (left, top), width, style, columns, numbered)
     height = max(entry.box[3] for entry in layouts[0]) + style.margin
     size = (left + width, max(picture.height, height))
@@ -346,9 +360,17 @@ def _panel_width(picture, steps, style: Style, beside: bool, numbered: bool) -> 
     return width
 
 
-def columns_of(width: int, count: int, style: Style, beside: bool) -> int:
-    """Columns of text: lines of some sixty letters read best."""
-    return 1 if beside else max(1, min(count, width // (30 * style.size)))
+def columns_of(steps, width: int, height: int, style: Style, numbered: bool) -> int:
+    """Columns of text below a picture: lines of some sixty letters read best; shorter ones, when
+    the text would be longer than the picture."""
+    count = len(steps[0])
+    best = max(1, min(count, width // (30 * style.size)))
+    most = max(best, min(count, width // (18 * style.size)))
+    for columns in range(best, most):
+        entries = lay_out(steps, (0, 0), width, style, columns, numbered)[0]
+        if max(entry.box[3] for entry in entries) <= height:
+            return columns
+    return most
 
 
 def lay_out(
@@ -379,10 +401,16 @@ def lay_out(
             y += heights[i] + style.gap
     return [
         [
-            Entry(i + 1 if numbered else None, lines[i], boxes[i], boxes[i][0] + indent)
+            Entry(
+                i + 1 if numbered else None,
+                lines[i],
+                boxes[i],
+                boxes[i][0] + indent,
+                0 if numbered else len(wrap(texts[i].split("\n")[0], column, style)),
+            )
             for i in range(count)
         ]
-        for lines in wrapped
+        for texts, lines in zip(steps, wrapped, strict=True)
     ]
 
 
@@ -410,6 +438,11 @@ def _columns(heights: list[int], columns: int, gap: int) -> list[tuple[int, int]
 
 def wrap(text: str, width: int, style: Style) -> list[list[str]]:
     """Lines of words no wider than `width` pixels; a longer word is broken."""
+    paragraphs = readable(text, style.font).split("\n")
+    return [line for paragraph in paragraphs for line in _wrap_paragraph(paragraph, width, style)]
+
+
+def _wrap_paragraph(text: str, width: int, style: Style) -> list[list[str]]:
     lines, used = [[]], 0.0
     space = style.font.getlength(" ")
     for word in text.split() or [NO_TEXT]:
@@ -421,6 +454,28 @@ def wrap(text: str, width: int, style: Style) -> list[list[str]]:
             used += own + (space if lines[-1] else 0)
             lines[-1].append(piece)
     return lines
+
+
+def readable(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """The text in characters that the font has, as far as there are likenesses."""
+    return "".join(c if c == MASKED or has_glyph(font, c) else _likeness(c) for c in text)
+
+
+@functools.lru_cache(maxsize=4096)
+def has_glyph(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    """Whether a font draws a character as anything but the box for what it lacks."""
+    if character.isspace():
+        return True
+    lacking = font.getmask("\uffff")
+    drawn = font.getmask(character)
+    return (drawn.size, bytes(drawn)) != (lacking.size, bytes(lacking))
+
+
+def _likeness(character: str) -> str:
+    if character in LIKENESSES:
+        return LIKENESSES[character]
+    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return plain or character
 
 
 def _pieces(word: str, width: int, style: Style) -> Iterator[str]:
@@ -447,7 +502,8 @@ def _draw_entry(draw: ImageDraw.ImageDraw, entry: Entry, style: Style):
     space = style.font.getlength(" ")
     # a badge's number and the first line share their middle
     middle = top + (style.badge if entry.number is not None else style.line) / 2
-    for line in entry.lines:
+    for i, line in enumerate(entry.lines):
+        quiet = i < entry.quiet or line == [NO_TEXT]
         x = float(entry.text_left)
         for word in line:
             own = word_width(word, style)
@@ -456,7 +512,7 @@ def _draw_entry(draw: ImageDraw.ImageDraw, entry: Entry, style: Style):
                 block = (x + 1, middle - half, x + own - 1, middle + half)
                 draw.rounded_rectangle(block, style.size // 6, BLANK)
             else:
-                ink = FAINT if line == [NO_TEXT] else INK
+                ink = FAINT if quiet else INK
                 draw.text((x, middle), word, ink, style.font, anchor="lm")
             x += own + space
         middle += style.line

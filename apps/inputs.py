@@ -123,13 +123,14 @@ def _open_checked(source, name: str, formats: Sequence[str]) -> Image.Image:
     try:
         picture = Image.open(source, formats=formats)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"expected at most {MAX_PIXELS:,} pixels in {name}, got: {error}") from error
+        raise ValueError(f"expected {MAX_PIXELS:,} pixels at most in {name}: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
         kinds = ", ".join(formats)
         raise ValueError(f"expected a picture ({kinds}) in {name}, got something else") from error
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(
-            f"expected at most {MAX_PIXELS:,} pixels in {name}, got {picture.width}x{picture.height}"
+            f"expected {MAX_PIXELS:,} pixels at most in {name},"
+            f" got {picture.width}x{picture.height}"
         )
     return picture
 

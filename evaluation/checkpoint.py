@@ -1,6 +1,7 @@
 """The checkpoint that a step measures and how it is to decode: options that several steps share."""
 
 import argparse
+import hashlib
 import json
 
 
@@ -54,7 +55,20 @@ def checkpoint_record(args: argparse.Namespace, model) -> dict:
         "subfolder": args.subfolder,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
+        "weights": weights_fingerprint(model),
     }
+
+
+def weights_fingerprint(model) -> str:
+    """A short name of a model's weights: a hash of a few values of each parameter.
+
+    Training changes it; a copy of the folder does not.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()[:16].float().cpu().numpy()
+        digest.update(name.encode() + values.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def add_option_argument(parser: argparse.ArgumentParser):

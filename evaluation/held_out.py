@@ -38,9 +38,7 @@ def held_out_scenes(first_seed: int, count: int, *, progress: bool = True) -> li
     if count < 1:
         raise ValueError(f"expected scenes of 1 or more, got {count}")
     seeds = range(first_seed, first_seed + count)
-    return [
-        render_scene(seed, SPLIT) for seed in tqdm(seeds, desc="render", disable=not progress)
-    ]
+    return [render_scene(seed, SPLIT) for seed in tqdm(seeds, desc="render", disable=not progress)]
 
 
 def describe_scenes(
@@ -135,7 +133,7 @@ def _answer(scenes, options, progress, *, model, processor, batch_size):
 def _generate(model, count: int, **inputs):
     """One call of `diffusion_generate`, and what it took."""
     start = time.perf_counter()
-    result, seconds = timed(model, lambda: model.diffusion_generate(**inputs))
+    result, seconds = timed(model, model.diffusion_generate, **inputs)
     cost = batch_cost(
         result,
         stop_ids(model.config),

@@ -260,7 +260,7 @@ def configure(parser: argparse.ArgumentParser):
     add("--base-url", help="OpenAI-compatible endpoint (default: OPENAI_BASE_URL, or OpenAI)")
     add("--azure-api-version", help="speak to Azure, at --base-url or AZURE_OPENAI_ENDPOINT")
     add("--mode", choices=MODES, help="show pictures or text alone (default: as published)")
-    add("--prompt-file", help="another wording, with the fields {caption} and {question}")
+    add("--prompt-file", help="another wording, with {caption} and {question}")
     add("--cache", help="JSONL of answers (default: beside the output, .cache.jsonl)")
     add("--concurrency", type=int, default=8, help="calls under way at once")
     add("--max-calls", type=int, help="call budget, retries included")

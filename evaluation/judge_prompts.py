@@ -49,11 +49,13 @@ class JudgePrompt:
         mode: "image" shows crops of picture and mask, "text" shows nothing.
         template: text with the fields {caption} and {question}.
         version: names the wording in caches and reports.
+        recognition: the recognition question, with the field {name}; None: the mode's own.
     """
 
     mode: str
     template: str = TEMPLATE
     version: str = PROMPT_VERSION
+    recognition: str | None = None
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -61,21 +63,24 @@ class JudgePrompt:
 
     @classmethod
     def from_file(cls, path: str | Path, mode: str) -> "JudgePrompt":
-        """Another wording, versioned by its content."""
-        template = Path(path).read_text(encoding="utf-8")
-        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-        if fields != {"caption", "question"}:
-            raise ValueError(
-                f"{path}: expected the fields {{caption}} and {{question}}, got {sorted(fields)}"
-            )
-        version = "file-" + hashlib.sha256(template.encode()).hexdigest()[:12]
-        return cls(mode, template, version)
+        """Another wording, versioned by its content: a template with {caption} and {question}.
+
+        Above a line of three dashes a file may give the recognition question, with {name}.
+        """
+        content = Path(path).read_text(encoding="utf-8")
+        above, separator, below = content.partition("\n---\n")
+        recognition, template = (above.strip(), below) if separator else (None, content)
+        _expect_fields(path, template, {"caption", "question"})
+        if recognition is not None:
+            _expect_fields(path, recognition, {"name"})
+        version = "file-" + hashlib.sha256(content.encode()).hexdigest()[:12]
+        return cls(mode, template, version, recognition)
 
     def region_messages(
         self, sample: RegionSample, questions: tuple[Question, ...], caption: str
     ) -> list[list[dict]]:
         """The chat messages of a region's questions, recognition first."""
-        recognition = RECOGNITION[self.mode].format(name=sample.class_name)
+        recognition = (self.recognition or RECOGNITION[self.mode]).format(name=sample.class_name)
         asked = [(recognition, RECOGNITION_CHOICES), *((q.text, q.choices) for q in questions)]
         pictures = _picture_parts(sample) if self.mode == "image" else []
         return [self._message(pictures, caption, *question) for question in asked]
@@ -84,6 +89,13 @@ class JudgePrompt:
         prompt = self.template.format(caption=caption, question=lettered(text, choices))
         content = [*pictures, {"type": "text", "text": prompt}] if pictures else prompt
         return [{"role": "user", "content": content}]
+
+
+def _expect_fields(path: str | Path, text: str, expected: set[str]):
+    fields = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    if fields != expected:
+        wanted = " and ".join(f"{{{name}}}" for name in sorted(expected))
+        raise ValueError(f"{path}: expected the fields {wanted}, got {sorted(fields)}")
 
 
 def lettered(text: str, choices: tuple[str, ...]) -> str:

@@ -52,9 +52,11 @@ def measure_latency(
         for group in groups:
             result, spent = timed(
                 model,
-                lambda group=group: model.diffusion_generate(
-                    images=scene.image, masks=group, processor=processor, **options
-                ),
+                model.diffusion_generate,
+                images=scene.image,
+                masks=group,
+                processor=processor,
+                **options,
             )
             ids = result.token_ids[0]
             tokens += sum(effective_length(caption, stop_ids(model.config)) for caption in ids)

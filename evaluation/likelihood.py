@@ -36,9 +36,7 @@ def draw_masks(
     return order.argsort(-1) < counts[:, None]
 
 
-def bound_terms(
-    logits: torch.Tensor, target: torch.Tensor, masked: torch.Tensor
-) -> torch.Tensor:
+def bound_terms(logits: torch.Tensor, target: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """One estimate of the bound from each sample, float64 (S,), in nats.
 
     Args:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
@@ -98,9 +99,7 @@ class PerceptionDLMForLMMSEval(lmms):
                 )
                 for i, row in zip(batch, result.texts, strict=True):
                     answers[i] = cut_at(row[0], until)
-                    self.cache_hook.add_partial(
-                        "generate_until", requests[i].args[:2], answers[i]
-                    )
+                    self.cache_hook.add_partial("generate_until", requests[i].args[:2], answers[i])
                 bar.update(len(batch))
         return answers
 
@@ -133,9 +132,9 @@ class PerceptionDLMForLMMSEval(lmms):
             self._reported.add(name)
         return options | self.options, [until] if isinstance(until, str) else list(until)
 
-    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """LLaDA's bound of each continuation, end-of-turn included, in nats (or its negative),
-        and whether decoding one token a step gives the continuation."""
+    def loglikelihood(self, requests) -> list:
+        """Pairs of LLaDA's bound of each continuation, end-of-turn included, in nats (or its
+        negative), and whether decoding one token a step gives the continuation."""
         results = []
         for request in tqdm(requests, desc="likelihood", disable=self.rank > 0):
             context, continuation, *rest = request.args
@@ -143,7 +142,7 @@ class PerceptionDLMForLMMSEval(lmms):
                 doc_id, task, split = rest[1:]
                 continuation = continuation(self.task_dict[task][split][doc_id])
             pictures = self._pictures(*rest) if rest else []
-            results.append(self._likelihood(context, continuation.strip(), pictures))
+            results.append(as_response(self._likelihood(context, continuation.strip(), pictures)))
         return results
 
     def _likelihood(self, context: str, continuation: str, pictures: list) -> tuple[float, bool]:
@@ -184,6 +183,12 @@ class PerceptionDLMForLMMSEval(lmms):
                     f"expected pictures for {task}, document {doc_id}, got {type(picture).__name__}"
                 )
         return pictures
+
+
+def as_response(pair: tuple[float, bool]):
+    """A likelihood as lmms-eval keeps it: 0.7.3 makes text of a pair that is not wrapped."""
+    kept, _ = unwrap_generation_output(pair)
+    return pair if kept == pair else GenerationResult(pair)
 
 
 def cut_at(text: str, until: Sequence[str]) -> str:

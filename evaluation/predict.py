@@ -22,6 +22,7 @@ from .checkpoint import (
     checkpoint_record,
     decoding_options,
     load_model,
+    weights_fingerprint,
 )
 from .environment import run_environment
 from .files import Journal, read_journal, run_record_path, write_json
@@ -48,6 +49,7 @@ def predict(
     checkpoint: str | None = None,
     warmup: int = 0,
     shard: Shard | None = None,
+    restart: bool = False,
     progress: bool = True,
 ) -> Prediction | None:
     """Captions every region once and writes `{key: caption}` to `output`.
@@ -64,6 +66,7 @@ def predict(
             is refused.
         warmup: untimed calls on the first batch beforehand.
         shard: this process's part of the pictures.
+        restart: forgets the journals of earlier runs instead of going on from them.
         progress: shows a progress bar.
 
     Returns the captions in the order of the samples (None in every process but the first).
@@ -73,6 +76,8 @@ def predict(
     shard = shard or Shard()
     options = options or {}
     identity = json.loads(json.dumps({"checkpoint": checkpoint, "options": options}))
+    if restart:
+        _forget(output, shard)
     done = _captions_in(_journals(output), identity)
     pictures = _by_picture(s for s in samples if s.key not in done)
     shard.barrier()  # everyone has read the journals before anyone adds to them
@@ -125,9 +130,11 @@ def _caption(
     ]
     result, seconds = timed(
         model,
-        lambda: model.diffusion_generate(
-            images=images, masks=masks, processor=processor, **options
-        ),
+        model.diffusion_generate,
+        images=images,
+        masks=masks,
+        processor=processor,
+        **options,
     )
     end = time.perf_counter()
     captions = {
@@ -172,6 +179,15 @@ def _journals(output: str | Path) -> dict[Path, list[dict]]:
     return {path: read_journal(path) for path in sorted(paths)}
 
 
+def _forget(output: str | Path, shard: Shard):
+    """Removes all journals, once, before any process reads or writes one."""
+    shard.barrier()
+    if shard.rank == 0:
+        for path in _journals(output):
+            path.unlink()
+    shard.barrier()
+
+
 def _captions_in(journals: dict[Path, list[dict]], identity: dict) -> dict[str, str]:
     """All captions in the journals, which must be of the same checkpoint and options."""
     captions = {}
@@ -195,6 +211,7 @@ def configure(parser: argparse.ArgumentParser):
     add("--batch-size", type=int, default=1, help="pictures in one call")
     add("--limit", type=int, help="only the first regions")
     add("--warmup", type=int, default=0, help="untimed calls beforehand")
+    add("--restart", action="store_true", help="forget an earlier run instead of going on from it")
     add_decoding_arguments(parser)
 
 
@@ -205,6 +222,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or str(process_state().device)
     model, processor = load_model(args.model, args.subfolder, args.dtype, device)
     checkpoint = f"{args.model}/{args.subfolder}" if args.subfolder else args.model
+    identity = f"{checkpoint} {weights_fingerprint(model)}"
     prediction = predict(
         model,
         processor,
@@ -212,9 +230,10 @@ def run(args: argparse.Namespace) -> int:
         args.output,
         batch_size=args.batch_size,
         options=decoding_options(args),
-        checkpoint=checkpoint,
+        checkpoint=identity,
         warmup=args.warmup,
         shard=shard,
+        restart=args.restart,
     )
     if prediction is not None:
         record = _run_record(args, model, checkpoint, prediction)

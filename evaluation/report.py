@@ -16,7 +16,24 @@ SECTIONS = (  # (field of the scores, title of its table, title of its first col
     ("per_region_count", "By regions in a picture", "regions in the picture"),
     ("per_category", "By category", "category"),
 )
-SHOWN_ELSEWHERE = ("throughput", "per_attribute", "questions_per_kind")  # in tables of their own
+THROUGHPUT = "throughput"  # has a table of its own
+MEASURED_RUN = (  # what `synthetic` records of its run, besides what it measures
+    "model",
+    "subfolder",
+    "dtype",
+    "device",
+    "weights",
+    "decoding_options",
+    "regions_per_pass",
+    "scenes",
+    "seed",
+    "split",
+    "batch_size",
+    "judge",
+    "git_revision",
+    "hardware",
+    "versions",
+)
 AVERAGES = ("average_positive", "average_negative", "average")
 
 
@@ -183,8 +200,9 @@ def _provenance(report: Mapping) -> str:
     }
     for field, name in names.items():
         record = dict(report[field] or {})
-        for shown in SHOWN_ELSEWHERE:
-            record.pop(shown, None)
+        record.pop(THROUGHPUT, None)
+        if field == "measurements":
+            record = {name: record[name] for name in MEASURED_RUN if name in record}
         if record.get("environment") == report["environment"]:
             record["environment"] = "as of this report"
         pairs = _flatten(record)

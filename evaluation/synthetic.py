@@ -1,7 +1,8 @@
 """`perceptiondlm evaluate synthetic`: drawn scenes with an exact judge.
 
-Alone, it measures a checkpoint on held-out scenes in one go (`held_out`). `write` makes a folder in ParaDLC-Bench's form, so that `predict`, `score` and `report` take it as
-any other; `judge` answers its questions from what is known to be drawn, without asking anybody.
+Alone, it measures a checkpoint on held-out scenes in one go (`held_out`). `write` makes a folder in
+ParaDLC-Bench's form, so that `predict`, `score` and `report` take it as any other; `judge` answers
+its questions from what is known to be drawn, without asking anybody.
 """
 
 import argparse

@@ -72,11 +72,11 @@ class Throughput:
         )
 
 
-def timed(model, call: Callable[[], Result]) -> tuple[Result, float]:
-    """What a call gives and the seconds it took, the model's device idle before and after."""
+def timed(model, function: Callable[..., Result], **inputs) -> tuple[Result, float]:
+    """`function(**inputs)` and the seconds it took, the model's device idle before and after."""
     _synchronise(model)
     start = time.perf_counter()
-    result = call()
+    result = function(**inputs)
     _synchronise(model)
     return result, time.perf_counter() - start
 

@@ -323,8 +323,10 @@ def independent_sequence(tokenizer, visual: int, number: int, caption: list[int]
     return Sequence(prompt.ids, list(range(length)), allowed, pictures, [replays], [answer])
 
 
-def chat_sequence(tokenizer, visual: list[int], question: str, answer: list[int]) -> Sequence:
-    """A question about pictures of `visual` tokens each."""
+def chat_sequence(
+    tokenizer, visual: list[int], question: str, answer: list[int], tree: bool = False
+) -> Sequence:
+    """A question about pictures of `visual` tokens each; in a tree the prompt sees no answer."""
     prompt = Prompt(tokenizer)
     prompt.text("<|start_header_id|>user<|end_header_id|>\n")
     pictures = []
@@ -336,6 +338,8 @@ def chat_sequence(tokenizer, visual: list[int], question: str, answer: list[int]
     answers = [prompt.token_ids(answer)]
     length = len(prompt.ids)
     allowed = torch.ones(length, length, dtype=torch.bool)
+    if tree:
+        allowed[: answers[0][0], answers[0][0] :] = False
     return Sequence(prompt.ids, list(range(length)), allowed, pictures, [], answers)
 
 
@@ -443,7 +447,7 @@ def joint_remasking(predict, sequence: Sequence, steps: int, mask: int) -> list[
 
 def answer_question(
     network: Network, tokenizer, pictures: list[Image.Image], question: str, *, length: int,
-    steps: int, block: int, cfg: float = 0.0, banned=None,
+    steps: int, block: int, cfg: float = 0.0, tree: bool = False,
 ) -> list[int]:
     """The released image-level sampler."""
     side = network.config.vision_config.image_size
@@ -451,8 +455,8 @@ def answer_question(
     visual = [network.vision(normalise(cut(p, g, side))).flatten(0, 1)
               for p, g in zip(pictures, grids, strict=True)]
     mask = network.config.mask_token_id
-    sequence = chat_sequence(tokenizer, [len(v) for v in visual], question, [mask] * length)
-    banned = network.config.banned_token_ids if banned is None else banned
+    sequence = chat_sequence(tokenizer, [len(v) for v in visual], question, [mask] * length, tree)
+    banned = network.config.banned_token_ids
     columns = sequence.answers[0]
 
     def predict(ids, prompt_masked):

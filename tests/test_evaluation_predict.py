@@ -1,5 +1,6 @@
 """Prediction runs: grouping, resuming, sharding, efficiency, and what is refused."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -14,8 +15,9 @@ import torch
 from perceptiondlm.apps.cli import main
 from perceptiondlm.evaluation import predict as predict_module
 from perceptiondlm.evaluation.benchmarks import load_benchmark
+from perceptiondlm.evaluation.checkpoint import parse_option, weights_fingerprint
 from perceptiondlm.evaluation.files import read_json
-from perceptiondlm.evaluation.predict import parse_option, predict
+from perceptiondlm.evaluation.predict import predict
 from perceptiondlm.evaluation.sharding import Shard
 from perceptiondlm.evaluation.throughput import (
     BatchCost,
@@ -44,6 +46,9 @@ class FakeModel:
         self.fail_at = fail_at
         self.calls = []
         self.options = []
+
+    def named_parameters(self):
+        return [("weight", torch.zeros(2))]
 
     def diffusion_generate(self, *, images, masks, processor, **options):
         if len(self.calls) == self.fail_at:
@@ -276,6 +281,21 @@ def test_the_command_writes_captions_and_the_record_of_the_run(samples, output, 
     assert record["checkpoint"] == "some/model/tiny"
     assert record["options"] == {"steps": 3, "mode": "x"}
     assert record["throughput"]["regions"] == 4
+
+
+def test_a_restarted_run_forgets_what_was_done(samples, output):
+    first, second = FakeModel(fail_at=2), FakeModel()
+    with pytest.raises(KeyboardInterrupt):
+        run(samples, output, first)
+    run(samples, output, second, restart=True)
+    assert sum(map(sum, second.calls)) == IMAGES * REGIONS
+
+
+def test_weights_are_told_apart_by_their_values():
+    layers = [torch.nn.Linear(3, 2) for _ in range(2)]
+    layers.append(copy.deepcopy(layers[0]))
+    names = [weights_fingerprint(layer) for layer in layers]
+    assert names[0] == names[2] != names[1]
 
 
 def test_options_are_read_as_json_where_they_are():

@@ -133,5 +133,16 @@ def test_another_wording_has_another_version(tmp_path):
     file.write_text("{caption}")
     with pytest.raises(ValueError, match="fields {caption} and {question}, got"):
         JudgePrompt.from_file(file, "text")
+    file.write_text("Is it {caption}?\n---\n{caption} -> {question}")
+    with pytest.raises(ValueError, match="fields {name}, got"):
+        JudgePrompt.from_file(file, "text")
     with pytest.raises(ValueError, match="mode to be one of"):
         JudgePrompt("voice")
+
+
+def test_a_prompt_file_may_word_the_recognition_question(sample, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("Is it of the class {name}?\n---\n{caption} -> {question}")
+    prompt = JudgePrompt.from_file(file, "text")
+    (message,), *_ = prompt.region_messages(sample, (), "a tabby")
+    assert message["content"].startswith(f"a tabby -> Is it of the class {sample.class_name}?\nA.")

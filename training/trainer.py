@@ -7,6 +7,7 @@ from .order import EpochSampler
 from .parameters import parameter_groups
 from .recipe import Recipe
 from .samples import DiffusionCollator
+from .sharding import shard_on_cpu
 
 GROUPED = "group_by_length"
 
@@ -64,6 +65,10 @@ class DiffusionTrainer(Trainer):
             processing_class=processor,
             callbacks=callbacks,
         )
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = shard_on_cpu(self.accelerator) or self.is_fsdp_enabled
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args

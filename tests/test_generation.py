@@ -1,0 +1,520 @@
+"""`diffusion_generate`, against a plain implementation that computes everything at every step."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import reference
+import torch
+from perceptiondlm.answer_network import AnswerNetwork
+from perceptiondlm.generation_diffusion import DiffusionOptions
+
+GROUPED = {"num_key_value_heads": 2}
+INDEPENDENT = {"region_layout": "independent"}
+LAYOUTS = [{}, INDEPENDENT]
+# size, regions, soft masks, caption length, steps, what differs from the tiny default
+CASES = [
+    ((40, 40), 1, False, 5, 5, {}),
+    ((61, 47), 6, True, 3, 9, {"seed": 1}),
+    ((100, 30), 3, False, 6, 4, {"text": GROUPED}),
+    ((30, 170), 4, False, 4, 8, {"seed": 2, "roi_stride": 5}),
+    ((90, 61), 2, True, 8, 3, {"seed": 3, "text": GROUPED, "roi_convention": "aligned"}),
+]
+
+
+@pytest.fixture
+def scene(picture, blobs):
+    def draw(size, count, seed=0):
+        return picture(*size, seed=seed), blobs(*size, count=count, seed=seed)
+
+    return draw
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
+@pytest.mark.parametrize("case", CASES)
+def test_captions_equal_the_plain_ones(make, picture, blobs, case, layout):
+    """For the independent layout: each region alone, without any cache."""
+    size, count, soft, length, steps, changes = case
+    model, processor = make(**changes, **layout)
+    image, masks = picture(*size), blobs(*size, count=count, soft=soft)
+    regions = reference.Regions(reference.Network(model), image, masks)
+    expected = reference.caption_regions(regions, processor.tokenizer, length, steps)
+    out = model.diffusion_generate(
+        image, masks, processor=processor, caption_length=length, steps=steps
+    )
+    assert out.token_ids == [expected]
+    assert out.texts == [[processor.decode_answer(ids) for ids in expected]]
+    assert out.num_forwards == steps
+    assert out.tokens_per_forward == count * length / steps
+
+
+def test_equal_areas_keep_the_given_order(make, picture):
+    model, processor = make()
+    masks = [np.zeros((47, 61), np.uint8) for _ in range(3)]
+    masks[0][3:8, 3:20] = masks[1][20:25, 30:47] = masks[2][40:45, 5:22] = 1
+    image = picture(61, 47)
+    regions = reference.Regions(reference.Network(model), image, masks)
+    expected = reference.caption_regions(regions, processor.tokenizer, 4, 4)
+    out = model.diffusion_generate(image, masks, processor=processor, caption_length=4)
+    assert out.token_ids == [expected]
+
+
+CHATS = [
+    ([(40, 40)], 6, 6, 6, 0.0, {}),
+    ([(100, 30)], 12, 8, 6, 0.0, {"text": GROUPED}),
+    ([(61, 47)], 10, 5, 5, 1.5, {"seed": 1}),
+    ([(61, 47), (100, 30)], 8, 4, 8, 0.7, {"seed": 2}),
+    ([], 8, 3, 8, 2.0, {"seed": 3}),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
+@pytest.mark.parametrize("case", CHATS)
+def test_answers_equal_the_plain_ones(make, picture, case, layout):
+    """A question about whole pictures has no regions: both layouts differ by what the picture may
+    see, so the independent one is compared with its own tree."""
+    sizes, length, steps, block, cfg, changes = case
+    model, processor = make(**changes, **layout)
+    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    network = reference.Network(model)
+    expected = reference.answer_question(
+        network, processor.tokenizer, images, "What is there?", length=length, steps=steps,
+        block=block, cfg=cfg, tree=bool(layout),
+    )
+    out = model.diffusion_generate(
+        images or None, prompts="What is there?", processor=processor, max_new_tokens=length,
+        steps=steps, block_length=block, cfg_scale=cfg,
+    )
+    assert out.token_ids == [[expected]]
+    assert not set(expected) & set(model.config.banned_token_ids)
+
+
+# Order, batches, passes.
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
+def test_captions_come_in_the_order_of_the_masks(make, scene, layout):
+    model, processor = make(**layout)
+    image, masks = scene((61, 47), 5)
+    out = model.diffusion_generate(image, masks, processor=processor, caption_length=4)
+    for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        shuffled = [masks[k] for k in order]
+        again = model.diffusion_generate(image, shuffled, processor=processor, caption_length=4)
+        assert again.token_ids[0] == [out.token_ids[0][k] for k in order]
+    assert len({tuple(ids) for ids in out.token_ids[0]}) > 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
+def test_a_batch_of_mixed_pictures_equals_one_at_a_time(make, scene, layout):
+    model, processor = make(**layout)
+    pairs = [scene((61, 47), 3), scene((40, 40), 1, 1), scene((30, 170), 6, 2), scene((9, 9), 2, 3)]
+    options = {"processor": processor, "caption_length": 4, "steps": 4}
+    images, masks = map(list, zip(*pairs, strict=True))
+    together = model.diffusion_generate(images, masks, **options)
+    apart = [model.diffusion_generate(image, own, **options) for image, own in pairs]
+    assert together.token_ids == [out.token_ids[0] for out in apart]
+    assert together.texts == [out.texts[0] for out in apart]
+    assert together.num_forwards == sum(out.num_forwards for out in apart)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
+def test_more_regions_than_prompts_are_split_into_passes(make, scene, layout):
+    model, processor = make(num_region_prompts=3, **layout)
+    image, masks = scene((61, 47), 8)
+    options = {"processor": processor, "caption_length": 3, "steps": 3}
+    out = model.diffusion_generate(image, masks, **options)
+    parts = [model.diffusion_generate(image, masks[i : i + 3], **options) for i in (0, 3, 6)]
+    assert out.token_ids[0] == [ids for part in parts for ids in part.token_ids[0]]
+    assert out.num_forwards == 9 and out.tokens_per_forward == 8 * 3 / 9
+
+
+def test_independent_captions_do_not_depend_on_their_neighbours(make, scene):
+    """As long as their number, and so their prompt, is the same."""
+    model, processor = make(**INDEPENDENT)
+    image, masks = scene((61, 47), 4)
+    masks.sort(key=lambda mask: -(mask > 0).sum())
+    options = {"processor": processor, "caption_length": 4, "steps": 4}
+    whole = model.diffusion_generate(image, masks, **options)
+    again = model.diffusion_generate(image, masks, batch_size=1, **options)
+    assert whole.token_ids == again.token_ids
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
+def test_answers_of_a_batch_equal_one_at_a_time(make, picture, layout):
+    """No picture, one, and several, with questions of different lengths."""
+    model, processor = make(**layout)
+    images = [[], [picture(100, 30)], [picture(40, 40), picture(61, 47, seed=1)]]
+    prompts = ["Hi", "What color shirt is the man in the picture wearing?", "How many?"]
+    options = {"processor": processor, "max_new_tokens": 6, "cfg_scale": 0.5}
+    together = model.diffusion_generate(images, prompts=prompts, **options)
+    for own, prompt, answer in zip(images, prompts, together.token_ids, strict=True):
+        alone = model.diffusion_generate(own or None, prompts=prompt, **options)
+        assert alone.token_ids == [answer]
+
+
+def test_one_picture_serves_several_questions(make, picture):
+    model, processor = make()
+    options = {"processor": processor, "max_new_tokens": 4}
+    image = picture(61, 47)
+    out = model.diffusion_generate(image, prompts=["What?", "Where is it?"], **options)
+    alone = [model.diffusion_generate(image, prompts=p, **options) for p in ("What?", "Where is it?")]
+    assert out.token_ids == [answer.token_ids[0] for answer in alone]
+
+
+# Inputs made beforehand.
+
+
+def test_a_conversation_made_by_the_chat_template_is_answered(make, picture):
+    model, processor = make()
+    image = picture(61, 47)
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": image},
+                                     {"type": "text", "text": "What is there?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a red circle"}]},
+        {"role": "user", "content": [{"type": "text", "text": "Where?"}]},
+    ]
+    inputs = processor.apply_chat_template(
+        turns, tokenize=True, return_dict=True, add_generation_prompt=True,
+        processor_kwargs={"max_new_tokens": 5},
+    )
+    out = model.diffusion_generate(inputs=inputs, processor=processor, steps=5)
+    ids = inputs["input_ids"][0].tolist()
+    prompt = reference.Prompt(processor.tokenizer)
+    prompt.text("<|start_header_id|>user<|end_header_id|>\n<img>")
+    visual = ids.count(model.config.image_token_id)
+    prompt.token("<IMG_CONTEXT>", visual)
+    prompt.text(
+        "</img>\nWhat is there?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n"
+        "a red circle<|eot_id|><|start_header_id|>user<|end_header_id|>\nWhere?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n"
+    )
+    assert ids == prompt.ids + [model.config.mask_token_id] * 5
+    assert len(out.token_ids[0][0]) == 5 and out.texts == [[processor.decode_answer(
+        out.token_ids[0][0])]]
+
+
+def test_prepared_questions_equal_prompts(make, picture):
+    model, processor = make()
+    inputs = processor([[picture(61, 47)], [picture(40, 40)]], prompts=["What?", "Who is there?"],
+                       max_new_tokens=6)
+    prepared = model.diffusion_generate(inputs=inputs, processor=processor, steps=3, cfg_scale=1.0)
+    direct = model.diffusion_generate(
+        [picture(61, 47), picture(40, 40)], prompts=["What?", "Who is there?"],
+        processor=processor, max_new_tokens=6, steps=3, cfg_scale=1.0,
+    )
+    assert prepared.token_ids == direct.token_ids
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
+def test_prepared_regions_equal_regions_in_area_order(make, scene, layout):
+    model, processor = make(**layout)
+    image, masks = scene((61, 47), 4)
+    inputs = processor(image, masks=masks, caption_length=5, return_region_orders=True)
+    (order,) = inputs.pop("region_orders")
+    prepared = model.diffusion_generate(inputs=inputs, processor=processor, steps=5)
+    direct = model.diffusion_generate(
+        image, masks, processor=processor, caption_length=5, steps=5
+    )
+    assert prepared.token_ids[0] == [direct.token_ids[0][k] for k in order]
+
+
+def test_an_answer_may_be_partly_given_and_have_a_fixed_suffix(make, picture):
+    """Tokens among and after the masks stay as they are and are seen."""
+    model, processor = make()
+    inputs = processor(picture(40, 40), prompts="What?", max_new_tokens=6)
+    start = inputs["input_ids"].shape[1] - 6
+    inputs["input_ids"][0, start + 1] = 77
+    inputs["input_ids"][0, start + 5] = 99
+    out = model.diffusion_generate(inputs=inputs, processor=processor)
+    assert len(out.token_ids[0][0]) == 4
+    other = {k: v.clone() for k, v in inputs.items()}
+    other["input_ids"][0, start + 5] = 100
+    again = model.diffusion_generate(inputs=other, processor=processor)
+    assert again.token_ids != out.token_ids
+
+
+# Caches: what is exact and what is not.
+
+
+def network_of(model, processor, image, masks, **options):
+    inputs = processor(image, masks=masks, caption_length=4)
+    arguments = {"prompt_cache": None, "cfg_scale": 0.0, "compiled": False} | options
+    return AnswerNetwork(model, inputs, **arguments), inputs
+
+
+@pytest.mark.parametrize("changes", [{}, {"text": GROUPED}, {"seed": 5}])
+@torch.no_grad()
+def test_cached_steps_give_the_logits_of_a_full_forward_pass(make, scene, changes):
+    model, processor = make(**changes, **INDEPENDENT)
+    image, masks = scene((61, 47), 4)
+    network, inputs = network_of(model, processor, image, masks)
+    for seed in range(3):
+        answer = torch.randint(0, 400, network.answer_ids.shape,
+                               generator=torch.Generator().manual_seed(seed))
+        columns = torch.arange(answer.shape[1])[None]
+        got = network(answer, seed, columns)
+        whole = dict(inputs)
+        whole["input_ids"] = inputs["input_ids"].clone()
+        whole["input_ids"][:, network.prompt_length :] = answer
+        expected = model(**whole).logits[:, network.prompt_length :]
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
+def test_refreshing_the_prompt_at_every_step_is_exact(make, scene, layout):
+    model, processor = make(**layout)
+    image, masks = scene((61, 47), 3)
+    options = {"processor": processor, "caption_length": 6, "steps": 6}
+    exact = model.diffusion_generate(image, masks, **options)
+    assert model.diffusion_generate(image, masks, prompt_cache=1, **options).token_ids == (
+        exact.token_ids
+    )
+
+
+@torch.no_grad()
+def test_a_stale_prompt_is_what_the_first_step_left(make, scene):
+    """prompt_cache=0 equals a plain pass whose prompt keys and values are those of all masks."""
+    model, processor = make()
+    image, masks = scene((61, 47), 3)
+    never, inputs = network_of(model, processor, image, masks, prompt_cache=0)
+    always, _ = network_of(model, processor, image, masks, prompt_cache=1)
+    columns = torch.arange(never.answer_ids.shape[1])[None]
+    blank = never.answer_ids
+    other = torch.full_like(blank, 7)
+    assert torch.allclose(never(blank, 0, columns), always(blank, 0, columns), atol=1e-4)
+    assert torch.allclose(never(blank, 1, columns), always(blank, 1, columns), atol=1e-4)
+    assert not torch.allclose(never(other, 2, columns), always(other, 2, columns), atol=1e-2)
+
+
+@pytest.mark.parametrize("interval", [0, 2, 4])
+def test_a_prompt_cache_changes_the_released_layout_but_not_the_independent_one(
+    make, scene, interval
+):
+    image, masks = scene((61, 47), 4)
+    changed = []
+    for layout in LAYOUTS:
+        model, processor = make(seed=1, **layout)
+        options = {"processor": processor, "caption_length": 8, "steps": 8}
+        exact = model.diffusion_generate(image, masks, **options)
+        cached = model.diffusion_generate(image, masks, prompt_cache=interval, **options)
+        changed.append(cached.token_ids != exact.token_ids)
+        assert [len(ids) for ids in cached.token_ids[0]] == [8] * 4
+    assert changed == [True, False]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
+def test_attention_implementations_caption_alike(make, scene, layout, implementation):
+    model, processor = make(**layout)
+    pairs = [scene((61, 47), 3), scene((40, 40), 1, 1)]
+    images, masks = map(list, zip(*pairs, strict=True))
+    options = {"processor": processor, "caption_length": 3, "steps": 3}
+    expected = model.diffusion_generate(images, masks, **options)
+    try:
+        torch.compiler.set_stance("force_eager")  # flex would compile for seconds
+        model.set_attn_implementation({"text_config": implementation})
+        assert model.diffusion_generate(images, masks, **options).token_ids == expected.token_ids
+    finally:
+        torch.compiler.set_stance("default")
+        model.set_attn_implementation("sdpa")
+
+
+# Options: each changes something.
+
+
+@pytest.fixture
+def caption(make, scene):
+    model, processor = make(seed=1)
+    image, masks = scene((61, 47), 3)
+    return lambda **options: model.diffusion_generate(
+        image, masks, processor=processor, **({"caption_length": 8, "steps": 8} | options)
+    )
+
+
+@pytest.fixture
+def answer(make, picture):
+    model, processor = make(seed=1)
+    return lambda **options: model.diffusion_generate(
+        picture(61, 47), prompts="What?", processor=processor, **({"max_new_tokens": 8} | options)
+    )
+
+
+OPTIONS = [
+    ("caption", {"steps": 2}),
+    ("caption", {"caption_length": 5, "steps": 5}),
+    ("caption", {"temperature": 1.0, "seed": 0}),
+    ("caption", {"cfg_scale": 2.0}),
+    ("caption", {"remasking": "random", "seed": 0}),
+    ("caption", {"banned_token_ids": list(range(0, 460, 2))}),
+    ("caption", {"adaptive": "threshold", "adaptive_value": 0.3}),
+    ("caption", {"prompt_cache": 0}),
+    ("answer", {"steps": 2}),
+    ("answer", {"max_new_tokens": 4}),
+    ("answer", {"block_length": 2}),
+    ("answer", {"temperature": 1.0, "seed": 0}),
+    ("answer", {"cfg_scale": 2.0}),
+    ("answer", {"remasking": "random", "seed": 0}),
+    ("answer", {"banned_token_ids": list(range(0, 460, 2))}),
+    ("answer", {"adaptive": "factor", "adaptive_value": 3.0, "steps": 4}),
+    ("answer", {"adaptive": "entropy_bound", "adaptive_value": 3.0, "steps": 4}),
+]
+
+
+@pytest.mark.parametrize(("task", "options"), OPTIONS)
+def test_an_option_changes_what_is_decoded(request, task, options):
+    run = request.getfixturevalue(task)
+    assert run(**options).token_ids != run().token_ids
+
+
+def test_every_option_has_a_test_here():
+    tested = {name for _, options in OPTIONS for name in options}
+    elsewhere = {"top_k", "top_p", "stop_strings", "adaptive_verify", "compile", "batch_size",
+                 "generator", "return_history"}
+    assert tested | elsewhere == {f.name for f in dataclasses.fields(DiffusionOptions)}
+
+
+def test_top_k_and_top_p_narrow_the_choice(caption):
+    greedy = caption().token_ids
+    hot = {"temperature": 5.0, "seed": 0}
+    assert caption(**hot).token_ids != greedy
+    assert caption(**hot, top_k=1).token_ids == greedy
+    assert caption(**hot, top_p=1e-6).token_ids == greedy
+    assert caption(**hot, top_k=3).token_ids != caption(**hot).token_ids
+    assert caption(**hot, top_p=0.5).token_ids != caption(**hot).token_ids
+
+
+def test_an_answer_ends_at_its_stop_string(make, picture):
+    model, processor = make(seed=1)
+    run = lambda **options: model.diffusion_generate(  # noqa: E731
+        picture(61, 47), prompts="What?", processor=processor, max_new_tokens=8,
+        banned_token_ids=list(range(64)) + list(range(400, 468)), **options,
+    )
+    plain = run()
+    word = processor.tokenizer.decode([plain.token_ids[0][0][3]])
+    stopped = run(stop_strings=[word])
+    assert processor.tokenizer(word, add_special_tokens=False)["input_ids"] == [
+        plain.token_ids[0][0][3]]
+    assert word not in stopped.texts[0][0] and plain.texts[0][0].startswith(stopped.texts[0][0])
+    assert stopped.num_forwards <= plain.num_forwards
+
+
+def test_verify_doubts_what_was_committed(caption):
+    adaptive = {"adaptive": "threshold", "adaptive_value": 0.1, "steps": 12}
+    assert caption(**adaptive, adaptive_verify=0.9).num_forwards > caption(**adaptive).num_forwards
+
+
+def test_adaptive_decoding_keeps_its_budget_and_counts_its_passes(caption):
+    for steps in (1, 3, 6):
+        out = caption(adaptive="threshold", adaptive_value=0.9, steps=steps)
+        assert out.num_forwards <= steps
+    assert caption(adaptive="threshold", adaptive_value=0.0, steps=32).num_forwards == 1
+
+
+def test_a_batch_size_splits_the_batch_and_changes_nothing_else(make, scene, monkeypatch):
+    model, processor = make()
+    pairs = [scene((61, 47), 3), scene((40, 40), 1, 1), scene((30, 170), 2, 2)]
+    images, masks = map(list, zip(*pairs, strict=True))
+    options = {"processor": processor, "caption_length": 4, "steps": 4}
+    whole = model.diffusion_generate(images, masks, **options)
+    rows = []
+    encode = type(model).embed_inputs
+    monkeypatch.setattr(type(model), "embed_inputs",
+                        lambda self, ids, *a, **k: rows.append(len(ids)) or encode(self, ids, *a, **k))
+    split = model.diffusion_generate(images, masks, batch_size=2, **options)
+    assert rows == [2, 1]
+    assert split.token_ids == whole.token_ids and split.num_forwards == whole.num_forwards
+
+
+def test_compile_compiles_the_step(caption, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(f) or f)
+    assert caption(compile=True).token_ids == caption().token_ids
+    assert len(compiled) == 1
+
+
+def test_a_seed_repeats_a_run(caption):
+    hot = {"temperature": 1.0}
+    assert caption(**hot, seed=7).token_ids == caption(**hot, seed=7).token_ids
+    assert caption(**hot, seed=7).token_ids != caption(**hot, seed=8).token_ids
+
+
+def test_a_generator_is_drawn_from_and_the_global_one_is_not(caption):
+    hot = {"temperature": 1.0}
+    before = torch.random.get_rng_state()
+    generator = torch.Generator().manual_seed(7)
+    first, second = caption(**hot, generator=generator), caption(**hot, generator=generator)
+    assert first.token_ids == caption(**hot, seed=7).token_ids
+    assert second.token_ids != first.token_ids
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_history_and_callback_see_every_step_in_the_order_of_the_masks(make, scene):
+    model, processor = make(num_region_prompts=2)
+    image, masks = scene((61, 47), 3)
+    seen = []
+    out = model.diffusion_generate(
+        image, masks, processor=processor, caption_length=4, steps=4, return_history=True,
+        callback=lambda step, ids: seen.append((step, ids)),
+    )
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    assert [ids for _, ids in seen] == out.history
+    assert out.history[-1] == out.token_ids
+    mask = model.config.mask_token_id
+    left = [sum(ids.count(mask) for ids in step[0]) for step in out.history]
+    assert left == [6 + 3, 4 + 2, 2 + 1, 0]  # 8 positions in the first pass, 4 in the second
+
+
+def test_no_history_is_kept_unasked(caption):
+    assert caption().history == []
+
+
+def test_generation_defaults_of_a_checkpoint_are_used_and_overridden(make, scene):
+    image, masks = scene((61, 47), 2)
+    model, processor = make(generation_defaults={"caption_length": 3, "steps": 2})
+    out = model.diffusion_generate(image, masks, processor=processor)
+    assert [len(ids) for ids in out.token_ids[0]] == [3, 3] and out.num_forwards == 2
+    assert model.diffusion_generate(image, masks, processor=processor, steps=3).num_forwards == 3
+
+
+def test_the_output_is_plain_data(caption):
+    out = caption(return_history=True)
+    data = out.to_dict()
+    assert set(data) == {"texts", "token_ids", "num_forwards", "history", "tokens_per_forward"}
+    assert all(isinstance(token, int) for ids in out.token_ids[0] for token in ids)
+
+
+def test_generating_leaves_model_and_inputs_as_they_were(make, scene):
+    model, processor = make()
+    image, masks = scene((61, 47), 2)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    inputs = processor(image, masks=masks, caption_length=3)
+    copy = {k: v.clone() for k, v in inputs.items()}
+    model.diffusion_generate(inputs=inputs, processor=processor)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in weights.items())
+    assert all(torch.equal(v, inputs[k]) for k, v in copy.items())
+
+
+def test_another_instruction_is_used(make, scene):
+    model, processor = make()
+    image, masks = scene((61, 47), 2)
+    options = {"processor": processor, "caption_length": 4}
+    default = model.diffusion_generate(image, masks, **options)
+    same = model.diffusion_generate(image, masks, "Describe each masked region in detail.", **options)
+    other = model.diffusion_generate(image, masks, "What color is it?", **options)
+    assert same.token_ids == default.token_ids != other.token_ids
+    pair = model.diffusion_generate(
+        [image, image], [masks, masks], ["What color is it?", processor.region_instruction], **options
+    )
+    assert pair.token_ids == [other.token_ids[0], default.token_ids[0]]
+
+
+def test_a_released_region_model_captions_a_photograph(load):
+    import skimage.data
+    from PIL import Image
+
+    model, processor = load("wide/released-region")
+    photo = Image.fromarray(skimage.data.coffee()).resize((1200, 900))
+    grey = np.asarray(photo.convert("L"))
+    masks = [grey < 60, (grey >= 60) & (grey < 140), grey > 220]
+    out = model.diffusion_generate(photo, masks, processor=processor, caption_length=4, steps=2)
+    assert [len(ids) for ids in out.token_ids[0]] == [4, 4, 4]

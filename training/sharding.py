@@ -1,0 +1,26 @@
+"""FSDP2 where accelerate leaves it out: on CPU processes."""
+
+import os
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+
+def shard_on_cpu(accelerator: Accelerator) -> bool:
+    """Turns on the FSDP that `accelerate launch` was asked for, and says whether it did.
+
+    accelerate's state takes an FSDP plugin for accelerators only and falls back to DDP on CPU
+    processes, though `fully_shard` runs on gloo as well.
+    """
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    state = accelerator.state
+    if not asked or state.distributed_type != DistributedType.MULTI_CPU:
+        return False
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"expected fsdp_version 2 on CPU, got {plugin.fsdp_version}")
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = plugin
+    return True
