@@ -1,6 +1,6 @@
 """Turns checkpoints of every known layout into a self-contained folder of this package's layout.
 
-    python convert_checkpoint.py --source RELEASED_FOLDER --output FOLDER
+    python convert_checkpoint.py --source RELEASED_FOLDER --output FOLDER [--push-to-hub OWNER/NAME]
 
 Sources: released PerceptionDLM and PerceptionDLM-Base; LLaDA (its own names or Llama's) with a
 SigLIP-2 tower, for a fresh Base; LLaDA-V; this package's own layout, training checkpoints (FSDP's
@@ -9,6 +9,7 @@ sharded ones too) and PEFT adapters.
 
 import argparse
 import errno
+import inspect
 import json
 import os
 import re
@@ -70,7 +71,8 @@ class VerificationFailed(ConversionError):
     exit_code = 11
 
 
-FULL_DISK_CODE = 9
+FULL_DISK_CODE, NOT_PUBLISHED_CODE = 9, 12
+PUBLISHES = (Path(__file__).resolve().parent / "apps").is_dir()  # not from a checkpoint's copy
 EXIT_CODES = f"""exit codes:
   0  converted
   1  any other failure
@@ -84,6 +86,7 @@ EXIT_CODES = f"""exit codes:
   {FULL_DISK_CODE}  the disk is full
   {OutputExists.exit_code} the output exists (see --force)
   {VerificationFailed.exit_code} what was written does not equal the source (--verify)
+  {NOT_PUBLISHED_CODE} converted, but not published (--push-to-hub): `perceptiondlm publish` goes on
 """
 
 
@@ -290,7 +293,7 @@ def forward_random_picture(model, processor) -> torch.Tensor:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The command's options; they are `convert`'s."""
+    """The command's options: `convert`'s, and those of publishing."""
     parser = argparse.ArgumentParser(
         prog="convert_checkpoint",
         description=__doc__,
@@ -306,19 +309,35 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--base", help="model of an adapter; config and processor of a training checkpoint")
     add("--force", action="store_true", help="replace the output")
     add("--verify", action="store_true", help="reload, compare with the source, run once")
+    if PUBLISHES:
+        from .apps.publishing import add_push_options
+
+        add_push_options(parser.add_argument_group("publishing"))
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    options = vars(argument_parser().parse_args(argv))
+    args = argument_parser().parse_args(argv)
+    parameters = inspect.signature(convert).parameters
     try:
-        output = convert(**options)
+        output = convert(**{name: getattr(args, name) for name in parameters})
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     print(output)
-    return 0
+    return publish(args, sys.argv[1:] if argv is None else argv) if PUBLISHES else 0
+
+
+def publish(args: argparse.Namespace, argv: list[str]) -> int:
+    """Records where the output comes from and, when asked, puts it on the Hub."""
+    from .apps.publishing import push_from, write_provenance
+
+    command = ["python", "convert_checkpoint.py", *argv]
+    write_provenance(args.output, args.source, fetch(args.source), command)
+    if args.push_to_hub is None:
+        return 0
+    return NOT_PUBLISHED_CODE if push_from(args, args.output, args.push_to_hub) else 0
 
 
 def exit_code(error: Exception) -> int:

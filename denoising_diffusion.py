@@ -170,18 +170,27 @@ class BlockCommit:
 
     Each of a block's `steps / blocks` steps commits `floor(n / steps)` positions, and one more in
     the first `n mod steps`; what is committed stays.
+
+    Attributes:
+        retry_masks: a position for which the mask token is chosen is not committed but decoded
+            again, in its block's steps or later ones, as in LLaDA's and LLaDA-V's code, which tell
+            masked positions by their token. Matters only where the mask token is not banned.
     """
 
     steps: int
     block_length: int
     blocks: int
+    retry_masks: bool = False
     adaptive = False
 
     def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
         steps = self.steps // self.blocks
         quota = self.block_length // steps + (step % steps < self.block_length % steps)
-        eligible = in_first_block(state.masked, self.block_length)
+        places = torch.arange(state.tokens.shape[-1], device=state.tokens.device)
+        eligible = state.masked & (places < (step // steps + 1) * self.block_length)
         chosen = largest(prediction.confidence, eligible, quota)
+        if self.retry_masks:
+            chosen &= prediction.tokens != mask_token_id
         return fill(state, chosen, prediction.tokens)
 
 

@@ -36,7 +36,8 @@ class DiffusionOptions:
         temperature, top_k, top_p: sampling; 0 takes the likeliest token.
         cfg_scale: classifier-free guidance w, logits u + (w + 1)(c - u), u with the prompt masked.
         remasking: "low_confidence" or "random".
-        stop_strings: an answer ends where one of these stands.
+        stop_strings: an answer ends where one of these stands; once one is there, only what is
+            before it is still decoded, and what is behind it stays as it is in `token_ids`.
         banned_token_ids: never produced; None: none for captions, the checkpoint's for answers.
         adaptive: commit what is confident enough: "threshold", "factor" or "entropy_bound"; None:
             the released schedules.
@@ -94,6 +95,9 @@ class DiffusionOptions:
                 raise ValueError(f"expected {name} in (0, 1], got {value!r}")
         if self.remasking not in REMASKING:
             raise ValueError(f"expected remasking among {REMASKING}, got {self.remasking!r}")
+        stops = self.stop_strings or ()
+        if isinstance(stops, str) or not all(isinstance(s, str) and s for s in stops):
+            raise ValueError(f"expected stop_strings as a list of texts, got {stops!r}")
         if self.seed is not None and self.generator is not None:
             raise ValueError("expected at most one of seed and generator, got both")
         if self.adaptive is not None:
@@ -130,7 +134,7 @@ class DiffusionOptions:
             return self._adaptive(steps, block, eot_token_id)
         if steps % blocks:
             raise ValueError(f"expected steps divisible by the {blocks} blocks, got {steps}")
-        return BlockCommit(steps, block, blocks)
+        return BlockCommit(steps, block, blocks, retry_masks=True)
 
     def _adaptive(self, steps: int, block: int, eot_token_id: int | None) -> Rule:
         accept = accept_rule(self.adaptive, self.adaptive_value)
@@ -303,11 +307,7 @@ class DiffusionGenerationMixin:
     def _answer_settings(self, length: int, processor, options):
         rule = options.answer_rule(length, self.config.eot_token_id)
         if options.stop_strings:
-            tokenizer = (processor or self._saved_processor()).tokenizer
-            ids = [
-                tokenizer(s, add_special_tokens=False)["input_ids"] for s in options.stop_strings
-            ]
-            rule = StopAt(rule, tuple(map(tuple, ids)))
+            rule = StopAt(rule, stop_sequences(options, processor or self._saved_processor()))
         given = options.banned_token_ids
         banned = self.config.banned_token_ids if given is None else given
         return rule, tuple(banned)
@@ -341,7 +341,11 @@ class DiffusionGenerationMixin:
         token_ids = nest(rows)
         texts = None
         if processor is not None:
-            texts = [[processor.decode_answer(ids) for ids in row] for row in token_ids]
+            stops = stop_sequences(options, processor)
+            texts = [
+                [processor.decode_answer(before_first(ids, stops)) for ids in row]
+                for row in token_ids
+            ]
             texts = _cut_at(texts, options.stop_strings)
         return DiffusionOutput(texts, token_ids, forwards, history)
 
@@ -380,7 +384,7 @@ class DiffusionGenerationMixin:
             path, options = source
             try:
                 loaded = AutoProcessor.from_pretrained(path, trust_remote_code=True, **options)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # transformers raises either
                 place = Path(path) / options.get("subfolder", "")
                 raise FileNotFoundError(
                     f"expected a processor beside the weights in {place}, got: {error}; pass"
@@ -440,9 +444,27 @@ def _pictures_of_prompts(images, count: int) -> list[list]:
     return [list(i) if isinstance(i, (list, tuple)) else [i] for i in images]
 
 
+def stop_sequences(options: DiffusionOptions, processor) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each stop string."""
+    encoded = (
+        processor.tokenizer(stop, add_special_tokens=False)["input_ids"]
+        for stop in options.stop_strings or ()
+    )
+    return tuple(map(tuple, encoded))
+
+
+def before_first(ids: list[int], sequences: Sequence[tuple[int, ...]]) -> list[int]:
+    """What stands before the first of the sequences, or all."""
+    starts = (
+        i for s in sequences for i in range(len(ids)) if tuple(ids[i : i + len(s)]) == s
+    )
+    return ids[: min(starts, default=len(ids))]
+
+
 def _cut_at(texts, stop_strings):
+    """Cuts stop strings that the tokenizer splits otherwise in their context."""
     for stop in stop_strings or ():
-        texts = [[text.split(stop)[0] for text in row] for row in texts]
+        texts = [[text.split(stop)[0].strip() for text in row] for row in texts]
     return texts
 
 

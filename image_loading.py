@@ -99,9 +99,9 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
         and array.max() <= 1
     ):
         return np.rint(array * 255.0).astype(np.uint8)
+    extent = f" in [{array.min()}, {array.max()}]" if array.dtype.kind in "iuf" else ""
     raise ValueError(
-        f"expected picture values as uint8, uint16 or floats in [0, 1], got {array.dtype} in"
-        f" [{array.min()}, {array.max()}]"
+        f"expected picture values as uint8, uint16 or floats in [0, 1], got {array.dtype}{extent}"
     )
 
 

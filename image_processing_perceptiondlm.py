@@ -14,6 +14,8 @@ from transformers import BaseImageProcessor, BatchFeature
 from .image_loading import describe, load_image, load_mask
 
 OUTSIDE = 255  # value of a region image's pixels that lie outside the mask
+NO_CANVAS = (0, 0)  # grid of an anyres picture that is one padded tile
+PADDING_COLOUR = (127, 127, 127)  # LLaVA's: the mean, in whole levels
 
 
 def choose_grid(size: tuple[int, int], tile: int, max_tiles: int) -> tuple[int, int]:
@@ -70,7 +72,10 @@ def choose_canvas(size: tuple[int, int], tile: int, max_side: int = 6) -> tuple[
 
 
 def cut_anyres_tiles(picture: Image.Image, grid: tuple[int, int], tile: int) -> list[Image.Image]:
-    """Squeezed picture first, then the picture fitted and centred on a black canvas, cut."""
+    """Squeezed picture first, then the picture fitted and centred on a black canvas, cut; on no
+    canvas only the picture, padded to a square."""
+    if grid == NO_CANVAS:
+        return [resize(pad_to_square(picture), (tile, tile))]
     canvas_w, canvas_h = grid[0] * tile, grid[1] * tile
     width, height = picture.size
     if canvas_w / width < canvas_h / height:
@@ -82,6 +87,14 @@ def cut_anyres_tiles(picture: Image.Image, grid: tuple[int, int], tile: int) -> 
     canvas.paste(resize(picture, fitted), corner)
     squeezed = resize(picture, (tile, tile))
     return [squeezed, *_crop_row_by_row(canvas, grid, tile)]
+
+
+def pad_to_square(picture: Image.Image) -> Image.Image:
+    """Centres a picture on a grey square of its longer side."""
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), PADDING_COLOUR)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
 
 
 def anyres_map_size(
@@ -198,14 +211,21 @@ class PerceptionDLMImageProcessor(BaseImageProcessor):
         return self.image_size // self.patch_size // self.spatial_merge_size
 
     def choose_grid(self, size: tuple[int, int], max_tiles: int | None = None) -> tuple[int, int]:
-        """The grid (columns, rows) for a picture of `size` (width, height)."""
+        """The grid (columns, rows) for a picture of `size` (width, height).
+
+        An anyres picture takes no limit but 1, which gives no canvas, (0, 0): one padded tile.
+        """
         if self.image_layout == "anyres":
-            return choose_canvas(size, self.image_size)
+            if max_tiles not in (None, 1):
+                raise ValueError(f"expected max_tiles of None or 1 with anyres, got {max_tiles}")
+            return NO_CANVAS if max_tiles == 1 else choose_canvas(size, self.image_size)
         return choose_grid(size, self.image_size, max_tiles or self.max_tiles)
 
     def num_image_tokens(self, size: tuple[int, int], grid: tuple[int, int]) -> int:
         """Visual tokens of a picture of `size` (width, height) on `grid` (columns, rows)."""
         cells = self.cells_per_side**2
+        if grid == NO_CANVAS:
+            return cells + 1
         if self.image_layout == "anyres":
             unit = self.cells_per_side
             *_, h, w = anyres_map_size(size[::-1], grid, unit, self.anyres_max_tiles)

@@ -307,6 +307,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 f"expected one {self.image_token!r} in the text for each of {len(pictures)}"
                 f" pictures, got {sum(placeholders)}"
             )
+        # one tile each where there are several (as InternVL and LLaVA do)
         limits = [1 if n > 1 else None for n in placeholders for _ in range(n)]
         features = self.image_processor(pictures, max_tiles=limits) if pictures else {}
         sequences, first = [], 0

@@ -80,8 +80,11 @@ def tiled_tokens(features: torch.Tensor, grid, image_size, newline, config) -> t
 
 
 def anyres_tokens(features: torch.Tensor, grid, image_size, newline, config) -> torch.Tensor:
-    """Visual tokens of an anyres picture: the squeezed tile, then the cropped map with newlines."""
+    """Visual tokens of an anyres picture: the squeezed tile, then the cropped map, a newline after
+    each row; of one padded tile, its tokens and one newline."""
     squeezed, tiles = features[0], features[1:]
+    if not len(tiles):
+        return torch.cat([squeezed, newline[None]])
     crop_h, crop_w, h, w = anyres_map_size(
         image_size, grid, config.cells_per_side, config.anyres_max_tiles
     )

@@ -9,18 +9,8 @@ from PIL import Image, ImageDraw
 
 from ..image_processing_perceptiondlm import load_image, load_mask
 from .captioner import MASKED, Answers, RegionCaptions
-from .drawing import (
-    BLANK,
-    INK,
-    PALETTE,
-    PAPER,
-    Style,
-    add_panel,
-    answer_texts,
-    mark_regions,
-    one_line,
-    scale_to,
-)
+from .drawing import mark_regions, scale_to
+from .panel import BLANK, INK, PALETTE, PAPER, Style, add_panel, answer_texts, one_line
 
 FORMATS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG", ".apng": "PNG"}
 MAX_FRAMES = 64

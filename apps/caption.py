@@ -73,19 +73,35 @@ def configure(parser: argparse.ArgumentParser):
 
 def _add_regions(group):
     group.add_argument(
-        "--masks", nargs="+", action="extend", default=[], metavar="PATH",
+        "--masks",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH",
         help="mask pictures, a folder of them, or a JSON file: COCO, SAM, or a list of masks",
     )
     group.add_argument(
-        "--label-maps", nargs="+", action="extend", default=[], metavar="PATH",
+        "--label-maps",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH",
         help="pictures in which every value or colour is a region, or a folder of them by name",
     )
     group.add_argument(
-        "--box", action="append", default=[], type=_box, metavar="X0,Y0,X1,Y1",
+        "--box",
+        action="append",
+        default=[],
+        type=_box,
+        metavar="X0,Y0,X1,Y1",
         help="a region as a box in pixels; repeat for more",
     )
     group.add_argument(
-        "--polygon", action="append", default=[], type=_polygon, metavar="X,Y,X,Y,...",
+        "--polygon",
+        action="append",
+        default=[],
+        type=_polygon,
+        metavar="X,Y,X,Y,...",
         help="a region as a polygon in pixels; repeat for more",
     )
     group.add_argument(
@@ -99,19 +115,26 @@ def _add_regions(group):
 
 def _add_results(group):
     group.add_argument(
-        "--captions", type=Path, metavar="FILE",
+        "--captions",
+        type=Path,
+        metavar="FILE",
         help="write captions here (.txt, .json, .jsonl, .coco.json)",
     )
     group.add_argument(
-        "--format", choices=("text", "json", "jsonl", "coco"),
+        "--format",
+        choices=("text", "json", "jsonl", "coco"),
         help="default: what --captions ends in, else text",
     )
     group.add_argument(
-        "--output", type=Path, metavar="PICTURE",
+        "--output",
+        type=Path,
+        metavar="PICTURE",
         help="draw regions and captions; for several pictures, a folder",
     )
     group.add_argument(
-        "--animate", type=Path, metavar="GIF",
+        "--animate",
+        type=Path,
+        metavar="GIF",
         help="the captions appearing step by step (.gif, .webp, .png); for several, a folder",
     )
     group.add_argument("--font", type=Path, help="TrueType font, for captions beyond Latin letters")
@@ -124,7 +147,9 @@ def _add_model(group):
     group.add_argument("--revision", help="branch, tag or commit on the Hub")
     group.add_argument("--device", help="say cpu or cuda:1 (default: a GPU if there is one)")
     group.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
         help="default: as saved",
     )
 
@@ -133,7 +158,8 @@ def _add_decoding(group):
     for name, kind, text in DECODING:
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
     group.add_argument(
-        "--adaptive", choices=("threshold", "factor", "entropy_bound"),
+        "--adaptive",
+        choices=("threshold", "factor", "entropy_bound"),
         help="commit what is sure enough at each step instead of a fixed number: faster",
     )
     group.add_argument("--remasking", choices=("low_confidence", "random"))
@@ -144,21 +170,26 @@ def run(args: argparse.Namespace) -> int:
     """Captions what `args` asks for; returns an exit code (see `EPILOG`)."""
     try:
         task = _Task(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: torch knows no such device
         _report(str(error))
         return USAGE
+    except KeyboardInterrupt:
+        _report("interrupted before the first picture")
+        return INTERRUPTED
     try:
         return task.run()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains
-        return SOME_FAILED
+    except OSError as error:
+        _report(f"cannot write captions: {error}")
+    return SOME_FAILED
 
 
 class _Task:
     """One command: what goes in, the model, where results go."""
 
     def __init__(self, args: argparse.Namespace):
-        from . import inputs
+        from .inputs import find_pictures
         from .outputs import CaptionWriter, format_of
 
         self.args = args
@@ -168,8 +199,8 @@ class _Task:
                 "expected regions (--masks, --label-maps, --box, --polygon) or a --question,"
                 f" got {'both' if asked else 'neither'}; try --help for examples"
             )
-        self.pictures = inputs.find_pictures(args.pictures, args.recursive)
-        self.sources = self._region_sources(inputs)
+        self.pictures = find_pictures(args.pictures, args.recursive)
+        self.sources = self._region_sources()
         kind = format_of(args.captions, args.format)
         if kind == "coco" and args.question:
             raise ValueError("expected text, json or jsonl for answers, got --format coco")
@@ -179,24 +210,30 @@ class _Task:
         self.skipped = 0
         self.captioner = self._load_model()
 
-    def _region_sources(self, inputs) -> list:
+    def _region_sources(self) -> list:
+        from .region_sources import LabelMaps, Shapes, open_sources
+
         args = self.args
-        sources = inputs.open_sources(args.masks, self.pictures)
+        sources = open_sources(args.masks, self.pictures)
         for path in map(Path, args.label_maps):
             if not path.exists():
                 raise FileNotFoundError(f"expected a label map or a folder of them at {path}")
             if path.is_file() and len(self.pictures) > 1:
-                raise ValueError(f"expected a folder of label maps for {len(self.pictures)}"
-                                 f" pictures, got the file {path}")
-            sources.append(inputs.LabelMaps(path))
+                raise ValueError(
+                    f"expected a folder of label maps for {len(self.pictures)}"
+                    f" pictures, got the file {path}"
+                )
+            sources.append(LabelMaps(path))
         shapes = [{"box": b} for b in args.box] + [{"polygons": [p]} for p in args.polygon]
-        return sources + ([inputs.Shapes(shapes)] if shapes else [])
+        return sources + ([Shapes(shapes)] if shapes else [])
 
     def _check_outputs(self):
         """Refuses, before anything is computed, results that could not be written as meant."""
         from .animation import FORMATS as ANIMATIONS
         from .drawing import SUFFIXES as DRAWINGS
 
+        if self.args.font is not None and not self.args.font.is_file():
+            raise FileNotFoundError(f"expected a TrueType font at {self.args.font}, found none")
         originals = {Path(p.path).resolve() for p in self.pictures}
         for option, kinds in (("output", DRAWINGS), ("animate", ANIMATIONS)):
             path = getattr(self.args, option)
@@ -242,8 +279,13 @@ class _Task:
         names = [name for name, *_ in DECODING] + ["adaptive", "remasking", "compile"]
         options = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
         captioner = RegionCaptioner.from_pretrained(
-            args.model, subfolder=args.subfolder, revision=args.revision, device=args.device,
-            dtype=args.dtype, return_history=args.animate is not None, **options,
+            args.model,
+            subfolder=args.subfolder,
+            revision=args.revision,
+            device=args.device,
+            dtype=args.dtype,
+            return_history=args.animate is not None,
+            **options,
         )
         captioner.check_options()
         return captioner
@@ -280,18 +322,19 @@ class _Task:
         self.failed += 1
 
     def _one(self, picture, drawing: Path | None, animation: Path | None):
-        from . import inputs
         from .animation import draw_history, encode_animation
         from .drawing import encode_picture
+        from .inputs import open_picture
         from .outputs import write_whole
+        from .region_sources import gather_regions
 
         args = self.args
-        image = inputs.open_picture(picture.path)
+        image = open_picture(picture.path)
         regions = []
         if args.question:
             result = self.captioner.ask(image, args.question)
         else:
-            regions = inputs.gather_regions(self.sources, picture, image.size, args.max_regions)
+            regions = gather_regions(self.sources, picture, image.size, args.max_regions)
             if not regions:
                 return self._without_regions(picture)
             masks = [region.mask for region in regions]
@@ -306,8 +349,9 @@ class _Task:
 
     def _without_regions(self, picture):
         if picture.named:
-            raise ValueError(f"expected masks for this picture in {', '.join(self.args.masks)},"
-                             " found none")
+            raise ValueError(
+                f"expected masks for this picture in {', '.join(self.args.masks)}, found none"
+            )
         self.skipped += 1
 
     def _summary(self, interrupted: bool) -> int:
@@ -323,9 +367,7 @@ class _Task:
         return DONE if done else SOME_FAILED
 
 
-def output_paths(
-    pictures: Sequence, given: Path | None, suffix: str
-) -> list[Path | None]:
+def output_paths(pictures: Sequence, given: Path | None, suffix: str) -> list[Path | None]:
     """A file for each picture's drawing: `given` itself, or one by the picture's name in it."""
     if given is None:
         return [None] * len(pictures)

@@ -1,11 +1,11 @@
 """A model and its processor in one object: caption regions, answer questions, watch it happen.
 
-    captioner = RegionCaptioner.from_pretrained("owner/name")
-    result = captioner("photo.jpg", masks=["cup.png", {"box": [10, 20, 200, 180]}])
-    print(result)                         # numbered captions
-    result.draw().save("captioned.png")   # coloured regions and their captions
-    for step in captioner.stream("photo.jpg", masks=["cup.png"]):
-        print(step)                       # captions as they appear
+captioner = RegionCaptioner.from_pretrained("owner/name")
+result = captioner("photo.jpg", masks=["cup.png", {"box": [10, 20, 200, 180]}])
+print(result)                         # numbered captions
+result.draw().save("captioned.png")   # coloured regions and their captions
+for step in captioner.stream("photo.jpg", masks=["cup.png"]):
+    print(step)                       # captions as they appear
 """
 
 import contextlib
@@ -202,9 +202,7 @@ class RegionCaptioner:
         use_package_classes()
         _expect_kind(source, place)
         model = PerceptionDLMForConditionalGeneration.from_pretrained(source, dtype=dtype, **place)
-        processor = PerceptionDLMProcessor.from_pretrained(
-            source, trust_remote_code=False, **place
-        )
+        processor = PerceptionDLMProcessor.from_pretrained(source, trust_remote_code=False, **place)
         return cls(model.to(device or default_device()).eval(), processor, **options)
 
     def check_options(self):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ METRICS = (  # (name in a report's summary, name on the card)
 )
 PAPER = "https://arxiv.org/abs/2606.19534"
 
-REGION_SNIPPET = '''\
+REGION_SNIPPET = """\
 from PIL import Image, ImageDraw
 from transformers import AutoModel
 
@@ -32,9 +32,9 @@ masks = [{{"box": [30, 60, 131, 161]}}, {{"box": [190, 80, 291, 181]}}]  # or PN
 
 out = model.diffusion_generate(images=image, masks=masks)
 for number, caption in enumerate(out.texts[0], 1):
-    print(number, caption)'''
+    print(number, caption)"""
 
-QUESTION_SNIPPET = '''\
+QUESTION_SNIPPET = """\
 from PIL import Image, ImageDraw
 from transformers import AutoModel
 
@@ -44,7 +44,7 @@ image = Image.new("RGB", (320, 240), "white")  # or Image.open("photo.jpg")
 ImageDraw.Draw(image).ellipse((110, 70, 210, 170), fill="red")
 
 out = model.diffusion_generate(images=image, prompts="What is in the picture?", max_new_tokens=64)
-print(out.texts[0][0])'''
+print(out.texts[0][0])"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def model_card(
     revision: str | None = None,
     provenance: Provenance | None = None,
     report: Mapping | None = None,
-    base_model: str | Sequence[str] | None = None,
+    base_model: str | list[str] | None = None,
     licence: str = "apache-2.0",
 ) -> str:
     """The card of the checkpoint in `folder`, as Markdown with a YAML header.
@@ -97,7 +97,7 @@ def model_card(
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        base_model=base_model if base_model is None or isinstance(base_model, str) else list(base_model),
+        base_model=base_model,
         license=licence,
         language="en",
         tags=[*TAGS, "region-captioning"] if regions else list(TAGS),
@@ -152,7 +152,7 @@ def _usage(repo_id: str, revision: str | None, regions: bool) -> str:
     source = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
     snippet = (REGION_SNIPPET if regions else QUESTION_SNIPPET).format(source=source)
     return (
-        "## Use\n\n```bash\npip install torch \"transformers>=5.17\" pillow\n```\n\n"
+        '## Use\n\n```bash\npip install torch "transformers>=5.17" pillow\n```\n\n'
         f"```python\n{snippet}\n```\n\n"
         "The modelling code is in this repository, which is why `trust_remote_code=True` is needed;"
         " pass `revision` with a commit to pin what is run. `AutoProcessor.from_pretrained` loads"
@@ -178,8 +178,8 @@ def evaluation_results(report: Mapping) -> list[EvalResult]:
     ]
     throughput = (report.get("prediction_run") or {}).get("throughput") or {}
     if "nominal_tpf" in throughput:
-        title = "Tokens per forward, padding counted"
-        values.append(("nominal_tpf", title, round(throughput["nominal_tpf"], 3), "tokens_per_forward"))
+        title, value = "Tokens per forward, padding counted", round(throughput["nominal_tpf"], 3)
+        values.append(("nominal_tpf", title, value, "tokens_per_forward"))
     return [
         EvalResult(**common, metric_type=kind, metric_name=title, metric_value=value)
         for _, title, value, kind in values

@@ -31,7 +31,7 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     report: Mapping | None = None,
-    base_model: str | Sequence[str] | None = None,
+    base_model: str | list[str] | None = None,
     licence: str = "apache-2.0",
     message: str | None = None,
     token: str | None = None,
@@ -58,8 +58,12 @@ def push_folder(
     check_complete(folder)
     branch = revision or MAIN
     write_card(
-        folder, repo_id, revision=None if branch == MAIN else branch, report=report,
-        base_model=base_model, licence=licence,
+        folder,
+        repo_id,
+        revision=None if branch == MAIN else branch,
+        report=report,
+        base_model=base_model,
+        licence=licence,
     )
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
@@ -89,13 +93,13 @@ def check_complete(folder: Path):
 
 def missing_files(folder: Path) -> list[str]:
     """Names of what a self-contained checkpoint lacks."""
-    settings = _read(folder / "config.json") | _read(folder / "processor_config.json")
     auto_map = {
         **_read(folder / "processor_config.json").get("auto_map", {}),
         **_read(folder / "config.json").get("auto_map", {}),
     }
     needed = ["config.json", "processor_config.json", "tokenizer.json", "LICENSE"]
-    needed += [f"auto_map entry for {name}" for name in CLASSES if settings and name not in auto_map]
+    if auto_map:
+        needed += [f"auto_map entry for {name}" for name in CLASSES if name not in auto_map]
     needed += sorted(_modules(folder, {f"{name.split('.')[0]}.py" for name in auto_map.values()}))
     index = _read(folder / "model.safetensors.index.json")
     needed += sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
@@ -122,12 +126,12 @@ def write_card(folder: Path, repo_id: str, **options):
     if path.exists() and GENERATED not in path.read_text(encoding="utf-8"):
         return
     provenance = Provenance(**_read(folder / PROVENANCE))
-    path.write_text(
-        model_card(folder, repo_id, provenance=provenance, **options), encoding="utf-8"
-    )
+    path.write_text(model_card(folder, repo_id, provenance=provenance, **options), encoding="utf-8")
 
 
-def write_provenance(folder: str | Path, source: str | Path, source_folder: Path, argv: Sequence[str]):
+def write_provenance(
+    folder: str | Path, source: str | Path, source_folder: Path, argv: Sequence[str]
+):
     """Records beside the weights what a checkpoint was made from, and how.
 
     Args:
@@ -157,8 +161,22 @@ def _without_folders(argument: str) -> str:
 # The command.
 
 
-def add_push_options(parser: argparse.ArgumentParser):
-    """Options of publishing beside the repository's name."""
+def hub_id(text: str) -> str:
+    """An argument of the form owner/name."""
+    if not is_hub_id(text):
+        raise argparse.ArgumentTypeError(f"expected owner/name, got {text!r}")
+    return text
+
+
+def add_push_options(parser):
+    """Options of publishing after a conversion; `parser` may be a group."""
+    parser.add_argument(
+        "--push-to-hub", type=hub_id, metavar="OWNER/NAME", help="publish the output on the Hub"
+    )
+    _add_card_options(parser)
+
+
+def _add_card_options(parser):
     parser.add_argument("--private", action="store_true", default=None, help="make it private")
     parser.add_argument("--revision", help="branch to publish on (default: main)")
     parser.add_argument(
@@ -178,8 +196,8 @@ def configure(parser: argparse.ArgumentParser):
     )
     parser.epilog = "exit codes: 0 published, 1 the Hub refused or was out of reach, 2 usage"
     parser.add_argument("folder", type=Path, help="checkpoint folder")
-    parser.add_argument("repo_id", metavar="owner/name", help="repository on the Hub")
-    add_push_options(parser)
+    parser.add_argument("repo_id", type=hub_id, metavar="owner/name", help="repository on the Hub")
+    _add_card_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -192,8 +210,13 @@ def push_from(args: argparse.Namespace, folder: Path, repo_id: str) -> int:
     try:
         report = None if args.report is None else json.loads(args.report.read_text("utf-8"))
         commit = push_folder(
-            folder, repo_id, private=args.private, revision=args.revision, report=report,
-            base_model=args.base_model, licence=args.licence,
+            folder,
+            repo_id,
+            private=args.private,
+            revision=args.revision,
+            report=report,
+            base_model=args.base_model,
+            licence=args.licence,
         )
     except HfHubHTTPError as error:  # an OSError too, but not the user's mistake
         return _fail(1, error, folder, repo_id)

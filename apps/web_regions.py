@@ -13,6 +13,7 @@ from ..image_processing_perceptiondlm import load_mask
 from .drawing import PALETTE, colour_of
 from .serving_limits import Limits, decode_mask, expect_masks, read_mask
 
+PAINT = 0.7  # opacity of the brush: what lies below is still seen
 CLOSE = 40  # largest difference of a channel from the brush's colour; beyond are blended edges
 OPAQUE = 96  # least alpha of a painted pixel
 SPECK = 0.02  # of a region's largest sibling: smaller leftovers of a colour are no region
@@ -139,7 +140,8 @@ class Example:
         """The regions as painted by hand, all on one layer."""
         layer = Image.new("RGBA", self.image.size)
         for k, mask in enumerate(self.masks):
-            layer.paste((*colour_of(k), 255), (0, 0), mask.point([0] + [255] * 255))
+            colour = (*colour_of(k), round(255 * PAINT))
+            layer.paste(colour, (0, 0), mask.point([0] + [255] * 255))
         return [layer]
 
 

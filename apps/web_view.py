@@ -19,7 +19,7 @@ MOST_EDGES = 12_000  # of one outline; a more ragged one is drawn coarser
 BADGE = 30  # units of the picture's view, whose long side is 1000
 
 CSS = """
-.gradio-container {max-width: 1280px !important; margin: 0 auto !important}
+.gradio-container main {max-width: 1360px !important; margin: 0 auto !important}
 #pd-head h1 {margin: 0; font-size: 1.7rem; letter-spacing: -.02em}
 #pd-head p {margin: .15rem 0 0; color: var(--body-text-color-subdued)}
 #pd-editor {min-height: 440px}
@@ -215,7 +215,8 @@ def answer_view(question: str, text: str) -> str:
 def waiting_view(waiting: int) -> str:
     """While the model is busy with others."""
     ahead = f", {waiting} waiting" if waiting > 1 else ""
-    return f'<div class="pd-bar"></div><div class="pd-facts"><span>in the queue{ahead} …</span></div>'
+    facts = f'<div class="pd-facts"><span>in the queue{ahead} …</span></div>'
+    return f'<div class="pd-bar"></div>{facts}'
 
 
 def progress_view(step: Step, steps: int, seconds: float) -> str:

@@ -44,7 +44,7 @@ class PerceptionDLMForLMMSEval(lmms):
         batch_size: questions answered in one call, and masked samples of a likelihood.
         max_batch_size: lmms-eval passes it to every model; nothing is searched for here.
         likelihood_samples: draws of the Monte-Carlo bound; likelihood_seed: of those draws.
-        answer_length: pads the answers whose likelihood is taken with end-of-turn to so many
+        answer_length: pads shorter answers whose likelihood is taken with end-of-turn to so many
             tokens, as a checkpoint trained on fixed slots expects; None: one end-of-turn.
         return_loss: give minus the log-likelihood, because lmms-eval's `multiple_choice` takes the
             smallest value; False for metrics of log-likelihoods (perplexity, mutual information).
@@ -146,23 +146,11 @@ class PerceptionDLMForLMMSEval(lmms):
         return results
 
     def _likelihood(self, context: str, continuation: str, pictures: list) -> tuple[float, bool]:
-        inputs = dict(
-            self.processor(
-                [pictures],
-                prompts=[context],
-                answers=[continuation],
-                max_new_tokens=self.answer_length,
-            )
-        )
-        labels = inputs.pop("labels")
-        answer = labels != IGNORED_LABEL
-        target = labels[answer].to(self.model.device)
-        mask_token_id = self.model.config.mask_token_id
-        inputs["input_ids"] = inputs["input_ids"].masked_fill(answer, mask_token_id)
+        inputs, target = self._masked_answer(context, continuation, pictures)
         bound = log_likelihood_bound(
             AnswerLogits(self.model, inputs),
-            target,
-            mask_token_id,
+            target.to(self.model.device),
+            self.model.config.mask_token_id,
             samples=self.likelihood_samples,
             batch_size=self.batch_size,
             generator=torch.Generator().manual_seed(self.likelihood_seed),
@@ -170,6 +158,18 @@ class PerceptionDLMForLMMSEval(lmms):
         decoded = self.model.diffusion_generate(inputs=inputs, processor=self.processor)
         is_greedy = decoded.token_ids[0][0] == target.tolist()
         return (-bound if self.return_loss else bound), is_greedy
+
+    def _masked_answer(self, context: str, text: str, pictures: list) -> tuple[dict, torch.Tensor]:
+        """The network's inputs with the answer masked, and the answer's ids."""
+        length = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        slot = self.answer_length if length < (self.answer_length or 0) else None
+        inputs = dict(
+            self.processor([pictures], prompts=[context], answers=[text], max_new_tokens=slot)
+        )
+        labels = inputs.pop("labels")
+        answer = labels != IGNORED_LABEL
+        masked = inputs["input_ids"].masked_fill(answer, self.model.config.mask_token_id)
+        return inputs | {"input_ids": masked}, labels[answer]
 
     def generate_until_multi_round(self, requests) -> list[str]:
         raise NotImplementedError("expected tasks of one round: a turn ends with its answer")

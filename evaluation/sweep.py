@@ -60,7 +60,9 @@ class SweepRule:
         try:
             return cls(name, accept_rule(name, float(value) if value else None).value)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"rule {text!r}: {error}") from error
+            raise argparse.ArgumentTypeError(
+                f"expected a rule with a number of 0 or more, got {text!r}"
+            ) from error
 
     def options(self, steps: int | None) -> dict:
         """As options of `diffusion_generate`."""

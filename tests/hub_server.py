@@ -334,7 +334,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _repository(self, repo_id: str) -> Repository:
         repository = self.hub.repositories.get(repo_id)
         if repository is None or (repository.private and not self._has_token()):
-            raise Refusal(401 if not self._has_token() else 404, "no such repository", "RepoNotFound")
+            raise Refusal(
+                401 if not self._has_token() else 404, "no such repository", "RepoNotFound"
+            )
         return repository
 
     def _sha(self, repo_id: str, revision: str) -> str:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from pycocotools import mask as coco_mask
-
 from perceptiondlm.apps import caption as command
 from perceptiondlm.apps.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
+from PIL import Image
+from pycocotools import mask as coco_mask
 
 LENGTH = 6
 
@@ -29,7 +28,8 @@ def model(converted):
 @pytest.fixture
 def run(model, monkeypatch):
     """Runs the command with the region model, loaded once for all tests."""
-    monkeypatch.setattr(RegionCaptioner, "from_pretrained", _cached(RegionCaptioner.from_pretrained))
+    load = _cached(RegionCaptioner.from_pretrained)
+    monkeypatch.setattr(RegionCaptioner, "from_pretrained", load)
 
     def call(*arguments, base: str | None = None) -> int:
         length = [] if base else ["--caption-length", str(LENGTH)]
@@ -153,11 +153,11 @@ def test_drawings_of_a_folder_go_to_a_folder_without_clashes(run, scene, tmp_pat
     assert {p.name for p in out.iterdir()} == {"cat.png", "cat-2.png"}
 
 
-@pytest.mark.parametrize("option", [["--steps", "2"], ["--adaptive", "factor", "--adaptive-value", "99"]])
+@pytest.mark.parametrize("option", ["--steps 2", "--adaptive factor --adaptive-value 99"])
 def test_decoding_options_reach_the_model(run, scene, option, capsys):
     run(scene[0], "--masks", *scene[1], "--format", "json")
     usual = json.loads(capsys.readouterr().out)[0]["num_forwards"]
-    run(scene[0], "--masks", *scene[1], "--format", "json", *option)
+    run(scene[0], "--masks", *scene[1], "--format", "json", *option.split())
     assert json.loads(capsys.readouterr().out)[0]["num_forwards"] < usual
 
 
@@ -226,6 +226,7 @@ def test_a_path_that_leaves_the_folder_fails_and_the_rest_is_done(run, scene, tm
         (["--box", "1,1,9,9", "--output", "x.png", "--animate", "x.png"], "one file for two"),
         (["--box", "1,1,9,9", "--steps", "0"], "expected steps"),
         (["--question", "What?", "--format", "coco"], "got --format coco"),
+        (["--box", "1,1,9,9", "--font", "no.ttf"], "TrueType font at no.ttf"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_code_2(
@@ -246,8 +247,15 @@ def test_a_box_that_is_none_is_refused_by_the_parser(run, scene, box):
 
 
 def test_a_checkpoint_that_is_not_there_is_code_2(scene, tmp_path, capsys):
-    assert main(["caption", str(scene[0]), "--box", "1,1,9,9", "--model", str(tmp_path / "no")]) == 2
+    nowhere = str(tmp_path / "no")
+    assert main(["caption", str(scene[0]), "--box", "1,1,9,9", "--model", nowhere]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_device_that_torch_does_not_know_is_code_2(scene, model, capsys):
+    arguments = ["--box", "1,1,9,9", "--model", model, "--device", "abacus"]
+    assert main(["caption", str(scene[0]), *arguments]) == 2
+    assert "abacus" in capsys.readouterr().err
 
 
 def test_help_teaches_by_examples_without_loading_a_model(capsys):

@@ -4,8 +4,6 @@ import json
 import threading
 
 import pytest
-from PIL import Image, ImageChops
-
 from perceptiondlm.apps.captioner import (
     MASKED,
     Answers,
@@ -13,6 +11,7 @@ from perceptiondlm.apps.captioner import (
     RegionCaptions,
     partial_text,
 )
+from PIL import Image, ImageChops
 
 LENGTH = 8
 

@@ -5,24 +5,27 @@ import itertools
 
 import numpy as np
 import pytest
-from PIL import Image, ImageChops
-
 from perceptiondlm.apps.animation import MAX_FRAMES, draw_steps, encode_animation
 from perceptiondlm.apps.captioner import MASKED
 from perceptiondlm.apps.drawing import (
+    draw_answers,
+    draw_regions,
+    encode_picture,
+    place_badges,
+)
+from perceptiondlm.apps.panel import (
     INK,
     PALETTE,
     PAPER,
     Style,
     add_panel,
     contrasting,
-    draw_answers,
-    draw_regions,
-    encode_picture,
+    has_glyph,
     lay_out,
-    place_badges,
+    readable,
     wrap,
 )
+from PIL import Image, ImageChops
 
 LONG = "a round red plate with a thin golden rim, half hidden behind a folded newspaper"
 
@@ -101,6 +104,12 @@ def test_a_word_wider_than_the_panel_is_broken_not_cut(word):
     assert "".join(piece for line in lines for piece in line) == f"before{word}after"
 
 
+def test_marks_that_the_bundled_font_lacks_are_written_otherwise():
+    font = Style.fitting(900, None).font
+    assert not has_glyph(font, "—") and has_glyph(font, "a")
+    assert readable("a — \N{LATIN SMALL LETTER G WITH BREVE}", font) == "a - g"
+
+
 @pytest.mark.parametrize("count", [2, 12, 60])
 def test_numbers_never_cover_each_other(count):
     size = (900, 600)
@@ -122,7 +131,8 @@ def test_regions_on_the_same_place_get_numbers_side_by_side():
 def test_a_number_stands_on_its_region_and_beside_the_smaller_one_inside():
     size = (600, 600)
     outer, inner = mask(size, (50, 50, 550, 550)), mask(size, (200, 200, 400, 400))
-    (outer_box, anchor), (inner_box, _) = place_badges([outer, inner], Style.fitting(600, None), size)
+    places = place_badges([outer, inner], Style.fitting(600, None), size)
+    (outer_box, anchor), (inner_box, _) = places
     assert outer.getpixel(anchor) and not inner.getpixel(anchor)
     assert not overlap(outer_box, (200, 200, 400, 400))
     assert overlap(inner_box, (200, 200, 400, 400))

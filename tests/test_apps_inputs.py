@@ -1,32 +1,33 @@
 """Pictures and regions from files, trustworthy or not."""
 
+import contextlib
 import json
 import os
 import struct
+import threading
 import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from perceptiondlm.apps import inputs
-from perceptiondlm.apps.inputs import (
+from perceptiondlm.apps.inputs import PictureSource, find_pictures, open_picture
+from perceptiondlm.apps.region_sources import (
     LabelMaps,
-    PictureSource,
-    find_pictures,
     gather_regions,
-    open_picture,
     open_sources,
     split_labels,
 )
 from perceptiondlm.image_processing_perceptiondlm import load_mask
+from PIL import Image
 
 SIZE = (20, 12)
 
 
 def save(path, array=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.zeros(SIZE[::-1], np.uint8) if array is None else array).save(path, **options)
+    values = np.zeros(SIZE[::-1], np.uint8) if array is None else array
+    Image.fromarray(values).save(path, **options)
     return path
 
 
@@ -95,8 +96,11 @@ def test_an_argument_that_names_nothing_is_said(tmp_path, name):
         find_pictures([str(tmp_path / name)])
 
 
-@pytest.mark.parametrize("content", [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"<html></html>",
-                                     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"", b"\x89PNG"])
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+SVG = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
+
+
+@pytest.mark.parametrize("content", [SVG, b"<html></html>", POSTSCRIPT, b"", b"\x89PNG"])
 def test_what_is_no_picture_is_refused(tmp_path, content):
     path = tmp_path / "picture.png"
     path.write_bytes(content)
@@ -123,6 +127,47 @@ def test_a_pipe_is_no_picture(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(FileNotFoundError):
         open_picture(str(tmp_path / "pipe.png"))
+
+
+class _Pictures(BaseHTTPRequestHandler):
+    """Serves a picture of 2x1 pixels, and endless noise."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            if self.path == "/endless":
+                while True:
+                    self.wfile.write(b"\0" * (1 << 16))
+            Image.new("RGB", (2, 1), "red").save(self.wfile, "PNG")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def address():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Pictures)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_picture_is_fetched_from_the_web(address):
+    (picture,) = find_pictures([f"{address}/red.png"])
+    assert (picture.stem, open_picture(picture.path).size) == ("red", (2, 1))
+
+
+def test_an_endless_download_is_cut_off(address, monkeypatch):
+    monkeypatch.setattr(inputs, "MAX_PICTURE_BYTES", 1 << 20)
+    with pytest.raises(ValueError, match="at most 1 MiB"):
+        open_picture(f"{address}/endless")
+
+
+def test_a_server_that_is_not_there_is_a_value_error():
+    with pytest.raises(ValueError, match="expected a picture from"):
+        open_picture("http://127.0.0.1:9/a.png")
 
 
 # Masks by name.

@@ -70,10 +70,10 @@ def test_a_continuation_that_decoding_gives_is_greedy(lmms_model, visual):
     decoded = model.model.diffusion_generate(inputs=dict(inputs), processor=model.processor)
     ids = decoded.token_ids[0][0]
     model.processor = TargetProcessor(model.processor, ids)
-    _, greedy = model._likelihood(question, "anything", visual({"seed": 0}))
+    _, greedy = model._likelihood(question, "a", visual({"seed": 0}))
     assert greedy
     model.processor.ids = [*ids[:-1], eot if ids[-1] != eot else ids[0] + 1]
-    _, greedy = model._likelihood(question, "anything", visual({"seed": 0}))
+    _, greedy = model._likelihood(question, "a", visual({"seed": 0}))
     assert not greedy
 
 
@@ -97,6 +97,15 @@ def pair_of(found) -> tuple:
     from lmms_eval.api.instance import unwrap_generation_output
 
     return unwrap_generation_output(found)[0]
+
+
+def test_short_answers_are_padded_and_long_ones_are_not(lmms_model):
+    model = lmms_model(answer_length=3)
+    length = len(model.processor.tokenizer("anything", add_special_tokens=False)["input_ids"])
+    assert length > 3
+    for text, expected in (("a", 3), ("anything", length + 1)):
+        answer = model._masked_answer("What?", text, [])[1]
+        assert len(answer) == expected
 
 
 def test_a_tasks_arguments_become_options(lmms_model):

@@ -140,7 +140,8 @@ def test_another_wording_has_another_version(tmp_path):
         JudgePrompt("voice")
 
 
-def test_a_prompt_file_may_word_the_recognition_question(sample, tmp_path):
+def test_a_prompt_file_may_word_the_recognition_question(tmp_path):
+    sample = load_benchmark(write_paradlc(tmp_path)).samples[0]
     file = tmp_path / "prompt.txt"
     file.write_text("Is it of the class {name}?\n---\n{caption} -> {question}")
     prompt = JudgePrompt.from_file(file, "text")

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
-
+from perceptiondlm import convert_checkpoint
 from perceptiondlm.apps import publishing
 from perceptiondlm.apps.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
@@ -106,7 +106,11 @@ def reader(sharded, tmp_path_factory):
             "PATH": os.environ["PATH"],
         }
         done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, cwd=home, capture_output=True, text=True
+            [sys.executable, "-c", program],
+            env=environment,
+            cwd=home,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         yield done.stdout.split("=====\n"), hub
@@ -290,6 +294,33 @@ def test_the_publish_command_says_how_to_go_on_after_a_failure(hub, checkpoint, 
     hub.fail("PUT", "/large/", after=1)
     assert main(["publish", str(checkpoint), REPO]) == 1
     assert f"perceptiondlm publish {checkpoint} {REPO}" in capsys.readouterr().err
+
+
+def test_the_converter_publishes_what_it_made(hub, tmp_path, capsys):
+    source, output = VECTORS / "released-region", tmp_path / "made"
+    arguments = ["--source", str(source), "--output", str(output), "--push-to-hub", REPO]
+    assert convert_checkpoint.main([*arguments, "--private"]) == 0
+    assert hub.repositories[REPO].private
+    assert f"{REPO}/commit/" in capsys.readouterr().out
+    card = hub.read(REPO, "README.md")
+    assert "Made from `released-region`." in card
+    assert f"--source released-region --output made --push-to-hub {REPO} --private" in card
+    assert str(tmp_path) not in card
+
+
+def test_a_conversion_that_cannot_be_published_is_kept_and_says_so(hub, tmp_path, capsys):
+    hub.fail("POST", "/commit/")
+    arguments = ["--source", str(VECTORS / "released-region"), "--output", str(tmp_path / "made")]
+    assert convert_checkpoint.main([*arguments, "--push-to-hub", REPO]) == 12
+    assert (tmp_path / "made" / "model.safetensors").exists()
+    assert main(["publish", str(tmp_path / "made"), REPO]) == 0
+
+
+def test_a_bad_repository_name_ends_the_converter_before_it_starts(tmp_path):
+    arguments = ["--source", str(VECTORS / "released-region"), "--output", str(tmp_path / "made")]
+    with pytest.raises(SystemExit):
+        convert_checkpoint.main([*arguments, "--push-to-hub", "captioner"])
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("repo_id", ["captioner", "../x", "a/b/c"])

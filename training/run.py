@@ -84,7 +84,7 @@ def file_datasets(recipe: Recipe, processor, args: TrainingArguments):
 
 def save_final(trainer: DiffusionTrainer, recipe: Recipe):
     """Weights, config, processor and tokenizer; the code beside them if the recipe says so."""
-    trainer.save_model()
+    trainer.save_whole()
     folder = Path(trainer.args.output_dir)
     if trainer.args.should_save and not recipe.save_code:
         for module in folder.glob("*.py"):

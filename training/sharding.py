@@ -1,9 +1,11 @@
-"""FSDP2 where accelerate leaves it out: on CPU processes."""
+"""FSDP2: turning it on for CPU processes, and gathering the weights of a sharded model."""
 
 import os
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 
 def shard_on_cpu(accelerator: Accelerator) -> bool:
@@ -24,3 +26,10 @@ def shard_on_cpu(accelerator: Accelerator) -> bool:
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = plugin
     return True
+
+
+def gather_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All weights of a sharded model on the first process, nothing on the others; called by every
+    process."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)

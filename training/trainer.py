@@ -1,13 +1,15 @@
 """transformers' Trainer with the diffusion loss, this package's sample order and its groups."""
 
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from .order import EpochSampler
 from .parameters import parameter_groups
 from .recipe import Recipe
 from .samples import DiffusionCollator
-from .sharding import shard_on_cpu
+from .sharding import gather_weights, shard_on_cpu
 
 GROUPED = "group_by_length"
 
@@ -111,6 +113,31 @@ class DiffusionTrainer(Trainer):
         weighting = self.loss_weighting if model.training else "none"
         outputs = model(**inputs, loss_weighting=weighting)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As the Trainer's; a sharded checkpoint too holds the config and the processor."""
+        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+
+    def save_whole(self):
+        """The weights in one piece, config, processor and code in `output_dir`; called by every
+        process of a run."""
+        if not self.is_fsdp_enabled:
+            self.save_model()
+            return
+        weights = gather_weights(self.model)
+        if not self.args.should_save:
+            return
+        model = self.model
+        if isinstance(model, PreTrainedModel):
+            # sharding has changed the model's class, from which the code to save is found
+            with torch.device("meta"):
+                model = PerceptionDLMForConditionalGeneration(model.config)
+        model.save_pretrained(self.args.output_dir, state_dict=weights)
+        self.processor.save_pretrained(self.args.output_dir)
 
     def create_optimizer(self, model=None):
         """As the Trainer's, with a group for each module that has its own learning rate."""

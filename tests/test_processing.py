@@ -1,0 +1,298 @@
+"""Prompts, padding, targets and decoding."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from perceptiondlm.configuration_perceptiondlm import NO_REGION
+from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+
+CAPTIONS = ["a red circle", "a person", "an orange ring"]
+
+
+@pytest.fixture
+def processor(make):
+    return make()[1]
+
+
+@pytest.fixture
+def tree(make):
+    return make(region_layout="independent")[1]
+
+
+@pytest.fixture
+def image(picture):
+    return picture(61, 47)
+
+
+@pytest.fixture
+def masks(blobs):
+    return blobs(61, 47, count=3)
+
+
+def ids_of(processor, text):
+    return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# Regions.
+
+
+def test_targets_stand_in_area_order_with_markers_and_an_end(processor, image, masks):
+    inputs = processor(image, masks=masks, captions=CAPTIONS)
+    labels = inputs["labels"][0]
+    got = labels[labels != -100].tolist()
+    order = reference.numbering(masks)
+    expected = []
+    for k, i in enumerate(order):
+        expected += ids_of(processor, f"<|Mask_Cap_{k}|>{CAPTIONS[i]}")
+        expected += ids_of(processor, "\n" if k < 2 else "<|eot_id|>")
+    assert got == expected
+    assert torch.equal(inputs["input_ids"][0][labels != -100], labels[labels != -100])
+
+
+def test_targets_with_a_slot_are_closed_by_end_of_turn(processor, image, masks):
+    inputs = processor(image, masks=masks, captions=CAPTIONS, caption_length=9)
+    regions, labels = inputs["region_ids"][0], inputs["labels"][0]
+    for k, i in enumerate(reference.numbering(masks)):
+        own = labels[(regions == k) & (labels != -100)].tolist()[1:-1]
+        text = ids_of(processor, CAPTIONS[i])
+        assert own == text + [processor.eot_token_id] * (9 - len(text))
+
+
+def test_targets_of_the_tree_are_captions_that_end_their_turn(tree, image, masks):
+    inputs = tree(image, masks=masks, captions=CAPTIONS)
+    regions, labels = inputs["region_ids"][0], inputs["labels"][0]
+    for k, i in enumerate(reference.numbering(masks)):
+        own = labels[(regions == k) & (labels != -100)].tolist()
+        assert own == ids_of(tree, CAPTIONS[i]) + [tree.eot_token_id]
+
+
+def test_a_caption_longer_than_its_slot_is_refused(processor, image, masks):
+    with pytest.raises(ValueError, match="expected a text of at most 2 tokens, got"):
+        processor(image, masks=masks, captions=CAPTIONS, caption_length=2)
+
+
+def test_one_mask_has_nothing_between_regions(processor, image, masks):
+    inputs = processor(image, masks=masks[:1], caption_length=3)
+    assert not (inputs["region_ids"] == NO_REGION).any()
+
+
+def test_caption_length_defaults_to_32(processor, image, masks):
+    inputs = processor(image, masks=masks)
+    assert int((inputs["input_ids"] == processor.mask_token_id).sum()) == 3 * 32
+
+
+def test_an_instruction_for_each_picture(processor, image, masks):
+    inputs = processor([image, image], masks=[masks, masks], prompts=["Name it.", "Where is it?"])
+    for row, text in enumerate(["Name it.", "Where is it?"]):
+        assert text in processor.tokenizer.decode(inputs["input_ids"][row])
+
+
+@pytest.mark.parametrize("layout", ["processor", "tree"])
+def test_batches_pad_prompts_on_the_left_and_answers_on_the_right(
+    request, picture, blobs, layout
+):
+    process = request.getfixturevalue(layout)
+    sizes, counts = [(61, 47), (30, 170)], [1, 3]
+    batch = process(
+        [picture(*size) for size in sizes],
+        masks=[blobs(*size, count=n) for size, n in zip(sizes, counts, strict=True)],
+        caption_length=4,
+    )
+    starts = [(row == 2).nonzero()[0].item() for row in batch["role_ids"]]
+    assert starts[0] == starts[1]
+    mask = batch["attention_mask"]
+    for row in mask.tolist():
+        real = [i for i, kept in enumerate(row) if kept]
+        assert real == list(range(real[0], real[-1] + 1))
+    padding = mask == 0
+    assert bool((batch["region_ids"][padding] == NO_REGION).all())
+    assert bool((batch["input_ids"][padding] == process.tokenizer.pad_token_id).all())
+
+
+def test_padding_is_no_target(processor, picture, blobs):
+    batch = processor(
+        [picture(61, 47), picture(30, 170)], masks=[blobs(61, 47, 1), blobs(30, 170, 2)],
+        captions=[["a ring"], ["a red circle", "a dog"]],
+    )
+    assert bool((batch["labels"][batch["attention_mask"] == 0] == -100).all())
+
+
+def test_every_input_is_a_tensor_of_the_kind_the_model_takes(processor, image, masks):
+    inputs = processor(image, masks=masks)
+    kinds = {name: value.dtype for name, value in inputs.items()}
+    assert kinds == {
+        "input_ids": torch.int64, "attention_mask": torch.int64, "position_ids": torch.int64,
+        "region_ids": torch.int64, "role_ids": torch.int64, "pixel_values": torch.float32,
+        "image_grids": torch.int64, "image_sizes": torch.int64, "region_patches": torch.bool,
+        "boxes": torch.float32, "box_images": torch.int64,
+    }
+    assert set(kinds) == set(processor.model_input_names)
+
+
+# Questions and conversations.
+
+
+def test_a_question_is_the_released_prompt(processor, image):
+    inputs = processor(image, prompts="What is there?", max_new_tokens=3)
+    visual = int((inputs["input_ids"] == processor.image_token_id).sum())
+    sequence = reference.chat_sequence(
+        processor.tokenizer, [visual], "What is there?", [processor.mask_token_id] * 3
+    )
+    assert inputs["input_ids"][0].tolist() == sequence.ids
+    assert inputs["position_ids"][0].tolist() == sequence.positions
+    assert inputs["role_ids"][0].tolist() == [0] * (len(sequence.ids) - 3) + [2] * 3
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_several_pictures_get_a_single_tile_each(processor, picture, count):
+    pictures = [picture(100, 30, seed=i) for i in range(count)]
+    inputs = processor([pictures], prompts=["What?"], max_new_tokens=3)
+    grids = [[3, 1]] if count == 1 else [[1, 1]] * count
+    assert inputs.get("image_grids", torch.zeros(0, 2)).tolist() == grids or count == 0
+    assert ("pixel_values" in inputs) == (count > 0)
+    tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+    assert tokens == {0: 0, 1: 4 * 16}.get(count, count * 16)
+
+
+def test_a_batch_mixes_numbers_of_pictures(processor, picture):
+    images = [[], [picture(100, 30)], [picture(40, 40), picture(61, 47)]]
+    batch = processor(images, prompts=["A", "B", "What color is it?"], max_new_tokens=4)
+    placeholders = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert placeholders == [0, 64, 32]
+    assert batch["image_grids"].tolist() == [[3, 1], [1, 1], [1, 1]]
+
+
+def test_an_answer_is_a_target_closed_by_end_of_turn(processor, image):
+    inputs = processor(image, prompts="What?", answers="a red circle")
+    labels = inputs["labels"][0]
+    expected = ids_of(processor, "a red circle") + [processor.eot_token_id]
+    assert labels[labels != -100].tolist() == expected
+    padded = processor(image, prompts="What?", answers="a red circle", max_new_tokens=9)["labels"][0]
+    assert padded[padded != -100].tolist() == expected + [processor.eot_token_id] * (
+        9 - len(expected)
+    )
+
+
+def test_the_template_renders_every_turn(processor):
+    text = processor.apply_chat_template([
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
+        {"role": "user", "content": "Sure?"},
+    ], add_generation_prompt=True)
+    assert text == (
+        "<|start_header_id|>system<|end_header_id|>\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n<img><IMG_CONTEXT></img>\nWhat?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\nA dog.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\nSure?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n"
+    )
+
+
+def test_conversations_are_tokenised_in_a_batch(processor, picture):
+    def talk(question, *pictures):
+        content = [{"type": "image", "image": p} for p in pictures]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+
+    talks = [talk("Hi"), talk("What?", picture(100, 30)),
+             talk("How many?", picture(40, 40), picture(61, 47))]
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    batch = processor.apply_chat_template(talks, **options, processor_kwargs={"max_new_tokens": 4})
+    direct = processor(
+        [[], [picture(100, 30)], [picture(40, 40), picture(61, 47)]],
+        prompts=["Hi", "What?", "How many?"], max_new_tokens=4,
+    )
+    assert set(batch) == set(direct)
+    assert all(torch.equal(batch[name], direct[name]) for name in direct)
+
+
+def test_text_is_taken_as_rendered(processor, image):
+    rendered = "<img><IMG_CONTEXT></img> any prompt at all"
+    inputs = processor(image, text=rendered)
+    ids = inputs["input_ids"][0].tolist()
+    assert [i for i in ids if i != processor.image_token_id] == [
+        i for i in ids_of(processor, rendered) if i != processor.image_token_id]
+    assert ids.count(processor.image_token_id) == 7 * 16  # six tiles and the thumbnail
+
+
+# Decoding.
+
+
+def test_an_answer_is_cut_at_its_first_end_and_stripped(processor):
+    ids = ids_of(processor, " a red circle \n")
+    eot = processor.eot_token_id
+    assert processor.decode_answer(ids + [eot] + ids) == "a red circle"
+    assert processor.decode_answer(ids + [processor.tokenizer.eos_token_id] + ids) == "a red circle"
+    assert processor.decode_answer([eot] * 5) == "" and processor.decode_answer([]) == ""
+
+
+def test_ids_beyond_the_vocabulary_decode_to_nothing(processor):
+    ids = ids_of(processor, "a dog")
+    beyond = len(processor.tokenizer)
+    assert processor.decode_answer([beyond, *ids, beyond + 1000]) == "a dog"
+    assert processor.decode_answer(torch.tensor(ids)) == "a dog"
+    assert processor.decode_answer(np.array([beyond])) == ""
+
+
+def test_special_tokens_decode_to_nothing(processor):
+    marker = processor.tokenizer.convert_tokens_to_ids("<|Mask_Cap_0|>")
+    ids = [marker, *ids_of(processor, "a dog"), processor.mask_token_id]
+    assert processor.decode_answer(ids) == "a dog"
+
+
+# Misuse.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"masks": 1}, "expected a picture for the masks, got none"),
+        ({"images": 1, "masks": 0}, "expected 1 to 6 masks for a picture in one pass, got 0"),
+        ({"images": 1, "masks": 7}, "expected 1 to 6 masks for a picture in one pass, got 7"),
+        ({"images": 2, "masks": 1}, "2 pictures and 1 lists of masks"),
+        ({"images": 1, "masks": 2, "captions": ["a"]}, "a caption for each of 2 masks, got 1"),
+        ({"images": 1, "masks": 1, "caption_length": 0}, "caption_length of at least 1, got 0"),
+        ({"images": 1, "masks": 1, "caption_length": 2.0}, "caption_length of at least 1, got 2.0"),
+        ({"images": 1, "masks": 1, "text": "a"}, "expected no text for this kind of input"),
+        ({"images": 1, "masks": 1, "answers": "a"}, "expected no answers for this kind"),
+        ({"images": 1, "masks": 1, "max_new_tokens": 3}, "expected no max_new_tokens"),
+        ({"images": 1, "masks": 1, "prompts": ["a", "b"]}, "expected 1 texts, one for each sample"),
+        ({"images": 1, "masks": 1, "return_tensors": "np"}, "return_tensors 'pt', got 'np'"),
+        ({"images": 1}, "exactly one of `text` and `prompts`"),
+        ({"images": 1, "text": "a", "prompts": "b"}, "exactly one of `text` and `prompts`"),
+        ({"images": 1, "text": "no placeholder"}, "for each of 1 pictures, got 0"),
+        ({"text": "<IMG_CONTEXT>"}, "for each of 0 pictures, got 1"),
+        ({"prompts": "<IMG_CONTEXT>"}, "for each of 0 pictures, got 1"),
+        ({"images": 2, "prompts": ["a", "b", "c"]}, "pictures for each of 3 questions, got 2"),
+        ({"prompts": "a", "max_new_tokens": 0}, "max_new_tokens of at least 1, got 0"),
+        ({"prompts": "a", "caption_length": 3}, "expected no caption_length"),
+        ({"prompts": "a", "answers": ["x", "y"]}, "expected 1 texts, one for each sample, got 2"),
+        ({"prompts": "a", "videos": [1]}, "expected no videos"),
+        ({"images": 1, "masks": 1, "prompts": "<IMG_CONTEXT>"}, "1 picture placeholders"),
+    ],
+)
+def test_inputs_that_do_not_fit_together_are_refused(
+    processor, image, masks, arguments, message
+):
+    given = dict(arguments)
+    if "images" in given:
+        given["images"] = image if given["images"] == 1 else [image] * given["images"]
+    if "masks" in given:
+        many = (masks * 3)[: given["masks"]]
+        given["masks"] = [many] if isinstance(given.get("images"), list) else many
+    with pytest.raises(ValueError, match=message):
+        processor(**given)
+
+
+def test_an_unknown_option_is_refused(processor, image, masks):
+    with pytest.raises(TypeError, match="caption_lenght"):
+        processor(image, masks=masks, caption_lenght=3)
+
+
+def test_a_tokenizer_without_a_needed_token_is_refused(processor, image, masks):
+    other = PerceptionDLMProcessor(
+        processor.image_processor, processor.tokenizer, mask_token="<|no_such_token|>"
+    )
+    with pytest.raises(ValueError, match="special token '<|no_such_token|>', got one without"):
+        other(image, masks=masks)
