@@ -9,6 +9,7 @@ sharded ones too) and PEFT adapters.
 
 import argparse
 import errno
+import importlib
 import inspect
 import json
 import os
@@ -310,9 +311,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace the output")
     add("--verify", action="store_true", help="reload, compare with the source, run once")
     if PUBLISHES:
-        from .apps.publishing import add_push_options
-
-        add_push_options(parser.add_argument_group("publishing"))
+        publishing().add_push_options(parser.add_argument_group("publishing"))
     return parser
 
 
@@ -331,13 +330,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def publish(args: argparse.Namespace, argv: list[str]) -> int:
     """Records where the output comes from and, when asked, puts it on the Hub."""
-    from .apps.publishing import push_from, write_provenance
-
     command = ["python", "convert_checkpoint.py", *argv]
-    write_provenance(args.output, args.source, fetch(args.source), command)
+    publishing().write_provenance(args.output, args.source, fetch(args.source), command)
     if args.push_to_hub is None:
         return 0
-    return NOT_PUBLISHED_CODE if push_from(args, args.output, args.push_to_hub) else 0
+    failed = publishing().push_from(args, args.output, args.push_to_hub)
+    return NOT_PUBLISHED_CODE if failed else 0
+
+
+def publishing():
+    """The package's module for it, not imported as the modules are that travel with this one."""
+    return importlib.import_module(f"{__package__}.apps.publishing")
 
 
 def exit_code(error: Exception) -> int:

@@ -144,8 +144,9 @@ class JointRemasking:
     """The released region rule: fill everything, then re-mask the least confident.
 
     After step s of S, `int(N (S - 1 - s) / S)` positions of lowest confidence are masked again,
-    committed or not. `scope` "image" ranks the N positions of all captions of a pass together;
-    "region" ranks each caption's own, so that captions do not influence each other.
+    committed or not; a position filled with the mask token itself is still masked. `scope` "image"
+    ranks the N positions of all captions of a pass together; "region" ranks each caption's own, so
+    that captions do not influence each other.
     """
 
     steps: int
@@ -159,8 +160,9 @@ class JointRemasking:
         total = valid.sum(-1, keepdim=True).double()
         count = (total * ((self.steps - 1 - step) / self.steps)).long()
         least = ranks(prediction.confidence.view(joint).masked_fill(~valid, torch.inf)) < count
-        masked = (least & valid).view(shape)
         tokens = torch.where(state.masked, prediction.tokens, state.tokens)
+        refused = state.valid & (tokens == mask_token_id)
+        masked = (least & valid).view(shape) | refused
         return replace(state, tokens=tokens.masked_fill(masked, mask_token_id), masked=masked)
 
 

@@ -270,6 +270,8 @@ def _mask_from_box(box, size: tuple[int, int]) -> Image.Image:
 
 
 def _mask_from_polygons(polygons, size: tuple[int, int]) -> Image.Image:
+    if not isinstance(polygons, (list, tuple)):
+        raise ValueError(f"expected a list of polygons, got {describe(polygons)}")
     mask = Image.new("L", size)
     draw = ImageDraw.Draw(mask)
     for polygon in polygons:

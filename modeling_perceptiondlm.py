@@ -332,6 +332,22 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         features = self.vision_tower(pixel_values, prompts)
         return self.connector(merge_patches(features, self.config.spatial_merge_size))
 
+    def _shares_gradients(self) -> bool:
+        return self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+    def _unseen_picture(self) -> torch.Tensor:
+        """Zero, by way of everything that sees: in sharded training each process has to give every
+        module's gradient, whether its batch holds pictures or not."""
+        vision = self.config.vision_config
+        blank = torch.zeros(1, 3, vision.image_size, vision.image_size, device=self.device)
+        patches = None
+        if self.region_prompts is not None:
+            side = self.config.grid_side
+            shape = (1, self.config.num_region_prompts, side, side)
+            patches = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        unseen = 0 * self.encode_images(blank, patches).sum()
+        return unseen if self.image_newline is None else unseen + 0 * self.image_newline.sum()
+
     def picture_tokens(self, features, image_grids, image_sizes) -> torch.Tensor:
         """Visual tokens (tokens, D) of all pictures, from the features (T, cells, D) of their
         tiles; `image_grids` and `image_sizes` are lists of pairs."""
@@ -392,7 +408,8 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         fixed = role_ids != ROLE_CAPTION  # what is being denoised may hold any id
         places = fixed & (input_ids == self.config.image_token_id)
         if pixel_values is None:
-            return _splice(embeds, places, embeds.new_zeros(0, embeds.shape[-1]), "picture")
+            embeds = _splice(embeds, places, embeds.new_zeros(0, embeds.shape[-1]), "picture")
+            return embeds + self._unseen_picture() if self._shares_gradients() else embeds
         grids = [tuple(grid) for grid in image_grids.tolist()]
         features = self.encode_images(pixel_values, region_patches)
         tokens = self.picture_tokens(features, grids, image_sizes.tolist())

@@ -30,10 +30,8 @@ MEASURED_RUN = (  # what `synthetic` records of its run, besides what it measure
     "split",
     "batch_size",
     "judge",
-    "git_revision",
-    "hardware",
-    "versions",
 )
+ENVIRONMENT = ("hardware", "versions", "git_revision")
 AVERAGES = ("average_positive", "average_negative", "average")
 
 
@@ -44,6 +42,7 @@ def build_report(
     judge_run: Mapping | None = None,
     measurements: Mapping | None = None,
     rows: Sequence[dict] = (),
+    row_runs: Mapping[str, Mapping] | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> dict:
     """Joins what a benchmark's steps wrote into one object.
@@ -54,6 +53,7 @@ def build_report(
         judge_run: the record beside the answers: judge, prompt version.
         measurements: what `synthetic` measured of the checkpoint.
         rows: measurements for the figures (see `draw_figures`).
+        row_runs: by file, what `sweep` or `latency` recorded of the run that gave some rows.
         sources: SHA-256 of each file that went in.
     """
     lacking = [name for name in ("summary", "regions") if name not in scores]
@@ -72,6 +72,7 @@ def build_report(
         "measurements": dict(measurements) if measurements else None,
         "scoring": scores.get("provenance"),
         "rows": list(rows),
+        "row_runs": dict(row_runs or {}),
         "sources": dict(sources or {}),
         "environment": run_environment(),
     }
@@ -202,7 +203,7 @@ def _provenance(report: Mapping) -> str:
         record = dict(report[field] or {})
         record.pop(THROUGHPUT, None)
         if field == "measurements":
-            record = {name: record[name] for name in MEASURED_RUN if name in record}
+            record = _run_of(record)
         if record.get("environment") == report["environment"]:
             record["environment"] = "as of this report"
         pairs = _flatten(record)
@@ -254,13 +255,19 @@ def configure(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
+    measured = {path: read_json(path) for path in args.rows}
     given = (args.scores, args.predictions, args.answers, args.measurements, *args.rows)
     report = build_report(
         read_json(args.scores),
         prediction_run=_run_record(args.predictions),
         judge_run=_run_record(args.answers),
         measurements=read_json(args.measurements) if args.measurements else None,
-        rows=[row for path in args.rows for row in figure_rows(read_json(path), path)],
+        rows=[row for path, content in measured.items() for row in figure_rows(content, path)],
+        row_runs={
+            path: {name: value for name, value in content.items() if name != "rows"}
+            for path, content in measured.items()
+            if isinstance(content, dict)
+        },
         sources={str(path): file_sha256(path) for path in given if path},
     )
     print(write_report(report, args.output, title=args.title))

@@ -60,6 +60,9 @@ def generate(pair):
         ({"adaptive": "factor", "adaptive_verify": 2.0}, r"adaptive_verify in \(0, 1\], got 2.0"),
         ({"adaptive_value": 0.5}, "expected `adaptive` with adaptive_value"),
         ({"adaptive_verify": 0.5}, "expected `adaptive` with adaptive_value"),
+        ({"stop_strings": "end"}, "stop_strings as a list of texts, got 'end'"),
+        ({"stop_strings": [3]}, "stop_strings as a list of texts"),
+        ({"stop_strings": [""]}, "stop_strings as a list of texts"),
         ({"seed": 1, "generator": torch.Generator()}, "at most one of seed and generator"),
     ],
 )
@@ -72,7 +75,7 @@ def test_an_option_that_makes_no_sense_is_refused(options, message):
 @pytest.mark.parametrize(
     "options",
     [{"top_p": "0.5"}, {"banned_token_ids": "abc"}, {"banned_token_ids": [1.5]}, {"seed": 1.5},
-     {"adaptive": ["factor"]}, {"stop_strings": [3]}, {"adaptive": "factor", "adaptive_verify": "1"}],
+     {"adaptive": ["factor"]}, {"adaptive": "factor", "adaptive_verify": "1"}],
 )
 def test_an_option_of_another_type_is_refused(options):
     with pytest.raises(ValueError):

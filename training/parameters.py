@@ -36,6 +36,13 @@ def choose_trainable(model: nn.Module, recipe: ParametersRecipe):
         raise ValueError("expected some parameters to train, got all of them frozen")
 
 
+def keep_masters(model: nn.Module):
+    """Holds what learns in float32; autocast computes in the lower precision."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def parameter_groups(
     model: nn.Module, decayed: set[str], learning_rates: dict[str, float], weight_decay: float
 ) -> list[dict]:

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from .build import build_model
 from .conversations import ConversationSamples
 from .lora import add_adapter
-from .parameters import choose_trainable
+from .parameters import choose_trainable, keep_masters
 from .recipe import Recipe, RegionData, SyntheticData
 from .regions import RegionSamples
 from .sources import FileDataset, StreamDataset
@@ -47,6 +47,8 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> DiffusionTrainer:
     if recipe.lora is not None:
         model = add_adapter(model, recipe.lora)
     choose_trainable(model, recipe.parameters)
+    if args.bf16 or args.fp16:
+        keep_masters(model)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%.2f M of the parameters learn", learning / 1e6)
     datasets = build_datasets(recipe, processor, args)

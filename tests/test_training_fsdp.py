@@ -1,0 +1,98 @@
+"""FSDP2 on two CPU processes, launched as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from perceptiondlm.convert_checkpoint import convert
+from perceptiondlm.training.run import train
+from safetensors.torch import load_file
+from training_runs import losses_of, recipe_values, small_recipe
+from transformers import AutoModel, AutoProcessor
+
+CONFIG = Path(__file__).parent.parent / "configs" / "accelerate" / "fsdp_cpu.yaml"
+STEPS = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10}
+
+
+def launch(folder: Path, *arguments: str, **sections) -> list[float]:
+    """Trains in two processes and gives the losses."""
+    file = folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(recipe_values(folder, **sections)))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG),
+               "--main_process_port", "0", "-m", "perceptiondlm.apps.cli", "train", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return recorded(folder)
+
+
+def recorded(folder: Path) -> list[float]:
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def sharded(**options) -> dict:
+    return {"trainer": {**STEPS, "per_device_train_batch_size": 2, **options}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One process's run: its trainer and folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train(small_recipe(folder, trainer=STEPS)), folder
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """The same with two processes: losses and folder."""
+    folder = tmp_path_factory.mktemp("split") / "run"
+    return launch(folder, **sharded()), folder
+
+
+def test_two_processes_have_the_losses_of_one(whole, split):
+    losses, folder = split
+    assert len(losses) == 20
+    assert losses == pytest.approx(losses_of(whole[0]), abs=1e-4)
+    assert (folder / "checkpoint-10" / "pytorch_model_fsdp_0" / "__1_0.distcp").exists()
+
+
+def test_a_resumed_sharded_run_equals_an_uninterrupted_one(split, tmp_path):
+    losses, folder = split
+    checkpoint = folder / "checkpoint-10"
+    assert launch(tmp_path / "run", "--resume", str(checkpoint), **sharded()) == losses
+    one, other = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_an_exported_sharded_checkpoint_generates_what_the_final_folder_does(
+    split, tmp_path, picture, blobs
+):
+    _, folder = split
+    exported = convert(folder / "checkpoint-20", tmp_path / "exported")
+    image, masks = picture(40, 60), blobs(40, 60, 3)
+    captions = []
+    for path in (folder, exported):
+        model = AutoModel.from_pretrained(path, trust_remote_code=True)
+        captions.append(model.diffusion_generate(image, masks, steps=4).token_ids)
+    assert captions[0] == captions[1]
+
+
+def test_lora_under_fsdp_has_the_losses_of_one_process(whole, tmp_path):
+    _, base = whole
+    sections = {
+        "model": {"checkpoint": str(base), "config": {}, "tokenizer": None},
+        "lora": {"r": 4},
+    }
+    steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 8}
+    losses = launch(tmp_path / "split", **sections, **sharded(**steps))
+    one = train(small_recipe(tmp_path / "one", **sections, trainer=steps))
+    assert losses == pytest.approx(losses_of(one), abs=1e-4)
+    saved = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("split", "one")]
+    assert saved[0].keys() == saved[1].keys()
+    AutoProcessor.from_pretrained(tmp_path / "split", trust_remote_code=True)
