@@ -1,7 +1,12 @@
 """What a PerceptionDLM checkpoint is: vision tower, language model, regions, special token ids."""
 
-from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers.utils.versions import require_version
+
+# First of all, so that an older version says what it lacks before an import of it fails.
+require_version("transformers>=5.17.0", "PerceptionDLM needs it: pip install -U transformers")
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig  # noqa: E402
 
 IMAGE_LAYOUTS = ("tiled", "anyres")
 REGION_LAYOUTS = ("released", "independent", "full")

@@ -82,7 +82,7 @@ async def read_body(request: Request, limits: Limits, budget: ByteBudget) -> byt
     declared = request.headers.get("content-length", "")
     try:
         if declared.isdigit() and int(declared) > limits.body_bytes:
-            raise _too_large(limits)
+            raise _too_large(limits.body_bytes)
         await asyncio.wait_for(_receive(request, data, limits, budget), limits.body_seconds)
     except ApiError:
         budget.give(len(data))
@@ -101,14 +101,13 @@ async def read_body(request: Request, limits: Limits, budget: ByteBudget) -> byt
 async def _receive(request: Request, data: bytearray, limits: Limits, budget: ByteBudget):
     async for chunk in request.stream():
         if len(data) + len(chunk) > limits.body_bytes:
-            raise _too_large(limits)
+            raise _too_large(limits.body_bytes)
         budget.take(len(chunk))
         data += chunk
 
 
-def _too_large(limits: Limits) -> ApiError:
-    most = limits.body_bytes / (1 << 20)
-    return ApiError(413, f"expected a body of at most {most:g} MiB, got more",
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"expected a body of at most {most / (1 << 20):g} MiB, got more",
                     code="request_too_large", headers={"Connection": "close"})
 
 
@@ -147,6 +146,33 @@ class SendTimeout:
             await asyncio.wait_for(send(message), self.seconds)
 
         await self.app(scope, receive, timed if scope["type"] == "http" else send)
+
+
+class MaxBody:
+    """ASGI middleware: a body of more than `most` bytes is refused with 413."""
+
+    def __init__(self, app, most: int):
+        self.app = app
+        self.most = most
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self.most:
+            return await _too_large(self.most).response()(scope, receive, send)
+        received = 0
+
+        async def counted():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.most:
+                raise HTTPException(413, f"expected a body of at most {self.most} bytes, got more")
+            return message
+
+        await self.app(scope, counted, send)
 
 
 class PatientProtocol(H11Protocol):

@@ -5,7 +5,7 @@ hardware, versions and git revision, as the runs recorded them.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .environment import run_environment
@@ -199,17 +199,25 @@ def _provenance(report: Mapping) -> str:
         "sources": "Files (SHA-256)",
         "environment": "This report",
     }
-    for field, name in names.items():
-        record = dict(report[field] or {})
+    records = {name: dict(report[field] or {}) for field, name in names.items()}
+    records["Exact judge"] = _run_of(records["Exact judge"], MEASURED_RUN)
+    runs = report.get("row_runs") or {}
+    records |= {f"Measurements in {path}": _run_of(run, run) for path, run in runs.items()}
+    for name, record in records.items():
         record.pop(THROUGHPUT, None)
-        if field == "measurements":
-            record = _run_of(record)
         if record.get("environment") == report["environment"]:
             record["environment"] = "as of this report"
         pairs = _flatten(record)
         if pairs:
             parts.append(f"**{name}**\n\n" + markdown_table(["", "recorded"], pairs))
     return "\n\n".join(parts)
+
+
+def _run_of(record: Mapping, names: Iterable[str]) -> dict:
+    """The named parts of a record, with what tells of the machine under `environment`."""
+    run = {name: record[name] for name in names if name in record and name not in ENVIRONMENT}
+    environment = {name: record[name] for name in ENVIRONMENT if name in record}
+    return run | ({"environment": environment} if environment else {})
 
 
 def _flatten(record: Mapping, prefix: str = "") -> list[list[str]]:

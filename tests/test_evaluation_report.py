@@ -260,3 +260,47 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         write_text(tmp_path / "a.txt", "new")
     assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_measurements_of_other_steps_are_taken_in_and_traced(tmp_path):
+    environment = {"hardware": {}, "versions": {}, "git_revision": "abc"}
+    run = {"model": "some/model", "weights": "f00d", "seed": 3, **environment}
+    sweep = {"rule": "factor", "value": 1.0, "steps": 8, "attribute_accuracy": 0.5}
+    sweep |= {"forwards_per_pass": 4.0, "seconds": 2.0}
+    latency = {"label": "together", "regions": 2, "latency": 0.1, "tokens_per_second": 30.0}
+    measured = {"regions": 9, "scenes": 2, "attribute_accuracy": 0.75, "exact_caption_rate": 0.25}
+    measured |= {"interference_rate": 0.125, "question_accuracy": 0.5, "questions": 8, **run}
+    measured |= {"per_attribute": {"shape": 0.75}, "questions_per_kind": {}}
+    averages = dict.fromkeys(("average_positive", "average_negative", "average"), 1.0)
+    contents = {
+        "scores": {"summary": averages, "regions": {}},
+        "measured": measured,
+        "sweep": {"rows": [sweep], **run},
+        "latency": {"rows": [latency], **run, "seed": 4},
+    }
+    for name, content in contents.items():
+        write_json(tmp_path / f"{name}.json", content)
+    files = {name: str(tmp_path / f"{name}.json") for name in contents}
+    given = ["--scores", files["scores"], "--measurements", files["measured"]]
+    rows = ["--rows", files["sweep"], files["latency"], "--output", str(tmp_path / "report")]
+    assert main(["evaluate", "report", *given, *rows]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    for line in (
+        "## Exact judge, 9 regions of 2 scenes",
+        "| captions with an attribute of another region | 12.50 |",
+        "| factor | 0.5 | 2 | 4 |",
+        f"**Measurements in {files['latency']}**",
+        "| weights | f00d |",
+        "| environment.git_revision | abc |",
+    ):
+        assert line in text
+    drawn = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert drawn == {"accuracy_seconds.png", "accuracy_forwards.png", "regions.png"}
+
+
+def test_rows_that_are_no_list_are_refused(tmp_path, capsys):
+    write_json(tmp_path / "scores.json", {"summary": {}, "regions": {}})
+    write_json(tmp_path / "rows.json", {"rows": 3})
+    given = ["--scores", str(tmp_path / "scores.json"), "--output", str(tmp_path / "report")]
+    assert main(["evaluate", "report", *given, "--rows", str(tmp_path / "rows.json")]) == 2
+    assert "expected a list of rows, got dict" in capsys.readouterr().err

@@ -1,8 +1,5 @@
 """LLaDA-V: its pictures, prompts and network, against a plain implementation."""
 
-import functools
-import subprocess
-import sys
 from pathlib import Path
 
 import llada_v_reference as plain
@@ -10,8 +7,8 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import TEXT, VISION, randomise
-from conversion_sources import VECTORS, case_names, replay_in_fresh_process
+from conversion_sources import case_names, replay_in_fresh_process
+from llada_v_models import deviation, maker
 from perceptiondlm.checkpoint_layouts import (
     PENULTIMATE_LAYER,
     SIGLIP2_SO400M_PATCH14_384,
@@ -19,43 +16,17 @@ from perceptiondlm.checkpoint_layouts import (
 )
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.visual_features import anyres_tokens
 from transformers import AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import get_relative_import_files
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUPED = {"num_key_value_heads": 2}
-# 7 cells a side; 30 pixels of 7-pixel patches: two pixels are no patch's, 4 cells a side
-ODD = {"image_size": 28, "patch_size": 4}
-RAGGED = {"image_size": 30, "patch_size": 7}
 
 
 @pytest.fixture(scope="session")
 def llava(load):
-    """A tiny LLaDA-V with loud random weights and its processor; the same pair for the same call."""
-    _, saved = load("released-llava")
-    recorded, _ = load("released-llava")
-
-    @functools.cache
-    def make(seed=0, grouped=False, most=4, shape=None):
-        base = recorded.config.to_dict()
-        text = TEXT | {"vocab_size": base["text_config"]["vocab_size"]}
-        base |= {
-            "text_config": text | (GROUPED if grouped else {}),
-            "vision_config": VISION | ({"odd": ODD, "ragged": RAGGED}[shape] if shape else {}),
-            "anyres_max_tiles": most,
-        }
-        config = PerceptionDLMConfig.from_dict(base)
-        model = PerceptionDLMForConditionalGeneration(config).eval()
-        randomise(model, seed)
-        options = {"chat_template": saved.chat_template, "image_token": saved.image_token}
-        return model, PerceptionDLMProcessor.from_config(config, saved.tokenizer, **options)
-
-    return make
-
-
-def deviation(got: torch.Tensor, expected: torch.Tensor) -> float:
-    assert got.shape == expected.shape
-    return float((got - expected).abs().max() / expected.abs().max())
+    """Makes tiny LLaDA-V models."""
+    return maker(load)
 
 
 def levels(inputs) -> np.ndarray:
@@ -73,7 +44,11 @@ def tokens_of(model, inputs) -> torch.Tensor:
 
 # Pictures. Sizes with maps of every kind: cropped above or at the sides, shrunk or not, one tile.
 SIZES = [(64, 64), (100, 30), (31, 99), (150, 120), (61, 47), (200, 7), (9, 170), (190, 185)]
-SHAPES = [{}, {"shape": "odd", "grouped": True, "most": 2}, {"shape": "ragged", "seed": 1}]
+SHAPES = [
+    {},
+    {"shape": "odd", "grouped": True, "most": 2},
+    {"shape": "ragged", "seed": 1},
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["even", "odd", "ragged"])
@@ -110,13 +85,8 @@ def test_one_to_36_tiles(llava, picture, count):
     assert len(inputs["pixel_values"]) == count[0] * count[1] + 1
     features = torch.randn(len(inputs["pixel_values"]), 64, 32, dtype=torch.float64)
     newline = torch.randn(32, dtype=torch.float64)
+    tokens = anyres_tokens(features, count, size[::-1], newline, model.config)
     expected = plain.rows_with_newlines(features, count, size, newline, 4)
-    model_newline = model.image_newline.data
-    try:
-        model.image_newline.data = newline
-        tokens = model.picture_tokens(features, [count], [size[::-1]])
-    finally:
-        model.image_newline.data = model_newline
     assert deviation(tokens, expected) < 1e-6
     assert len(tokens) == processor.image_processor.num_image_tokens(size, count)
 
@@ -247,6 +217,8 @@ def test_a_batch_of_different_pictures_equals_one_at_a_time(llava, picture):
 
 
 # What a checkpoint is.
+NAMES = ["name_or_path", "model_type ==", "model_type !=", "model_type in", "architectures"]
+NAMES += [quote + name for quote in "\"'" for name in ("llava", "llada-v", "llada_v", "LLaDA")]
 
 
 def test_the_published_vision_tower_has_the_released_shapes():
@@ -285,21 +257,11 @@ def test_a_saved_model_answers_alike_where_the_package_cannot_be_imported(conver
 
 def test_no_module_of_the_model_branches_on_a_models_name():
     """The layout is a property of the config; names are read by the conversion alone."""
-    needed = subprocess.run(
-        [sys.executable, "-c", "import perceptiondlm.modeling_perceptiondlm, sys; print(*(m.__file__"
-         " for n, m in sys.modules.items() if n.startswith('perceptiondlm.')), sep='\\n')"],
-        capture_output=True, text=True, check=True,
-    ).stdout.split()
-    paths = {Path(path) for path in needed} | {ROOT / "processing_perceptiondlm.py"}
-    assert {p.name for p in paths} >= {"modeling_perceptiondlm.py", "generation_diffusion.py"}
+    entries = ["modeling_perceptiondlm.py", "processing_perceptiondlm.py"]
+    paths = {ROOT / name for name in entries}
+    paths |= {Path(path) for name in entries for path in get_relative_import_files(ROOT / name)}
+    assert len(paths) == 9
     for path in paths:
-        code = path.read_text().lower()
-        for word in ("name_or_path", "model_type ==", "model_type !=", "model_type in",
-                     "'llava", '"llava', "'llada_v", '"llada-v', "architectures"):
-            own = "pretrained_model_" + word if word == "name_or_path" else ""
-            assert word not in (code.replace(own, "") if own else code), (path.name, word)
-
-
-def test_the_recorded_cases_are_the_ones_replayed():
-    assert case_names("llava") == ["llava_0", "llava_1", "llava_2"]
-    assert (VECTORS / "released-llava" / "vision" / "config.json").exists()
+        code = path.read_text().replace("pretrained_model_name_or_path", "")
+        for word in NAMES:
+            assert word not in code, (path.name, word)

@@ -121,7 +121,8 @@ def test_any_damaged_file_is_a_picture_or_refused(image, kind, data):
     try:
         image.save(buffer, kind)
     except (OSError, ValueError, KeyError):  # a mode that this kind of file cannot hold
-        image.convert("RGB").save(buffer, kind)
+        buffer = io.BytesIO()
+        Image.new("RGB", image.size, (9, 99, 199)).save(buffer, kind)
     content = bytearray(buffer.getvalue())
     for _ in range(data.draw(st.integers(0, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

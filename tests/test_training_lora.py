@@ -128,6 +128,17 @@ def test_a_resumed_lora_run_equals_an_uninterrupted_one(base, tmp_path):
     assert losses_of(resumed) == losses_of(whole)
 
 
+def test_an_adapter_starts_the_same_from_the_same_seed(base, tmp_path):
+    def start(seed):
+        recipe = lora_recipe(base, tmp_path, seed=seed)
+        torch.rand(seed + 1)  # whatever was drawn before
+        return build_trainer(recipe, arguments(recipe)).model.state_dict()
+
+    one, again, other = start(0), start(0), start(1)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_options_choose_the_rank_targets_and_whole_modules(base, tmp_path):
     options = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"],
                "dropout": 0.5, "alpha": 8}

@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 def build_model(recipe: Recipe):
     """The model, in training precision, and its processor."""
-    seed = recipe.trainer.get("seed", 42)
+    set_seed(recipe.trainer.get("seed", 42))
     if recipe.model.checkpoint is None:
-        model, processor = _from_scratch(recipe, seed)
+        model, processor = _from_scratch(recipe)
     else:
         model, processor = _from_checkpoint(recipe.model)
     if recipe.model.max_tiles is not None:
@@ -57,11 +57,10 @@ def load_processor(path: str, **place) -> PerceptionDLMProcessor:
     return PerceptionDLMProcessor(image_processor, tokenizer, **values)
 
 
-def _from_scratch(recipe: Recipe, seed: int):
+def _from_scratch(recipe: Recipe):
     tokenizer = _tokenizer(recipe.model)
     config = fresh_config(recipe.model.config, tokenizer, recipe.data)
     processor = PerceptionDLMProcessor.from_config(config, tokenizer)
-    set_seed(seed)
     if recipe.model.attn_implementation is not None:
         config._attn_implementation = recipe.model.attn_implementation
     model = PerceptionDLMForConditionalGeneration(config)

@@ -58,6 +58,7 @@ class DiffusionTrainer(Trainer):
         self.recipe = recipe
         self.loss_weighting = recipe.masking.loss_weighting
         self.processor = processor
+        self.sampler = None
         super().__init__(
             model=model,
             args=args,
@@ -76,7 +77,16 @@ class DiffusionTrainer(Trainer):
         args = self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         grouped = args.train_sampling_strategy == GROUPED
-        return EpochSampler(train_dataset or self.train_dataset, args.seed, batch, grouped)
+        dataset = train_dataset or self.train_dataset
+        self.sampler = EpochSampler(dataset, args.seed, batch, grouped)
+        return self.sampler
+
+    def _run_epoch(self, *args, epoch: int, **kwargs):
+        # when a run of several processes goes on within an epoch, the skipping loader hides the
+        # sampler from the Trainer's own notice of the epoch
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch)
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def get_train_dataloader(self):
         """A stream has divided its records among the processes itself."""

@@ -1,0 +1,124 @@
+"""What the page's painter sends, checked: a picture and its regions; and examples to start from."""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from ..image_processing_perceptiondlm import load_image, load_mask
+from .drawing import PALETTE
+from .serving_limits import (
+    Limits,
+    decode_data_url,
+    decode_mask,
+    decode_picture,
+    expect_masks,
+    read_mask,
+)
+
+PICTURE = "the picture"
+ENCODED = 1.4  # base64's bytes a byte, and a little
+EXAMPLE_SEEDS = (7, 11, 23, 42)
+
+
+def read_payload(text: str | None, limits: Limits) -> tuple[Image.Image | None, list]:
+    """The picture, upright RGB, and the regions as the painter describes them.
+
+    `text` is JSON: `picture`, a data URL or null, and `regions`, a list of `{"painted": data URL}`
+    (a mask at the painter's own scale), `{"exact": data URL}` or `{"box": [x0, y0, x1, y1]}`.
+    Raises ValueError for anything else.
+    """
+    if not text:
+        return None, []
+    if len(text) > ENCODED * 2 * limits.body_bytes:
+        raise ValueError(f"expected at most {limits.body_bytes >> 20} MiB of picture and masks")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON from the page, got: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("regions"), list):
+        raise ValueError("expected a picture and regions from the page")
+    if content.get("picture") is None:
+        return None, []
+    if not isinstance(content["picture"], str):
+        raise ValueError("expected the picture as data URL from the page")
+    data = decode_data_url(content["picture"], PICTURE, limits)
+    return load_image(decode_picture(data, PICTURE, limits)), content["regions"]
+
+
+def region_masks(
+    regions: list, size: tuple[int, int], limits: Limits
+) -> list[Image.Image]:
+    """The masks of `read_payload`'s regions, of the picture's size (width, height)."""
+    expect_masks(len(regions), size, limits)
+    masks = []
+    for k, region in enumerate(regions, 1):
+        try:
+            masks.append(load_mask(_mask(region, size, limits), size))
+        except ValueError as error:
+            raise ValueError(f"region {k}: {error}") from error
+    return masks
+
+
+def _mask(region, size: tuple[int, int], limits: Limits):
+    if not isinstance(region, dict) or len(region) != 1:
+        raise ValueError(f"expected one of painted, exact and box, got {str(region)[:60]}")
+    (kind, content), = region.items()
+    if kind == "painted" and isinstance(content, str):
+        mask = decode_mask(decode_data_url(content, "mask", limits), "mask", limits)
+        return fit_mask(mask.convert("RGBA").getchannel("A"), size)
+    if kind == "exact":
+        return read_mask(content, size, "mask", limits)
+    if kind == "box":
+        return read_mask({"box": content}, size, "box", limits)
+    raise ValueError(f"expected one of painted, exact and box, got {str(kind)[:60]!r}")
+
+
+def fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A mask (8-bit, 255 inside) at another scale: half of a pixel inside is inside, and what is
+    inside anywhere does not vanish."""
+    kind = Image.Resampling.BOX if mask.width > size[0] else Image.Resampling.BILINEAR
+    fitted = mask.resize(size, kind)
+    half = fitted.point([0] * 128 + [255] * 128)
+    return half if half.getbbox() else fitted.point([0] + [255] * 255)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A picture, its regions as masks, and a question."""
+
+    image: Image.Image
+    masks: list[Image.Image]
+    question: str
+
+    def to_dict(self) -> dict:
+        """As the painter loads it."""
+        masks = [data_url(mask) for mask in self.masks]
+        return {"picture": data_url(self.image), "regions": masks, "question": self.question}
+
+
+def examples() -> list[Example]:
+    """Synthetic scenes; none where the training code is not installed."""
+    try:
+        from ..training.scenes import render_scene
+    except ImportError:
+        return []
+    made = []
+    for seed in EXAMPLE_SEEDS:
+        scene = render_scene(seed, "heldout")
+        things = scene.objects[: len(PALETTE)]
+        masks = [Image.fromarray(thing.mask.astype(np.uint8) * 255) for thing in things]
+        question = scene.questions[0].question if scene.questions else ""
+        made.append(Example(scene.image, masks, question))
+    return made
+
+
+def data_url(picture: Image.Image, kind: str = "PNG") -> str:
+    """A picture as a data URL."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, quality=90)
+    content = base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{content}"
