@@ -11,6 +11,7 @@ import torch
 from .attention_structure import allowed_attention, attention_argument
 from .configuration_perceptiondlm import ROLE_CAPTION
 from .denoising_diffusion import State
+from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
 
 
 class KeyValueBuffer:
@@ -87,14 +88,7 @@ class AnswerNetwork:
         return torch.compile(self._step, dynamic=False, mode="reduce-overhead")
 
     def _prompt_embeds(self, inputs: dict) -> torch.Tensor:
-        names = (
-            "pixel_values",
-            "image_grids",
-            "image_sizes",
-            "region_patches",
-            "boxes",
-            "box_images",
-        )
+        names = PerceptionDLMImageProcessor.model_input_names
         features = {k: inputs[k] for k in names if k in inputs}
         embeds = self.model.embed_inputs(inputs["input_ids"], inputs["role_ids"], **features)
         return embeds[:, : self.prompt_length]

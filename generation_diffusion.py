@@ -455,9 +455,7 @@ def stop_sequences(options: DiffusionOptions, processor) -> tuple[tuple[int, ...
 
 def before_first(ids: list[int], sequences: Sequence[tuple[int, ...]]) -> list[int]:
     """What stands before the first of the sequences, or all."""
-    starts = (
-        i for s in sequences for i in range(len(ids)) if tuple(ids[i : i + len(s)]) == s
-    )
+    starts = (i for s in sequences for i in range(len(ids)) if tuple(ids[i : i + len(s)]) == s)
     return ids[: min(starts, default=len(ids))]
 
 

@@ -238,7 +238,9 @@ def _compressed_runs(data: bytes) -> list[int]:
     for byte in data:
         chunk = byte - 48
         if not 0 <= chunk < 64 or shift > 30:
-            raise ValueError(f"expected COCO RLE counts, got {chr(byte)!r} in them after {runs[-3:]}")
+            raise ValueError(
+                f"expected COCO RLE counts, got {chr(byte)!r} in them after {runs[-3:]}"
+            )
         value |= (chunk & 31) << shift
         shift += 5
         if chunk & 32:

@@ -8,7 +8,6 @@ vocabulary.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, SiglipVisionConfig
 from transformers import initialization as init
@@ -38,10 +37,9 @@ from .configuration_perceptiondlm import (
     PerceptionDLMConfig,
     PerceptionDLMTextConfig,
 )
+from .diffusion_loss import draw_masked, mask_rate, masked_loss
 from .generation_diffusion import DiffusionGenerationMixin
 from .visual_features import PICTURE_TOKENS, merge_patches, roi_align, tile_map
-
-MINIMUM_MASK_RATE = 1e-3  # LLaDA's eps: p = (1 - eps) t + eps
 
 
 class PerceptionDLMVisionModel(SiglipPreTrainedModel):
@@ -333,7 +331,11 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         return self.connector(merge_patches(features, self.config.spatial_merge_size))
 
     def _shares_gradients(self) -> bool:
-        return self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+        return (
+            self.training
+            and torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+        )
 
     def _unseen_picture(self) -> torch.Tensor:
         """Zero, by way of everything that sees: in sharded training each process has to give every
@@ -487,53 +489,18 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             hidden_states=states,
         )
         loss = logits = None
+        head = self.language_model.lm_head
         if labels is not None:
-            loss = self._loss(hidden, labels, masked, rate, loss_weighting)
+            loss = masked_loss(head(hidden[masked]), labels, masked, rate, loss_weighting)
+        elif isinstance(logits_to_keep, int):
+            logits = head(hidden[:, -logits_to_keep:])
         else:
-            keep = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
-            logits = self.language_model.lm_head(hidden[:, keep])
+            logits = head(hidden[:, logits_to_keep])
         output = PerceptionDLMOutput(loss, logits, tuple(states) if states is not None else None)
         return output if self._wants(return_dict, "return_dict") else output.to_tuple()
 
     def _wants(self, flag: bool | None, name: str) -> bool:
         return flag if flag is not None else bool(getattr(self.config, name))
-
-    def _loss(self, hidden, labels, masked, rate, weighting: str) -> torch.Tensor:
-        logits = self.language_model.lm_head(hidden[masked]).float()  # (masked, V)
-        losses = F.cross_entropy(logits, labels[masked], reduction="none")
-        return LOSS_WEIGHTINGS[weighting](losses, labels, masked, rate)
-
-
-def mask_rate(timesteps: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-    """Masking probability p (B,) of each sample, from t (B,) or a fresh uniform draw."""
-    if timesteps is None:
-        timesteps = torch.rand(labels.shape[0], device=labels.device)
-    return (1 - MINIMUM_MASK_RATE) * timesteps + MINIMUM_MASK_RATE
-
-
-def draw_masked(labels: torch.Tensor, rate: torch.Tensor, noise: torch.Tensor | None):
-    """Bool (B, L): labelled positions whose draw falls under the sample's rate."""
-    if noise is None:
-        noise = torch.rand(labels.shape, device=labels.device)
-    return (noise < rate[:, None]) & (labels >= 0)
-
-
-def inverse_rate_loss(losses, labels, masked, rate) -> torch.Tensor:
-    """LLaDA's bound: each loss over its sample's p and label count, over the batch size."""
-    counts = (labels >= 0).sum(1).clamp(min=1)
-    weights = (1 / (rate * counts))[:, None].expand_as(masked)[masked]
-    return (losses * weights).sum() / labels.shape[0]
-
-
-def unweighted_loss(losses, labels, masked, rate) -> torch.Tensor:
-    """Each sample's mean over its masked positions, averaged over the batch."""
-    weights = (1 / masked.sum(1).clamp(min=1))[:, None].expand_as(masked)[masked]
-    return (losses * weights).sum() / labels.shape[0]
-
-
-LOSS_WEIGHTINGS = {"inverse_rate": inverse_rate_loss, "none": unweighted_loss}
 
 
 def _splice(embeds, places, tokens, name: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from ..attention_structure import allowed_attention, attention_argument
 from ..configuration_perceptiondlm import ROLE_CAPTION
+from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 
 
 @torch.no_grad()
@@ -17,18 +18,8 @@ def caption_regions_plainly(model, inputs: dict, steps: int) -> list[list[int]]:
 
     `inputs` are the processor's tensors in the released layout; rows run one after another.
     """
-    pictures = {
-        k: inputs[k]
-        for k in (
-            "pixel_values",
-            "image_grids",
-            "image_sizes",
-            "region_patches",
-            "boxes",
-            "box_images",
-        )
-        if k in inputs
-    }
+    names = PerceptionDLMImageProcessor.model_input_names
+    pictures = {k: inputs[k] for k in names if k in inputs}
     prompt_embeds = model.embed_inputs(inputs["input_ids"], inputs["role_ids"], **pictures)
     return [
         _caption_row(model, inputs, prompt_embeds, row, steps) for row in range(len(prompt_embeds))

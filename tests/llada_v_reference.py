@@ -113,8 +113,8 @@ def visual_tokens(network: reference.Network, pictures: list[Image.Image]) -> li
     side = network.config.vision_config.image_size
     newline = network.weights["image_newline"]
     if len(pictures) > 1:
-        tiles = [cut_padded(picture, side) for picture in pictures]
-        return [torch.cat([network.vision(reference.normalise(t))[0], newline[None]]) for t in tiles]
+        tiles = [reference.normalise(cut_padded(picture, side)) for picture in pictures]
+        return [torch.cat([network.vision(tile)[0], newline[None]]) for tile in tiles]
     out = []
     for picture in pictures:
         canvas = best_canvas(*picture.size, side)

@@ -1,5 +1,6 @@
 """LLaDA-V's answers: its schedule, where they stop, and the faster ways, against plain loops."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from perceptiondlm.denoising_diffusion import (
 from perceptiondlm.generation_diffusion import DiffusionOptions, before_first
 from safetensors.torch import load_file
 
-RECORDED = ["llava_0", "llava_1", "llava_2"]
 STOP = ("eot_token_id",)
 BOTH = ("eot_token_id", "mask_token_id")
 # size, new tokens, steps, block, what differs from the tiny default
@@ -28,9 +28,9 @@ CASES = [
     ((61, 47), 14, 10, 7, {"shape": "ragged", "seed": 1}),
     ((190, 185), 12, 8, 6, {"seed": 2, "grouped": True}),
     (None, 10, 4, 10, {"seed": 3}),
-    *[((40, 40), 12, 12, 12, {"seed": seed, "loud": STOP}) for seed in range(4)],
-    *[((31, 99), 12, 6, 4, {"seed": seed, "loud": STOP, "grouped": True}) for seed in range(4, 8)],
-    *[((40, 40), 12, 12, 4, {"seed": seed, "loud": BOTH}) for seed in range(8, 12)],
+    *[(None, 12, 12, 12, {"seed": seed, "loud": STOP}) for seed in range(4)],
+    *[((40, 40), 12, 6, 4, {"seed": seed, "loud": STOP, "grouped": True}) for seed in range(4, 8)],
+    *[(None, 12, 12, 4, {"seed": seed, "loud": BOTH}) for seed in range(8, 12)],
 ]
 
 
@@ -42,9 +42,11 @@ def llava(load):
 
 @pytest.fixture(scope="session")
 def expected(llava, picture):
-    """The plain answer of a case: ids, and where they stop."""
+    """The plain answer of a case, by its number: ids, and where they stop."""
 
-    def compute(case):
+    @functools.cache
+    def compute(number):
+        case = CASES[number]
         size, length, steps, block, changes = case
         model, processor = llava(**changes)
         config = model.config
@@ -69,28 +71,26 @@ def generate(llava, picture, case, **options):
     return model.diffusion_generate(image, prompts="What is it?", processor=processor, **options)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_answers_equal_the_plain_ones(llava, picture, expected, case):
-    ids, stop = expected(case)
-    out = generate(llava, picture, case)
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_answers_equal_the_plain_ones(llava, picture, expected, number):
+    ids, stop = expected(number)
+    out = generate(llava, picture, CASES[number])
     assert out.token_ids[0][0][:stop] == ids[:stop]
-    tokenizer = llava(**case[4])[1].tokenizer
+    tokenizer = llava(**CASES[number][4])[1].tokenizer
     kept = [token for token in ids[:stop] if token < len(tokenizer)]
     assert out.texts[0][0] == tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
 def test_the_cases_above_stop_and_meet_the_mask_token(llava, picture, expected):
     """Else stopping before everything is decoded, and masks that are chosen, would go untested."""
-    stops = [(expected(case)[1], case[1]) for case in CASES]
-    assert sum(stop < length for stop, length in stops) >= 4
-    assert any(0 < stop < length for stop, length in stops)
+    stops = [(expected(i)[1], case[1]) for i, case in enumerate(CASES)]
+    assert sum(0 < stop < length for stop, length in stops) >= 3
     changed = 0
-    for case in CASES[-4:]:
-        bans = [*llava(**case[4])[0].config.banned_token_ids, llava(**case[4])[0].config.mask_token_id]
-        free, banned = generate(llava, picture, case), generate(
-            llava, picture, case, banned_token_ids=bans
-        )
-        changed += free.token_ids != banned.token_ids
+    for case in (case for case in CASES if case[4].get("loud") == BOTH):
+        config = llava(**case[4])[0].config
+        banned = [*config.banned_token_ids, config.mask_token_id]
+        without = generate(llava, picture, case, banned_token_ids=banned)
+        changed += generate(llava, picture, case).token_ids != without.token_ids
     assert changed
 
 
@@ -98,8 +98,8 @@ def test_the_cases_above_stop_and_meet_the_mask_token(llava, picture, expected):
 MASK, LAST = 8, 7  # of nine tokens
 
 
-def decoded(tokens: list[int], confidence: list[float], rule) -> tuple[list[int], int]:
-    """What a network that always predicts `tokens` with `confidence` leads to, and its passes."""
+def decoded(tokens: list[int], confidence: list[float], block: int = 6) -> tuple[list[int], int]:
+    """Where a network leads that always predicts the same, a position a step, and its passes."""
     rest = (1 - torch.tensor(confidence, dtype=torch.float64)) / 8
     logits = rest.log()[:, None].repeat(1, 9)
     logits[range(len(tokens)), tokens] = torch.tensor(confidence, dtype=torch.float64).log()
@@ -107,40 +107,32 @@ def decoded(tokens: list[int], confidence: list[float], rule) -> tuple[list[int]
     blank = torch.ones(1, 1, n, dtype=torch.bool)
     state, forwards = denoise(
         lambda current, step: logits[None, None], State(torch.full((1, 1, n), MASK), blank, blank),
-        rule, Sampler(), MASK,
+        StopAt(BlockCommit(n, block, n // block), ((LAST,),)), Sampler(), MASK,
     )
     return state.tokens[0, 0].tolist(), int(forwards)
 
 
 def test_a_stop_that_comes_first_leaves_what_is_before_it_to_be_decoded():
     """The stop is the surest; positions 0 to 2 are then decoded, and what follows never is."""
-    ids, forwards = decoded(
-        [1, 2, 3, LAST, 4, 5], [0.3, 0.5, 0.4, 0.9, 0.8, 0.7], StopAt(BlockCommit(6, 6, 1), ((LAST,),))
-    )
+    ids, forwards = decoded([1, 2, 3, LAST, 4, 5], [0.3, 0.5, 0.4, 0.9, 0.8, 0.7])
     assert ids == [1, 2, 3, LAST, MASK, MASK]
     assert forwards == 4
 
 
 def test_what_was_committed_behind_a_stop_stays_but_is_not_answered():
-    ids, forwards = decoded(
-        [1, 2, LAST, 4, 5, 6], [0.3, 0.5, 0.8, 0.9, 0.4, 0.2], StopAt(BlockCommit(6, 6, 1), ((LAST,),))
-    )
+    ids, forwards = decoded([1, 2, LAST, 4, 5, 6], [0.3, 0.5, 0.8, 0.9, 0.4, 0.2])
     assert ids == [1, 2, LAST, 4, MASK, MASK]
     assert forwards == 4
     assert before_first(ids, [(LAST,)]) == [1, 2]
 
 
 def test_a_stop_found_later_but_standing_earlier_counts():
-    ids, _ = decoded(
-        [1, LAST, 3, LAST, 4, 5], [0.3, 0.5, 0.4, 0.9, 0.8, 0.7], StopAt(BlockCommit(6, 6, 1), ((LAST,),))
-    )
+    ids, _ = decoded([1, LAST, 3, LAST, 4, 5], [0.3, 0.5, 0.4, 0.9, 0.8, 0.7])
     assert ids == [1, LAST, MASK, LAST, MASK, MASK]
 
 
 def test_blocks_behind_a_stop_are_not_begun():
-    ids, forwards = decoded(
-        [1, LAST, 3, 4, 5, 6], [0.3, 0.9, 0.5, 0.9, 0.9, 0.9], StopAt(BlockCommit(6, 2, 3), ((LAST,),))
-    )
+    ids, forwards = decoded([1, LAST, 3, 4, 5, 6], [0.3, 0.9, 0.5, 0.9, 0.9, 0.9], block=2)
     assert ids == [1, LAST, MASK, MASK, MASK, MASK] and forwards == 2
 
 
@@ -165,11 +157,9 @@ def test_stopping_equals_the_plain_loop(seed):
     )
     got = state.tokens[0, 0].tolist()
     assert int(before_stop(state, rule.sequences).sum()) == end
-    # the released loop leaves a position that it took the mask token for, once a stop ends its
-    # block; here it is still decoded while there are steps left
-    pairs = [(a, b) for a, b in zip(got[:end], ids[:end], strict=True) if b != MASK]
-    assert all(a == b for a, b in pairs)
-    assert len(pairs) >= end - 1
+    if end < length:  # positions that the mask token was chosen for are left there, decoded here
+        got = [MASK if theirs == MASK else ours for ours, theirs in zip(got, ids, strict=True)]
+    assert got[:end] == ids[:end]
 
 
 def test_text_is_cut_by_the_stops_ids_and_by_its_letters(llava, picture):
@@ -199,7 +189,7 @@ def test_stop_strings_are_a_list_of_texts(stops):
 # The faster ways, on the recorded checkpoint.
 
 
-@pytest.fixture(params=RECORDED)
+@pytest.fixture(params=["llava_0", "llava_1", "llava_2"])
 def recorded(request, vectors, load):
     """A function that answers a recorded case with further options, and the recorded ids."""
     entries = json.loads((vectors / "manifest.json").read_text())["llava_cases"]
@@ -248,11 +238,10 @@ def test_accepting_nothing_early_is_the_released_schedule(recorded):
     assert out.token_ids == [[ids]]
 
 
+@pytest.mark.parametrize("recorded", ["llava_1"], indirect=True)
 def test_the_compiled_step_gives_the_recorded_answer(recorded, monkeypatch):
     """Traced as for compilation, run without generating code, which would take a minute."""
     answer, ids = recorded
     compile_step = torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, **_: compile_step(step, backend="eager"))
     assert answer(compile=True).token_ids == [[ids]]
-    assert answer(compile=True, prompt_cache=1).token_ids == [[ids]]
-    torch.compiler.reset()

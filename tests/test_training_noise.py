@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from perceptiondlm.modeling_perceptiondlm import MINIMUM_MASK_RATE, draw_masked, mask_rate
+from perceptiondlm.diffusion_loss import MINIMUM_MASK_RATE, draw_masked, mask_rate
 from perceptiondlm.training.recipe import MaskingRecipe
 from perceptiondlm.training.samples import DiffusionCollator, Sample, choose_regions, draw_prompts
 from safetensors.torch import load_file

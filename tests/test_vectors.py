@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from perceptiondlm.attention_structure import allowed_attention
 from perceptiondlm.image_processing_perceptiondlm import choose_grid
-from perceptiondlm.modeling_perceptiondlm import allowed_attention, roi_align
+from perceptiondlm.visual_features import roi_align
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..modeling_perceptiondlm import LOSS_WEIGHTINGS
+from ..diffusion_loss import LOSS_WEIGHTINGS
 
 
 @dataclass(frozen=True)

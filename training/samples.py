@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..modeling_perceptiondlm import MINIMUM_MASK_RATE
+from ..diffusion_loss import MINIMUM_MASK_RATE
 from ..processing_perceptiondlm import PerceptionDLMProcessor, TokenSequence, pad_sequences
 from .recipe import MaskingRecipe
 
