@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test tiny clean
+.PHONY: demo test tiny report clean
 
 demo: .venv/.ready
 	$(BIN)/python -m perceptiondlm.apps.demo --output outputs/demo
@@ -14,6 +14,28 @@ test: .venv/.ready
 
 tiny: .venv/.ready
 	$(BIN)/perceptiondlm train configs/tiny.yaml
+
+# What evaluation/examples holds: the embedded model on scenes that it has not seen.
+EVALUATE := $(BIN)/perceptiondlm evaluate
+EMBEDDED := --model . --subfolder tiny
+SEED := 100000
+report: .venv/.ready
+	$(EVALUATE) synthetic $(EMBEDDED) --scenes 500 --seed $(SEED) --output outputs/measured.json
+	$(EVALUATE) synthetic write --scenes 500 --start $(SEED) --output outputs/scenes
+	$(EVALUATE) predict $(EMBEDDED) --benchmark outputs/scenes --batch-size 16 --restart \
+	    --output outputs/captions.json
+	$(EVALUATE) synthetic judge --benchmark outputs/scenes --predictions outputs/captions.json \
+	    --output outputs/answers.json
+	$(EVALUATE) score --annotations outputs/scenes --answers outputs/answers.json \
+	    --output outputs/scores.json
+	$(EVALUATE) sweep $(EMBEDDED) --scenes 200 --seed $(SEED) --steps 2,4,full \
+	    --rules fixed,threshold:0.9,threshold:0.7,factor:1.0,entropy_bound:0.1 \
+	    --output outputs/sweep.json
+	$(EVALUATE) latency $(EMBEDDED) --output outputs/latency.json
+	$(EVALUATE) report --scores outputs/scores.json --predictions outputs/captions.json \
+	    --answers outputs/answers.json --measurements outputs/measured.json \
+	    --rows outputs/sweep.json outputs/latency.json --output evaluation/examples \
+	    --title "Embedded model on 500 held-out synthetic scenes"
 
 # Pixels are compared to the last bit and Pillow 13 changed the order of its resize passes, while
 # gradio still asks for an older one: so Pillow comes last, by itself.
