@@ -1,5 +1,5 @@
 """What the benchmarks run: a model of random weights, a tokenizer that knows the special tokens,
-and region inputs of a given number of regions and images."""
+and inputs: pictures with regions, or with a question where the model knows no regions."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ..configuration_perceptiondlm import PerceptionDLMConfig
+from ..configuration_perceptiondlm import FLAGSHIP_VISION, PerceptionDLMConfig
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 
@@ -30,8 +30,24 @@ CPU_PRESET = {
         "num_attention_heads": 8,
     },
 }
+# LLaDA-V: up to 36 tiles, whose map is shrunk to four tiles' worth of cells; no regions.
+LLAVA_LAYOUT = {"image_layout": "anyres", "spatial_merge_size": 1, "num_region_prompts": 0}
+LLAVA_CPU_PRESET = {
+    **CPU_PRESET,
+    **LLAVA_LAYOUT,
+    "vision_config": {**CPU_PRESET["vision_config"], "image_size": 384, "patch_size": 28},
+}
+LLAVA_8B_PRESET = {
+    **LLAVA_LAYOUT,
+    "vision_config": {**FLAGSHIP_VISION, "image_size": 384, "patch_size": 14},
+}
 # name: (config fields, dtype)
-PRESETS = {"cpu": (CPU_PRESET, torch.float32), "8b": ({}, torch.bfloat16)}
+PRESETS = {
+    "cpu": (CPU_PRESET, torch.float32),
+    "8b": ({}, torch.bfloat16),
+    "llada-v-cpu": (LLAVA_CPU_PRESET, torch.float32),
+    "llada-v-8b": (LLAVA_8B_PRESET, torch.bfloat16),
+}
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -98,6 +114,14 @@ def set_layout(model, tokenizer, layout: str) -> PerceptionDLMProcessor:
     return PerceptionDLMProcessor.from_config(model.config, tokenizer)
 
 
+def question_inputs(processor, images: int, max_new_tokens: int) -> dict:
+    """Inputs for a question about each of `images` noise pictures."""
+    random = np.random.default_rng(0)
+    pictures = [[_noise(random)] for _ in range(images)]
+    prompts = ["Please describe the image in detail."] * images
+    return processor(pictures, prompts=prompts, max_new_tokens=max_new_tokens)
+
+
 def region_inputs(processor, regions: int, images: int, caption_length: int) -> dict:
     """Inputs for `images` noise pictures with `regions` boxes each, split into passes."""
     random = np.random.default_rng(0)
@@ -105,12 +129,17 @@ def region_inputs(processor, regions: int, images: int, caption_length: int) -> 
     most = processor.image_processor.num_region_prompts
     pictures, masks = [], []
     for _ in range(images):
-        picture = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        picture = _noise(random)
         boxes = [_random_box(random, width, height) for _ in range(regions)]
         for first in range(0, regions, most):
             pictures.append(picture)
             masks.append(boxes[first : first + most])
     return processor(pictures, masks=masks, caption_length=caption_length)
+
+
+def _noise(random) -> Image.Image:
+    width, height = PICTURE_SIZE
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def _random_box(random, width: int, height: int) -> dict:

@@ -102,7 +102,8 @@ def make_config(tokenizer):
             "caption_token_ids": ids([f"<|Mask_Cap_{i}|>" for i in range(16)]),
         }
         return PerceptionDLMConfig(
-            text_config=TEXT | (text or {}), vision_config=VISION | (vision or {}),
+            text_config=TEXT | (text or {}),
+            vision_config=VISION | (vision or {}),
             **(options | changes),
         )
 

@@ -201,7 +201,9 @@ class Network:
         angle = torch.as_tensor(positions).double()[:, None] * frequency.double()
         for i in range(config.num_hidden_layers):
             hidden = self.text_layer(hidden, angle, allowed, f"language_model.model.layers.{i}.")
-        return self.linear(self.rms_norm(hidden, "language_model.model.norm"), "language_model.lm_head")
+        return self.linear(
+            self.rms_norm(hidden, "language_model.model.norm"), "language_model.lm_head"
+        )
 
     def text_layer(self, hidden, angle, allowed, name):
         config = self.config.text_config
@@ -268,7 +270,9 @@ SYSTEM = (
 ASK = "Describe each masked region in detail.<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n"
 
 
-def released_sequence(tokenizer, visual: int, captions: list[list[int]], replay: int = 16) -> Sequence:
+def released_sequence(
+    tokenizer, visual: int, captions: list[list[int]], replay: int = 16
+) -> Sequence:
     """The released region prompt; `captions` are the ids of each slot (masks, or a text)."""
     prompt = Prompt(tokenizer)
     prompt.text(SYSTEM)
@@ -287,9 +291,7 @@ def released_sequence(tokenizer, visual: int, captions: list[list[int]], replay:
         end = prompt.text("\n") if k + 1 < len(captions) else prompt.token("<|eot_id|>")
         blocks.append(marker + answers[-1] + end)
     allowed = draw_released(len(prompt.ids), replays, blocks)
-    return Sequence(
-        prompt.ids, list(range(len(prompt.ids))), allowed, pictures, replays, answers
-    )
+    return Sequence(prompt.ids, list(range(len(prompt.ids))), allowed, pictures, replays, answers)
 
 
 def draw_released(length: int, replays, blocks) -> torch.Tensor:
@@ -415,7 +417,9 @@ def caption_regions(regions: Regions, tokenizer, length: int, steps: int) -> lis
             branch = regions.branch(tokenizer, k, slot)
             numbered += joint_remasking(
                 lambda ids, s=branch, k=k: regions.logits(s, ids, [regions.replays[k]]),
-                branch, steps, mask,
+                branch,
+                steps,
+                mask,
             )
     else:
         sequence = regions.sequence(tokenizer, [slot] * count)
@@ -446,14 +450,24 @@ def joint_remasking(predict, sequence: Sequence, steps: int, mask: int) -> list[
 
 
 def answer_question(
-    network: Network, tokenizer, pictures: list[Image.Image], question: str, *, length: int,
-    steps: int, block: int, cfg: float = 0.0, tree: bool = False,
+    network: Network,
+    tokenizer,
+    pictures: list[Image.Image],
+    question: str,
+    *,
+    length: int,
+    steps: int,
+    block: int,
+    cfg: float = 0.0,
+    tree: bool = False,
 ) -> list[int]:
     """The released image-level sampler."""
     side = network.config.vision_config.image_size
     grids = [best_grid(*p.size, side) if len(pictures) == 1 else (1, 1) for p in pictures]
-    visual = [network.vision(normalise(cut(p, g, side))).flatten(0, 1)
-              for p, g in zip(pictures, grids, strict=True)]
+    visual = [
+        network.vision(normalise(cut(p, g, side))).flatten(0, 1)
+        for p, g in zip(pictures, grids, strict=True)
+    ]
     mask = network.config.mask_token_id
     sequence = chat_sequence(tokenizer, [len(v) for v in visual], question, [mask] * length, tree)
     banned = network.config.banned_token_ids

@@ -74,8 +74,14 @@ def test_an_option_that_makes_no_sense_is_refused(options, message):
 @pytest.mark.xfail(strict=True, reason="types of these options are not checked")
 @pytest.mark.parametrize(
     "options",
-    [{"top_p": "0.5"}, {"banned_token_ids": "abc"}, {"banned_token_ids": [1.5]}, {"seed": 1.5},
-     {"adaptive": ["factor"]}, {"adaptive": "factor", "adaptive_verify": "1"}],
+    [
+        {"top_p": "0.5"},
+        {"banned_token_ids": "abc"},
+        {"banned_token_ids": [1.5]},
+        {"seed": 1.5},
+        {"adaptive": ["factor"]},
+        {"adaptive": "factor", "adaptive_verify": "1"},
+    ],
 )
 def test_an_option_of_another_type_is_refused(options):
     with pytest.raises(ValueError):
@@ -154,8 +160,11 @@ def test_too_few_instructions_are_refused(generate, image, masks):
 def test_a_mask_that_is_no_list_is_refused(generate, image, masks, form):
     from pycocotools import mask as coco
 
-    given = {"pil": Image.fromarray(masks[0]), "int": 5,
-             "rle": coco.encode(np.asfortranarray(masks[0]))}[form]
+    given = {
+        "pil": Image.fromarray(masks[0]),
+        "int": 5,
+        "rle": coco.encode(np.asfortranarray(masks[0])),
+    }[form]
     with pytest.raises(ValueError, match="expected a list of masks"):
         generate(image, given)
 

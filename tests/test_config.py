@@ -44,8 +44,16 @@ def test_the_flagship_has_the_released_vision_and_region_shapes(flagship):
 def test_the_text_model_agrees_with_the_renamed_lladas_config(flagship):
     path = ROOT / "tests" / "fixtures" / "llada-8b-instruct-hf" / "config.json"
     theirs, ours = json.loads(path.read_text()), flagship.config.text_config
-    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-              "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "hidden_act")
+    shared = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "hidden_act",
+    )
     assert {k: getattr(ours, k) for k in shared} == {k: theirs[k] for k in shared}
     assert ours.rope_parameters["rope_theta"] == theirs["rope_theta"]
 
@@ -61,7 +69,10 @@ def test_the_root_config_is_the_default_config():
 def test_the_root_config_maps_every_auto_class_to_a_class_that_is_there():
     auto_map = json.loads((ROOT / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {
-        "AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor",
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageTextToText",
+        "AutoProcessor",
         "AutoImageProcessor",
     }
     for reference in auto_map.values():
@@ -71,8 +82,11 @@ def test_the_root_config_maps_every_auto_class_to_a_class_that_is_there():
 
 def test_a_config_survives_saving(make_config, tmp_path):
     config = make_config(
-        region_layout="independent", roi_convention="aligned", num_region_prompts=3,
-        generation_defaults={"steps": 4}, text={"num_key_value_heads": 2, "rope_theta": 777.0},
+        region_layout="independent",
+        roi_convention="aligned",
+        num_region_prompts=3,
+        generation_defaults={"steps": 4},
+        text={"num_key_value_heads": 2, "rope_theta": 777.0},
     )
     config.save_pretrained(tmp_path)
     assert PerceptionDLMConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()

@@ -29,8 +29,11 @@ VOCAB = 52
 
 def blank(groups: int, n: int, batch: int = 1) -> State:
     shape = (batch, groups, n)
-    return State(torch.full(shape, MASK), torch.ones(shape, dtype=torch.bool),
-                 torch.ones(shape, dtype=torch.bool))
+    return State(
+        torch.full(shape, MASK),
+        torch.ones(shape, dtype=torch.bool),
+        torch.ones(shape, dtype=torch.bool),
+    )
 
 
 def prediction(confidence, tokens=None) -> Prediction:
@@ -180,7 +183,10 @@ def test_block_commit_equals_the_plain_loop(length, block, steps):
 def test_block_commit_never_looks_ahead():
     states = history(fixed([[0.1, 0.2, 0.8, 0.9]]), blank(1, 4), BlockCommit(4, 2, 2))
     assert [s.tokens.flatten().tolist() for s in states] == [
-        [MASK, 1, MASK, MASK], [0, 1, MASK, MASK], [0, 1, MASK, 3], [0, 1, 2, 3],
+        [MASK, 1, MASK, MASK],
+        [0, 1, MASK, MASK],
+        [0, 1, MASK, 3],
+        [0, 1, 2, 3],
     ]
 
 
@@ -241,9 +247,7 @@ def test_factor_commits_the_longest_prefix_by_its_inequality(value):
 def test_entropy_bound_commits_while_all_but_the_largest_fit(value):
     confidence = [0.99, 0.7, 0.95, 0.9, 0.55]
     made = prediction([confidence])
-    entropies = [
-        -c * math.log(c) - (1 - c) * math.log((1 - c) / (VOCAB - 1)) for c in confidence
-    ]
+    entropies = [-c * math.log(c) - (1 - c) * math.log((1 - c) / (VOCAB - 1)) for c in confidence]
     assert made.entropy()[0, 0].tolist() == pytest.approx(entropies)
     accepted = EntropyBound(value)(made, torch.ones(1, 1, 5, dtype=torch.bool))[0, 0]
     chosen, order = set(), sorted(range(5), key=lambda i: entropies[i])
@@ -302,8 +306,12 @@ def test_passes_of_a_batch_finish_apart():
     both = torch.cat([sure(None, 0), unsure(None, 0)])
     seen = []
     state, forwards = denoise(
-        lambda tokens, step: both, blank(1, 4, batch=2), Adaptive(4, Threshold(0.9), 4),
-        Sampler(), MASK, on_step=lambda step, now: seen.append(now.tokens[0].clone()),
+        lambda tokens, step: both,
+        blank(1, 4, batch=2),
+        Adaptive(4, Threshold(0.9), 4),
+        Sampler(),
+        MASK,
+        on_step=lambda step, now: seen.append(now.tokens[0].clone()),
     )
     assert forwards.tolist() == [1, 4]
     assert all(torch.equal(tokens, seen[0]) for tokens in seen)
@@ -409,13 +417,19 @@ def test_top_p_keeps_the_likeliest_until_they_hold_p(p):
     for row, mask in zip(logits.numpy().reshape(-1, VOCAB), kept.reshape(-1, VOCAB), strict=True):
         order = np.argsort(-row)
         probabilities = np.exp(row.astype(np.float64)[order])
-        before = np.cumsum(probabilities / probabilities.sum()) - probabilities / probabilities.sum()
+        before = (
+            np.cumsum(probabilities / probabilities.sum()) - probabilities / probabilities.sum()
+        )
         assert set(np.where(mask)[0]) == set(order[before < p])
 
 
 def test_random_confidence_is_uniform_and_repeats():
-    made = [Sampler(remasking="random", generator=torch.Generator().manual_seed(s))(
-        logits_of(1, 1, 1000, VOCAB)) for s in (0, 0, 1)]
+    made = [
+        Sampler(remasking="random", generator=torch.Generator().manual_seed(s))(
+            logits_of(1, 1, 1000, VOCAB)
+        )
+        for s in (0, 0, 1)
+    ]
     assert torch.equal(made[0].confidence, made[1].confidence)
     assert not torch.equal(made[0].confidence, made[2].confidence)
     assert float(made[0].confidence.mean()) == pytest.approx(0.5, abs=0.05)

@@ -78,12 +78,24 @@ def test_answers_equal_the_plain_ones(make, picture, case, layout):
     images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
     network = reference.Network(model)
     expected = reference.answer_question(
-        network, processor.tokenizer, images, "What is there?", length=length, steps=steps,
-        block=block, cfg=cfg, tree=bool(layout),
+        network,
+        processor.tokenizer,
+        images,
+        "What is there?",
+        length=length,
+        steps=steps,
+        block=block,
+        cfg=cfg,
+        tree=bool(layout),
     )
     out = model.diffusion_generate(
-        images or None, prompts="What is there?", processor=processor, max_new_tokens=length,
-        steps=steps, block_length=block, cfg_scale=cfg,
+        images or None,
+        prompts="What is there?",
+        processor=processor,
+        max_new_tokens=length,
+        steps=steps,
+        block_length=block,
+        cfg_scale=cfg,
     )
     assert out.token_ids == [[expected]]
     assert not set(expected) & set(model.config.banned_token_ids)
@@ -157,7 +169,9 @@ def test_one_picture_serves_several_questions(make, picture):
     options = {"processor": processor, "max_new_tokens": 4}
     image = picture(61, 47)
     out = model.diffusion_generate(image, prompts=["What?", "Where is it?"], **options)
-    alone = [model.diffusion_generate(image, prompts=p, **options) for p in ("What?", "Where is it?")]
+    alone = [
+        model.diffusion_generate(image, prompts=p, **options) for p in ("What?", "Where is it?")
+    ]
     assert out.token_ids == [answer.token_ids[0] for answer in alone]
 
 
@@ -168,13 +182,21 @@ def test_a_conversation_made_by_the_chat_template_is_answered(make, picture):
     model, processor = make()
     image = picture(61, 47)
     turns = [
-        {"role": "user", "content": [{"type": "image", "image": image},
-                                     {"type": "text", "text": "What is there?"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": image},
+                {"type": "text", "text": "What is there?"},
+            ],
+        },
         {"role": "assistant", "content": [{"type": "text", "text": "a red circle"}]},
         {"role": "user", "content": [{"type": "text", "text": "Where?"}]},
     ]
     inputs = processor.apply_chat_template(
-        turns, tokenize=True, return_dict=True, add_generation_prompt=True,
+        turns,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
         processor_kwargs={"max_new_tokens": 5},
     )
     out = model.diffusion_generate(inputs=inputs, processor=processor, steps=5)
@@ -189,18 +211,24 @@ def test_a_conversation_made_by_the_chat_template_is_answered(make, picture):
         "<|start_header_id|>assistant<|end_header_id|>\n"
     )
     assert ids == prompt.ids + [model.config.mask_token_id] * 5
-    assert len(out.token_ids[0][0]) == 5 and out.texts == [[processor.decode_answer(
-        out.token_ids[0][0])]]
+    assert len(out.token_ids[0][0]) == 5 and out.texts == [
+        [processor.decode_answer(out.token_ids[0][0])]
+    ]
 
 
 def test_prepared_questions_equal_prompts(make, picture):
     model, processor = make()
-    inputs = processor([[picture(61, 47)], [picture(40, 40)]], prompts=["What?", "Who is there?"],
-                       max_new_tokens=6)
+    inputs = processor(
+        [[picture(61, 47)], [picture(40, 40)]], prompts=["What?", "Who is there?"], max_new_tokens=6
+    )
     prepared = model.diffusion_generate(inputs=inputs, processor=processor, steps=3, cfg_scale=1.0)
     direct = model.diffusion_generate(
-        [picture(61, 47), picture(40, 40)], prompts=["What?", "Who is there?"],
-        processor=processor, max_new_tokens=6, steps=3, cfg_scale=1.0,
+        [picture(61, 47), picture(40, 40)],
+        prompts=["What?", "Who is there?"],
+        processor=processor,
+        max_new_tokens=6,
+        steps=3,
+        cfg_scale=1.0,
     )
     assert prepared.token_ids == direct.token_ids
 
@@ -212,9 +240,7 @@ def test_prepared_regions_equal_regions_in_area_order(make, scene, layout):
     inputs = processor(image, masks=masks, caption_length=5, return_region_orders=True)
     (order,) = inputs.pop("region_orders")
     prepared = model.diffusion_generate(inputs=inputs, processor=processor, steps=5)
-    direct = model.diffusion_generate(
-        image, masks, processor=processor, caption_length=5, steps=5
-    )
+    direct = model.diffusion_generate(image, masks, processor=processor, caption_length=5, steps=5)
     assert prepared.token_ids[0] == [direct.token_ids[0][k] for k in order]
 
 
@@ -249,8 +275,9 @@ def test_cached_steps_give_the_logits_of_a_full_forward_pass(make, scene, change
     image, masks = scene((61, 47), 4)
     network, inputs = network_of(model, processor, image, masks)
     for seed in range(3):
-        answer = torch.randint(0, 400, network.answer_ids.shape,
-                               generator=torch.Generator().manual_seed(seed))
+        answer = torch.randint(
+            0, 400, network.answer_ids.shape, generator=torch.Generator().manual_seed(seed)
+        )
         columns = torch.arange(answer.shape[1])[None]
         got = network(answer, seed, columns)
         whole = dict(inputs)
@@ -368,8 +395,16 @@ def test_an_option_changes_what_is_decoded(request, task, options):
 
 def test_every_option_has_a_test_here():
     tested = {name for _, options in OPTIONS for name in options}
-    elsewhere = {"top_k", "top_p", "stop_strings", "adaptive_verify", "compile", "batch_size",
-                 "generator", "return_history"}
+    elsewhere = {
+        "top_k",
+        "top_p",
+        "stop_strings",
+        "adaptive_verify",
+        "compile",
+        "batch_size",
+        "generator",
+        "return_history",
+    }
     assert tested | elsewhere == {f.name for f in dataclasses.fields(DiffusionOptions)}
 
 
@@ -388,8 +423,11 @@ def test_an_answer_ends_at_its_stop_string(make, picture):
     model, processor = make(seed=1)
     tokenizer = processor.tokenizer
     words = [tokenizer.decode([i]) for i in range(468)]
-    unclear = [i for i, word in enumerate(words)
-               if tokenizer(word, add_special_tokens=False)["input_ids"] != [i]]
+    unclear = [
+        i
+        for i, word in enumerate(words)
+        if tokenizer(word, add_special_tokens=False)["input_ids"] != [i]
+    ]
     options = {"processor": processor, "max_new_tokens": 8, "block_length": 2}
     options["banned_token_ids"] = unclear
     plain = model.diffusion_generate(picture(61, 47), prompts="What?", **options)
@@ -425,8 +463,11 @@ def test_a_batch_size_splits_the_batch_and_changes_nothing_else(make, scene, mon
     whole = model.diffusion_generate(images, masks, **options)
     rows = []
     encode = type(model).embed_inputs
-    monkeypatch.setattr(type(model), "embed_inputs",
-                        lambda self, ids, *a, **k: rows.append(len(ids)) or encode(self, ids, *a, **k))
+    monkeypatch.setattr(
+        type(model),
+        "embed_inputs",
+        lambda self, ids, *a, **k: rows.append(len(ids)) or encode(self, ids, *a, **k),
+    )
     split = model.diffusion_generate(images, masks, batch_size=2, **options)
     assert rows == [2, 1]
     assert split.token_ids == whole.token_ids and split.num_forwards == whole.num_forwards
@@ -460,7 +501,12 @@ def test_history_and_callback_see_every_step_in_the_order_of_the_masks(make, sce
     image, masks = scene((61, 47), 3)
     seen = []
     out = model.diffusion_generate(
-        image, masks, processor=processor, caption_length=4, steps=4, return_history=True,
+        image,
+        masks,
+        processor=processor,
+        caption_length=4,
+        steps=4,
+        return_history=True,
         callback=lambda step, ids: seen.append((step, ids)),
     )
     assert [step for step, _ in seen] == [0, 1, 2, 3]
@@ -506,11 +552,16 @@ def test_another_instruction_is_used(make, scene):
     image, masks = scene((61, 47), 2)
     options = {"processor": processor, "caption_length": 4}
     default = model.diffusion_generate(image, masks, **options)
-    same = model.diffusion_generate(image, masks, "Describe each masked region in detail.", **options)
+    same = model.diffusion_generate(
+        image, masks, "Describe each masked region in detail.", **options
+    )
     other = model.diffusion_generate(image, masks, "What color is it?", **options)
     assert same.token_ids == default.token_ids != other.token_ids
     pair = model.diffusion_generate(
-        [image, image], [masks, masks], ["What color is it?", processor.region_instruction], **options
+        [image, image],
+        [masks, masks],
+        ["What color is it?", processor.region_instruction],
+        **options,
     )
     assert pair.token_ids == [other.token_ids[0], default.token_ids[0]]
 

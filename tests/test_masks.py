@@ -79,8 +79,10 @@ def test_boxes_of_several_pictures_name_their_picture(process, picture, blobs):
     images = [picture(61, 47), picture(40, 90, seed=1)]
     out = process(images, [blobs(61, 47, count=2), blobs(40, 90, count=3, seed=1)])
     assert out["box_images"].tolist() == [0, 0, 1, 1, 1]
-    apart = [process(images[0], blobs(61, 47, count=2)),
-             process(images[1], blobs(40, 90, count=3, seed=1))]
+    apart = [
+        process(images[0], blobs(61, 47, count=2)),
+        process(images[1], blobs(40, 90, count=3, seed=1)),
+    ]
     for name in ("region_patches", "boxes"):
         assert torch.equal(out[name], torch.cat([o[name] for o in apart]))
 
@@ -172,8 +174,12 @@ def test_coco_rle_of_any_kind_is_the_same_region(region):
 def test_boxes_are_half_open_and_rounded():
     expected = np.zeros((17, 23), bool)
     expected[2:5, 3:9] = True
-    for box in ([3, 2, 9, 5], (3.2, 1.8, 8.9, 5.1), {"box": [3, 2, 9, 5]},
-                {"box": np.array([3.0, 2.0, 9.0, 5.0])}):
+    for box in (
+        [3, 2, 9, 5],
+        (3.2, 1.8, 8.9, 5.1),
+        {"box": [3, 2, 9, 5]},
+        {"box": np.array([3.0, 2.0, 9.0, 5.0])},
+    ):
         assert same(box, expected)
 
 

@@ -47,9 +47,7 @@ def test_features_and_replayed_regions_equal_the_plain_ones(make, picture, blobs
     inputs = setting.inputs(caption_length=2)
     features = setting.model.encode_images(inputs["pixel_values"], inputs["region_patches"])
     grids = [tuple(inputs["image_grids"][0].tolist())]
-    replayed = setting.model.replay_regions(
-        features, grids, inputs["boxes"], inputs["box_images"]
-    )
+    replayed = setting.model.replay_regions(features, grids, inputs["boxes"], inputs["box_images"])
     assert deviation(features, setting.plain.visual) < 1e-5
     assert deviation(replayed, torch.stack(setting.plain.replays)) < 1e-5
 
@@ -75,7 +73,9 @@ def test_logits_equal_each_branch_alone_in_the_independent_layout(make, picture,
     logits, regions = setting.model(**inputs).logits[0], inputs["region_ids"][0]
     trunk = regions == -1
     for k in range(len(setting.masks)):
-        branch = setting.plain.branch(setting.tokenizer, k, [setting.model.config.mask_token_id] * 5)
+        branch = setting.plain.branch(
+            setting.tokenizer, k, [setting.model.config.mask_token_id] * 5
+        )
         alone = setting.plain.logits(branch, replays=[setting.plain.replays[k]])
         own = trunk | (regions == k)
         assert inputs["input_ids"][0][own].tolist() == branch.ids
@@ -148,8 +148,10 @@ def test_the_loss_equals_the_plain_one(make, picture, blobs, t):
     setting = Setting(make, picture, blobs, CASES[2])
     captions = ["a red circle", "x", "the small green square sits left"]
     inputs = setting.inputs(captions=captions)
-    texts = [setting.tokenizer(captions[k], add_special_tokens=False)["input_ids"]
-             for k in setting.plain.order]
+    texts = [
+        setting.tokenizer(captions[k], add_special_tokens=False)["input_ids"]
+        for k in setting.plain.order
+    ]
     sequence = setting.plain.sequence(setting.tokenizer, texts)
     assert inputs["input_ids"][0].tolist() == sequence.ids
     first = sequence.answers[0][0] - 1
@@ -158,8 +160,12 @@ def test_the_loss_equals_the_plain_one(make, picture, blobs, t):
     noise = torch.rand(1, len(labels), generator=torch.Generator().manual_seed(1))
     loss = setting.model(**inputs, timesteps=torch.tensor([t]), noise=noise).loss
     expected = reference.diffusion_loss(
-        lambda ids: setting.plain.logits(sequence, ids), sequence.ids, labels, t,
-        noise[0].tolist(), setting.model.config.mask_token_id,
+        lambda ids: setting.plain.logits(sequence, ids),
+        sequence.ids,
+        labels,
+        t,
+        noise[0].tolist(),
+        setting.model.config.mask_token_id,
     )
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
@@ -222,8 +228,9 @@ def test_draws_are_torchs_and_so_repeat_with_a_seed(make, picture, blobs):
 def test_every_weight_that_takes_part_gets_a_gradient(make, picture, blobs):
     model, processor = make(seed=3)
     size = (61, 47)
-    inputs = processor(picture(*size), masks=blobs(*size, count=6),
-                       captions=["a", "b", "c", "d", "e", "f"])
+    inputs = processor(
+        picture(*size), masks=blobs(*size, count=6), captions=["a", "b", "c", "d", "e", "f"]
+    )
     draws = {"timesteps": torch.tensor([0.7]), "noise": torch.rand(inputs["labels"].shape)}
     model(**inputs, **draws).loss.backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -247,7 +254,10 @@ def test_roi_align_equals_the_plain_loops():
 def test_merged_patches_stand_row_by_row():
     features = torch.arange(16).view(1, 16, 1)  # a 4x4 grid of numbered patches
     assert merge_patches(features, 2)[0].tolist() == [
-        [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15],
+        [0, 1, 4, 5],
+        [2, 3, 6, 7],
+        [8, 9, 12, 13],
+        [10, 11, 14, 15],
     ]
 
 
@@ -281,7 +291,9 @@ def test_placeholders_that_do_not_match_their_tokens_are_refused(make, picture, 
     token = model.config.image_token_id if name == "picture" else model.config.roi_token_ids[0]
     count = int((ids == token).sum())
     ids[ids == token] = torch.tensor([token] * (count - 1) + [5])
-    with pytest.raises(ValueError, match=f"expected {count} {name} placeholders .* got {count - 1}"):
+    with pytest.raises(
+        ValueError, match=f"expected {count} {name} placeholders .* got {count - 1}"
+    ):
         model(**inputs)
 
 

@@ -89,9 +89,7 @@ def test_an_instruction_for_each_picture(processor, image, masks):
 
 
 @pytest.mark.parametrize("layout", ["processor", "tree"])
-def test_batches_pad_prompts_on_the_left_and_answers_on_the_right(
-    request, picture, blobs, layout
-):
+def test_batches_pad_prompts_on_the_left_and_answers_on_the_right(request, picture, blobs, layout):
     process = request.getfixturevalue(layout)
     sizes, counts = [(61, 47), (30, 170)], [1, 3]
     batch = process(
@@ -112,7 +110,8 @@ def test_batches_pad_prompts_on_the_left_and_answers_on_the_right(
 
 def test_padding_is_no_target(processor, picture, blobs):
     batch = processor(
-        [picture(61, 47), picture(30, 170)], masks=[blobs(61, 47, 1), blobs(30, 170, 2)],
+        [picture(61, 47), picture(30, 170)],
+        masks=[blobs(61, 47, 1), blobs(30, 170, 2)],
         captions=[["a ring"], ["a red circle", "a dog"]],
     )
     assert bool((batch["labels"][batch["attention_mask"] == 0] == -100).all())
@@ -122,10 +121,17 @@ def test_every_input_is_a_tensor_of_the_kind_the_model_takes(processor, image, m
     inputs = processor(image, masks=masks)
     kinds = {name: value.dtype for name, value in inputs.items()}
     assert kinds == {
-        "input_ids": torch.int64, "attention_mask": torch.int64, "position_ids": torch.int64,
-        "region_ids": torch.int64, "role_ids": torch.int64, "pixel_values": torch.float32,
-        "image_grids": torch.int64, "image_sizes": torch.int64, "region_patches": torch.bool,
-        "boxes": torch.float32, "box_images": torch.int64,
+        "input_ids": torch.int64,
+        "attention_mask": torch.int64,
+        "position_ids": torch.int64,
+        "region_ids": torch.int64,
+        "role_ids": torch.int64,
+        "pixel_values": torch.float32,
+        "image_grids": torch.int64,
+        "image_sizes": torch.int64,
+        "region_patches": torch.bool,
+        "boxes": torch.float32,
+        "box_images": torch.int64,
     }
     assert set(kinds) == set(processor.model_input_names)
 
@@ -168,19 +174,24 @@ def test_an_answer_is_a_target_closed_by_end_of_turn(processor, image):
     labels = inputs["labels"][0]
     expected = ids_of(processor, "a red circle") + [processor.eot_token_id]
     assert labels[labels != -100].tolist() == expected
-    padded = processor(image, prompts="What?", answers="a red circle", max_new_tokens=9)["labels"][0]
+    padded = processor(image, prompts="What?", answers="a red circle", max_new_tokens=9)["labels"][
+        0
+    ]
     assert padded[padded != -100].tolist() == expected + [processor.eot_token_id] * (
         9 - len(expected)
     )
 
 
 def test_the_template_renders_every_turn(processor):
-    text = processor.apply_chat_template([
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
-        {"role": "user", "content": "Sure?"},
-    ], add_generation_prompt=True)
+    text = processor.apply_chat_template(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
+            {"role": "user", "content": "Sure?"},
+        ],
+        add_generation_prompt=True,
+    )
     assert text == (
         "<|start_header_id|>system<|end_header_id|>\nBe brief.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n<img><IMG_CONTEXT></img>\nWhat?<|eot_id|>"
@@ -195,13 +206,17 @@ def test_conversations_are_tokenised_in_a_batch(processor, picture):
         content = [{"type": "image", "image": p} for p in pictures]
         return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
-    talks = [talk("Hi"), talk("What?", picture(100, 30)),
-             talk("How many?", picture(40, 40), picture(61, 47))]
+    talks = [
+        talk("Hi"),
+        talk("What?", picture(100, 30)),
+        talk("How many?", picture(40, 40), picture(61, 47)),
+    ]
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     batch = processor.apply_chat_template(talks, **options, processor_kwargs={"max_new_tokens": 4})
     direct = processor(
         [[], [picture(100, 30)], [picture(40, 40), picture(61, 47)]],
-        prompts=["Hi", "What?", "How many?"], max_new_tokens=4,
+        prompts=["Hi", "What?", "How many?"],
+        max_new_tokens=4,
     )
     assert set(batch) == set(direct)
     assert all(torch.equal(batch[name], direct[name]) for name in direct)
@@ -212,7 +227,8 @@ def test_text_is_taken_as_rendered(processor, image):
     inputs = processor(image, text=rendered)
     ids = inputs["input_ids"][0].tolist()
     assert [i for i in ids if i != processor.image_token_id] == [
-        i for i in ids_of(processor, rendered) if i != processor.image_token_id]
+        i for i in ids_of(processor, rendered) if i != processor.image_token_id
+    ]
     assert ids.count(processor.image_token_id) == 7 * 16  # six tiles and the thumbnail
 
 
@@ -272,9 +288,7 @@ def test_special_tokens_decode_to_nothing(processor):
         ({"images": 1, "masks": 1, "prompts": "<IMG_CONTEXT>"}, "1 picture placeholders"),
     ],
 )
-def test_inputs_that_do_not_fit_together_are_refused(
-    processor, image, masks, arguments, message
-):
+def test_inputs_that_do_not_fit_together_are_refused(processor, image, masks, arguments, message):
     given = dict(arguments)
     if "images" in given:
         given["images"] = image if given["images"] == 1 else [image] * given["images"]

@@ -20,13 +20,37 @@ from pycocotools import mask as coco
 
 # Fixed examples: a run either passes everywhere or fails everywhere.
 THROW = settings(
-    max_examples=100, deadline=None, derandomize=True, database=None,
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV",
-         "LAB", "I", "F", "I;16", "I;16B", "I;16L"]
+MODES = [
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "HSV",
+    "LAB",
+    "I",
+    "F",
+    "I;16",
+    "I;16B",
+    "I;16L",
+]
 SIDES = st.one_of(st.sampled_from([1, 2, 3]), st.integers(1, 90))
-TALL_OR_WIDE = st.tuples(st.just(1), st.integers(1, 3000)) | st.tuples(st.integers(1, 3000), st.just(1))
+TALL_OR_WIDE = st.tuples(st.just(1), st.integers(1, 3000)) | st.tuples(
+    st.integers(1, 3000), st.just(1)
+)
 SIZES = st.tuples(SIDES, SIDES) | TALL_OR_WIDE
 
 
@@ -56,9 +80,27 @@ def arrays(draw):
         | st.tuples(SIDES, SIDES, st.sampled_from([1, 2, 3, 4]))
         | st.tuples(st.sampled_from([1, 3, 4]), SIDES, SIDES)
     )
-    kind = draw(st.sampled_from(
-        ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "?", "c8", ">u2", ">f4"]
-    ))
+    kind = draw(
+        st.sampled_from(
+            [
+                "u1",
+                "u2",
+                "u4",
+                "u8",
+                "i1",
+                "i2",
+                "i4",
+                "i8",
+                "f2",
+                "f4",
+                "f8",
+                "?",
+                "c8",
+                ">u2",
+                ">f4",
+            ]
+        )
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     values = (rng.random(shape) * draw(st.sampled_from([0, 1, 1.5, 255, 70000]))).astype(kind)
     if values.dtype.kind == "f" and values.size and draw(st.booleans()):
@@ -71,12 +113,20 @@ def tensors(draw):
     array = draw(arrays())
     native = array.astype(array.dtype.newbyteorder("="))
     tensor = torch.from_numpy(np.asarray(native))
-    return tensor.to(torch.bfloat16) if draw(st.booleans()) and tensor.is_floating_point() else tensor
+    return (
+        tensor.to(torch.bfloat16) if draw(st.booleans()) and tensor.is_floating_point() else tensor
+    )
 
 
 ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.binary(max_size=20),
-    st.lists(st.integers(), max_size=5), st.lists(st.floats(), min_size=4, max_size=4),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=20),
+    st.lists(st.integers(), max_size=5),
+    st.lists(st.floats(), min_size=4, max_size=4),
     st.lists(st.lists(st.floats(), max_size=9), max_size=3),
     st.dictionaries(st.sampled_from(["size", "counts", "box", "polygons"]), st.none(), max_size=4),
 )
@@ -114,8 +164,11 @@ def test_anything_is_a_picture_or_refused(thing):
 
 
 @THROW
-@given(pil_images(st.tuples(SIDES, SIDES)), st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP"]),
-       st.data())
+@given(
+    pil_images(st.tuples(SIDES, SIDES)),
+    st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP"]),
+    st.data(),
+)
 def test_any_damaged_file_is_a_picture_or_refused(image, kind, data):
     buffer = io.BytesIO()
     try:
@@ -126,7 +179,7 @@ def test_any_damaged_file_is_a_picture_or_refused(image, kind, data):
     content = bytearray(buffer.getvalue())
     for _ in range(data.draw(st.integers(0, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    del content[data.draw(st.integers(0, len(content))):]
+    del content[data.draw(st.integers(0, len(content))) :]
     expect_picture(outcome(lambda: load_image(bytes(content))))
 
 
@@ -151,8 +204,11 @@ def test_anything_is_a_mask_or_refused(thing):
 
 
 @THROW
-@given(st.integers(0, 2**32 - 1), st.sampled_from([bool, np.uint8, np.int64, np.float16, np.float64]),
-       st.booleans())
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([bool, np.uint8, np.int64, np.float16, np.float64]),
+    st.booleans(),
+)
 def test_every_array_of_the_right_size_with_a_pixel_is_a_mask(seed, dtype, as_tensor):
     rng = np.random.default_rng(seed)
     values = (rng.random(SIZE[::-1]) < rng.random()).astype(dtype) * dtype(1)
@@ -183,8 +239,9 @@ def test_any_rle_text_is_a_mask_or_refused(chunks):
     expect_mask(outcome(lambda: load_mask({"size": [17, 23], "counts": text}, SIZE)))
 
 
-NUMBERS = st.one_of(st.integers(-50, 50), st.integers(), st.floats(), st.floats(-50, 50),
-                    st.just("3"), st.none())
+NUMBERS = st.one_of(
+    st.integers(-50, 50), st.integers(), st.floats(), st.floats(-50, 50), st.just("3"), st.none()
+)
 
 
 @THROW
@@ -225,7 +282,9 @@ def test_a_grid_has_no_more_tiles_than_allowed_and_none_is_closer(size, side, mo
     columns, rows = choose_grid(size, side, most)
     assert 1 <= columns * rows <= most
     distance = abs(size[0] / size[1] - columns / rows)
-    others = [abs(size[0] / size[1] - w / h) for w in range(1, most + 1) for h in range(1, most // w + 1)]
+    others = [
+        abs(size[0] / size[1] - w / h) for w in range(1, most + 1) for h in range(1, most // w + 1)
+    ]
     assert distance == min(others)
 
 
@@ -248,7 +307,9 @@ def test_any_picture_with_any_masks_makes_valid_inputs_or_is_refused(make, image
     rng = np.random.default_rng(seed)
     masks = [rng.random(image.size[::-1]) < 0.5 for _ in range(count)]
     inputs = outcome(lambda: processor(image, masks=masks, caption_length=3))
-    expected = 1 <= count <= 6 and all(mask.any() for mask in masks) and image.mode not in ("I", "F", "La")
+    expected = (
+        1 <= count <= 6 and all(mask.any() for mask in masks) and image.mode not in ("I", "F", "La")
+    )
     assert (inputs is not None) >= expected
     if inputs is None:
         return
@@ -262,8 +323,10 @@ def test_any_picture_with_any_masks_makes_valid_inputs_or_is_refused(make, image
 
 
 @settings(THROW, max_examples=15)
-@given(st.lists(st.tuples(st.tuples(SIDES, SIDES), st.integers(1, 6)), min_size=1, max_size=3),
-       st.sampled_from(["released", "independent"]))
+@given(
+    st.lists(st.tuples(st.tuples(SIDES, SIDES), st.integers(1, 6)), min_size=1, max_size=3),
+    st.sampled_from(["released", "independent"]),
+)
 @torch.no_grad()
 def test_any_batch_gives_finite_logits(make, picture, batch, layout):
     model, processor = make(region_layout=layout)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 GROUPED = {"text": {"num_key_value_heads": 2}}
 
 # Run in the fresh process. The installed package is blocked, so that all code comes from folders.
-SCRIPT = '''
+SCRIPT = """
 import json, sys, torch
 from pathlib import Path
 
@@ -66,7 +66,7 @@ for folder, options in {"whole": {}, "nested": {"subfolder": "tiny"}}.items():
     results["image_processor"][folder] = made(image, masks)["region_patches"].sum().item()
 results["sources"] = [m.__file__ for m in sys.modules.values() if getattr(m, "__file__", None)]
 print("RESULT" + json.dumps(results))
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,10 @@ def fresh(home):
     """What the fresh process found."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(home), str(ROOT)],
-        cwd=home, capture_output=True, text=True, timeout=300,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=_environment(home / "modules"),
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -92,7 +92,8 @@ def test_a_partition_holds_every_mask_once_in_as_few_groups_as_possible(count, m
 
 
 def test_an_epoch_captions_every_mask_of_every_picture_once(folder, processor):
-    files = [write_lines(folder / "a.jsonl", [region_record("0.jpg", 7), region_record("1.jpg", 2)])]
+    records = [region_record("0.jpg", 7), region_record("1.jpg", 2)]
+    files = [write_lines(folder / "a.jsonl", records)]
     dataset = region_set(processor, files)
     for epoch in (0, 1):
         samples = [dataset[epoch * len(dataset) + i] for i in range(len(dataset))]

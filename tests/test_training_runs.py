@@ -4,11 +4,12 @@ import functools
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
 from perceptiondlm.apps.cli import main
-from perceptiondlm.training.recipe import load_recipe
+from perceptiondlm.training.recipe import build_recipe, load_recipe
 from perceptiondlm.training.run import build_trainer, train
 from training_runs import arguments, losses_of, recipe_values, small_recipe, weights_of
 from transformers import AutoModel, AutoProcessor
@@ -194,6 +195,66 @@ def test_batches_hold_samples_of_like_length_and_an_epoch_all(recipe_of):
     assert spread < by_chance / 2
     sampler.set_epoch(1)
     assert sorted(sampler) == list(range(24, 48))
+
+
+@pytest.fixture
+def files(tmp_path, picture, monkeypatch):
+    """Data files of both kinds: six pictures with two boxes each, and a question about each."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    regions, conversations = [], []
+    for k in range(6):
+        picture(40, 40, seed=k).save(tmp_path / f"{k}.png")
+        masks = [{"box": [0, 0, 9, 9]}, {"box": [5, 5, 39, 30 + k]}]
+        captions = ["a red circle", "a small star"]
+        regions.append({"image": f"{k}.png", "masks": masks, "captions": captions})
+        turns = [{"from": "human", "value": "how many?"}, {"from": "gpt", "value": "two"}]
+        with_picture = {"image": f"{k}.png"} if k % 2 else {}
+        conversations.append({**with_picture, "conversations": turns})
+    for name, records in (("regions", regions), ("conversations", conversations)):
+        text = "\n".join(map(json.dumps, records))
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["regions", "conversations"])
+def test_a_run_on_files_resumes_exactly(files, tmp_path, kind, streaming):
+    def run(name, resume=None):
+        values = recipe_values(
+            tmp_path / name,
+            trainer={"max_steps": 4, "save_strategy": "steps", "save_steps": 2,
+                     "per_device_train_batch_size": 2},
+        )
+        data = {"kind": kind, "files": [str(files / f"{kind}.jsonl")], "streaming": streaming}
+        return losses_of(train(build_recipe({**values, "data": data}), resume=resume))
+
+    losses = run("run")
+    assert len(losses) == 4
+    assert run("again", resume=str(tmp_path / "run" / "checkpoint-2")) == losses
+
+
+def test_a_run_stops_with_the_reason_when_too_many_records_are_broken(files, tmp_path):
+    (files / "0.png").unlink()
+    values = recipe_values(tmp_path / "run")
+    data = {"kind": "regions", "files": [str(files / "regions.jsonl")], "max_broken_share": 0.1}
+    with pytest.raises(ValueError, match="1 of 6.*line 1"):
+        train(build_recipe({**values, "data": data}))
+
+
+def test_a_text_batch_gives_every_module_a_gradient_among_processes(make, monkeypatch):
+    model, processor = make(num_region_prompts=3)
+    inputs = processor(prompts="what?", answers="this")
+    torch.manual_seed(0)
+    alone = model(**inputs, timesteps=torch.ones(1)).loss
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model.train()
+    try:
+        loss = model(**inputs, timesteps=torch.ones(1)).loss
+        loss.backward()
+        assert loss.item() == pytest.approx(alone.item(), rel=1e-6)
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        model.eval().zero_grad()
 
 
 def test_the_saved_folder_captions_and_answers(recipe_of, tmp_path, picture, blobs):

@@ -131,7 +131,10 @@ def test_region_logits_are_the_recorded_ones(region):
 def test_captions_are_the_recorded_ones(region):
     masks, order = region.masks()
     out = region.model.diffusion_generate(
-        region.image, masks, processor=region.processor, steps=region.case["steps"],
+        region.image,
+        masks,
+        processor=region.processor,
+        steps=region.case["steps"],
         caption_length=region.case["gen_length"],
     )
     assert [out.token_ids[0][k] for k in order] == region.case["caption_ids_in_area_order"]
@@ -215,8 +218,11 @@ def test_llava_features_and_logits_are_the_recorded_ones(llava):
 @pytest.mark.parametrize("llava", LLAVAS, indirect=True)
 def test_llava_answers_are_the_recorded_ones(llava):
     out = llava.model.diffusion_generate(
-        llava.image, prompts=llava.case["prompt"], processor=llava.processor,
-        stop_strings=llava.case["stop"], **llava.options,
+        llava.image,
+        prompts=llava.case["prompt"],
+        processor=llava.processor,
+        stop_strings=llava.case["stop"],
+        **llava.options,
     )
     assert out.token_ids[0] == llava.recorded["generated_ids"].tolist()
 
@@ -239,7 +245,9 @@ def test_roi_align_of_scaled_boxes_is_torchvisions(vectors):
 def test_every_recorded_size_gets_the_recorded_grid(vectors):
     recorded = json.loads((vectors / "tiling_grids.json").read_text())
     rows = np.array(recorded["rows"])
-    got = [choose_grid((w, h), recorded["image_size"], recorded["max_tiles"]) for w, h in rows[:, :2]]
+    got = [
+        choose_grid((w, h), recorded["image_size"], recorded["max_tiles"]) for w, h in rows[:, :2]
+    ]
     assert len(rows) == 585
     assert np.array_equal(got, rows[:, 2:])
 
