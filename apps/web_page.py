@@ -20,10 +20,12 @@ from . import web_painter as painter  # noqa: E402
 from . import web_view as view  # noqa: E402
 from .captioner import MASKED, Step  # noqa: E402
 from .engine import Engine, EngineClosed, JobFailed, QueueFull, Ticket  # noqa: E402
-from .serving_jobs import ChatJob, RegionJob  # noqa: E402
 from .serving_http import MaxBody  # noqa: E402
+from .serving_jobs import ChatJob, RegionJob  # noqa: E402
 from .serving_limits import Limits, expect_at_most  # noqa: E402
+from .web_hands import HANDS_SCRIPT  # noqa: E402
 from .web_input import data_url, examples, read_payload, region_masks  # noqa: E402
+from .web_script import REGIONS_SCRIPT  # noqa: E402
 
 TITLE = "PerceptionDLM"
 LEAD = "Paint regions of a picture: they are described together, in one denoising process."
@@ -51,7 +53,7 @@ class Page:
         self.sam = sam
 
     def caption(self, payload: str, length: int, steps: int, pace: str) -> Iterator[tuple]:
-        """Yields (captions, progress, JSON) until all regions are described."""
+        """Yields (progress and captions, JSON) until all regions are described."""
         with shown_errors():
             picture, regions = self._read(payload)
             if not regions:
@@ -65,17 +67,17 @@ class Page:
             job = RegionJob(picture, tuple(masks))
             ticket = self.engine.submit(job, follow=True, **options)
         waiting = view.waiting_view(self.engine.queue_length)
-        yield view.captions_view([BLANK] * len(masks)), waiting, ""
+        yield waiting + view.captions_view([BLANK] * len(masks)), ""
         for step, seconds in self._follow(ticket):
             progress = view.progress_view(step, int(steps) * self._rounds(job), seconds)
-            yield view.captions_view(step.texts), progress, gr.skip()
+            yield progress + view.captions_view(step.texts), gr.skip()
         with shown_errors():
             result = ticket.result().result
         facts = view.facts_view(result, view.drawing_link(result))
-        yield view.captions_view(result.captions), facts, view.as_json(result)
+        yield facts + view.captions_view(result.captions), view.as_json(result)
 
-    def answer(self, payload: str, question: str, length: int) -> Iterator[tuple]:
-        """Yields (answer, progress) until the question is answered."""
+    def answer(self, payload: str, question: str, length: int) -> Iterator[str]:
+        """Yields progress and answer until the question is answered."""
         question = question.strip()
         with shown_errors():
             picture, _ = self._read(payload)
@@ -85,13 +87,13 @@ class Page:
             job = ChatJob.ask(picture, question)
             ticket = self.engine.submit(job, follow=True, max_new_tokens=int(length))
         waiting = view.waiting_view(self.engine.queue_length)
-        yield view.answer_view(question, BLANK), waiting
+        yield waiting + view.answer_view(question, BLANK)
         for step, seconds in self._follow(ticket):
             progress = view.progress_view(step, int(length), seconds)
-            yield view.answer_view(question, step.texts[0]), progress
+            yield progress + view.answer_view(question, step.texts[0])
         with shown_errors():
             result = ticket.result().result
-        yield view.answer_view(question, result.answers[0]), view.facts_view(result)
+        yield view.facts_view(result) + view.answer_view(question, result.answers[0])
 
     def outline(self, picture: str, x: float, y: float) -> dict:
         """The mask of what lies under a point of a picture (a data URL): `url`, or `problem`."""
@@ -145,7 +147,8 @@ def shown_errors():
     except (EngineClosed, CancelledError) as error:
         raise gr.Error("The server is shutting down.", title="Closing") from error
     except (ValueError, JobFailed) as error:
-        raise gr.Error(f"{html.escape(str(error), quote=False)}.", title="That does not work") from error
+        message = html.escape(str(error), quote=False)
+        raise gr.Error(f"{message}.", title="That does not work") from error
 
 
 def build(page: Page) -> gr.Blocks:
@@ -161,7 +164,7 @@ def build(page: Page) -> gr.Blocks:
                 gr.HTML(
                     painter.markup(page.limits, shown, regions=has_regions,
                                    sam=page.sam is not None),
-                    js_on_load=painter.SCRIPT, elem_id="pd-painter",
+                    js_on_load=REGIONS_SCRIPT + HANDS_SCRIPT, elem_id="pd-painter",
                     server_functions=[page.outline] if page.sam is not None else None,
                 )
             with gr.Column(scale=1, min_width=360), gr.Tabs():
@@ -178,7 +181,6 @@ def _region_tab(page: Page, sent: gr.Textbox):
     with gr.Row(equal_height=True):
         go = gr.Button("Describe regions", variant="primary", elem_id="pd-go", scale=4)
         stop = gr.Button("Stop", elem_id="pd-stop", scale=1, min_width=80)
-    progress = gr.HTML(elem_id="pd-progress")
     captions = gr.HTML(view.EMPTY, elem_id="pd-list")
     with gr.Accordion("JSON", open=False, elem_id="pd-json"):
         code = gr.Code(language="json", buttons=["copy", "download"], max_lines=18,
@@ -191,7 +193,7 @@ def _region_tab(page: Page, sent: gr.Textbox):
         pace = gr.Dropdown(list(PACES), value=_pace_of(defaults.adaptive), label="Pace",
                            info="tokens committed at a step")
     running = go.click(
-        page.caption, [sent, length, steps, pace], [captions, progress, code], js=HAND_OVER,
+        page.caption, [sent, length, steps, pace], [captions, code], js=HAND_OVER,
         show_progress="hidden", concurrency_limit=CONCURRENT, concurrency_id="model",
         api_visibility="private",
     )
@@ -208,13 +210,12 @@ def _question_tab(page: Page, sent: gr.Textbox):
                           placeholder="What is in the picture?", elem_id="pd-question",
                           max_length=page.limits.text)
     ask = gr.Button("Ask", variant="primary", elem_id="pd-ask")
-    progress = gr.HTML()
     answer = gr.HTML(elem_id="pd-answer")
     with gr.Accordion("Decoding", open=False):
         length = gr.Slider(1, min(512, page.limits.new_tokens), defaults.max_new_tokens, step=1,
                            label="Tokens of the answer")
     gr.on([ask.click, question.submit], page.answer, [sent, question, length],
-          [answer, progress], js=HAND_OVER, show_progress="hidden",
+          answer, js=HAND_OVER, show_progress="hidden",
           concurrency_limit=CONCURRENT, concurrency_id="model", api_visibility="private")
 
 

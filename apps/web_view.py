@@ -9,7 +9,7 @@ from .drawing import colour_of, contrasting, draw_regions
 from .web_input import data_url
 
 CSS = """
-.gradio-container main {max-width: 1360px !important; margin: 0 auto !important}
+.gradio-container main {width: 100%; max-width: 1360px !important; margin: 0 auto !important}
 #pd-head h1 {margin: 0; font-size: 1.7rem; letter-spacing: -.02em}
 #pd-head p {margin: .15rem 0 0; color: var(--body-text-color-subdued)}
 .pd-empty {display: grid; place-items: center; min-height: 15rem; padding: 2rem; text-align: center;
@@ -30,11 +30,11 @@ CSS = """
 .pd-mask {display: inline-block; width: .72em; height: .72em; margin: 0 .09em;
   border-radius: .2em; background: var(--border-color-primary)}
 .pd-none {color: var(--body-text-color-subdued); font-style: italic}
-.pd-bar {height: 5px; border-radius: 3px; margin: .7rem 0 .35rem; overflow: hidden;
+.pd-bar {height: 5px; border-radius: 3px; margin: .2rem 0 .35rem; overflow: hidden;
   background: var(--border-color-primary)}
 .pd-bar i {display: block; height: 100%; background: var(--color-accent)}
 .pd-facts {display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; font-size: .86rem;
-  color: var(--body-text-color-subdued)}
+  margin-bottom: .8rem; color: var(--body-text-color-subdued)}
 .pd-facts b {color: var(--body-text-color); font-variant-numeric: tabular-nums}
 .pd-facts a {margin-left: auto}
 .pd-answer {padding: .8rem 1rem; border-radius: 12px; border: 1px solid var(--border-color-primary);

@@ -3,9 +3,10 @@
     python -m perceptiondlm.benchmarks.denoising --preset cpu --regions 4 --images 1 \\
         --methods published,independent-exact --repeats 3 --output result.json
 
-A row's `seconds` is the median over the repeats of generation alone (inputs ready on the device,
-the pictures' encoding included), its `ratio` the published way's seconds over it, for the same
-regions and images in the same run.
+Presets `llada-v-cpu` and `llada-v-8b` answer a question about each picture instead of captioning
+regions. A row's `seconds` is the median over the repeats of generation alone (inputs ready on the
+device, the pictures' encoding included), its `ratio` the published way's seconds over it, for the
+same regions and images in the same run.
 """
 
 import argparse
@@ -23,9 +24,16 @@ import transformers
 
 from ..configuration_perceptiondlm import ROLE_CAPTION
 from ..evaluation.files import write_json
-from .published import caption_regions_plainly
+from .published import answer_questions_plainly, caption_regions_plainly
 from .report import draw, table, update_readme
-from .workload import PRESETS, build_model, build_tokenizer, region_inputs, set_layout
+from .workload import (
+    PRESETS,
+    build_model,
+    build_tokenizer,
+    question_inputs,
+    region_inputs,
+    set_layout,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Method:
     exact: bool = True
 
 
-# The `published` method is `caption_regions_plainly`; these are ours.
+# The `published` method is one of `benchmarks.published`; these are ours.
 METHODS = {
     "released-exact": Method("released", {}),
     "released-cached": Method("released", {"prompt_cache": 0}, exact=False),
@@ -59,7 +67,7 @@ def measure(arguments) -> dict:
     floor = measure_floor(model, device)
     rows = []
     for images in arguments.images:
-        for regions in arguments.regions:
+        for regions in arguments.regions if model.config.num_region_prompts else [1]:
             rows += _measure_size(model, tokenizer, regions, images, arguments)
     for row in rows:
         row["floor_seconds"] = floor_seconds(row, floor, arguments)
@@ -121,13 +129,18 @@ def _runner(name, model, tokenizer, regions, images, arguments):
     positions of one, answer positions of one."""
     layout = "released" if name == "published" else METHODS[name].layout
     processor = set_layout(model, tokenizer, layout)
-    inputs = region_inputs(processor, regions, images, arguments.caption_length)
+    if model.config.num_region_prompts:
+        plainly = caption_regions_plainly
+        inputs = region_inputs(processor, regions, images, arguments.caption_length)
+    else:
+        plainly = answer_questions_plainly
+        inputs = question_inputs(processor, images, arguments.caption_length)
     inputs = {k: v.to(arguments.device) for k, v in inputs.items()}
 
     def run() -> int:
         set_layout(model, tokenizer, layout)
         if name == "published":
-            caption_regions_plainly(model, inputs, arguments.steps)
+            plainly(model, inputs, arguments.steps)
             return arguments.steps * len(inputs["input_ids"])
         options = dict(METHODS[name].options)
         steps = arguments.budget if options.pop("budget", False) else arguments.steps
@@ -261,7 +274,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=_integers, default=[1], help="say 1,8")
     parser.add_argument(
         "--methods",
-        default="published,independent-exact",
         help=f"among published,{','.join(METHODS)}",
     )
     parser.add_argument("--steps", type=int, default=32)
@@ -274,10 +286,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plots", type=Path, help="folder to draw the plots in")
     parser.add_argument("--readme", type=Path, help="README whose table to replace")
     parsed = parser.parse_args(arguments)
-    parsed.methods = parsed.methods.split(",")
+    answers = PRESETS[parsed.preset][0].get("num_region_prompts") == 0
+    best = "released-exact" if answers else "independent-exact"
+    parsed.methods = (parsed.methods or f"published,{best}").split(",")
+    released = [n for n, m in METHODS.items() if m.layout == "released"]
     unknown = sorted(set(parsed.methods) - {"published", *METHODS})
     if unknown:
         parser.error(f"expected methods among published, {', '.join(METHODS)}, got {unknown}")
+    if answers and set(parsed.methods) - {"published", *released}:
+        parser.error(f"expected methods among published, {', '.join(released)} for LLaDA-V")
     return parsed
 
 

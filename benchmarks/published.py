@@ -1,8 +1,9 @@
-"""The published way of captioning regions, written plainly, as the baseline of every ratio.
+"""The published ways of captioning regions (PerceptionDLM) and of answering (LLaDA-V), written
+plainly, as the baseline of every ratio.
 
 Every step runs the whole sequence through the network and its head, takes a float64 softmax over
-the whole vocabulary at every position, and re-masks with Python loops over positions. Nothing is
-cached but the picture's features.
+the whole vocabulary at every position, and re-masks or commits with Python loops over positions.
+Nothing is cached but the picture's features.
 """
 
 import torch
@@ -12,21 +13,31 @@ from ..configuration_perceptiondlm import ROLE_CAPTION
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 
 
-@torch.no_grad()
 def caption_regions_plainly(model, inputs: dict, steps: int) -> list[list[int]]:
     """Token ids of each row's answer positions, in order, after `steps` of joint re-masking.
 
     `inputs` are the processor's tensors in the released layout; rows run one after another.
     """
+    return _decode_rows(model, inputs, steps, remask_jointly, banned=[])
+
+
+def answer_questions_plainly(model, inputs: dict, steps: int) -> list[list[int]]:
+    """As `caption_regions_plainly`, for answers of one block, committed in `steps`."""
+    return _decode_rows(model, inputs, steps, commit_surest, model.config.banned_token_ids)
+
+
+@torch.no_grad()
+def _decode_rows(model, inputs: dict, steps: int, still_masked, banned) -> list[list[int]]:
     names = PerceptionDLMImageProcessor.model_input_names
     pictures = {k: inputs[k] for k in names if k in inputs}
     prompt_embeds = model.embed_inputs(inputs["input_ids"], inputs["role_ids"], **pictures)
     return [
-        _caption_row(model, inputs, prompt_embeds, row, steps) for row in range(len(prompt_embeds))
+        _decode_row(model, inputs, prompt_embeds, row, steps, still_masked, banned)
+        for row in range(len(prompt_embeds))
     ]
 
 
-def _caption_row(model, inputs, prompt_embeds, row: int, steps: int) -> list[int]:
+def _decode_row(model, inputs, prompt_embeds, row, steps, still_masked, banned) -> list[int]:
     mask_id = model.config.mask_token_id
     kept = inputs["attention_mask"][row].bool()
     ids = inputs["input_ids"][row][kept].clone()  # (L,)
@@ -37,19 +48,30 @@ def _caption_row(model, inputs, prompt_embeds, row: int, steps: int) -> list[int
         embeds = prompt_embeds[row][kept].clone()
         embeds[is_answer] = model.get_input_embeddings()(ids[is_answer])
         logits = _whole_sequence_logits(model, inputs, row, kept, embeds)  # (L, V)
+        logits[:, banned] = -torch.inf
         probabilities = logits.double().softmax(-1)
         predicted = probabilities.argmax(-1)
         confidence = probabilities.gather(-1, predicted[:, None])[:, 0]
         for i in list(masked):
             ids[i] = predicted[i]
-        count = int(len(places) * ((steps - 1 - step) / steps))
-        ordered = sorted(places, key=lambda i: float(confidence[i]))
-        masked = set(ordered[:count])
+        masked = still_masked(places, masked, confidence, step, steps)
         for i in masked:
             ids[i] = mask_id
         if not masked:
             break
     return [int(ids[i]) for i in places]
+
+
+def remask_jointly(places: list[int], masked: set[int], confidence, step: int, steps: int) -> set:
+    """The least sure of all places, committed or not."""
+    count = int(len(places) * ((steps - 1 - step) / steps))
+    return set(sorted(places, key=lambda i: float(confidence[i]))[:count])
+
+
+def commit_surest(places: list[int], masked: set[int], confidence, step: int, steps: int) -> set:
+    """What is masked without the surest of it."""
+    quota = len(places) // steps + (step < len(places) % steps)
+    return masked - set(sorted(masked, key=lambda i: -float(confidence[i]))[:quota])
 
 
 def _whole_sequence_logits(model, inputs, row, kept, embeds) -> torch.Tensor:

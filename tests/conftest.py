@@ -1,13 +1,18 @@
 """Checkpoints, tiny models and pictures that the tests share."""
 
+# ruff: noqa: E402  (the environment comes before the imports that read it)
+
+import atexit
 import functools
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 # Before transformers is imported: no network, and remote code apart from the user's own cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="perceptiondlm-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 import numpy as np
 import pytest

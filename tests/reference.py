@@ -59,6 +59,80 @@ def normalise(tiles: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(tiles.astype(np.float64) / 127.5 - 1).permute(0, 3, 1, 2)
 
 
+# LLaVA's pictures ("anyres").
+
+
+def best_canvas(width: int, height: int, side: int) -> tuple[int, int]:
+    best = None
+    for columns in range(1, 7):
+        for rows in range(1, 7):
+            scale = min(columns * side / width, rows * side / height)
+            effective = min(int(width * scale) * int(height * scale), width * height)
+            waste = columns * rows * side * side - effective
+            if best is None or effective > best[0] or effective == best[0] and waste < best[1]:
+                best = (effective, waste, (columns, rows))
+    return best[2]
+
+
+def cut_anyres(picture: Image.Image, grid: tuple[int, int], side: int) -> np.ndarray:
+    """The squeezed picture, then the fitted one on black, tile by tile."""
+    columns, rows = grid
+    canvas = np.zeros((rows * side, columns * side, 3), np.uint8)
+    wide, high = columns * side / picture.width, rows * side / picture.height
+    if wide < high:
+        width, height = columns * side, min(math.ceil(picture.height * wide), rows * side)
+    else:
+        width, height = min(math.ceil(picture.width * high), columns * side), rows * side
+    y, x = (rows * side - height) // 2, (columns * side - width) // 2
+    canvas[y : y + height, x : x + width] = resize(picture, width, height)
+    tiles = [resize(picture, side, side)]
+    for row in range(rows):
+        for column in range(columns):
+            tiles.append(canvas[row * side : (row + 1) * side, column * side : (column + 1) * side])
+    return np.stack(tiles)
+
+
+def anyres_tokens(network, picture: Image.Image) -> torch.Tensor:
+    """Visual tokens of a picture, its newlines included."""
+    config = network.config
+    side, unit = config.vision_config.image_size, config.cells_per_side
+    columns, rows = best_canvas(*picture.size, side)
+    squeezed, *tiles = network.vision(normalise(cut_anyres(picture, (columns, rows), side)))
+    cells = [
+        [
+            tiles[y // unit * columns + x // unit][y % unit * unit + x % unit]
+            for x in range(columns * unit)
+        ]
+        for y in range(rows * unit)
+    ]
+    if picture.width / picture.height > columns / rows:
+        spare = (rows * unit - int(picture.height * (columns * unit / picture.width))) // 2
+        cells = cells[spare : len(cells) - spare]
+    else:
+        spare = (columns * unit - int(picture.width * (rows * unit / picture.height))) // 2
+        cells = [row[spare : len(row) - spare] for row in cells]
+    h, w = len(cells), len(cells[0])
+    times = math.sqrt(h * w / (config.anyres_max_tiles * unit**2))
+    if times > 1.1:
+        cells = shrink(cells, int(h // times), int(w // times))
+    newline = network.weights["image_newline"]
+    return torch.stack([*squeezed, *(token for row in cells for token in [*row, newline])])
+
+
+def shrink(cells: list[list[torch.Tensor]], h: int, w: int) -> list[list[torch.Tensor]]:
+    """Bilinear, pixel centres at halves, borders repeated."""
+    grid = torch.stack([torch.stack(row) for row in cells])
+    height, width = grid.shape[:2]
+
+    def source(place, old, new):
+        return max((place + 0.5) * old / new - 0.5, 0.0)
+
+    return [
+        [bilinear(grid, source(y, height, h), source(x, width, w), height, width) for x in range(w)]
+        for y in range(h)
+    ]
+
+
 # Regions. A mask is an array (H, W); its pixels are the non-zero ones.
 
 
@@ -267,7 +341,10 @@ SYSTEM = (
     "<|start_header_id|>system<|end_header_id|>\nYou are a helpful assistant.<|eot_id|>\n"
     "<|start_header_id|>user<|end_header_id|>\n<img>"
 )
-ASK = "Describe each masked region in detail.<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n"
+ASK = (
+    "Describe each masked region in detail.<|eot_id|>\n"
+    "<|start_header_id|>assistant<|end_header_id|>\n"
+)
 
 
 def released_sequence(
@@ -449,6 +526,25 @@ def joint_remasking(predict, sequence: Sequence, steps: int, mask: int) -> list[
     return [[ids[c] for c in answer] for answer in sequence.answers]
 
 
+def visual_tokens(network: Network, pictures: list[Image.Image]) -> list[torch.Tensor]:
+    """Of each picture; where there are several, each is a single tile."""
+    side, alone = network.config.vision_config.image_size, len(pictures) == 1
+    tokens = []
+    for picture in pictures:
+        if network.config.image_layout == "tiled":
+            grid = best_grid(*picture.size, side) if alone else (1, 1)
+            tokens.append(network.vision(normalise(cut(picture, grid, side))).flatten(0, 1))
+        elif alone:
+            tokens.append(anyres_tokens(network, picture))
+        else:
+            longer = max(picture.size)
+            square = Image.new("RGB", (longer, longer), (127, 127, 127))
+            square.paste(picture, ((longer - picture.width) // 2, (longer - picture.height) // 2))
+            (tile,) = network.vision(normalise(resize(square, side, side)[None]))
+            tokens.append(torch.cat([tile, network.weights["image_newline"][None]]))
+    return tokens
+
+
 def answer_question(
     network: Network,
     tokenizer,
@@ -462,12 +558,7 @@ def answer_question(
     tree: bool = False,
 ) -> list[int]:
     """The released image-level sampler."""
-    side = network.config.vision_config.image_size
-    grids = [best_grid(*p.size, side) if len(pictures) == 1 else (1, 1) for p in pictures]
-    visual = [
-        network.vision(normalise(cut(p, g, side))).flatten(0, 1)
-        for p, g in zip(pictures, grids, strict=True)
-    ]
+    visual = visual_tokens(network, pictures)
     mask = network.config.mask_token_id
     sequence = chat_sequence(tokenizer, [len(v) for v in visual], question, [mask] * length, tree)
     banned = network.config.banned_token_ids

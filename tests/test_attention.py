@@ -1,4 +1,4 @@
-"""Who sees whom: predicates against matrices drawn by hand, and implementations against each other."""
+"""Who sees whom: predicates against matrices drawn by hand, implementations against each other."""
 
 import numpy as np
 import pytest

@@ -196,6 +196,32 @@ def test_equal_confidences_commit_by_position():
     assert states[0].masked.tolist() == [[[False, True, True, True]]]
 
 
+def test_a_mask_token_may_be_decoded_again_within_the_schedule():
+    """Position 1 wants the mask token first; told to retry, the rule gives it another go when
+    another position's turn has come, and leaves what is never decoded masked."""
+    stubborn = torch.tensor([[[0, MASK, 2, 3]]])
+    yielding = torch.tensor([[[0, 1, 2, 3]]])
+    confidence = [[0.4, 0.9, 0.3, 0.2]]
+    logits = [prediction(confidence, t).logits for t in (stubborn, stubborn, yielding, yielding)]
+    rule = BlockCommit(4, 4, 1, retry_masks=True)
+    states = history(lambda tokens, step: logits[step], blank(1, 4), rule)
+    left = [s.masked.flatten().tolist() for s in states]
+    assert left[:2] == [[True] * 4] * 2
+    assert states[2].tokens.tolist() == [[[MASK, 1, MASK, MASK]]]
+    assert states[3].tokens.tolist() == [[[0, 1, MASK, MASK]]]
+
+
+def test_a_block_left_unfinished_is_gone_on_with_in_the_next():
+    stubborn = torch.tensor([[[0, MASK, 2, 3]]])
+    yielding = torch.tensor([[[0, 1, 2, 3]]])
+    confidence = [[0.4, 0.9, 0.3, 0.2]]
+    logits = [prediction(confidence, t).logits for t in (stubborn, stubborn, yielding, yielding)]
+    rule = BlockCommit(4, 2, 2, retry_masks=True)
+    states = history(lambda tokens, step: logits[step], blank(1, 4), rule)
+    assert states[1].tokens.tolist() == [[[MASK] * 4]]
+    assert states[3].tokens.tolist() == [[[0, 1, MASK, MASK]]]
+
+
 # Stop sequences.
 
 

@@ -59,12 +59,15 @@ def test_equal_areas_keep_the_given_order(make, picture):
     assert out.token_ids == [expected]
 
 
+ANYRES = {"image_layout": "anyres", "num_region_prompts": 0, "spatial_merge_size": 1}
 CHATS = [
     ([(40, 40)], 6, 6, 6, 0.0, {}),
     ([(100, 30)], 12, 8, 6, 0.0, {"text": GROUPED}),
     ([(61, 47)], 10, 6, 5, 1.5, {"seed": 1}),
     ([(61, 47), (100, 30)], 8, 4, 8, 0.7, {"seed": 2}),
     ([], 8, 3, 8, 2.0, {"seed": 3}),
+    ([(61, 47)], 8, 4, 4, 0.0, ANYRES),
+    ([(30, 90), (100, 30)], 6, 6, 6, 0.5, ANYRES),
 ]
 
 
@@ -285,6 +288,27 @@ def test_cached_steps_give_the_logits_of_a_full_forward_pass(make, scene, change
         whole["input_ids"][:, network.prompt_length :] = answer
         expected = model(**whole).logits[:, network.prompt_length :]
         assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_guidance_of_captions_blanks_the_whole_prompt(make, scene):
+    """Pictures and RoI tokens included; logits are u + (w + 1)(c - u)."""
+    model, processor = make()
+    image, masks = scene((61, 47), 3)
+    network, _ = network_of(model, processor, image, masks, cfg_scale=1.5)
+    plain = reference.Network(model)
+    regions = reference.Regions(plain, image, masks)
+    mask = model.config.mask_token_id
+    sequence = regions.sequence(processor.tokenizer, [[mask] * 4] * 3)
+    start = sequence.answers[0][0] - 1
+    hidden = plain.embed(sequence.ids).clone()
+    hidden[:start] = plain.embed([mask])
+    blank = plain.text(hidden, sequence.positions, sequence.allowed)[start:]
+    seen = regions.logits(sequence)[start:]
+    expected = blank + 2.5 * (seen - blank)
+    columns = torch.arange(network.answer_ids.shape[1])[None]
+    got = network(network.answer_ids, 0, columns)[0]
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])

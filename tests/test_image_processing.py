@@ -205,18 +205,9 @@ def test_giving_a_picture_leaves_it_as_it_was(process, rgb):
 
 
 def test_canvases_keep_most_pixels_and_then_waste_least():
-    """By going through all 36 canvases and their definitions, one after another."""
-    rng = np.random.default_rng(1)
-    for width, height in rng.integers(1, 2500, (200, 2)).tolist():
-        best = None
-        for i in range(1, 7):
-            for j in range(1, 7):
-                scale = min(i * 384 / width, j * 384 / height)
-                effective = min(int(width * scale) * int(height * scale), width * height)
-                wasted = i * j * 384 * 384 - effective
-                if best is None or effective > best[0] or effective == best[0] and wasted < best[1]:
-                    best = (effective, wasted, (i, j))
-        assert choose_canvas((width, height), 384) == best[2]
+    for width, height in np.random.default_rng(1).integers(1, 2500, (200, 2)).tolist():
+        expected = reference.best_canvas(width, height, 384)
+        assert choose_canvas((width, height), 384) == expected
 
 
 def test_anyres_tokens_are_those_of_the_map_that_is_left():
@@ -232,25 +223,34 @@ def test_a_large_anyres_map_is_shrunk():
     assert anyres_map_size((900, 900), (2, 2), 10, 4) == (0, 0, 20, 20)
 
 
-@pytest.mark.parametrize("size", [(100, 30), (31, 99), (64, 64), (7, 200)])
-def test_an_anyres_picture_is_centred_on_black(size, picture):
-    process = PerceptionDLMImageProcessor(
+@pytest.fixture
+def anyres():
+    return PerceptionDLMImageProcessor(
         image_size=SIDE, patch_size=4, spatial_merge_size=1, image_layout="anyres"
     )
-    out = process(picture(*size))
-    columns, rows = out["image_grids"][0].tolist()
-    tiles = out["pixel_values"]
-    assert len(tiles) == columns * rows + 1
-    assert np.array_equal(as_bytes(tiles)[0], reference.resize(picture(*size), SIDE, SIDE))
-    canvas = torch.cat(
-        [torch.cat(list(tiles[1 + r * columns : 1 + (r + 1) * columns]), 2) for r in range(rows)], 1
+
+
+@pytest.mark.parametrize("size", [(100, 30), (31, 99), (64, 64), (7, 200), (1, 1)])
+def test_anyres_tiles_equal_the_plain_ones(anyres, picture, size):
+    out = anyres(picture(*size))
+    grid = reference.best_canvas(*size, SIDE)
+    assert out["image_grids"].tolist() == [list(grid)]
+    assert np.array_equal(
+        as_bytes(out["pixel_values"]), reference.cut_anyres(picture(*size), grid, SIDE)
     )
-    lit = (canvas != -1).any(0)
-    ys, xs = torch.where(lit)
-    left, right = int(xs.min()), canvas.shape[2] - 1 - int(xs.max())
-    top, bottom = int(ys.min()), canvas.shape[1] - 1 - int(ys.max())
-    assert abs(left - right) <= 1 and abs(top - bottom) <= 1
-    assert min(left, top) == 0
+
+
+def test_a_single_anyres_tile_is_padded_with_grey(anyres):
+    """White, 60x20, on a square of 60: the middle third of the rows is the picture."""
+    out = anyres(Image.new("RGB", (60, 20), "white"), max_tiles=1)
+    assert out["image_grids"].tolist() == [[0, 0]]
+    (tile,) = as_bytes(out["pixel_values"])
+    assert (tile[16] == 255).all() and (tile[:8] == 127).all() and (tile[-8:] == 127).all()
+
+
+def test_an_anyres_picture_takes_no_other_limit(anyres, picture):
+    with pytest.raises(ValueError, match="expected max_tiles of None or 1 with anyres, got 3"):
+        anyres(picture(60, 20), max_tiles=3)
 
 
 # Photographs.

@@ -93,6 +93,24 @@ def test_the_full_layout_sees_everything(make, picture, blobs):
     assert deviation(logits, setting.plain.logits(sequence)) < 1e-5
 
 
+ANYRES = {"image_layout": "anyres", "num_region_prompts": 0, "spatial_merge_size": 1}
+ANYRES |= {"vision": {"patch_size": 8}}
+
+
+@pytest.mark.parametrize("size", [(61, 47), (100, 30), (7, 200), (180, 170), (32, 32)])
+@torch.no_grad()
+def test_anyres_tokens_equal_the_plain_ones(make, picture, size):
+    model, processor = make(**ANYRES, anyres_max_tiles=2)
+    inputs = processor.image_processor(picture(*size))
+    got = model.picture_tokens(
+        model.encode_images(inputs["pixel_values"]),
+        [tuple(grid) for grid in inputs["image_grids"].tolist()],
+        inputs["image_sizes"].tolist(),
+    )
+    (expected,) = reference.visual_tokens(reference.Network(model), [picture(*size)])
+    assert deviation(got, expected) < 1e-5
+
+
 @torch.no_grad()
 def test_without_replay_a_prompt_has_no_roi_tokens(make, picture, blobs):
     model, processor = make(roi_output_size=0)

@@ -54,7 +54,7 @@ def summary(folder, automodel=AutoModel, find_processor=False, **options):
 results = {}
 results["whole"], model, processor = summary("whole")
 model.save_pretrained(home / "again"), processor.save_pretrained(home / "again")
-results["again"], *_ = summary("again", find_processor=True)
+results["again"], *_ = summary("again", AutoModelForImageTextToText, find_processor=True)
 results["converted"], *_ = summary("converted", AutoModelForImageTextToText)
 results["bf16"], *_ = summary("bf16", dtype="auto")
 results["subfolder"], *_ = summary("nested", find_processor=True, subfolder="tiny")
@@ -71,7 +71,7 @@ print("RESULT" + json.dumps(results))
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, make, converted, picture, blobs):
-    """Folders as a user would make them: whole, in bfloat16, and with the weights in a subfolder."""
+    """Folders as users make them: whole, in bfloat16, converted, with weights in a subfolder."""
     home = tmp_path_factory.mktemp("home")
     picture(61, 47).save(home / "image.png")
     for i, mask in enumerate(blobs(61, 47, count=3)):

@@ -1,0 +1,305 @@
+"""The page in headless Chromium: what a person does with it, from a picture to captions."""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="the page needs the package's apps extra")
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser")
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+from perceptiondlm.apps.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.engine import Engine  # noqa: E402
+from perceptiondlm.apps.serving_limits import Limits  # noqa: E402
+from perceptiondlm.apps.web_page import launch  # noqa: E402
+
+VECTORS = Path(__file__).parent / "fixtures" / "vectors"
+PICTURE = VECTORS / "region_0.png"
+MASKS = [VECTORS / f"region_0_mask_{i}.png" for i in range(3)]
+SHORT = {"caption_length": 12, "steps": 12}
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]
+PATIENCE = 60_000  # ms
+
+
+@pytest.fixture(scope="module")
+def captioner(load):
+    return RegionCaptioner(*load("released-region"))
+
+
+@pytest.fixture(scope="module")
+def address(captioner):
+    limits = Limits(body_bytes=1 << 20, pixels=1_000_000, masks=16)
+    short = RegionCaptioner(captioner.model, captioner.processor, **SHORT)
+    with Engine(short, window=0.05) as engine:
+        demo = launch(engine, "tester", limits=limits, port=0, block=False)
+        yield demo.local_url
+        demo.close(verbose=False)
+        with socket.socket() as probe:  # the port is free again
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", int(demo.local_url.rstrip("/").rpartition(":")[2])))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    yield opened(context, address)
+    context.close()
+
+
+def opened(context, address: str):
+    """A page that is ready; what it asks the network for, and its errors, in lists on it."""
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.asked, page.broken = [], []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("pageerror", lambda error: page.broken.append(str(error)))
+    page.goto(address)
+    page.wait_for_selector("#pd-go")
+    page.wait_for_function("window.pdPainter !== undefined")
+    return page
+
+
+def choose(page, file: Path = PICTURE):
+    page.set_input_files(".pd-picture", str(file))
+    page.wait_for_selector(".pd-stage.pd-open")
+
+
+def add_masks(page, files):
+    page.evaluate("document.querySelector('.pd-exact').open = true")
+    page.set_input_files(".pd-masks", list(map(str, files)))
+    page.wait_for_selector(f".pd-chips [data-chip='{len(files)}']")
+
+
+def describe(page) -> list[str]:
+    page.click("#pd-go")
+    page.wait_for_selector(".pd-facts a")
+    return page.locator(".pd-captions .pd-text").all_inner_texts()
+
+
+def alike(shown: list[str], captions: list[str]) -> bool:
+    """Whether texts are the same but for white space, which a browser folds."""
+    return [" ".join(s.split()) for s in shown] == [" ".join(c.split()) or "(nothing)"
+                                                    for c in captions]
+
+
+def toast(page) -> str:
+    return page.wait_for_selector(".toast-body").inner_text()
+
+
+def payload(page) -> dict:
+    return json.loads(page.evaluate("window.pdPainter.payload()"))
+
+
+def drag(page, *points):
+    """Drags over the picture; points are shares of its width and height."""
+    box = page.locator(".pd-stage canvas").bounding_box()
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place, steps=4)
+    page.mouse.up()
+
+
+def test_from_a_picture_and_mask_files_to_the_librarys_captions(page, captioner):
+    choose(page)
+    add_masks(page, MASKS)
+    shown = describe(page)
+    expected = captioner(PICTURE, MASKS, **SHORT)
+    assert alike(shown, expected.captions)
+    facts = page.locator(".pd-facts").inner_text()
+    assert "3 regions" in facts and f"{expected.num_forwards} forward passes" in facts
+    assert f"{expected.tokens_per_forward:.1f} tokens a pass" in facts
+    assert page.get_attribute(".pd-facts a", "href").startswith("data:image/")
+    page.locator("#pd-json button").first.click()
+    page.wait_for_selector("#pd-json .cm-content >> text=regions")
+    assert page.broken == []
+
+def test_nothing_is_asked_of_the_outside(page, address):
+    page.wait_for_load_state("networkidle")
+    local = ("data:", "blob:", address.rstrip("/"))
+    assert [url for url in page.asked if not url.startswith(local)] == []
+
+
+def test_painted_regions_and_boxes_become_masks_and_can_be_taken_back(page):
+    choose(page)
+    drag(page, (0.1, 0.1), (0.4, 0.1))
+    page.click("[data-act=more]")
+    drag(page, (0.1, 0.8), (0.6, 0.8))
+    page.click("[data-tool=box]")
+    drag(page, (0.7, 0.2), (0.9, 0.6))
+    page.evaluate("document.querySelector('.pd-exact').open = true")
+    page.fill(".pd-exact textarea", "1, 2, 30, 40\n5 6 50 60")
+    page.click("[data-act=boxes]")
+    kinds = [next(iter(region)) for region in payload(page)["regions"]]
+    assert kinds == ["painted", "painted", "box", "box", "box"]
+    width, height = Image.open(PICTURE).size
+    dragged = payload(page)["regions"][2]["box"]
+    for got, share, side in zip(dragged, (0.7, 0.2, 0.9, 0.6), (width, height) * 2, strict=True):
+        assert abs(got - share * side) <= 2
+    assert payload(page)["regions"][3]["box"] == [1, 2, 30, 40]
+    assert len(describe(page)) == 5
+    page.click("[data-act=undo]")
+    assert len(payload(page)["regions"]) == 3
+    page.locator("[data-drop='0']").click()
+    assert [next(iter(region)) for region in payload(page)["regions"]] == ["painted", "box"]
+    page.click("[data-act=clear]")
+    assert payload(page)["regions"] == []
+
+
+def test_an_erased_mask_is_sent_as_painted(page):
+    choose(page)
+    add_masks(page, MASKS[:1])
+    assert list(payload(page)["regions"][0]) == ["exact"]
+    page.click("[data-tool=erase]")
+    drag(page, (0.0, 0.5), (1.0, 0.5))
+    assert list(payload(page)["regions"][0]) == ["painted"]
+    page.keyboard.press("Control+z")
+    assert list(payload(page)["regions"][0]) == ["exact"]
+
+
+def test_a_caption_and_its_region_light_up_together(page):
+    choose(page)
+    page.click("[data-tool=box]")
+    drag(page, (0.1, 0.1), (0.4, 0.4))
+    drag(page, (0.6, 0.6), (0.9, 0.9))
+    describe(page)
+    page.hover(".pd-captions li:nth-child(2)")
+    page.wait_for_selector(".pd-chips [data-chip='2'].pd-on")
+    box = page.locator(".pd-stage canvas").bounding_box()
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.25 * box["height"])
+    page.wait_for_selector(".pd-captions li:nth-child(1).pd-on")
+    page.click(".pd-captions li:nth-child(2)")
+    page.mouse.move(2, 2)
+    page.wait_for_selector(".pd-captions li:nth-child(2).pd-on")  # a click keeps it lit
+
+
+def test_denoising_is_seen_step_by_step(page):
+    page.evaluate("""() => {
+      window.seen = new Set();
+      new MutationObserver(() => {
+        const step = document.querySelector('.pd-facts b');
+        if (document.querySelector('.pd-captions .pd-mask') && step)
+          window.seen.add(step.innerText);
+      }).observe(document.querySelector('#pd-list'), {subtree: true, childList: true});
+    }""")
+    choose(page)
+    add_masks(page, MASKS)
+    describe(page)
+    assert page.evaluate("window.seen.size") >= 2
+    assert page.locator(".pd-captions .pd-mask").count() == 0
+
+
+def test_an_example_is_described_with_two_clicks_and_brings_its_question(page):
+    page.locator(".pd-examples button").first.click()
+    page.wait_for_selector(".pd-chips [data-chip='2']")
+    assert len(describe(page)) == page.locator(".pd-chips [data-chip]").count()
+    page.get_by_role("tab", name="Ask a question").click()
+    assert page.input_value("#pd-question textarea")
+    page.click("#pd-ask")
+    page.wait_for_selector("#pd-answer .pd-facts:has-text('forward passes')")
+    assert page.locator("#pd-answer .pd-question").inner_text()
+
+
+def test_a_question_is_answered_as_by_the_library(page, captioner):
+    choose(page)
+    page.get_by_role("tab", name="Ask a question").click()
+    page.fill("#pd-question textarea", "What is it?")
+    page.click("#pd-ask")
+    page.wait_for_selector("#pd-answer .pd-facts:has-text('forward passes')")
+    shown = page.locator("#pd-answer .pd-text").all_inner_texts()
+    assert alike(shown, captioner.ask(PICTURE, "What is it?", steps=12, max_new_tokens=12).answers)
+
+
+def test_without_a_picture_or_a_region_the_page_says_so(page):
+    page.click("#pd-go")
+    assert "Choose a picture" in toast(page)
+    page.locator(".toast-close").first.click()
+    choose(page)
+    page.click("#pd-go")
+    page.wait_for_selector(".toast-body:has-text('Paint at least one region')")
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("heavy.png", lambda path: path.write_bytes(bytes(2 << 20)), "too large: 2.0 MiB"),
+        ("wide.png", lambda path: Image.new("L", (2000, 2000)).save(path), "at most 1 megapixels"),
+        ("page.html", lambda path: path.write_text("<html>"), "a picture is needed"),
+        ("draw.svg", lambda path: path.write_text("<svg/>"), "a picture is needed"),
+        ("torn.png", lambda path: path.write_bytes(PICTURE.read_bytes()[:40]), "cannot be read"),
+    ],
+)
+def test_a_file_that_will_not_do_is_refused_and_nothing_sent(page, tmp_path, name, make, message):
+    make(tmp_path / name)
+    before = len(page.asked)
+    page.set_input_files(".pd-picture", str(tmp_path / name))
+    page.wait_for_selector(f".pd-alert:has-text('{message}')")
+    assert [url for url in page.asked[before:] if url.startswith("http")] == []
+    choose(page)  # the next one will do
+    assert page.locator(".pd-alert").is_hidden()
+
+
+def test_a_mask_of_another_size_is_refused(page):
+    choose(page)
+    page.evaluate("document.querySelector('.pd-exact').open = true")
+    page.set_input_files(".pd-masks", str(VECTORS / "region_1_mask_0.png"))
+    page.wait_for_selector(".pd-alert:has-text('needs the picture')")
+    assert payload(page)["regions"] == []
+
+
+def test_two_people_at_once_each_get_their_own(browser, address, captioner):
+    people = []
+    for index in (0, 1):
+        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        page = opened(context, address)
+        choose(page, VECTORS / f"region_{index}.png")
+        masks = [VECTORS / f"region_{index}_mask_{k}.png" for k in range(2 + index)]
+        add_masks(page, masks)
+        people.append((context, page, VECTORS / f"region_{index}.png", masks))
+    for _, page, *_ in people:
+        page.click("#pd-go")
+    for context, page, picture, masks in people:
+        page.wait_for_selector(".pd-facts a")
+        shown = page.locator(".pd-captions .pd-text").all_inner_texts()
+        assert alike(shown, captioner(picture, masks, **SHORT).captions)
+        context.close()
+
+
+def test_stopping_ends_the_run(browser, captioner):
+    slow = RegionCaptioner(captioner.model, captioner.processor, caption_length=128, steps=128)
+    with Engine(slow) as engine:
+        demo = launch(engine, "tester", port=0, block=False)
+        context = browser.new_context()
+        page = opened(context, demo.local_url)
+        choose(page, VECTORS / "region_2.png")
+        add_masks(page, [VECTORS / f"region_2_mask_{k}.png" for k in range(6)])
+        page.click("#pd-go")
+        page.wait_for_selector(".pd-captions")
+        page.click("#pd-stop")
+        page.wait_for_timeout(300)
+        for _ in range(100):
+            if engine.metrics.snapshot()["cancelled"]:
+                break
+            page.wait_for_timeout(100)
+        assert engine.metrics.snapshot()["cancelled"] == 1
+        assert engine.running == engine.queue_length == 0
+        context.close()
+        demo.close(verbose=False)
