@@ -370,12 +370,14 @@ def denoise(
     """Runs the loop; returns the last state and each pass's forward passes, int64 (B,).
 
     `predict(tokens, step)` gives logits (B, G, n, V) of all answer positions. A pass that has
-    finished is left as it is while others of its batch go on.
+    finished is left as it is while others of its batch go on. Whether one has is looked at only
+    where it can finish early: by an adaptive rule, or with more steps than positions.
     """
+    may_finish_early = rule.adaptive or rule.steps > state.tokens.shape[-1]
     B = state.tokens.shape[0]
     forwards = torch.zeros(B, dtype=torch.int64, device=state.tokens.device)
     for step in range(rule.steps):
-        done = finished(rule, state) if rule.adaptive else None
+        done = finished(rule, state) if may_finish_early else None
         if done is not None and bool(done.all()):
             break
         prediction = sampler(predict(state.tokens, step))
@@ -402,7 +404,7 @@ def _keep_finished(done: torch.Tensor, state: State, proposed: State) -> State:
 
 def accept_rule(name: str, value: float | None):
     """The acceptance called `name`, with its own default when `value` is None."""
-    if name not in ACCEPT_RULES:
+    if not isinstance(name, str) or name not in ACCEPT_RULES:
         raise ValueError(f"expected adaptive to be one of {', '.join(ACCEPT_RULES)}, got {name!r}")
     kind = ACCEPT_RULES[name]
     if value is None:

@@ -19,6 +19,7 @@ from .denoising_diffusion import (
     accept_rule,
     denoise,
 )
+from .image_loading import describe
 
 REMASKING = ("low_confidence", "random")
 
@@ -91,8 +92,11 @@ class DiffusionOptions:
         _expect_number("cfg_scale", self.cfg_scale, 0)
         for name in ("top_p", "adaptive_verify"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
+            if value is not None and not (_is_number(value) and 0 < value <= 1):
                 raise ValueError(f"expected {name} in (0, 1], got {value!r}")
+        _expect_integer("seed", self.seed, 0, optional=True)
+        for token in self.banned_token_ids or ():
+            _expect_integer("each of banned_token_ids", token, 0)
         if self.remasking not in REMASKING:
             raise ValueError(f"expected remasking among {REMASKING}, got {self.remasking!r}")
         stops = self.stop_strings or ()
@@ -149,8 +153,12 @@ def _expect_integer(name: str, value, least: int, optional: bool = False):
 
 
 def _expect_number(name: str, value, least: float):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+    if not _is_number(value) or not value >= least:
         raise ValueError(f"expected {name} to be a number of at least {least}, got {value!r}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass
@@ -245,12 +253,11 @@ class DiffusionGenerationMixin:
             raise ValueError(
                 f"expected a list of masks for each of {len(images)} images, got {len(masks)}"
             )
+        for own in masks:
+            if isinstance(own, (str, dict)) or not hasattr(own, "__len__"):
+                raise ValueError(f"expected a list of masks for each image, got {describe(own)}")
         passes = plan_passes([len(own) for own in masks], self.config.num_region_prompts)
-        instructions = (
-            [prompts] * len(images)
-            if prompts is None or isinstance(prompts, str)
-            else list(prompts)
-        )
+        instructions = _instructions(prompts, len(images))
         scope = "region" if self.config.region_layout == "independent" else "image"
         rule = options.region_rule(scope, self.config.eot_token_id)
         runs, orders = [], []
@@ -428,6 +435,14 @@ def plan_passes(counts: Sequence[int], most: int) -> list[Pass]:
 def _answer_length(inputs: dict, mask_token_id: int) -> int:
     columns, _ = answer_slots(inputs, prompt_length(inputs), mask_token_id)
     return columns.shape[-1]
+
+
+def _instructions(prompts, count: int) -> list[str | None]:
+    if prompts is None or isinstance(prompts, str):
+        return [prompts] * count
+    if len(prompts) != count:
+        raise ValueError(f"expected an instruction for each of {count} images, got {len(prompts)}")
+    return list(prompts)
 
 
 def _pictures_of_prompts(images, count: int) -> list[list]:

@@ -69,7 +69,8 @@ STYLE = """
 .pd-tools, .pd-chips, .pd-group {display: flex; flex-wrap: wrap; gap: .35rem; align-items: center}
 .pd-space {flex: 1}
 .pd-painter button {margin: 0 !important; padding: .22rem .6rem; border-radius: 8px;
-  font-size: .84rem; cursor: pointer; border: 1px solid var(--border-color-primary); background: var(--background-fill-primary);
+  font-size: .84rem; cursor: pointer; border: 1px solid var(--border-color-primary);
+  background: var(--background-fill-primary);
   color: var(--body-text-color)}
 .pd-painter button:hover {border-color: var(--color-accent)}
 .pd-painter button:disabled {opacity: .4; cursor: default}

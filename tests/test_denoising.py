@@ -104,7 +104,6 @@ def test_joint_remasking_equals_the_plain_loop(positions, steps):
         assert int(forwards) == calls
 
 
-@pytest.mark.xfail(strict=True, reason="the loop runs every step of a schedule that is done early")
 def test_joint_remasking_stops_when_nothing_is_masked():
     """4 positions and 32 steps: int(4 (31 - s) / 32) is 0 from step 24 on."""
     state, forwards = run(Noise(1), blank(1, 4), JointRemasking(32))

@@ -225,7 +225,7 @@ def test_a_question_is_answered_as_by_the_library(page, captioner):
     page.click("#pd-ask")
     page.wait_for_selector("#pd-answer .pd-facts:has-text('forward passes')")
     shown = page.locator("#pd-answer .pd-text").all_inner_texts()
-    assert alike(shown, captioner.ask(PICTURE, "What is it?", steps=12, max_new_tokens=12).answers)
+    assert alike(shown, captioner.ask(PICTURE, "What is it?", steps=12).answers)
 
 
 def test_without_a_picture_or_a_region_the_page_says_so(page):

@@ -1,0 +1,123 @@
+"""What the page's painter may send, and what the page shows of a model's words."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from perceptiondlm.apps.captioner import MASKED
+from perceptiondlm.apps.serving_limits import Limits
+from perceptiondlm.apps.web_input import examples, fit_mask, read_payload, region_masks
+from perceptiondlm.apps.web_painter import markup
+from perceptiondlm.apps.web_view import answer_view, captions_view
+from PIL import Image
+from serving import data_url
+
+VECTORS = Path(__file__).parent / "fixtures" / "vectors"
+PICTURE = VECTORS / "region_0.png"
+SIZE = Image.open(PICTURE).size
+LIMITS = Limits(body_bytes=1 << 20, pixels=1_000_000, masks=4)
+
+
+def sent(picture=PICTURE, regions=()) -> str:
+    picture = data_url(picture) if isinstance(picture, (Path, bytes, Image.Image)) else picture
+    return json.dumps({"picture": picture, "regions": list(regions)})
+
+
+def painted(mask: np.ndarray) -> dict:
+    """A region as a canvas gives it: opaque where painted."""
+    rgba = np.zeros((*mask.shape, 4), np.uint8)
+    rgba[..., 3] = mask * 255
+    return {"painted": data_url(Image.fromarray(rgba))}
+
+
+def test_a_payload_is_a_picture_and_masks_of_its_size():
+    exact = VECTORS / "region_0_mask_0.png"
+    regions = [{"box": [1, 2, 30, 40]}, {"exact": data_url(exact)}]
+    picture, read = read_payload(sent(regions=regions), LIMITS)
+    masks = region_masks(read, picture.size, LIMITS)
+    assert picture.tobytes() == Image.open(PICTURE).convert("RGB").tobytes()
+    assert masks[0].getbbox() == (1, 2, 30, 40)
+    assert masks[1].tobytes() == Image.open(exact).convert("L").tobytes()
+
+
+@pytest.mark.parametrize("scale", [0.25, 1, 4])
+def test_a_painted_mask_is_brought_to_the_pictures_scale(scale):
+    width, height = (round(side * scale) for side in SIZE)
+    mask = np.zeros((height, width), bool)
+    mask[height // 2 :, : width // 2] = True
+    (fitted,) = region_masks([painted(mask)], SIZE, LIMITS)
+    left, top, right, bottom = fitted.getbbox()
+    assert fitted.size == SIZE and set(fitted.tobytes()) <= {0, 255}
+    assert (left, bottom) == (0, SIZE[1])
+    assert abs(right - SIZE[0] / 2) <= 2 / min(scale, 1)
+    assert abs(top - SIZE[1] / 2) <= 2 / min(scale, 1)
+
+
+def test_a_speck_does_not_vanish_when_made_smaller():
+    mask = Image.new("L", (1000, 1000))
+    mask.putpixel((500, 500), 255)
+    assert fit_mask(mask, (50, 50)).getbbox() is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "JSON"),
+        ("[" * 100_000, "JSON"),
+        ("[]", "picture and regions"),
+        ('{"picture": "x"}', "picture and regions"),
+        ('{"picture": 3, "regions": []}', "data URL"),
+        (sent("/etc/passwd"), "data:image"),
+        (sent("file:///etc/passwd"), "data:image"),
+        (sent(b"<svg/>"), "got SVG"),
+        (sent(PICTURE.read_bytes()[:200]), "damaged"),
+        (sent(Image.new("L", (2000, 2000))), "pixels"),
+        ("x" * (3 << 20), "at most 1 MiB"),
+    ],
+)
+def test_a_payload_that_will_not_do_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        read_payload(text, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        ({"box": [5, 5, 1, 1]}, "region 1: .*x0 < x1"),
+        ({"box": [1e999, 0, 1, 1]}, "region 1"),
+        ({"exact": "/etc/passwd"}, "region 1: .*data:image"),
+        ({"exact": data_url(Image.new("L", (3, 3), 1))}, "picture's size"),
+        ({"painted": 3}, "region 1"),
+        ({"painted": data_url(Image.new("RGBA", (9, 9)))}, "empty"),
+        ({"other": 3}, "one of painted"),
+        ({"box": [0, 0, 1, 1], "exact": "x"}, "one of painted"),
+        ("box", "one of painted"),
+        (None, "one of painted"),
+    ],
+)
+def test_a_region_that_will_not_do_is_refused_by_its_number(region, message):
+    with pytest.raises(ValueError, match=message):
+        region_masks([region], SIZE, LIMITS)
+
+
+def test_too_many_regions_are_refused():
+    with pytest.raises(ValueError, match="at most 4 masks"):
+        region_masks([{"box": [0, 0, 9, 9]}] * 5, SIZE, LIMITS)
+
+
+def test_what_a_model_says_is_shown_as_text():
+    evil = "<img src=x onerror=alert(1)>"
+    assert "<img" not in captions_view([evil, MASKED]) + answer_view(evil, evil)
+    assert 'class="pd-mask"' in captions_view([f"a {MASKED} b"])
+
+
+def test_examples_are_scenes_with_masks_of_their_size():
+    for example in examples():
+        assert example.masks and all(mask.size == example.image.size for mask in example.masks)
+        assert all(mask.getbbox() for mask in example.masks)
+
+
+def test_the_painters_setup_survives_being_put_into_markup():
+    text = markup(LIMITS, [{"picture": 'a"b<', "regions": []}], regions=True, sam=False)
+    assert 'a"b<' not in text and "a\\&quot;b&lt;" in text
