@@ -44,7 +44,7 @@ def test_captions_equal_the_plain_ones(make, picture, blobs, case, layout):
     )
     assert out.token_ids == [expected]
     assert out.texts == [[processor.decode_answer(ids) for ids in expected]]
-    ranked = length if layout["region_layout"] == "independent" else count * length
+    ranked = length if layout == INDEPENDENT else count * length
     forwards = next(s + 1 for s in range(steps) if int(ranked * ((steps - 1 - s) / steps)) == 0)
     assert out.num_forwards == forwards  # it stops when nothing is masked
     assert out.tokens_per_forward == count * length / forwards
