@@ -10,7 +10,7 @@ demo: .venv/.ready
 	$(BIN)/python -m perceptiondlm.apps.demo --output outputs/demo
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 tiny: .venv/.ready
 	$(BIN)/perceptiondlm train configs/tiny.yaml

@@ -265,8 +265,8 @@ def test_a_photograph_with_irregular_masks_is_prepared_in_time(megapixels, secon
     bands = [(0, 40), (40, 80), (80, 120), (120, 170), (170, 220), (220, 256)]
     masks = [(grey >= low) & (grey < high) for low, high in bands]
     process = PerceptionDLMImageProcessor(image_size=512, patch_size=16)
-    start = time.perf_counter()
+    start = time.process_time()  # the machine may be busy with other things
     out = process(photo, masks)
-    assert time.perf_counter() - start < seconds
+    assert time.process_time() - start < seconds
     assert out["pixel_values"].shape == (7, 3, 512, 512)
     assert bool(out["region_patches"].any((0, 2, 3)).all())

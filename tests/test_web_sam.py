@@ -9,18 +9,18 @@ from perceptiondlm.apps.web_sam import find_sam
 from PIL import Image
 from serving import data_url
 from transformers import SamConfig, SamModel, SamProcessor
-from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 PICTURE = Path(__file__).parent / "fixtures" / "vectors" / "region_0.png"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    kind = pytest.importorskip("transformers.models.sam.image_processing_pil_sam")
     size = {"image_size": 64, "patch_size": 8}
     config = SamConfig(
         vision_config={
             "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16,
-            "output_channels": 16, "global_attn_indexes": [0], "window_size": 2, **size,
+            "output_channels": 16, "num_pos_feats": 8, "global_attn_indexes": [0], "window_size": 2, **size,
         },
         prompt_encoder_config={"hidden_size": 16, "mask_input_channels": 4, **size},
         mask_decoder_config={
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     )
     path = tmp_path_factory.mktemp("sam")
     SamModel(config).save_pretrained(path)
-    processor = SamImageProcessorPil(
+    processor = kind.SamImageProcessorPil(
         size={"longest_edge": 64}, mask_size={"longest_edge": 16},
         pad_size={"height": 64, "width": 64}, mask_pad_size={"height": 16, "width": 16},
     )
