@@ -28,8 +28,8 @@ report: .venv/.ready
 	    --output outputs/answers.json
 	$(EVALUATE) score --annotations outputs/scenes --answers outputs/answers.json \
 	    --output outputs/scores.json
-	$(EVALUATE) sweep $(EMBEDDED) --scenes 200 --seed $(SEED) --steps 2,4,full \
-	    --rules fixed,threshold:0.9,threshold:0.7,factor:1.0,entropy_bound:0.1 \
+	$(EVALUATE) sweep $(EMBEDDED) --scenes 100 --seed $(SEED) --steps 2,full \
+	    --rules fixed,threshold:0.9,factor:1.0,entropy_bound:0.1 \
 	    --output outputs/sweep.json
 	$(EVALUATE) latency $(EMBEDDED) --output outputs/latency.json
 	$(EVALUATE) report --scores outputs/scores.json --predictions outputs/captions.json \

@@ -40,6 +40,18 @@ function rim(filled, thickness) {
   return copy;
 }
 
+// What a region looks like at the canvas's size, made again only after it has changed.
+function viewOf(region, index) {
+  const key = `${index} ${canvas.width} ${canvas.height}`;
+  if (region.view?.key !== key) {
+    const filled = tinted(region, colourOf(index).fill);
+    const dense = window.devicePixelRatio || 1;
+    region.view = {key, filled, thin: rim(filled, 1.8 * dense), thick: rim(filled, 3 * dense),
+      anchor: anchorOf(region)};
+  }
+  return region.view;
+}
+
 function anchorOf(region) {
   // the middle of the longest run of painted pixels among some rows: always inside
   const own = region.canvas, step = Math.max(1, Math.round(own.height / 48));
@@ -63,17 +75,17 @@ function paint() {
   pen.globalAlpha = 1;
   pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
   regions.forEach((region, i) => {
-    const filled = tinted(region, colourOf(i).fill);
+    const look = viewOf(region, i);
     const dim = lit !== null && lit !== i;
     pen.globalAlpha = dim ? 0.12 : lit === i ? 0.62 : 0.42;
-    pen.drawImage(filled, 0, 0, canvas.width, canvas.height);
+    pen.drawImage(look.filled, 0, 0, canvas.width, canvas.height);
     pen.globalAlpha = dim ? 0.3 : 1;
-    pen.drawImage(rim(filled, (lit === i ? 3 : 1.8) * dense), 0, 0);
+    pen.drawImage(lit === i ? look.thick : look.thin, 0, 0);
   });
   pen.font = `600 ${14 * dense}px system-ui, sans-serif`;
   [pen.textAlign, pen.textBaseline] = ['center', 'middle'];
   regions.forEach((region, i) => {
-    const at = anchorOf(region);
+    const at = viewOf(region, i).anchor;
     if (!at) return;
     const colour = colourOf(i), high = 22 * dense;
     const wide = Math.max(high, pen.measureText(i + 1).width + 12 * dense);
@@ -156,7 +168,7 @@ function stroke(from, to) {
   own.lineTo(to.x * scale + 0.01, to.y * scale);
   own.stroke();
   own.globalCompositeOperation = 'source-over';
-  region.exact = region.box = null;
+  region.exact = region.box = region.view = null;
   repaint();
 }
 

@@ -171,7 +171,7 @@ def build(page: Page) -> gr.Blocks:
                 if has_regions:
                     with gr.Tab("Describe regions"):
                         _region_tab(page, sent)
-                with gr.Tab("Ask a question"):
+                with gr.Tab("Ask a question", render_children=True):  # examples fill it
                     _question_tab(page, sent)
     return demo
 

@@ -82,7 +82,7 @@ function close() {
   tell('');
 }
 
-// Regions: {canvas, exact, box}; the canvas is shown and painted on, and sent unless the region
+// Regions: {canvas, exact, box, view}; the canvas is shown and painted on, and sent unless the region
 // has remained what it was loaded as: an exact mask or box.
 
 function newRegion(extra) {
@@ -91,7 +91,7 @@ function newRegion(extra) {
   const scale = MASK_SIDE / Math.max(width, height);
   own.width = Math.max(1, Math.round(width * scale));
   own.height = Math.max(1, Math.round(height * scale));
-  const region = {canvas: own, exact: null, box: null, ...extra};
+  const region = {canvas: own, exact: null, box: null, view: null, ...extra};
   regions.push(region);
   chosen = regions.length - 1;
   return region;
@@ -167,7 +167,7 @@ function undo() {
   if (!last) return;
   [regions, chosen] = [last.list, last.chosen];
   if (last.region) {
-    Object.assign(last.region, last.kept);
+    Object.assign(last.region, last.kept, {view: null});
     last.region.canvas.getContext('2d').putImageData(last.pixels, 0, 0);
   }
   refresh();

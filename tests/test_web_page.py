@@ -237,22 +237,22 @@ def test_without_a_picture_or_a_region_the_page_says_so(page):
     page.wait_for_selector(".toast-body:has-text('Paint at least one region')")
 
 
-@pytest.mark.parametrize(
-    ("name", "make", "message"),
-    [
-        ("heavy.png", lambda path: path.write_bytes(bytes(2 << 20)), "too large: 2.0 MiB"),
-        ("wide.png", lambda path: Image.new("L", (2000, 2000)).save(path), "at most 1 megapixels"),
-        ("page.html", lambda path: path.write_text("<html>"), "a picture is needed"),
-        ("draw.svg", lambda path: path.write_text("<svg/>"), "a picture is needed"),
-        ("torn.png", lambda path: path.write_bytes(PICTURE.read_bytes()[:40]), "cannot be read"),
-    ],
-)
-def test_a_file_that_will_not_do_is_refused_and_nothing_sent(page, tmp_path, name, make, message):
-    make(tmp_path / name)
+REFUSED = {
+    "heavy.png": (lambda path: path.write_bytes(bytes(2 << 20)), "too large: 2.0 MiB"),
+    "wide.png": (lambda path: Image.new("L", (2000, 2000)).save(path), "at most 1 megapixels"),
+    "page.html": (lambda path: path.write_text("<html>"), "a picture is needed"),
+    "draw.svg": (lambda path: path.write_text("<svg/>"), "a picture is needed"),
+    "torn.png": (lambda path: path.write_bytes(PICTURE.read_bytes()[:40]), "cannot be read"),
+}
+
+
+def test_files_that_will_not_do_are_refused_and_nothing_is_sent(page, tmp_path):
     before = len(page.asked)
-    page.set_input_files(".pd-picture", str(tmp_path / name))
-    page.wait_for_selector(f".pd-alert:has-text('{message}')")
-    assert [url for url in page.asked[before:] if url.startswith("http")] == []
+    for name, (make, message) in REFUSED.items():
+        make(tmp_path / name)
+        page.set_input_files(".pd-picture", str(tmp_path / name))
+        page.wait_for_selector(f".pd-alert:has-text('{message}')")
+    assert [url for url in page.asked[before:] if "gradio_api" in url] == []
     choose(page)  # the next one will do
     assert page.locator(".pd-alert").is_hidden()
 

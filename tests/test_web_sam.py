@@ -20,7 +20,8 @@ def folder(tmp_path_factory):
     config = SamConfig(
         vision_config={
             "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16,
-            "output_channels": 16, "num_pos_feats": 8, "global_attn_indexes": [0], "window_size": 2, **size,
+            "output_channels": 16, "num_pos_feats": 8, "global_attn_indexes": [0],
+            "window_size": 2, **size,
         },
         prompt_encoder_config={"hidden_size": 16, "mask_input_channels": 4, **size},
         mask_decoder_config={
