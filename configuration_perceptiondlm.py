@@ -12,6 +12,17 @@ IMAGE_LAYOUTS = ("tiled", "anyres")
 REGION_LAYOUTS = ("released", "independent", "full")
 ROI_CONVENTIONS = ("released", "aligned")
 
+# Where transformers' auto classes find this package's, in every checkpoint that is saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_perceptiondlm.PerceptionDLMConfig",
+    "AutoImageProcessor": "image_processing_perceptiondlm.PerceptionDLMImageProcessor",
+    "AutoModel": "modeling_perceptiondlm.PerceptionDLMForConditionalGeneration",
+    "AutoModelForImageTextToText": (
+        "modeling_perceptiondlm.PerceptionDLMForConditionalGeneration"
+    ),
+    "AutoProcessor": "processing_perceptiondlm.PerceptionDLMProcessor",
+}
+
 # What `role_ids` and `region_ids` hold, for each position of a sequence.
 ROLE_SHARED, ROLE_ROI, ROLE_CAPTION = 0, 1, 2
 SHARED_REGION = -1  # belongs to every region
@@ -118,7 +129,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
         if self.generation_defaults is None:
             self.generation_defaults = {}
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
         self._check()
 
     def _check(self):

@@ -47,15 +47,9 @@ from .checkpoint_files import (
     fetch,
 )
 from .checkpoint_sources import Source, read_source
+from .configuration_perceptiondlm import AUTO_MAP
 
 MODEL_CLASS = "PerceptionDLMForConditionalGeneration"
-AUTO_MAP = {
-    "AutoConfig": "configuration_perceptiondlm.PerceptionDLMConfig",
-    "AutoImageProcessor": "image_processing_perceptiondlm.PerceptionDLMImageProcessor",
-    "AutoModel": f"modeling_perceptiondlm.{MODEL_CLASS}",
-    "AutoModelForImageTextToText": f"modeling_perceptiondlm.{MODEL_CLASS}",
-    "AutoProcessor": "processing_perceptiondlm.PerceptionDLMProcessor",
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

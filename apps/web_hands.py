@@ -287,12 +287,7 @@ root.addEventListener('click', (event) => {
   else if (button?.dataset.act) acts[button.dataset.act]();
   else if (button?.dataset.example) {
     const example = setup.examples[button.dataset.example];
-    open(example.picture, setup.regions ? example.regions : []);
-    const box = document.querySelector('#pd-question textarea');
-    if (box && example.question) {
-      box.value = example.question;
-      box.dispatchEvent(new Event('input', {bubbles: true}));
-    }
+    open(example.picture, setup.regions ? example.regions : [], example.question);
   }
 });
 find('.pd-picture').addEventListener('change', (event) => {

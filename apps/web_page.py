@@ -35,6 +35,7 @@ CONCURRENT = 16  # people whose requests are with the engine at the same time
 SESSIONS = 200  # whose state is kept
 # Puts what is painted in the place of an event's first input.
 HAND_OVER = "(sent, ...others) => [window.pdPainter.payload(), ...others]"
+SUGGEST = "(typed) => window.pdPainter.question(typed)"
 BLANK = " ".join([MASKED] * 8)  # a text of which nothing is known
 
 
@@ -171,8 +172,9 @@ def build(page: Page) -> gr.Blocks:
                 if has_regions:
                     with gr.Tab("Describe regions"):
                         _region_tab(page, sent)
-                with gr.Tab("Ask a question", render_children=True):  # examples fill it
-                    _question_tab(page, sent)
+                with gr.Tab("Ask a question") as asking:
+                    question = _question_tab(page, sent)
+        asking.select(None, question, question, js=SUGGEST, api_visibility="private")
     return demo
 
 
@@ -204,7 +206,7 @@ def _pace_of(adaptive: str | None) -> str:
     return next(name for name, value in PACES.items() if value == adaptive)
 
 
-def _question_tab(page: Page, sent: gr.Textbox):
+def _question_tab(page: Page, sent: gr.Textbox) -> gr.Textbox:
     defaults = page.defaults
     question = gr.Textbox(label="Question about the whole picture", lines=2, max_lines=6,
                           placeholder="What is in the picture?", elem_id="pd-question",
@@ -217,6 +219,7 @@ def _question_tab(page: Page, sent: gr.Textbox):
     gr.on([ask.click, question.submit], page.answer, [sent, question, length],
           answer, js=HAND_OVER, show_progress="hidden",
           concurrency_limit=CONCURRENT, concurrency_id="model", api_visibility="private")
+    return question
 
 
 def theme() -> gr.Theme:

@@ -14,6 +14,7 @@ const MASK_SIDE = 768;                 // of the canvases that regions are paint
 const KEPT = 24;                       // changes that can be taken back
 let picture = null, source = null;     // the picture, and its file as data URL
 let width = 0, height = 0;             // of the picture in pixels
+let hint = '', suggested = '';         // the example's question, and the one that was put in
 let regions = [], chosen = -1, tool = 'brush', lit = null, past = [], drag = null;
 
 function tell(text) {
@@ -58,14 +59,14 @@ async function choose(file) {
   }
 }
 
-async function open(url, masks) {
+async function open(url, masks, question = '') {
   const image = await asImage(url);
   if (image.naturalWidth * image.naturalHeight > setup.pixels)
     return tell(`This picture is too large: ${image.naturalWidth}x${image.naturalHeight} pixels,` +
       ` at most ${setup.pixels / 1e6} megapixels.`);
   tell('');
   [picture, source, width, height] = [image, url, image.naturalWidth, image.naturalHeight];
-  [regions, chosen, past] = [[], -1, []];
+  [regions, chosen, past, hint] = [[], -1, [], question];
   for (const mask of masks) await addMask(mask);
   chosen = regions.length ? 0 : -1;
   stage.classList.add('pd-open');
@@ -82,8 +83,8 @@ function close() {
   tell('');
 }
 
-// Regions: {canvas, exact, box, view}; the canvas is shown and painted on, and sent unless the region
-// has remained what it was loaded as: an exact mask or box.
+// Regions: {canvas, exact, box, view}; the canvas is shown and painted on, and sent unless the
+// region has remained what it was loaded as: an exact mask or box.
 
 function newRegion(extra) {
   if (regions.length >= setup.masks) return tell(`At most ${setup.masks} regions.`), null;
@@ -181,5 +182,9 @@ window.pdPainter = {
         : {painted: canvas.toDataURL('image/png')}
     ),
   }),
+  question(typed) {
+    if (typed && typed !== suggested) return typed;
+    return suggested = hint;
+  },
 };
 """

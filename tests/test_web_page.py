@@ -212,7 +212,7 @@ def test_an_example_is_described_with_two_clicks_and_brings_its_question(page):
     page.wait_for_selector(".pd-chips [data-chip='2']")
     assert len(describe(page)) == page.locator(".pd-chips [data-chip]").count()
     page.get_by_role("tab", name="Ask a question").click()
-    assert page.input_value("#pd-question textarea")
+    page.wait_for_function("document.querySelector('#pd-question textarea')?.value")
     page.click("#pd-ask")
     page.wait_for_selector("#pd-answer .pd-facts:has-text('forward passes')")
     assert page.locator("#pd-answer .pd-question").inner_text()

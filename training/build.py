@@ -8,7 +8,6 @@ import torch
 from transformers import AutoTokenizer, set_seed
 
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..convert_checkpoint import AUTO_MAP
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
@@ -77,7 +76,6 @@ def fresh_config(fields: dict, tokenizer, data) -> PerceptionDLMConfig:
         defaults = {name: getattr(data, name) for name in lengths}
     return PerceptionDLMConfig(
         **{
-            "auto_map": dict(AUTO_MAP),
             **special_token_ids(tokenizer),
             **fields,
             "text_config": text,
