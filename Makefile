@@ -4,13 +4,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test tiny report clean
+.PHONY: demo test test-all tiny report clean
 
 demo: .venv/.ready
 	$(BIN)/python -m perceptiondlm.apps.demo --output outputs/demo
 
 test: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Also the browser's tests (with Chromium installed) and the launches of sharded training.
+test-all: .venv/.ready
+	PERCEPTIONDLM_SLOW_TESTS=1 $(BIN)/python -m pytest
 
 tiny: .venv/.ready
 	$(BIN)/perceptiondlm train configs/tiny.yaml

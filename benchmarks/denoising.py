@@ -55,7 +55,7 @@ METHODS = {
     ),
     "independent-exact": Method("independent", {}),
     "independent-compiled": Method("independent", {"compile": True}),
-    "independent-adaptive": Method("independent", {"adaptive": "threshold", "budget": True}),
+    "independent-adaptive": Method("independent", {"adaptive": "threshold", "budget": True}, exact=False),
 }
 
 
