@@ -1,4 +1,4 @@
-"""The `perceptiondlm` command: one table of subcommands, each imported only when it is asked for."""
+"""The `perceptiondlm` command: a table of subcommands, each imported only when asked for."""
 
 import argparse
 import importlib

@@ -55,7 +55,9 @@ METHODS = {
     ),
     "independent-exact": Method("independent", {}),
     "independent-compiled": Method("independent", {"compile": True}),
-    "independent-adaptive": Method("independent", {"adaptive": "threshold", "budget": True}, exact=False),
+    "independent-adaptive": Method(
+        "independent", {"adaptive": "threshold", "budget": True}, exact=False
+    ),
 }
 
 
