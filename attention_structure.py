@@ -68,7 +68,7 @@ def attention_argument(allowed: torch.Tensor, implementation: str, dtype: torch.
         return create_block_mask(
             lambda b, h, q, k: allowed[b, q, k], B, None, Q, K, device=str(allowed.device)
         )
-    if implementation == "eager":
-        bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return bias.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]  # (B, 1, Q, K)
-    return allowed[:, None]  # (B, 1, Q, K)
+    # a bias, not a mask, which sdpa would turn into a bias again in every layer
+    lowest = torch.finfo(dtype).min if implementation == "eager" else -torch.inf
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return bias.masked_fill_(~allowed, lowest)[:, None]  # (B, 1, Q, K)

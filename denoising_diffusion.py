@@ -33,7 +33,7 @@ class Prediction:
     """What one forward pass says about every answer position.
 
     Attributes:
-        logits: (B, G, n, V), float64, filtered.
+        logits: (B, G, n, V), float32 or float64, filtered.
         tokens: int64 (B, G, n), the candidate of each position.
         confidence: float64 (B, G, n), by which positions are ranked.
     """
@@ -44,7 +44,7 @@ class Prediction:
 
     def entropy(self) -> torch.Tensor:
         """Entropy in nats (B, G, n)."""
-        log_probs = self.logits.log_softmax(-1)
+        log_probs = self.logits.double().log_softmax(-1)
         return -(log_probs.exp() * log_probs.masked_fill(log_probs.isinf(), 0)).sum(-1)
 
 
@@ -69,18 +69,17 @@ class Sampler:
 
     def __call__(self, logits: torch.Tensor) -> Prediction:
         """Prediction from logits (B, G, n, V) of any float type."""
-        logits = logits.double()
+        logits = logits.float() if self.temperature == 0 else logits.double()
         if self.banned is not None:
             logits = logits.index_fill(-1, self.banned, -torch.inf)
         logits = keep_top_p(keep_top_k(logits, self.top_k), self.top_p)
         tokens = self._choose(logits)
         if self.remasking == "random":
             confidence = torch.rand(
-                tokens.shape, generator=self.generator, device=logits.device, dtype=logits.dtype
+                tokens.shape, generator=self.generator, device=logits.device, dtype=torch.float64
             )
         else:
-            chosen = logits.gather(-1, tokens[..., None])[..., 0]
-            confidence = (chosen - logits.logsumexp(-1)).exp()
+            confidence = probability_of(tokens, logits)
         return Prediction(logits, tokens, confidence)
 
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:
@@ -90,6 +89,17 @@ class Sampler:
             logits.shape, generator=self.generator, device=logits.device, dtype=logits.dtype
         )
         return (logits - self.temperature * (-uniform.log()).log()).argmax(-1)
+
+
+def probability_of(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Softmax probability, float64 (B, G, n), of each position's token among logits (B, G, n, V).
+
+    `1 / (1 + others)`, with the others' sum taken by itself: so float32 logits tell probabilities
+    apart, however near to 1, as well as a softmax in float64 does.
+    """
+    index = tokens[..., None]
+    odds = (logits - logits.gather(-1, index)).exp_().scatter_(-1, index, 0)
+    return 1 / (1 + odds.sum(-1, dtype=torch.float64))
 
 
 def keep_top_k(logits: torch.Tensor, k: int | None) -> torch.Tensor:
@@ -299,10 +309,8 @@ class Adaptive:
     def _doubted(self, step: int, prediction: Prediction, state: State) -> torch.Tensor | None:
         if self.verify is None or step + 2 >= self.steps:
             return None
-        held = prediction.logits.gather(-1, state.tokens[..., None])[..., 0]
-        probability = (held - prediction.logits.logsumexp(-1)).exp()
         committed = state.valid & ~state.masked
-        return committed & (probability < self.verify)
+        return committed & (probability_of(state.tokens, prediction.logits) < self.verify)
 
     def _end_turns(self, state: State) -> State:
         if self.eot_token_id is None:

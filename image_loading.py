@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from transformers.image_utils import load_image as fetch_image
 
+FARTHEST = 2**20  # pixels from the corner; PIL draws with 32-bit integers
+
 
 def load_image(image) -> Image.Image:
     """Opens a picture as RGB, upright.
@@ -282,7 +284,10 @@ def _mask_from_polygons(polygons, size: tuple[int, int]) -> Image.Image:
                 "expected a polygon as [x0, y0, x1, y1, x2, y2, ...], three points or more,"
                 f" got {describe(polygon)}"
             )
-        draw.polygon(_numbers("polygon", polygon, len(polygon)), fill=1)
+        points = _numbers("polygon", polygon, len(polygon))
+        if max(map(abs, points)) > FARTHEST:
+            raise ValueError(f"expected polygon points near the picture, got {describe(polygon)}")
+        draw.polygon(points, fill=1)
     return mask
 
 

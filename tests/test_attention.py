@@ -128,7 +128,8 @@ def test_eager_sdpa_and_flex_give_the_same_logits(make, picture, blobs, layout):
 def test_each_implementation_gets_what_it_takes():
     allowed = torch.tensor([[[True, False], [True, True]]])
     assert attention_argument(torch.ones_like(allowed), "sdpa", torch.float32) is None
-    assert torch.equal(attention_argument(allowed, "sdpa", torch.float32), allowed[:, None])
+    bias = attention_argument(allowed, "sdpa", torch.float32)
+    assert bias.tolist() == [[[[0, -torch.inf], [0, 0]]]]
     bias = attention_argument(allowed, "eager", torch.bfloat16)
     assert bias.dtype == torch.bfloat16 and bias.shape == (1, 1, 2, 2)
     assert torch.equal(bias[0, 0] == 0, allowed[0])

@@ -253,7 +253,7 @@ def test_a_stop_that_never_comes_changes_nothing():
 
 def test_threshold_commits_what_is_sure_enough():
     rule = Adaptive(4, Threshold(0.8), 4)
-    first = history(fixed([[0.9, 0.3, 0.8, 0.7]]), blank(1, 4), rule)[0]
+    first = history(fixed([[0.9, 0.3, 0.81, 0.7]]), blank(1, 4), rule)[0]
     assert first.masked.tolist() == [[[False, True, False, True]]]
 
 
@@ -385,6 +385,14 @@ def test_greedy_takes_the_argmax_and_its_probability():
     probabilities = logits.double().softmax(-1)
     assert torch.equal(made.tokens, probabilities.argmax(-1))
     assert torch.allclose(made.confidence, probabilities.max(-1).values)
+
+
+def test_probabilities_near_one_are_told_apart_in_single_precision():
+    logits = torch.zeros(1, 1, 6, 500)
+    logits[..., 0] = torch.arange(18, 24)
+    doubts = 1 - Sampler()(logits).confidence[0, 0]
+    assert torch.allclose(doubts, 1 - logits.double().softmax(-1)[0, 0, :, 0], rtol=1e-6, atol=0)
+    assert (doubts[1:] < doubts[:-1]).all()
 
 
 def test_banned_tokens_are_never_chosen_and_take_no_probability():

@@ -53,8 +53,9 @@ def test_grids_equal_the_plain_ones_for_random_sizes():
 def test_equally_close_grids_go_to_the_larger_picture_alone():
     assert choose_grid((100, 100), 512, 6) == (1, 1)
     assert choose_grid((2000, 2000), 512, 6) == (2, 2)
-    exactly_half = int((0.5 * 512 * 512 * 4) ** 0.5)
-    assert choose_grid((exactly_half, exactly_half), 512, 6) == (1, 1)
+    side = int((0.5 * 512 * 512 * 4) ** 0.5)  # half of the 2x2 grid's area lies just above
+    assert choose_grid((side, side), 512, 6) == (1, 1)
+    assert choose_grid((side + 1, side + 1), 512, 6) == (2, 2)
 
 
 def test_max_tiles_limits_the_grid_for_all_or_for_each(process, picture):

@@ -17,7 +17,8 @@ def choose_trainable(model: nn.Module, recipe: ParametersRecipe):
     Raises ValueError for a module that the model has not, or when nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
-    for module in [*recipe.trainable, *recipe.frozen, *recipe.zeroed, *recipe.learning_rates]:
+    named = (recipe.trainable, recipe.frozen, recipe.zeroed, recipe.learning_rates, recipe.muon)
+    for module in [name for part in named for name in part]:
         if not any(belongs(name, module) for name in names):
             top = sorted({name.split(".")[0] for name in names})
             raise ValueError(
@@ -44,14 +45,15 @@ def keep_masters(model: nn.Module):
 
 
 def parameter_groups(
-    model: nn.Module, decayed: set[str], learning_rates: dict[str, float], weight_decay: float
+    parameters: dict[str, nn.Parameter],
+    decayed: set[str],
+    learning_rates: dict[str, float],
+    weight_decay: float,
 ) -> list[dict]:
     """Optimizer groups by module learning rate (the longest name that matches) and decay."""
     modules = sorted(learning_rates, key=len, reverse=True)
     groups: dict[tuple, dict] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in parameters.items():
         module = next((m for m in modules if belongs(name, m)), None)
         key = (module, name in decayed)
         if key not in groups:

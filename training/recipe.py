@@ -186,6 +186,7 @@ class ParametersRecipe:
         frozen: modules that do not, taken from those.
         zeroed: modules whose parameters are zero and stay so, for ablations.
         learning_rates: of some modules, instead of the trainer's.
+        muon: modules whose matrices are updated by Muon, at the same rates (see `muon.WithMuon`).
         permute_prompts: draw a region's prompt at random, as in the released training (in the
             independent layout its RoI placeholder and marker go with it).
     """
@@ -194,6 +195,7 @@ class ParametersRecipe:
     frozen: list[str] = field(default_factory=list)
     zeroed: list[str] = field(default_factory=list)
     learning_rates: dict[str, float] = field(default_factory=dict)
+    muon: list[str] = field(default_factory=list)
     permute_prompts: bool = True
 
 

@@ -5,7 +5,6 @@ are signed distance functions sampled at pixel centres: the mask is exact (dista
 drawn edge is antialiased. H, W are rows and columns; points are (x, y) in pixels, y downwards.
 """
 
-import itertools
 import math
 import re
 from collections import Counter
@@ -442,8 +441,8 @@ def answer_matches(answer: str, expected: str) -> bool:
 def ask(rng: np.random.Generator, objects: list[dict[str, str]]) -> list[Question]:
     """Questions about a scene, at most one of each kind, for objects given by their attributes.
 
-    Kinds: `count`, `count_colour`, `exists` always; `colour_of_shape` and `shape_of_colour` when
-    some shape or colour is there once; `what_at` when some position holds one object.
+    Kinds: `count`, `count_colour`, `exists` always; `shape_of_colour` and `colour_at` when some
+    colour or position is there once.
     """
     questions = [
         Question("How many objects are there?", NUMBERS[len(objects)], "count"),
@@ -451,9 +450,8 @@ def ask(rng: np.random.Generator, objects: list[dict[str, str]]) -> list[Questio
         _ask_exists(rng, objects),
     ]
     for key, text, answer, kind in (
-        ("shape", "What colour is the {shape}?", "{colour}", "colour_of_shape"),
         ("colour", "What shape is the {colour} object?", "{shape}", "shape_of_colour"),
-        ("position", "What is at the {position}?", "{colour} {shape}", "what_at"),
+        ("position", "What colour is the object at the {position}?", "{colour}", "colour_at"),
     ):
         counts = Counter(thing[key] for thing in objects)
         alone = [thing for thing in objects if counts[thing[key]] == 1]
@@ -466,28 +464,26 @@ def ask(rng: np.random.Generator, objects: list[dict[str, str]]) -> list[Questio
 def _ask_count_colour(rng: np.random.Generator, objects: list[dict[str, str]]) -> Question:
     """A colour that is there in three cases of four, otherwise any of the others."""
     counts = Counter(thing["colour"] for thing in objects)
-    present = rng.random() < 0.75 or len(counts) == len(COLOURS)
-    choices = [colour for colour in COLOURS if (colour in counts) == present]
-    colour = choices[rng.integers(len(choices))]
+    colour = _choose_colour(rng, counts, 0.75)
     return Question(
         f"How many {colour} objects are there?", NUMBERS[counts[colour]], "count_colour"
     )
 
 
 def _ask_exists(rng: np.random.Generator, objects: list[dict[str, str]]) -> Question:
-    """Yes or no with even odds; a no mixes the scene's own colours and shapes half the time."""
-    pairs = sorted({(thing["colour"], thing["shape"]) for thing in objects})
-    answer, near = rng.random(2) < 0.5
-    if answer:
-        choices = pairs
-    else:
-        colours, shapes = (sorted(set(values)) for values in zip(*pairs, strict=True))
-        mixed = set(itertools.product(colours, shapes)) - set(pairs)
-        absent = set(itertools.product(COLOURS, SHAPES)) - set(pairs)
-        choices = sorted(mixed if near and mixed else absent)
-    colour, shape = choices[rng.integers(len(choices))]
+    """Yes or no with even odds."""
+    counts = Counter(thing["colour"] for thing in objects)
+    colour = _choose_colour(rng, counts, 0.5)
     article = "an" if colour[0] in "aeiou" else "a"
-    return Question(f"Is there {article} {colour} {shape}?", "yes" if answer else "no", "exists")
+    answer = "yes" if colour in counts else "no"
+    return Question(f"Is there {article} {colour} object?", answer, "exists")
+
+
+def _choose_colour(rng: np.random.Generator, counts: Counter, present_share: float) -> str:
+    """A colour that is there in a share of the cases, otherwise one that is not."""
+    present = rng.random() < present_share or len(counts) == len(COLOURS)
+    choices = [colour for colour in COLOURS if (colour in counts) == present]
+    return choices[rng.integers(len(choices))]
 
 
 def iter_corpus(count: int, *, split: str = "train", start: int = 0) -> Iterator[str]:

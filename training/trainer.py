@@ -5,6 +5,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+from .muon import WithMuon, takes_muon
 from .order import EpochSampler
 from .parameters import parameter_groups
 from .recipe import Recipe
@@ -150,15 +151,26 @@ class DiffusionTrainer(Trainer):
         self.processor.save_pretrained(self.args.output_dir)
 
     def create_optimizer(self, model=None):
-        """As the Trainer's, with a group for each module that has its own learning rate."""
+        """As the Trainer's, with a group for each module that has its own learning rate, and
+        Muon for the matrices that the recipe gives to it."""
         model = self.model if model is None else model
-        if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups = parameter_groups(
-                model,
-                set(self.get_decay_parameter_names(model)),
-                self.recipe.parameters.learning_rates,
-                self.args.weight_decay,
-            )
-            self.optimizer = cls(groups, **options)
+        if self.optimizer is not None:
+            return self.optimizer
+        cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        recipe = self.recipe.parameters
+        decayed = set(self.get_decay_parameter_names(model))
+        learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        matrices = {n: p for n, p in learned.items() if takes_muon(n, p, recipe.muon)}
+        others = {n: p for n, p in learned.items() if n not in matrices}
+
+        def groups(parameters: dict) -> list[dict]:
+            rates, decay = recipe.learning_rates, self.args.weight_decay
+            return parameter_groups(parameters, decayed, rates, decay)
+
+        self.optimizer = cls(groups(others), **options)
+        if matrices:
+            if self.is_fsdp_enabled:
+                raise ValueError("expected no parameters.muon in sharded training, got some")
+            muon_groups = [{"lr": self.args.learning_rate, **group} for group in groups(matrices)]
+            self.optimizer = WithMuon(muon_groups, self.optimizer)
         return self.optimizer
