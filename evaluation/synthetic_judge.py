@@ -57,7 +57,9 @@ def score_captions(scenes: Sequence[Scene], captions: Sequence[Sequence[str | No
         interference_rate: share of regions whose caption is wrong in at least one attribute by
             naming the value of that same attribute of another region in the scene. A size is one
             of two, so a wrong size nearly always counts.
-        interference_per_attribute: the same share, attribute by attribute.
+        interference_by_chance: the same share with each scene's other regions taken from other
+            scenes with as many: what wrong values coincide with though nothing was mixed up.
+        interference_per_attribute: the share, attribute by attribute.
         missing: how many regions have no caption.
 
     Raises:
@@ -67,6 +69,8 @@ def score_captions(scenes: Sequence[Scene], captions: Sequence[Sequence[str | No
         raise ValueError(f"expected captions of {len(scenes)} scenes, got {len(captions)}")
     right, borrowed = dict.fromkeys(VOCABULARY, 0), dict.fromkeys(VOCABULARY, 0)
     regions = exact = interfered = missing = 0
+    chance = 0.0
+    alike = _scenes_by_size(scenes)
     for index, (scene, texts) in enumerate(zip(scenes, captions, strict=True)):
         truths = [thing.attributes for thing in scene.objects]
         for k, text in enumerate(_padded(texts, len(truths), index)):
@@ -79,6 +83,7 @@ def score_captions(scenes: Sequence[Scene], captions: Sequence[Sequence[str | No
             exact += not wrong
             interfered += bool(taken)
             missing += not (text or "").strip()
+            chance += _borrowed_by_chance(wrong, k, alike[len(truths)], scene)
     if not regions:
         raise ValueError("expected at least one region, got none")
     return {
@@ -87,9 +92,27 @@ def score_captions(scenes: Sequence[Scene], captions: Sequence[Sequence[str | No
         "per_attribute": _shares(right, regions),
         "exact_caption_rate": exact / regions,
         "interference_rate": interfered / regions,
+        "interference_by_chance": chance / regions,
         "interference_per_attribute": _shares(borrowed, regions),
         "missing": missing,
     }
+
+
+def _scenes_by_size(scenes: Sequence[Scene]) -> dict[int, list[Scene]]:
+    found = defaultdict(list)
+    for scene in scenes:
+        found[len(scene.objects)].append(scene)
+    return found
+
+
+def _borrowed_by_chance(wrong: Mapping, k: int, alike: Sequence[Scene], own: Scene) -> float:
+    """Share of the other scenes with as many regions whose regions, but for number `k`, have a
+    wrong value that was named."""
+    if not any(wrong.values()) or len(alike) == 1:
+        return 0.0
+    others = [[thing.attributes for thing in scene.objects] for scene in alike if scene is not own]
+    hits = sum(bool(borrowed_attributes(wrong, [*t[:k], *t[k + 1 :]])) for t in others)
+    return hits / len(others)
 
 
 def score_answers(expected: Sequence[Question], answers: Sequence[str | None]) -> dict:

@@ -1,0 +1,137 @@
+"""What each part of the model buys: one recipe and budget, a part taken away at a time.
+
+    python -m perceptiondlm.benchmarks.ablation configs/tiny.yaml --steps 700 --scenes 300 \\
+        --output benchmarks/results/ablation.json
+
+Each row is trained by `perceptiondlm train` and measured by `perceptiondlm evaluate synthetic`,
+and kept: a run that was stopped goes on with the next row. A Markdown table is written beside the
+JSON.
+"""
+
+import argparse
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..evaluation.files import read_json, write_json
+from .denoising import describe_machine
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant: overrides of the recipe, or another row's weights decoded another way."""
+
+    title: str
+    overrides: tuple[str, ...] = ()
+    weights_of: str | None = None
+    decoding: tuple[str, ...] = ()
+
+
+ROWS = {
+    "full": Row("full"),
+    "sequential": Row(
+        "full, one region a pass", weights_of="full", decoding=("--regions-per-pass", "1")
+    ),
+    "no-prompts": Row("no region prompts", ("parameters.zeroed=[region_prompts]",)),
+    "no-roi": Row("no RoI replay", ("model.config.roi_output_size=0",)),
+    "no-structure": Row("no structured attention", ("model.config.region_layout=full",)),
+    "released": Row("released layout", ("model.config.region_layout=released",)),
+}
+COLUMNS = {
+    "attributes": "attribute_accuracy",
+    "whole captions": "exact_caption_rate",
+    "interference": "interference_rate",
+    "by chance": "interference_by_chance",
+    "questions": "question_accuracy",
+}
+
+
+def train_row(name: str, arguments) -> Path:
+    """The weights of a row, trained unless they are there."""
+    row = ROWS[name]
+    folder = Path(arguments.runs) / (row.weights_of or name)
+    if not (folder / "model.safetensors").exists():
+        budget = (
+            f"trainer.output_dir={folder}",
+            f"trainer.max_steps={arguments.steps}",
+            f"trainer.lr_scheduler_kwargs.num_decay_steps={arguments.steps // 3}",
+            f"data.scenes={arguments.training_scenes}",
+            "trainer.eval_strategy=no",
+        )
+        _run("train", arguments.recipe, *budget, *ROWS[row.weights_of or name].overrides)
+    return folder
+
+
+def measure_row(name: str, arguments) -> dict:
+    """The measurements of a row, made unless they are there."""
+    report = Path(arguments.runs) / f"{name}.json"
+    if not report.exists():
+        sizes = ("--scenes", str(arguments.scenes), "--seed", str(arguments.seed))
+        model = ("--model", str(train_row(name, arguments)))
+        _run("evaluate", "synthetic", *model, *sizes, *ROWS[name].decoding, "--output", str(report))
+    return read_json(report)
+
+
+def _run(*command: str):
+    subprocess.run([sys.executable, "-m", "perceptiondlm.apps.cli", *command], check=True)
+
+
+def table(result: dict) -> str:
+    """Markdown, a row a variant."""
+    attributes = list(next(iter(result["rows"]))["per_attribute"])
+    lines = [
+        f"{result['steps']} steps of `{result['recipe']}` on {result['training_scenes']} scenes"
+        f" each, {result['scenes']} held-out scenes from seed {result['seed']}; in per cent.",
+        "",
+        "| | " + " | ".join([*COLUMNS, *attributes, "forwards a picture"]) + " |",
+        "|---|" + "---:|" * (len(COLUMNS) + len(attributes) + 1),
+    ]
+    for row in result["rows"]:
+        shares = [row[name] for name in COLUMNS.values()]
+        shares += [row["per_attribute"][name] for name in attributes]
+        cells = [f"{100 * share:.1f}" for share in shares]
+        forwards = f"{row['forwards'] / result['scenes']:.1f}"
+        lines.append("| " + " | ".join([row["title"], *cells, forwards]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("recipe")
+    add("--steps", type=int, default=700, help="of training, for each row")
+    add("--training-scenes", type=int, default=12000)
+    add("--scenes", type=int, default=300, help="held-out scenes of the measurement")
+    add("--seed", type=int, default=200000, help="of the first of them")
+    add("--rows", default=",".join(ROWS), help="comma-separated, out of the default")
+    add("--runs", default="runs/ablation", help="folder of weights and measurements")
+    add("--output", required=True, help="JSON; the table goes beside it")
+    arguments = parser.parse_args()
+    names = arguments.rows.split(",")
+    unknown = sorted(set(names) - set(ROWS))
+    if unknown:
+        parser.error(f"expected rows among {', '.join(ROWS)}, got {unknown}")
+    kept = (*COLUMNS.values(), "per_attribute", "forwards", "regions", "seconds")
+    rows = []
+    for name in names:
+        measured = measure_row(name, arguments)
+        rows.append({"row": name, "title": ROWS[name].title, **{k: measured[k] for k in kept}})
+    sizes = ("recipe", "steps", "training_scenes", "scenes", "seed")
+    result = {
+        "machine": describe_machine("cpu"),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **{name: getattr(arguments, name) for name in sizes},
+        "rows": rows,
+    }
+    write_json(arguments.output, result)
+    Path(arguments.output).with_suffix(".md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
