@@ -223,7 +223,8 @@ class DiffusionGenerationMixin:
             prompts: a question or a list of them; with masks, the instruction.
             inputs: instead of the above, what the processor made (say, from a conversation) with
                 the masked answer in it.
-            processor: defaults to the one saved beside the weights.
+            processor: defaults to the one saved beside the weights. With `inputs` it only decodes
+                the texts, which are None where there is none.
             callback: called after each step with its number and the token ids, nested as in the
                 output.
             options: see `DiffusionOptions`.
@@ -235,6 +236,7 @@ class DiffusionGenerationMixin:
         if inputs is not None:
             if images is not None or masks is not None or prompts is not None:
                 raise ValueError("expected `inputs` or images, masks and prompts, got both")
+            processor = processor or self._processor_if_saved()
             return self._generate_inputs(inputs, processor, chosen, callback)
         processor = processor or self._saved_processor()
         self._check_processor(processor)
@@ -266,7 +268,7 @@ class DiffusionGenerationMixin:
             inputs = processor(
                 [images[p.image] for p in batch],
                 masks=[[masks[p.image][k] for k in p.masks] for p in batch],
-                prompts=None if own[0] is None else own,
+                prompts=[p or processor.region_instruction for p in own],
                 caption_length=options.caption_length,
                 return_region_orders=True,
             )
@@ -399,6 +401,12 @@ class DiffusionGenerationMixin:
                 ) from error
             self.__dict__["_processor"] = loaded
         return self.__dict__["_processor"]
+
+    def _processor_if_saved(self):
+        try:
+            return None if self.__dict__.get("_source") is None else self._saved_processor()
+        except FileNotFoundError:
+            return None
 
     def _check_processor(self, processor):
         pairs = {

@@ -1,7 +1,6 @@
 """Opening what users give: pictures in any form, and region masks in any form."""
 
 import io
-import math
 import os
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw, ImageOps
 from transformers.image_utils import load_image as fetch_image
 
 FARTHEST = 2**20  # pixels from the corner; PIL draws with 32-bit integers
+LARGEST = 2**53  # beyond it floats are no longer exact
 
 
 def load_image(image) -> Image.Image:
@@ -309,7 +309,7 @@ def _integers(name: str, values, count: int) -> list[int]:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value)
+    return isinstance(value, (int, float, np.integer, np.floating)) and abs(value) <= LARGEST
 
 
 def describe(value) -> str:

@@ -225,11 +225,12 @@ class PerceptionDLMProcessor(ProcessorMixin):
         instruction = instruction or self.region_instruction
         image_tokens = self._image_tokens(features, index)
         tree = self.region_layout == "independent"
-        roi = [self._token_id(self.roi_token.format(k)) for k in range(len(slots))]
-        prompt = self._region_prompt(
-            instruction, 0 if tree or not self.roi_output_size else len(slots)
-        )
+        placeholders = 0 if tree or not self.roi_output_size else len(slots)
+        total = max(self.image_processor.num_region_prompts, len(slots))
+        roi = [self._token_id(self.roi_token.format(k)) for k in range(total)]
+        prompt = self._region_prompt(instruction, placeholders)
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        _expect_count(ids, roi, placeholders, "RoI placeholders", self.roi_token)
         _expect_count(ids, [self.image_token_id], 1, "picture placeholders", self.image_token)
         sequence = self._add_prompt(ids, [image_tokens], roi)
         if tree:

@@ -153,6 +153,12 @@ def test_too_few_instructions_are_refused(generate, image, masks):
         generate([image, image], [masks, masks], ["only one"])
 
 
+@pytest.mark.parametrize("token", ["<|reserved_token_0|>", "<|reserved_token_5|>", "<IMG_CONTEXT>"])
+def test_a_placeholder_in_an_instruction_is_refused(generate, image, masks, token):
+    with pytest.raises(ValueError, match="placeholders .* in the prompt"):
+        generate(image, masks, f"What is {token}?")
+
+
 @pytest.mark.parametrize("form", ["pil", "rle", "int"])
 def test_a_mask_that_is_no_list_is_refused(generate, image, masks, form):
     from pycocotools import mask as coco

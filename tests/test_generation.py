@@ -586,10 +586,23 @@ def test_another_instruction_is_used(make, scene):
     pair = model.diffusion_generate(
         [image, image],
         [masks, masks],
-        ["What color is it?", processor.region_instruction],
+        [None, "What color is it?"],
         **options,
     )
-    assert pair.token_ids == [other.token_ids[0], default.token_ids[0]]
+    assert pair.token_ids == [default.token_ids[0], other.token_ids[0]]
+
+
+def test_prepared_inputs_are_decoded_by_the_saved_processor(make, picture, tmp_path):
+    model, processor = make()
+    inputs = processor(picture(40, 40), prompts="What?", max_new_tokens=3)
+    expected = model.diffusion_generate(inputs=inputs, processor=processor)
+    assert model.diffusion_generate(inputs=inputs).texts is None
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.diffusion_generate(inputs=inputs).texts is None
+    processor.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.diffusion_generate(inputs=inputs).texts == expected.texts
 
 
 def test_a_released_region_model_captions_a_photograph(load):

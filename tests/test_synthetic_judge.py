@@ -105,6 +105,18 @@ def test_a_missing_caption_is_wrong_in_everything_and_counted(missing):
     assert scores["interference_rate"] == 0.0
 
 
+def test_what_chance_gives_is_told_from_mixing_up():
+    # "blue" is the other region's in SCENE, and in neither of the other scenes with two regions
+    other = Drawn([Thing(RED_CIRCLE), Thing({**BLUE_STAR, "colour": "green"})])
+    captions = [RED_CAPTION.replace("red", "blue"), BLUE_CAPTION]
+    right = [RED_CAPTION, BLUE_CAPTION.replace("blue", "green")]
+    scores = score_captions([SCENE, other, other], [captions, right, right])
+    assert scores["interference_rate"] == pytest.approx(1 / 6)
+    assert scores["interference_by_chance"] == 0.0
+    scores = score_captions([SCENE, Drawn(SCENE.objects), other], [captions, [RED_CAPTION, BLUE_CAPTION], right])
+    assert scores["interference_by_chance"] == pytest.approx(1 / 12)
+
+
 def test_regions_weigh_the_same_whatever_their_scene():
     crowd = Drawn([Thing(RED_CIRCLE)] * 3)
     scores = score_captions([SCENE, crowd], [[None, None], [RED_CAPTION] * 3])
