@@ -9,18 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, SiglipVisionConfig
+from transformers import SiglipVisionConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
 from transformers.models.siglip.modeling_siglip import (
     SiglipEncoder,
     SiglipPreTrainedModel,
@@ -35,10 +26,10 @@ from .configuration_perceptiondlm import (
     ROLE_SHARED,
     SHARED_REGION,
     PerceptionDLMConfig,
-    PerceptionDLMTextConfig,
 )
 from .diffusion_loss import draw_masked, mask_rate, masked_loss
 from .generation_diffusion import DiffusionGenerationMixin
+from .language_model import PerceptionDLMLanguageModel, PerceptionDLMPreTrainedModel
 from .visual_features import PICTURE_TOKENS, merge_patches, roi_align, tile_map
 
 
@@ -78,180 +69,8 @@ class PerceptionDLMConnector(nn.Module):
         return self.linear_2(self.act(self.linear_1(merged)))
 
 
-class PerceptionDLMAttention(nn.Module):
-    """Bidirectional attention with rotary positions and, optionally, grouped keys and values."""
-
-    def __init__(self, config: PerceptionDLMTextConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        query_width = config.num_attention_heads * self.head_dim
-        key_width = config.num_key_value_heads * self.head_dim
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=bias)
-
-    def forward(self, hidden, rotary, attention_mask, cache=None, first_query: int = 0):
-        """Attends from the positions from `first_query` on to all of `hidden` and the cache."""
-        cos, sin = rotary
-        query = self._heads(self.q_proj(hidden[:, first_query:]))
-        key, value = self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
-        query, _ = apply_rotary_pos_emb(query, query, cos[:, first_query:], sin[:, first_query:])
-        key, _ = apply_rotary_pos_emb(key, key, cos, sin)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        if query.shape[2] == 0:  # only keys and values were wanted
-            return hidden[:, first_query:]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, _ = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            is_causal=False,
-        )
-        return self.o_proj(output.flatten(2))
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, L, head_dim)
-
-
-class PerceptionDLMDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and gated MLP."""
-
-    def __init__(self, config: PerceptionDLMTextConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = PerceptionDLMAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, hidden, rotary, attention_mask, cache=None, first_query: int = 0):
-        attended = self.self_attn(
-            self.input_layernorm(hidden), rotary, attention_mask, cache, first_query
-        )
-        hidden = hidden[:, first_query:] + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
 class RegionPrompts(nn.Embedding):
     """Learned prompts (R, C), drawn as large as the patch embeddings that they are added to."""
-
-
-class PerceptionDLMPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know to load, shard and dispatch these models."""
-
-    config: PerceptionDLMConfig
-    base_model_prefix = "perceptiondlm"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "PerceptionDLMDecoderLayer",
-        "SiglipEncoderLayer",
-        "SiglipVisionEmbeddings",
-    ]
-    _skip_keys_device_placement = ["cache"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, RegionPrompts):
-            init.normal_(module.weight, std=1.0)
-        elif isinstance(module, PerceptionDLMForConditionalGeneration):
-            if module.image_newline is not None:
-                init.normal_(module.image_newline, std=self.config.initializer_range)
-
-
-class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
-    """LLaDA's bidirectional decoder stack."""
-
-    config: PerceptionDLMTextConfig
-
-    def __init__(self, config: PerceptionDLMTextConfig):
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            PerceptionDLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)
-        )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def forward(
-        self,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask=None,
-        cache=None,
-        first_query: int = 0,
-        last_attention_mask=None,
-        hidden_states: list | None = None,
-    ) -> torch.Tensor:
-        """Normalised states (B, L - first_query, D) of the positions from `first_query` on.
-
-        Args:
-            inputs_embeds: (B, L, D); position_ids: int (B, L), any order.
-            attention_mask: as `attention_argument` makes it, for L queries.
-            cache: an object whose `update(key, value, layer)` gives the keys and values to attend.
-            first_query: the last layer computes queries from here only, with
-                `last_attention_mask` for them.
-            hidden_states: a list to which the embeddings and each layer's output are appended.
-        """
-        hidden = inputs_embeds
-        rotary = self.rotary_emb(hidden, position_ids)
-        for i, layer in enumerate(self.layers):
-            if hidden_states is not None:
-                hidden_states.append(hidden)
-            if first_query and i + 1 == len(self.layers):
-                hidden = layer(hidden, rotary, last_attention_mask, cache, first_query)
-            else:
-                hidden = layer(hidden, rotary, attention_mask, cache)
-        hidden = self.norm(hidden)
-        if hidden_states is not None:
-            hidden_states.append(hidden)
-        return hidden
-
-
-class PerceptionDLMLanguageModel(PerceptionDLMPreTrainedModel):
-    """The decoder and its head."""
-
-    config: PerceptionDLMTextConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: PerceptionDLMTextConfig):
-        super().__init__(config)
-        self.model = PerceptionDLMTextModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, value):
-        self.lm_head = value
 
 
 @dataclass
@@ -290,6 +109,14 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
         self.language_model = PerceptionDLMLanguageModel(config.text_config)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, RegionPrompts):
+            init.normal_(module.weight, std=1.0)
+        elif module is self and self.image_newline is not None:
+            init.normal_(self.image_newline, std=self.config.initializer_range)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()

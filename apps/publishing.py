@@ -15,10 +15,9 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .model_card import GENERATED, Provenance, is_hub_id, model_card
+from ..model_card import PROVENANCE, Provenance, is_hub_id, read_json, write_card
 
 CLASSES = ("AutoConfig", "AutoModel", "AutoProcessor")
-PROVENANCE = "provenance.json"
 KEPT_AWAY = ["__pycache__/*", "*.pyc", ".*", "*/.*", "*.tmp", "optimizer*", "*.pt", "*.pth"]
 STALE = ["*.safetensors", "*.safetensors.index.json"]  # of an earlier upload with other shards
 MAIN = "main"
@@ -94,14 +93,14 @@ def check_complete(folder: Path):
 def missing_files(folder: Path) -> list[str]:
     """Names of what a self-contained checkpoint lacks."""
     auto_map = {
-        **_read(folder / "processor_config.json").get("auto_map", {}),
-        **_read(folder / "config.json").get("auto_map", {}),
+        **read_json(folder / "processor_config.json").get("auto_map", {}),
+        **read_json(folder / "config.json").get("auto_map", {}),
     }
     needed = ["config.json", "processor_config.json", "tokenizer.json", "LICENSE"]
     if auto_map:
         needed += [f"auto_map entry for {name}" for name in CLASSES if name not in auto_map]
     needed += sorted(_modules(folder, {f"{name.split('.')[0]}.py" for name in auto_map.values()}))
-    index = _read(folder / "model.safetensors.index.json")
+    index = read_json(folder / "model.safetensors.index.json")
     needed += sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
     return [name for name in needed if not (folder / name).is_file()]
 
@@ -114,19 +113,6 @@ def _modules(folder: Path, named: set[str]) -> set[str]:
         present = [folder / name for name in new if (folder / name).is_file()]
         named = {f"{name}.py" for file in present for name in get_relative_imports(file)}
     return found
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_card(folder: Path, repo_id: str, **options):
-    """Writes README.md, unless there is one that was not generated."""
-    path = folder / "README.md"
-    if path.exists() and GENERATED not in path.read_text(encoding="utf-8"):
-        return
-    provenance = Provenance(**_read(folder / PROVENANCE))
-    path.write_text(model_card(folder, repo_id, provenance=provenance, **options), encoding="utf-8")
 
 
 def write_provenance(

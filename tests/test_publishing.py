@@ -15,12 +15,11 @@ import yaml
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from perceptiondlm import convert_checkpoint
-from perceptiondlm.apps import publishing
 from perceptiondlm.apps.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
-from perceptiondlm.apps.model_card import Provenance, checksums, model_card
 from perceptiondlm.apps.publishing import push_folder, write_provenance
 from perceptiondlm.convert_checkpoint import convert
+from perceptiondlm.model_card import Provenance, checksums, model_card, write_card
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 PICTURE = VECTORS / "region_0.png"
@@ -136,6 +135,14 @@ def test_push_to_hub_of_model_and_processor_makes_a_repository_that_captions_ali
 ):
     (*_, results), _ = reader
     assert json.loads(results)[1] == expected
+
+
+def test_push_to_hub_writes_a_card_that_says_how_to_use_the_model(reader):
+    _, hub = reader
+    card = ModelCard(hub.read("somebody/again", "README.md"))
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.base_model == REPO
+    assert 'from_pretrained("somebody/again", trust_remote_code=True' in card.text
+    assert "model.safetensors" in card.text
 
 
 def test_the_snippet_on_the_card_runs_as_pasted(reader):
@@ -273,7 +280,7 @@ def test_provenance_names_a_hub_snapshots_commit_and_no_local_folder(checkpoint,
     record = json.loads((checkpoint / "provenance.json").read_text())
     assert record["revision"] == "a" * 40
     assert record["command"] == "convert_checkpoint.py --source MSALab/P --output made"
-    publishing.write_card(checkpoint, REPO)
+    write_card(checkpoint, REPO)
     card = (checkpoint / "README.md").read_text()
     assert "a" * 40 in card
     assert str(tmp_path) not in card

@@ -113,7 +113,8 @@ def test_what_chance_gives_is_told_from_mixing_up():
     scores = score_captions([SCENE, other, other], [captions, right, right])
     assert scores["interference_rate"] == pytest.approx(1 / 6)
     assert scores["interference_by_chance"] == 0.0
-    scores = score_captions([SCENE, Drawn(SCENE.objects), other], [captions, [RED_CAPTION, BLUE_CAPTION], right])
+    scenes = [SCENE, Drawn(SCENE.objects), other]
+    scores = score_captions(scenes, [captions, [RED_CAPTION, BLUE_CAPTION], right])
     assert scores["interference_by_chance"] == pytest.approx(1 / 12)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ METRICS = (  # (name in a report's summary, name on the card)
     ("average_positive", "Positive questions"),
     ("average_negative", "Negative questions"),
 )
+PROVENANCE = "provenance.json"
 PAPER = "https://arxiv.org/abs/2606.19534"
 
 REGION_SNIPPET = """\
@@ -66,6 +67,25 @@ class Provenance:
         return asdict(self)
 
 
+def write_card(folder: str | Path, repo_id: str, **options):
+    """Writes README.md, unless there is one that was not generated; `options` of `model_card`.
+
+    The provenance is what `provenance.json` in the folder says.
+    """
+    folder = Path(folder)
+    path = folder / "README.md"
+    if path.exists() and GENERATED not in path.read_text(encoding="utf-8"):
+        return
+    provenance = Provenance(**read_json(folder / PROVENANCE))
+    card = model_card(folder, repo_id, **{"provenance": provenance, **options})
+    path.write_text(card, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's object, {} where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def model_card(
     folder: str | Path,
     repo_id: str,
@@ -75,6 +95,7 @@ def model_card(
     report: Mapping | None = None,
     base_model: str | list[str] | None = None,
     licence: str = "apache-2.0",
+    tags: Sequence[str] = (),
 ) -> str:
     """The card of the checkpoint in `folder`, as Markdown with a YAML header.
 
@@ -85,6 +106,7 @@ def model_card(
         base_model: Hub id or ids of what it derives from (default: the provenance's source where
             that is a Hub id).
         licence: identifier of the weights' licence.
+        tags: more of them than its own.
     """
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -100,7 +122,7 @@ def model_card(
         base_model=base_model,
         license=licence,
         language="en",
-        tags=[*TAGS, "region-captioning"] if regions else list(TAGS),
+        tags=list(dict.fromkeys([*TAGS, *(["region-captioning"] if regions else []), *tags])),
         model_name=name if results else None,
         eval_results=results,
     )

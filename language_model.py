@@ -1,0 +1,222 @@
+"""The language model: LLaDA's bidirectional decoder, its head, and what transformers needs to know.
+
+Axis letters: B batch, L sequence, D text width.
+"""
+
+import os
+import tempfile
+
+import torch
+from huggingface_hub import HfApi
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from .configuration_perceptiondlm import PerceptionDLMConfig, PerceptionDLMTextConfig
+from .model_card import Provenance, write_card
+
+
+class PerceptionDLMPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to load, shard and dispatch these models."""
+
+    config: PerceptionDLMConfig
+    base_model_prefix = "perceptiondlm"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "PerceptionDLMDecoderLayer",
+        "SiglipEncoderLayer",
+        "SiglipVisionEmbeddings",
+    ]
+    _skip_keys_device_placement = ["cache"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ):
+        """As in transformers, in one commit, with a card that says what the checkpoint is and how
+        to use it; a card of one's own that is there already is kept."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            if api.file_exists(repo_id, "README.md", revision=revision):
+                api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder)
+            source, _ = self.__dict__.get("_source", (None, {}))
+            made_from = None if source is None or os.path.exists(source) else str(source)
+            provenance = Provenance(source=made_from)  # a folder's name is nobody's business
+            write_card(folder, repo_id, revision=revision, provenance=provenance, tags=tags or ())
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+                create_pr=create_pr,
+                ignore_patterns=[".cache/*"],
+            )
+
+
+class PerceptionDLMAttention(nn.Module):
+    """Bidirectional attention with rotary positions and, optionally, grouped keys and values."""
+
+    def __init__(self, config: PerceptionDLMTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=bias)
+
+    def forward(self, hidden, rotary, attention_mask, cache=None, first_query: int = 0):
+        """Attends from the positions from `first_query` on to all of `hidden` and the cache."""
+        cos, sin = rotary
+        query = self._heads(self.q_proj(hidden[:, first_query:]))
+        key, value = self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
+        query, _ = apply_rotary_pos_emb(query, query, cos[:, first_query:], sin[:, first_query:])
+        key, _ = apply_rotary_pos_emb(key, key, cos, sin)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        if query.shape[2] == 0:  # only keys and values were wanted
+            return hidden[:, first_query:]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=False,
+        )
+        return self.o_proj(output.flatten(2))
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, L, head_dim)
+
+
+class PerceptionDLMDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and gated MLP."""
+
+    def __init__(self, config: PerceptionDLMTextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = PerceptionDLMAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden, rotary, attention_mask, cache=None, first_query: int = 0):
+        attended = self.self_attn(
+            self.input_layernorm(hidden), rotary, attention_mask, cache, first_query
+        )
+        hidden = hidden[:, first_query:] + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
+    """LLaDA's bidirectional decoder stack."""
+
+    config: PerceptionDLMTextConfig
+
+    def __init__(self, config: PerceptionDLMTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            PerceptionDLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask=None,
+        cache=None,
+        first_query: int = 0,
+        last_attention_mask=None,
+        hidden_states: list | None = None,
+    ) -> torch.Tensor:
+        """Normalised states (B, L - first_query, D) of the positions from `first_query` on.
+
+        Args:
+            inputs_embeds: (B, L, D); position_ids: int (B, L), any order.
+            attention_mask: as `attention_argument` makes it, for L queries.
+            cache: an object whose `update(key, value, layer)` gives the keys and values to attend.
+            first_query: the last layer computes queries from here only, with
+                `last_attention_mask` for them.
+            hidden_states: a list to which the embeddings and each layer's output are appended.
+        """
+        hidden = inputs_embeds
+        rotary = self.rotary_emb(hidden, position_ids)
+        for i, layer in enumerate(self.layers):
+            if hidden_states is not None:
+                hidden_states.append(hidden)
+            if first_query and i + 1 == len(self.layers):
+                hidden = layer(hidden, rotary, last_attention_mask, cache, first_query)
+            else:
+                hidden = layer(hidden, rotary, attention_mask, cache)
+        hidden = self.norm(hidden)
+        if hidden_states is not None:
+            hidden_states.append(hidden)
+        return hidden
+
+
+class PerceptionDLMLanguageModel(PerceptionDLMPreTrainedModel):
+    """The decoder and its head."""
+
+    config: PerceptionDLMTextConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: PerceptionDLMTextConfig):
+        super().__init__(config)
+        self.model = PerceptionDLMTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
