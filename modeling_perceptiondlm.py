@@ -19,6 +19,7 @@ from transformers.models.siglip.modeling_siglip import (
 )
 from transformers.utils import ModelOutput
 
+from .answer_generation import AnswerGenerationMixin
 from .attention_structure import allowed_attention, attention_argument
 from .configuration_perceptiondlm import (
     ROLE_CAPTION,
@@ -28,7 +29,7 @@ from .configuration_perceptiondlm import (
     PerceptionDLMConfig,
 )
 from .diffusion_loss import draw_masked, mask_rate, masked_loss
-from .generation_diffusion import DiffusionGenerationMixin
+from .generation_diffusion import DiffusionGenerationMixin, DiffusionOptions
 from .language_model import PerceptionDLMLanguageModel, PerceptionDLMPreTrainedModel
 from .visual_features import PICTURE_TOKENS, merge_patches, roi_align, tile_map
 
@@ -89,7 +90,9 @@ class PerceptionDLMOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
-class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, PerceptionDLMPreTrainedModel):
+class PerceptionDLMForConditionalGeneration(
+    DiffusionGenerationMixin, AnswerGenerationMixin, PerceptionDLMPreTrainedModel
+):
     """Captions image regions, or answers about images, by masked diffusion (arXiv:2606.19534)."""
 
     _tied_weights_keys = {
@@ -108,6 +111,8 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         if config.image_layout == "anyres":
             self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
         self.language_model = PerceptionDLMLanguageModel(config.text_config)
+        options = DiffusionOptions.build(config.generation_defaults, {})
+        self.generation_config.max_new_tokens = options.max_new_tokens
         self.post_init()
 
     @torch.no_grad()
