@@ -9,6 +9,7 @@ computed once and the cache is exact; elsewhere every step computes the whole se
 import torch
 
 from .attention_structure import allowed_attention, attention_argument
+from .branch_attention import BranchAttention
 from .configuration_perceptiondlm import ROLE_CAPTION
 from .denoising_diffusion import State
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
@@ -104,6 +105,9 @@ class AnswerNetwork:
         structure = (columns["region_ids"], columns["role_ids"], columns["attention_mask"])
 
         def argument(queries: slice, keys: int | None):
+            if exact_cache and "flash" in implementation:
+                region_ids, _, attention_mask = structure
+                return BranchAttention(region_ids, attention_mask, queries, keys)
             allowed = allowed_attention(config.region_layout, *structure, queries)
             return attention_argument(allowed[:, :, :keys], implementation, dtype)
 

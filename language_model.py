@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from .branch_attention import BranchAttention
 from .configuration_perceptiondlm import PerceptionDLMConfig, PerceptionDLMTextConfig
 from .model_card import Provenance, write_card
 
@@ -109,6 +110,8 @@ class PerceptionDLMAttention(nn.Module):
             key, value = cache.update(key, value, self.layer_idx)
         if query.shape[2] == 0:  # only keys and values were wanted
             return hidden[:, first_query:]
+        if isinstance(attention_mask, BranchAttention):
+            return self.o_proj(attention_mask(query, key, value, self.scaling).flatten(2))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -176,7 +179,7 @@ class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
 
         Args:
             inputs_embeds: (B, L, D); position_ids: int (B, L), any order.
-            attention_mask: as `attention_argument` makes it, for L queries.
+            attention_mask: as `attention_argument` makes it, for L queries, or a `BranchAttention`.
             cache: an object whose `update(key, value, layer)` gives the keys and values to attend.
             first_query: the last layer computes queries from here only, with
                 `last_attention_mask` for them.
