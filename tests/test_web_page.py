@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,8 @@ def test_two_people_at_once_each_get_their_own(browser, address, captioner):
 
 def test_stopping_ends_the_run(browser, captioner):
     slow = RegionCaptioner(captioner.model, captioner.processor, caption_length=128, steps=128)
+    head = slow.model.language_model.lm_head
+    brake = head.register_forward_hook(lambda *_: time.sleep(0.2))  # half a minute in all
     with Engine(slow) as engine:
         demo = launch(engine, "tester", port=0, block=False)
         context = browser.new_context()
@@ -309,3 +312,4 @@ def test_stopping_ends_the_run(browser, captioner):
         assert engine.running == engine.queue_length == 0
         context.close()
         demo.close(verbose=False)
+    brake.remove()
