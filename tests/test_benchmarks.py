@@ -1,10 +1,11 @@
 """The benchmark's baseline computes what ours does, and its results are written as documented."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from perceptiondlm.benchmarks import denoising, workload
+from perceptiondlm.benchmarks import ablation, denoising, workload
 from perceptiondlm.benchmarks.published import caption_regions_plainly
 from perceptiondlm.benchmarks.report import END, START, update_readme
 
@@ -87,3 +88,33 @@ def test_a_readme_without_markers_is_refused(mini, tmp_path):
     readme.write_text("nothing")
     with pytest.raises(ValueError, match="expected the markers"):
         update_readme(readme, {"rows": []})
+
+
+def test_the_ablation_writes_a_row_for_each_variant_and_keeps_what_is_done(tmp_path, monkeypatch):
+    def pretend(*command):
+        """Training makes weights, measuring a report; each is noted."""
+        calls.append(command)
+        if command[0] == "train":
+            folder = next(c for c in command if c.startswith("trainer.output_dir=")).split("=")[1]
+            Path(folder).mkdir(parents=True)
+            (Path(folder) / "model.safetensors").touch()
+            return
+        scores = dict.fromkeys(ablation.COLUMNS.values(), 0.5)
+        report = {**scores, "per_attribute": {"shape": 0.25}, "forwards": 22, "regions": 4,
+                  "seconds": 1.0}
+        Path(command[command.index("--output") + 1]).write_text(json.dumps(report))
+
+    calls = []
+    monkeypatch.setattr(ablation, "_run", pretend)
+    output = tmp_path / "result.json"
+    command = ["ablation", "recipe.yaml", "--scenes", "2", "--runs", str(tmp_path / "runs"),
+               "--output", str(output)]
+    monkeypatch.setattr("sys.argv", command)
+    ablation.main()
+    assert len(calls) == 5 + 6  # the sequential row uses the full one's weights
+    result = json.loads(output.read_text())
+    assert [row["row"] for row in result["rows"]] == list(ablation.ROWS)
+    lines = output.with_suffix(".md").read_text().splitlines()
+    assert "| released layout | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 25.0 | 11.0 |" in lines
+    ablation.main()
+    assert len(calls) == 11

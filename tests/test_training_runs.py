@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from perceptiondlm.apps.cli import main
+from perceptiondlm.training.muon import WithMuon
 from perceptiondlm.training.recipe import build_recipe, load_recipe
 from perceptiondlm.training.run import build_trainer, train
 from training_runs import arguments, losses_of, recipe_values, small_recipe, weights_of
@@ -31,13 +32,18 @@ def test_gradient_accumulation_equals_a_larger_batch(recipe_of):
         assert torch.allclose(weight, parts.model.state_dict()[name], atol=2e-4), name
 
 
-@pytest.mark.parametrize("workers, at", [(0, 4), (1, 4), (0, 8)])
-def test_a_resumed_run_equals_an_uninterrupted_one(recipe_of, tmp_path, workers, at):
+MUON = {"muon": ["language_model.model.layers"]}
+
+
+@pytest.mark.parametrize("workers, at, parameters", [(0, 4, {}), (1, 4, {}), (0, 8, {}),
+                                                     (0, 4, MUON)])
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe_of, tmp_path, workers, at, parameters):
     # 24 scenes in batches of 4: step 8 lies in the second epoch
     saving = {"max_steps": 9, "save_strategy": "steps", "save_steps": 4,
               "lr_scheduler_type": "cosine", "dataloader_num_workers": workers}
-    whole = train(recipe_of(trainer=saving))
-    resumed = train(recipe_of(trainer={**saving, "output_dir": str(tmp_path / "again")}),
+    whole = train(recipe_of(trainer=saving, parameters=parameters))
+    again = {**saving, "output_dir": str(tmp_path / "again")}
+    resumed = train(recipe_of(trainer=again, parameters=parameters),
                     resume=str(tmp_path / "run" / f"checkpoint-{at}"))
     assert losses_of(resumed) == losses_of(whole)
     for name, weight in weights_of(whole).items():
@@ -119,6 +125,42 @@ def test_modules_learn_at_their_own_rates_without_decay_of_norms_and_biases(reci
     assert found["language_model.lm_head.weight"] == (1e-5, 0.1)
     assert found["language_model.model.norm.weight"] == (1e-3, 0.0)
     assert found["connector.linear_1.weight"] == (1e-3, 0.1)
+
+
+def test_muon_turns_matrices_evenly_and_the_rest_steps_as_before():
+    matrix, other = (torch.nn.Parameter(torch.zeros(24, 40)) for _ in range(2))
+    adamw = torch.optim.AdamW([other], lr=1e-3, weight_decay=0.0)
+    optimizer = WithMuon([{"params": [matrix], "lr": 1e-2, "weight_decay": 0.0}], adamw)
+    matrix.grad, other.grad = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for k in range(2):
+        before = matrix.detach().clone(), other.detach().clone()
+        optimizer.step()
+        scheduler.step()
+        turns = torch.linalg.svdvals(matrix.detach() - before[0])
+        turns = turns / (0.5**k * 1e-2 * 0.2 * 40**0.5)  # as large as AdamW's update
+        assert 0.6 < turns.min() and turns.max() < 1.3
+        step = (other.detach() - before[1]).abs()
+        assert torch.allclose(step, torch.tensor(0.5**k * 1e-3), rtol=1e-3)
+
+
+def test_the_recipes_muon_takes_its_matrices_and_no_others(recipe_of):
+    recipe = recipe_of(parameters=MUON)
+    trainer = build_trainer(recipe, arguments(recipe))
+    names = {p: n for n, p in trainer.model.named_parameters()}
+    muon, adamw = (
+        {names[p] for group in part.param_groups for p in group["params"]}
+        for part in trainer.create_optimizer().parts
+    )
+    layers = {n for n in names.values() if n.startswith("language_model.model.layers.")}
+    assert muon == {n for n in layers if "norm" not in n}
+    assert muon | adamw == set(names.values()) and not muon & adamw
+
+
+def test_muon_of_an_unknown_module_is_refused(recipe_of):
+    recipe = recipe_of(parameters={"muon": ["decoder"]})
+    with pytest.raises(ValueError, match="got 'decoder'"):
+        build_trainer(recipe, arguments(recipe))
 
 
 def test_loss_weightings_differ_in_training_and_not_in_evaluation(recipe_of):
