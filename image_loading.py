@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from transformers.image_utils import load_image as fetch_image
 
 FARTHEST = 2**20  # pixels from the corner; PIL draws with 32-bit integers
@@ -23,7 +23,7 @@ def load_image(image) -> Image.Image:
     Raises ValueError for anything else, FileNotFoundError for a path that is not there.
     """
     with _damage_as_value_error("picture", image):
-        return _to_rgb(ImageOps.exif_transpose(_open(image)))
+        return _to_rgb(_upright(_open(image)))
 
 
 @contextmanager
@@ -109,6 +109,13 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
 
 def _from_16_bit(array: np.ndarray) -> np.ndarray:
     return np.rint(array / 257.0).astype(np.uint8)  # 65535 / 257 = 255
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; itself, not a copy, where nothing is to turn."""
+    picture.load()
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(picture) if turned else picture
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
