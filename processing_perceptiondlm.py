@@ -339,9 +339,21 @@ class PerceptionDLMProcessor(ProcessorMixin):
             slot = self._target_ids(answer, max_new_tokens, end=True)
         else:
             slot = [self.mask_token_id] * (max_new_tokens or 0)
+        if self.region_layout == "independent":
+            self._branch_off(sequence)
         start = len(sequence.ids)
         sequence.add(slot, position=start, region=0, role=ROLE_CAPTION, target=True)
         return sequence
+
+    def _branch_off(self, sequence: TokenSequence):
+        """In a tree, pictures are the trunk and what is said after them a branch, as a region's
+        fixed tokens are: so questions about the same pictures can share the trunk."""
+        pictures = [i for i, token in enumerate(sequence.ids) if token == self.image_token_id]
+        if pictures:
+            trunk = pictures[-1] + 1
+            count = len(sequence.ids) - trunk
+            sequence.regions[trunk:] = [0] * count
+            sequence.roles[trunk:] = [ROLE_ROI] * count
 
     def _render_questions(self, images, prompts) -> list[str]:
         questions = [prompts] if isinstance(prompts, str) else list(prompts)

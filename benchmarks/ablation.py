@@ -31,6 +31,8 @@ class Row:
     decoding: tuple[str, ...] = ()
 
 
+# other layouts have no branches in which several questions share a picture
+ONE_QUESTION = ("data.questions_per_sample=1",)
 ROWS = {
     "full": Row("full"),
     "sequential": Row(
@@ -38,8 +40,10 @@ ROWS = {
     ),
     "no-prompts": Row("no region prompts", ("parameters.zeroed=[region_prompts]",)),
     "no-roi": Row("no RoI replay", ("model.config.roi_output_size=0",)),
-    "no-structure": Row("no structured attention", ("model.config.region_layout=full",)),
-    "released": Row("released layout", ("model.config.region_layout=released",)),
+    "no-structure": Row(
+        "no structured attention", ("model.config.region_layout=full", *ONE_QUESTION)
+    ),
+    "released": Row("released layout", ("model.config.region_layout=released", *ONE_QUESTION)),
 }
 COLUMNS = {
     "attributes": "attribute_accuracy",

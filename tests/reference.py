@@ -405,7 +405,8 @@ def independent_sequence(tokenizer, visual: int, number: int, caption: list[int]
 def chat_sequence(
     tokenizer, visual: list[int], question: str, answer: list[int], tree: bool = False
 ) -> Sequence:
-    """A question about pictures of `visual` tokens each; in a tree the prompt sees no answer."""
+    """A question about pictures of `visual` tokens each; in a tree the prompt sees no answer, and
+    nothing up to the last visual token what comes after."""
     prompt = Prompt(tokenizer)
     prompt.text("<|start_header_id|>user<|end_header_id|>\n")
     pictures = []
@@ -419,6 +420,8 @@ def chat_sequence(
     allowed = torch.ones(length, length, dtype=torch.bool)
     if tree:
         allowed[: answers[0][0], answers[0][0] :] = False
+        trunk = pictures[-1] + 1 if pictures else 0
+        allowed[:trunk, trunk:] = False
     return Sequence(prompt.ids, list(range(length)), allowed, pictures, [], answers)
 
 

@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 import torch
 from perceptiondlm.diffusion_loss import MINIMUM_MASK_RATE, draw_masked, mask_rate
+from perceptiondlm.processing_perceptiondlm import pad_sequences
 from perceptiondlm.training.recipe import MaskingRecipe
-from perceptiondlm.training.samples import DiffusionCollator, Sample, choose_regions, draw_prompts
+from perceptiondlm.training.samples import (
+    DiffusionCollator,
+    Sample,
+    choose_regions,
+    draw_prompts,
+    share_trunk,
+)
 from safetensors.torch import load_file
 
 
@@ -165,3 +172,33 @@ def recorded_loss(vectors, manifest, case, model, processor) -> tuple[float, flo
 
 def test_the_least_masking_rate_is_the_published_one():
     assert MINIMUM_MASK_RATE == 1e-3
+
+
+def test_questions_that_share_a_picture_are_predicted_as_each_alone(make, picture):
+    model, processor = make(region_layout="independent")
+    features = dict(processor.image_processor([picture(90, 40)]))
+    questions = ["What?", "Is there a red object, or none at all?", "How many?"]
+    sequences = [
+        processor.chat_sequence(
+            f"<img><IMG_CONTEXT></img>\n{question}<|eot_id|>", features, max_new_tokens=3
+        )
+        for question in questions
+    ]
+
+    def answers(sequence):
+        batch = pad_sequences([sequence], processor.tokenizer.pad_token_id, with_labels=False)
+        with torch.no_grad():
+            return model(**batch, **features).logits[0, sequence.prompt_length :]
+
+    shared = share_trunk(sequences)
+    assert shared.labels[: shared.prompt_length] == [-100] * shared.prompt_length
+    together, apart = answers(shared), torch.cat([answers(s) for s in sequences])
+    assert (together - apart).abs().max() < 1e-5 * apart.abs().max()
+
+
+def test_other_trunks_are_not_shared(make, picture):
+    _, processor = make(region_layout="independent")
+    texts = [f"{word} <img><IMG_CONTEXT></img>\nwhat?" for word in ("one", "two")]
+    features = dict(processor.image_processor([picture(40, 40)]))
+    with pytest.raises(ValueError, match="the same trunk"):
+        share_trunk([processor.chat_sequence(text, features, max_new_tokens=2) for text in texts])

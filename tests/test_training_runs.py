@@ -12,7 +12,7 @@ from perceptiondlm.apps.cli import main
 from perceptiondlm.training.muon import WithMuon
 from perceptiondlm.training.recipe import build_recipe, load_recipe
 from perceptiondlm.training.run import build_trainer, train
-from training_runs import arguments, losses_of, recipe_values, small_recipe, weights_of
+from training_runs import TINY, arguments, losses_of, recipe_values, small_recipe, weights_of
 from transformers import AutoModel, AutoProcessor
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -184,6 +184,17 @@ def test_the_evaluation_loss_repeats_and_has_the_levels_asked_for(recipe_of):
     assert names == {"eval_t50_loss", "eval_t100_loss"}
     assert all(one[name] == other[name] for name in names)
     assert one["eval_t50_loss"] != one["eval_t100_loss"]
+
+
+def test_several_questions_of_a_sample_need_the_independent_layout(recipe_of):
+    data = {"questions_per_sample": 3, "region_share": 0.0}
+    recipe = recipe_of(data=data)
+    dataset = build_trainer(recipe, arguments(recipe)).train_dataset
+    regions = [max(dataset[i].sequence.regions) for i in range(8)]
+    assert regions == [2] * 8
+    recipe = recipe_of(data=data, model={"config": {**TINY, "region_layout": "released"}})
+    with pytest.raises(ValueError, match="questions_per_sample of 1 .* got 3 in 'released'"):
+        build_trainer(recipe, arguments(recipe))
 
 
 def test_gradient_checkpointing_changes_no_loss(recipe_of):

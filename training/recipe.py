@@ -57,6 +57,8 @@ class SyntheticData:
         region_share: share of the samples that caption regions; the others answer a question.
         regions_per_sample: most regions of a sample, drawn at random (None: as many as there are
             region prompts).
+        questions_per_sample: most questions of a sample, each a branch of the same picture; more
+            than one in the independent layout only.
         caption_length, max_new_tokens: slots that captions and answers are padded to.
         eval_scenes: held-out scenes of an evaluation, from `eval_first_seed` on.
     """
@@ -68,6 +70,7 @@ class SyntheticData:
     cache_workers: int = 2
     region_share: float = 0.7
     regions_per_sample: int | None = None
+    questions_per_sample: int = 1
     caption_length: int = 14
     max_new_tokens: int = 8
     eval_scenes: int = 0
@@ -75,6 +78,7 @@ class SyntheticData:
 
     def __post_init__(self):
         _expect_positive("data.scenes", self.scenes)
+        _expect_positive("data.questions_per_sample", self.questions_per_sample)
         _expect_share("data.region_share", self.region_share)
         if self.fresh and self.cache:
             raise ValueError("expected data.cache only without data.fresh, got both")

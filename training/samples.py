@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..configuration_perceptiondlm import ROLE_CAPTION, ROLE_ROI, ROLE_SHARED, SHARED_REGION
 from ..diffusion_loss import MINIMUM_MASK_RATE
 from ..processing_perceptiondlm import PerceptionDLMProcessor, TokenSequence, pad_sequences
 from .recipe import MaskingRecipe
@@ -53,6 +54,28 @@ def choose_regions(features: dict, regions: list[int], prompts: list[int]) -> di
 def draw_prompts(rng: np.random.Generator, count: int, prompts: int, permute: bool) -> list[int]:
     """The prompt of each of `count` regions: at random, or in order."""
     return rng.permutation(prompts)[:count].tolist() if permute else list(range(count))
+
+
+def share_trunk(sequences: list[TokenSequence]) -> TokenSequence:
+    """One sequence of several that begin with the same trunk and have one branch each.
+
+    Fixed tokens of all branches first, then the answers, as in the tree of a region pass. Raises
+    ValueError where the trunks differ.
+    """
+    first = sequences[0]
+    trunk = first.regions.count(SHARED_REGION)
+    for sequence in sequences:
+        if sequence.ids[:trunk] != first.ids[:trunk] or SHARED_REGION in sequence.regions[trunk:]:
+            raise ValueError("expected sequences with the same trunk, got another one")
+    shared = TokenSequence()
+    shared.add(first.ids[:trunk], position=0, region=SHARED_REGION, role=ROLE_SHARED)
+    for role in (ROLE_ROI, ROLE_CAPTION):
+        shared.prompt_length = len(shared.ids)
+        for k, one in enumerate(sequences):
+            own = [i for i in range(trunk, len(one.ids)) if one.roles[i] == role]
+            ids, start = [one.ids[i] for i in own], one.positions[own[0]]
+            shared.add(ids, position=start, region=k, role=role, target=role == ROLE_CAPTION)
+    return shared
 
 
 class DiffusionCollator:

@@ -10,8 +10,17 @@ from tqdm import tqdm
 
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from .recipe import SyntheticData
-from .samples import CONTENT_STREAM, Sample, choose_regions, draw_prompts, generator_of
+from .samples import (
+    CONTENT_STREAM,
+    Sample,
+    choose_regions,
+    draw_prompts,
+    generator_of,
+    share_trunk,
+)
 from .scenes import Question, render_scene
+
+QUESTION_LENGTH = 16  # tokens, roughly
 
 
 @dataclass
@@ -56,6 +65,11 @@ class SceneDataset(Dataset):
         split: str = "train",
         permute_prompts: bool = True,
     ):
+        if data.questions_per_sample > 1 and processor.region_layout != "independent":
+            raise ValueError(
+                "expected data.questions_per_sample of 1 but in the independent layout, got"
+                f" {data.questions_per_sample} in {processor.region_layout!r}"
+            )
         held_out = split == "heldout"
         self.processor = processor
         self.data = data
@@ -76,7 +90,7 @@ class SceneDataset(Dataset):
         rng = generator_of(self.seed, CONTENT_STREAM, epoch, i)
         about_regions = rng.random() < self.data.region_share
         scene = self._scene(epoch, i)
-        sample = self._regions if about_regions else self._question
+        sample = self._regions if about_regions else self._questions
         return sample(rng, scene, (epoch, i))
 
     def length(self, index: int) -> int:
@@ -90,7 +104,8 @@ class SceneDataset(Dataset):
             picture = len(scene.pixels) * self.processor.image_processor.cells_per_side**2
             regions = min(len(scene.captions), self._most_regions)
         branch = self.processor.roi_output_size**2 + 1 + self.data.caption_length
-        return picture + (regions * branch if about_regions else self.data.max_new_tokens)
+        questions = self.data.questions_per_sample * (QUESTION_LENGTH + self.data.max_new_tokens)
+        return picture + (regions * branch if about_regions else questions)
 
     @property
     def _most_regions(self) -> int:
@@ -122,20 +137,23 @@ class SceneDataset(Dataset):
         sequence = self.processor.region_sequence(features, 0, slots, prompts=prompts)
         return Sample(sequence, features, key)
 
-    def _question(self, rng, scene: EncodedScene, key) -> Sample:
-        question = scene.questions[rng.integers(len(scene.questions))]
+    def _questions(self, rng, scene: EncodedScene, key) -> Sample:
+        count = min(len(scene.questions), self.data.questions_per_sample)
+        chosen = rng.permutation(len(scene.questions))[:count]
         names = ("pixel_values", "image_grids", "image_sizes")
         tensors = scene.tensors()
         features = {name: tensors[name] for name in names}
+        sequences = [self._question(features, scene.questions[i]) for i in chosen]
+        sequence = sequences[0] if count == 1 else share_trunk(sequences)
+        return Sample(sequence, features, key)
+
+    def _question(self, features: dict, question: Question):
         content = [{"type": "image"}, {"type": "text", "text": question.question}]
         message = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(message, add_generation_prompt=True)
-        length = self.data.max_new_tokens
-        answer = question.answer
-        sequence = self.processor.chat_sequence(
-            text, features, answer=answer, max_new_tokens=length
+        return self.processor.chat_sequence(
+            text, features, answer=question.answer, max_new_tokens=self.data.max_new_tokens
         )
-        return Sample(sequence, features, key)
 
 
 def _encode_job(job) -> EncodedScene:
