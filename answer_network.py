@@ -112,15 +112,21 @@ class AnswerNetwork:
             return attention_argument(allowed[:, :, :keys], implementation, dtype)
 
         self.answer_mask = argument(slice(start, None), None)
-        self.prompt_mask = argument(slice(0, start), start) if exact_cache else None
         self.full_mask = None if exact_cache else argument(slice(None), None)
+        self.prefills = []
+        if exact_cache:
+            trunk = _trunk_length(columns["region_ids"][:, :start])
+            ends = sorted({trunk, start} - {0})
+            parts = zip([0, *ends], ends, strict=False)
+            self.prefills = [(a, b, argument(slice(a, b), b)) for a, b in parts]
 
     def _prefill(self, prompt: torch.Tensor):
-        start = self.prompt_length
-        cache = self.cache.window(0, start)
-        self.text.model(
-            prompt, self.positions[:, :start], self.prompt_mask, cache, first_query=start
-        )
+        """Keys and values of the prompt: the trunk's, which needs no mask, then the branches'."""
+        for start, stop, mask in self.prefills:
+            cache = self.cache.window(start, stop)
+            positions = self.positions[:, start:stop]
+            queries = stop - start  # the last layer's are not needed
+            self.text.model(prompt[:, start:stop], positions, mask, cache, first_query=queries)
 
     def __call__(self, answer_ids: torch.Tensor, step: int, columns: torch.Tensor) -> torch.Tensor:
         """Logits (B, N, V) at `columns` int64 (B, N) of the answer, given its ids (B, A)."""
@@ -160,6 +166,12 @@ class AnswerNetwork:
         start = self.prompt_length
         cache = self.cache.window(start, start + answer.shape[1])
         return self.text.model(answer, self.positions[:, start:], self.answer_mask, cache)
+
+
+def _trunk_length(region_ids: torch.Tensor) -> int:
+    """Columns of a prompt (B, L) before the first branch; 0 where rows differ in it."""
+    lengths = (region_ids < 0).long().cumprod(1).sum(1)  # padding too has no region
+    return int(lengths[0]) if bool((lengths == lengths[0]).all()) else 0
 
 
 def prompt_length(inputs: dict) -> int:

@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
     eager_attention_forward,
+    rotate_half,
 )
 
 from .branch_attention import BranchAttention
@@ -80,6 +80,12 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
             )
 
 
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Heads (B, heads, L, head_dim) turned by their positions' angles, cos and sin (B, L,
+    head_dim)."""
+    return x * cos[:, None] + rotate_half(x) * sin[:, None]
+
+
 class PerceptionDLMAttention(nn.Module):
     """Bidirectional attention with rotary positions and, optionally, grouped keys and values."""
 
@@ -104,8 +110,8 @@ class PerceptionDLMAttention(nn.Module):
         cos, sin = rotary
         query = self._heads(self.q_proj(hidden[:, first_query:]))
         key, value = self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
-        query, _ = apply_rotary_pos_emb(query, query, cos[:, first_query:], sin[:, first_query:])
-        key, _ = apply_rotary_pos_emb(key, key, cos, sin)
+        query = _rotated(query, cos[:, first_query:], sin[:, first_query:])
+        key = _rotated(key, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         if query.shape[2] == 0:  # only keys and values were wanted
