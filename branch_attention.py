@@ -17,8 +17,10 @@ from .configuration_perceptiondlm import SHARED_REGION
 
 def flash_varlen(query, key, value, starts_q, starts_k, longest_q, longest_k, scaling):
     """flash-attn over packed sequences: (N, H, D) and the log-sum-exp (H, N)."""
-    from flash_attn import flash_attn_varlen_func
-
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise ImportError(f"expected flash-attn for this attention, got: {error}") from error
     output, log_sum, _ = flash_attn_varlen_func(
         query,
         key,
