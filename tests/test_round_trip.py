@@ -62,7 +62,11 @@ config = AutoConfig.from_pretrained(home / "whole", **remote)
 results["config"] = config.to_diff_dict()
 results["image_processor"] = {}
 for folder, options in {"whole": {}, "nested": {"subfolder": "tiny"}}.items():
-    made = AutoImageProcessor.from_pretrained(home / folder, **remote, **options)
+    try:
+        made = AutoImageProcessor.from_pretrained(home / folder, **remote, **options)
+    except ImportError as error:  # of older transformers, for any image processor
+        assert "Torchvision" in str(error), error
+        continue
     results["image_processor"][folder] = made(image, masks)["region_patches"].sum().item()
 results["sources"] = [m.__file__ for m in sys.modules.values() if getattr(m, "__file__", None)]
 print("RESULT" + json.dumps(results))
@@ -155,6 +159,8 @@ def test_config_and_image_processor_load_by_themselves(fresh, home, make):
     model, processor = make(**GROUPED)
     assert fresh["config"]["text_config"]["num_key_value_heads"] == 2
     assert fresh["config"]["roi_token_ids"] == model.config.roi_token_ids
+    if not fresh["image_processor"]:
+        pytest.skip("this transformers wants torchvision for AutoImageProcessor")
     patches = processor.image_processor(*scene(home))["region_patches"]
     assert fresh["image_processor"] == {"whole": int(patches.sum()), "nested": int(patches.sum())}
 
