@@ -129,6 +129,7 @@ def _synthetic(measured: Mapping | None) -> str:
         **measured["per_attribute"],
         "captions right in every attribute": measured["exact_caption_rate"],
         "captions with an attribute of another region": measured["interference_rate"],
+        "as many as wrong values hit by chance": measured["interference_by_chance"],
         f"questions ({measured['questions']})": measured["question_accuracy"],
         **{
             f"questions: {kind.replace('_', ' ')}": found["accuracy"]

@@ -266,7 +266,8 @@ def summary_line(measured: Mapping) -> str:
     return (
         f"attributes {100 * measured['attribute_accuracy']:.2f} %,"
         f" whole captions {100 * measured['exact_caption_rate']:.2f} %,"
-        f" interference {100 * measured['interference_rate']:.2f} %,"
+        f" interference {100 * measured['interference_rate']:.2f} %"
+        f" ({100 * measured['interference_by_chance']:.2f} % by chance),"
         f" questions {100 * measured['question_accuracy']:.2f} %;"
         f" {measured['regions']} regions, {measured['forwards_per_pass']:.1f} forwards a pass,"
         f" TPF {measured['tokens_per_forward']:.2f}, {measured['seconds']:.1f} s"

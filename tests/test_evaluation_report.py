@@ -269,6 +269,7 @@ def test_measurements_of_other_steps_are_taken_in_and_traced(tmp_path):
     sweep |= {"forwards_per_pass": 4.0, "seconds": 2.0}
     latency = {"label": "together", "regions": 2, "latency": 0.1, "tokens_per_second": 30.0}
     measured = {"regions": 9, "scenes": 2, "attribute_accuracy": 0.75, "exact_caption_rate": 0.25}
+    measured |= {"interference_by_chance": 0.0625}
     measured |= {"interference_rate": 0.125, "question_accuracy": 0.5, "questions": 8, **run}
     measured |= {"per_attribute": {"shape": 0.75}, "questions_per_kind": {}}
     averages = dict.fromkeys(("average_positive", "average_negative", "average"), 1.0)
@@ -288,6 +289,7 @@ def test_measurements_of_other_steps_are_taken_in_and_traced(tmp_path):
     for line in (
         "## Exact judge, 9 regions of 2 scenes",
         "| captions with an attribute of another region | 12.50 |",
+        "| as many as wrong values hit by chance | 6.25 |",
         "| factor | 0.5 | 2 | 4 |",
         f"**Measurements in {files['latency']}**",
         "| weights | f00d |",
