@@ -33,7 +33,7 @@ report: .venv/.ready
 	$(EVALUATE) score --annotations outputs/scenes --answers outputs/answers.json \
 	    --output outputs/scores.json
 	$(EVALUATE) sweep $(EMBEDDED) --scenes 100 --seed $(SEED) --steps 2,full \
-	    --rules fixed,threshold:0.9,factor:1.0,entropy_bound:0.1 \
+	    --rules fixed,threshold:0.9,threshold:0.6+0.3,factor:1.0,entropy_bound:0.1 \
 	    --output outputs/sweep.json
 	$(EVALUATE) latency $(EMBEDDED) --output outputs/latency.json
 	$(EVALUATE) report --scores outputs/scores.json --predictions outputs/captions.json \

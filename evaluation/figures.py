@@ -27,7 +27,7 @@ def figure_rows(content: object, source: str = "rows") -> list[dict]:
 
 def _of_sweep(row: dict) -> dict:
     return {
-        "label": row["rule"],
+        "label": row["rule"] + ("" if row.get("verify") is None else " + verify"),
         "accuracy": row["attribute_accuracy"],
         "seconds": row["seconds"],
         "forwards": row["forwards_per_pass"],

@@ -43,22 +43,26 @@ PERCENT = {
 
 @dataclass(frozen=True)
 class SweepRule:
-    """A rule of the sweep: "fixed", or an adaptive one with its value."""
+    """A rule of the sweep: "fixed", or an adaptive one with its value and, where committed tokens
+    are doubted again, the probability under which they are."""
 
     name: str
     value: float | None = None
+    verify: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> "SweepRule":
-        """NAME or NAME:VALUE; an adaptive rule without a value takes its default."""
-        name, _, value = text.strip().partition(":")
-        if name not in (FIXED, *ACCEPT_RULES) or (name == FIXED and value):
-            known = ", ".join((FIXED, *(f"{rule}[:VALUE]" for rule in ACCEPT_RULES)))
+        """NAME[:VALUE][+VERIFY]; an adaptive rule without a value takes its default."""
+        rule, _, verify = text.strip().partition("+")
+        name, _, value = rule.partition(":")
+        if name not in (FIXED, *ACCEPT_RULES) or (name == FIXED and (value or verify)):
+            known = ", ".join((FIXED, *(f"{rule}[:VALUE][+VERIFY]" for rule in ACCEPT_RULES)))
             raise argparse.ArgumentTypeError(f"expected a rule out of {known}, got {text!r}")
         if name == FIXED:
             return cls(name)
         try:
-            return cls(name, accept_rule(name, float(value) if value else None).value)
+            accepted = accept_rule(name, float(value) if value else None).value
+            return cls(name, accepted, float(verify) if verify else None)
         except ValueError as error:
             raise argparse.ArgumentTypeError(
                 f"expected a rule with a number of 0 or more, got {text!r}"
@@ -69,7 +73,8 @@ class SweepRule:
         budget = {} if steps is None else {"steps": steps}
         if self.name == FIXED:
             return budget
-        return budget | {"adaptive": self.name, "adaptive_value": self.value}
+        adaptive = {"adaptive": self.name, "adaptive_value": self.value}
+        return budget | adaptive | {"adaptive_verify": self.verify}
 
 
 def parse_rules(text: str) -> list[SweepRule]:
@@ -86,7 +91,7 @@ def parse_steps(text: str) -> list[int | None]:
 
 def sweep_row(rule: SweepRule, steps: int, measured: Mapping) -> dict:
     """One row: what was asked for, then what was measured."""
-    asked = {"rule": rule.name, "value": rule.value, "steps": steps}
+    asked = {"rule": rule.name, "value": rule.value, "verify": rule.verify, "steps": steps}
     return asked | {name: measured[name] for name in MEASURED}
 
 

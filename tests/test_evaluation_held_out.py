@@ -191,23 +191,27 @@ def test_the_model_must_be_named(capsys):
 def test_a_sweep_has_a_row_for_each_rule_and_budget(model, tmp_path):
     output = tmp_path / "sweep.json"
     given = ["--model", "m", "--scenes", "2", "--seed", str(SEED), "--output", str(output)]
-    rules = ["--rules", "fixed,threshold:0.7,factor", "--steps", "3,full"]
+    rules = ["--rules", "fixed,threshold:0.7+0.2,factor", "--steps", "3,full"]
     assert main(["evaluate", "sweep", *given, *rules]) == 0
     rows = read_json(output)["rows"]
-    asked = [(row["rule"], row["value"], row["steps"]) for row in rows]
+    asked = [(row["rule"], row["value"], row["verify"], row["steps"]) for row in rows]
     assert asked == [
-        (rule, value, steps)
-        for rule, value in (("fixed", None), ("threshold", 0.7), ("factor", 1.0))
+        (rule, value, verify, steps)
+        for rule, value, verify in (
+            ("fixed", None, None),
+            ("threshold", 0.7, 0.2),
+            ("factor", 1.0, None),
+        )
         for steps in (3, 32)
     ]
     assert [row["forwards_per_pass"] for row in rows] == [3, LENGTH] * 3
     table = output.with_suffix(".md").read_text().splitlines()
-    assert len(table) == 2 + len(rows) and table[0].startswith("| rule | value | steps |")
+    assert len(table) == 2 + len(rows) and table[0].startswith("| rule | value | verify | steps |")
     options = [c for c in model.calls if c["masks"] is not None]
     assert options[2]["adaptive"] == "threshold" and options[2]["adaptive_value"] == 0.7
 
 
-@pytest.mark.parametrize("rules", ["quick", "fixed:3", "threshold:high", "factor:-1"])
+@pytest.mark.parametrize("rules", ["quick", "fixed:3", "fixed+0.3", "threshold:high", "factor:-1"])
 def test_rules_that_are_none_are_refused(rules, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "sweep", "--model", "m", "--rules", rules])
