@@ -8,8 +8,7 @@ import torch
 from .configuration_perceptiondlm import ROLE_CAPTION, ROLE_SHARED, SHARED_REGION
 
 ANSWER_REGION = 0
-# what transformers' pipelines pass along, which says nothing about how to denoise
-PIPELINE_OPTIONS = ("return_dict_in_generate", "pad_token_id", "eos_token_id")
+SAMPLING = ("temperature", "top_k", "top_p")
 
 
 class AnswerGenerationMixin:
@@ -24,6 +23,8 @@ class AnswerGenerationMixin:
         generation_config=None,
         max_new_tokens: int | None = None,
         do_sample: bool | None = None,
+        return_dict_in_generate: bool = False,
+        pad_token_id: int | None = None,
         **inputs_and_options,
     ) -> torch.LongTensor:
         """Prompts and their answers, int64 (B, L + n); past an answer's first end-of-turn, only
@@ -31,28 +32,38 @@ class AnswerGenerationMixin:
 
         Args:
             input_ids, attention_mask: (B, L), prompts padded on the left.
-            generation_config: only its `max_new_tokens`, `do_sample` and `temperature` are read.
+            generation_config: only its `max_new_tokens`, `do_sample` and, when sampling,
+                `temperature`, `top_k` and `top_p` are read.
             max_new_tokens: n (default: the checkpoint's).
             do_sample: with False, a temperature is refused.
+            return_dict_in_generate: only False, as pipelines pass it.
+            pad_token_id: as pipelines pass it; means nothing here, where nothing is padded.
             inputs_and_options: the processor's other tensors, and options of `diffusion_generate`.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         options = {}
         for name, value in inputs_and_options.items():
-            if name not in PIPELINE_OPTIONS:
-                (inputs if isinstance(value, torch.Tensor) else options)[name] = value
+            (inputs if isinstance(value, torch.Tensor) else options)[name] = value
+        if return_dict_in_generate:
+            raise ValueError(
+                "expected return_dict_in_generate False, got True: see the history"
+                " of `diffusion_generate` instead"
+            )
         if generation_config is not None:
-            max_new_tokens = max_new_tokens or generation_config.max_new_tokens
+            if max_new_tokens is None:
+                max_new_tokens = generation_config.max_new_tokens
             do_sample = generation_config.do_sample if do_sample is None else do_sample
-            if do_sample and "temperature" not in options:
-                options["temperature"] = generation_config.temperature
+            given = {name: getattr(generation_config, name) for name in SAMPLING if do_sample}
+            options = {k: v for k, v in given.items() if v is not None} | options
         if do_sample:
             options.setdefault("temperature", 1.0)
         elif do_sample is False and options.get("temperature"):
             raise ValueError(
                 f"expected no temperature without do_sample, got {options['temperature']}"
             )
-        length = max_new_tokens or self.generation_config.max_new_tokens
+        length = max_new_tokens
+        if length is None:
+            length = self.generation_config.max_new_tokens
         out = self.diffusion_generate(inputs=self._with_answers(inputs, length), **options)
         answers = torch.tensor([row[0] for row in out.token_ids], device=input_ids.device)
         ended = (answers == self.config.eot_token_id).cumsum(-1) > 0

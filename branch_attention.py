@@ -40,23 +40,28 @@ class Packed:
     """Positions of a batch, packed group by group.
 
     Attributes:
-        index: int64 (N,), of the positions in the flattened batch.
+        rows, columns: int64 (N,), of the positions in the batch.
         starts: int32 (groups + 1,), where each group begins and the last ends.
         longest: the largest group's size.
     """
 
-    index: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
     starts: torch.Tensor
     longest: int
 
     @classmethod
     def of(cls, chosen: torch.Tensor, groups: torch.Tensor, count: int) -> "Packed":
         """The positions `chosen`, bool (B, L), by their group, int (B, L), out of `count`."""
-        places = chosen.flatten().nonzero()[:, 0]
-        groups = groups.flatten()[places]
+        groups = groups[chosen]
         sizes = groups.bincount(minlength=count)
         starts = F.pad(sizes.cumsum(0), (1, 0)).int()
-        return cls(places[groups.argsort(stable=True)], starts, int(sizes.max()))
+        rows, columns = chosen.nonzero()[groups.argsort(stable=True)].unbind(1)
+        return cls(rows, columns, starts, int(sizes.max()))
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, ...) of values (B, L, ...)."""
+        return values[self.rows, self.columns]
 
 
 class BranchAttention:
@@ -85,30 +90,31 @@ class BranchAttention:
 
     def __call__(self, query, key, value, scaling: float) -> torch.Tensor:
         """(B, Q, H, D) of query (B, H, Q, D), key and value (B, heads, K, D)."""
-        B, H, Q, D = query.shape
-        query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        output = torch.zeros_like(query)  # (B * Q, H, D); padding attends to nothing
-        places, attended, log_sum = self._attend(self.trunk, query, key, value, scaling)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        output = torch.zeros_like(query)  # padding attends to nothing
+        attended, log_sum = self._attend(self.trunk, query, key, value, scaling)
+        places = self.trunk[0].rows, self.trunk[0].columns
         output[places] = attended
-        if len(self.own[0].index):
-            trunk_log_sum = log_sum.new_zeros(B * Q, H)
+        own = self.own[0]
+        if len(own.rows):
+            trunk_log_sum = log_sum.new_zeros(query.shape[:3])
             trunk_log_sum[places] = log_sum
-            places, attended, log_sum = self._attend(self.own, query, key, value, scaling)
-            share = (log_sum - trunk_log_sum[places]).sigmoid()[..., None].to(attended.dtype)
-            output[places] = torch.lerp(output[places], attended, share)
-        return output.view(B, Q, H, D)
+            attended, log_sum = self._attend(self.own, query, key, value, scaling)
+            share = (log_sum - own.take(trunk_log_sum)).sigmoid()[..., None].to(attended.dtype)
+            output[own.rows, own.columns] = torch.lerp(own.take(output), attended, share)
+        return output
 
     def _attend(self, packed, query, key, value, scaling):
-        """Queries' places (N,), outputs (N, H, D) and log-sum-exps (N, H)."""
+        """Packed outputs (N, H, D) and log-sum-exps (N, H)."""
         q, k = packed
         attended, log_sum = flash_varlen(
-            query[q.index],
-            key[k.index],
-            value[k.index],
+            q.take(query),
+            k.take(key),
+            k.take(value),
             q.starts,
             k.starts,
             q.longest,
             k.longest,
             scaling,
         )
-        return q.index, attended, log_sum.transpose(0, 1)
+        return attended, log_sum.transpose(0, 1)

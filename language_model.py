@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import (
 
 from .branch_attention import BranchAttention
 from .configuration_perceptiondlm import PerceptionDLMConfig, PerceptionDLMTextConfig
-from .model_card import Provenance, write_card
+from .model_card import STALE, Provenance, write_card
 
 
 class PerceptionDLMPreTrainedModel(PreTrainedModel):
@@ -67,6 +67,8 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
                 api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder)
             source, _ = self.__dict__.get("_source", (None, {}))
             made_from = None if source is None or os.path.exists(source) else str(source)
+            if revision is not None and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             provenance = Provenance(source=made_from)  # a folder's name is nobody's business
             write_card(folder, repo_id, revision=revision, provenance=provenance, tags=tags or ())
             return api.upload_folder(
@@ -77,6 +79,7 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
                 commit_description=commit_description,
                 create_pr=create_pr,
                 ignore_patterns=[".cache/*"],
+                delete_patterns=STALE,  # or the old weights would be the ones that load
             )
 
 

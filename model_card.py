@@ -17,6 +17,7 @@ METRICS = (  # (name in a report's summary, name on the card)
     ("average_negative", "Negative questions"),
 )
 PROVENANCE = "provenance.json"
+STALE = ["*.safetensors", "*.safetensors.index.json"]  # of an earlier upload with other shards
 PAPER = "https://arxiv.org/abs/2606.19534"
 
 REGION_SNIPPET = """\

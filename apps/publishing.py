@@ -15,11 +15,10 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..model_card import PROVENANCE, Provenance, is_hub_id, read_json, write_card
+from ..model_card import PROVENANCE, STALE, Provenance, is_hub_id, read_json, write_card
 
 CLASSES = ("AutoConfig", "AutoModel", "AutoProcessor")
 KEPT_AWAY = ["__pycache__/*", "*.pyc", ".*", "*/.*", "*.tmp", "optimizer*", "*.pt", "*.pth"]
-STALE = ["*.safetensors", "*.safetensors.index.json"]  # of an earlier upload with other shards
 MAIN = "main"
 
 

@@ -56,12 +56,18 @@ def test_sampling_has_to_be_asked_for(asked):
     assert not torch.equal(greedy, hot)
     by_config = GenerationConfig(do_sample=True, temperature=5.0)
     assert torch.equal(hot, model.generate(**inputs, generation_config=by_config, seed=1))
+    by_config = GenerationConfig(do_sample=True, temperature=5.0, top_k=3)
+    few = model.generate(**inputs, do_sample=True, temperature=5.0, top_k=3, seed=1)
+    assert torch.equal(few, model.generate(**inputs, generation_config=by_config, seed=1))
+    assert not torch.equal(few, hot)
 
 
 def test_an_unknown_option_is_refused(asked):
     model, _, _, inputs, _ = asked
     with pytest.raises(ValueError, match="expected options among .*, got .'num_beams'."):
         model.generate(**inputs, num_beams=3)
+    with pytest.raises(ValueError, match="return_dict_in_generate False, got True"):
+        model.generate(**inputs, return_dict_in_generate=True)
 
 
 def test_padding_on_the_right_is_refused(asked):

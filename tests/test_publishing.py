@@ -67,7 +67,11 @@ def hub():
 def loopback_hub():
     """A Hub that this process's client talks to."""
     with HubServer() as server, pytest.MonkeyPatch.context() as patch:
+        template = "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        patch.setattr(
+            huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template
+        )
         patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         patch.setenv("HF_TOKEN", TOKEN)
@@ -212,6 +216,16 @@ def test_a_revision_is_published_beside_main(hub, checkpoint):
     assert hub.files(REPO) == {".gitattributes"}
     assert "model.safetensors.index.json" in hub.files(REPO, "v2")
     assert 'revision="v2"' in (checkpoint / "README.md").read_text()
+
+
+def test_push_to_hub_makes_its_branch_and_replaces_old_shards(hub, checkpoint):
+    model = RegionCaptioner.from_pretrained(checkpoint).model
+    model.push_to_hub(REPO, revision="v2", max_shard_size="600KB")
+    assert "model.safetensors.index.json" in hub.files(REPO, "v2")
+    model.push_to_hub(REPO, revision="v2")
+    weights = {name for name in hub.files(REPO, "v2") if "safetensors" in name}
+    assert weights == {"model.safetensors"}
+    assert hub.files(REPO) == {".gitattributes"}
 
 
 def test_a_private_repository_is_created_private(hub, checkpoint):

@@ -47,14 +47,14 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class SyntheticData:
-    """Synthetic scenes, each its region captions or one of its questions.
+    """Synthetic scenes, each its region captions or some of its questions.
 
     Attributes:
         scenes: scenes of an epoch, from `first_seed` on.
         fresh: other scenes every epoch, else the same.
         cache: render the scenes once, before training, and keep them in memory.
         cache_workers: processes that render them.
-        region_share: share of the samples that caption regions; the others answer a question.
+        region_share: share of the samples that caption regions; the others answer questions.
         regions_per_sample: most regions of a sample, drawn at random (None: as many as there are
             region prompts).
         questions_per_sample: most questions of a sample, each a branch of the same picture; more

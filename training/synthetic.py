@@ -1,4 +1,4 @@
-"""Training samples from synthetic scenes: region captions, or one question and its answer."""
+"""Training samples from synthetic scenes: region captions, or questions and answers."""
 
 import multiprocessing
 from dataclasses import dataclass
