@@ -284,8 +284,10 @@ def test_ctrl_c_keeps_what_was_done(model, folders, tmp_path):
     out = tmp_path / "captions.jsonl"
     for i in range(40):
         shutil.copy(folders[0] / "region_0.png", folders[0] / f"more_{i}.png")
-    arguments = [sys.executable, "-c", "from perceptiondlm.apps.cli import main; exit(main())",
-                 "caption", str(folders[0]), "--box", "5,5,60,60", "--model", model,
+    # as from a terminal: a shell's background job would ignore Ctrl-C, and so would its children
+    program = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+               "from perceptiondlm.apps.cli import main; exit(main())")
+    arguments = [sys.executable, "-c", program, "caption", str(folders[0]), "--box", "5,5,60,60", "--model", model,
                  "--caption-length", "64", "--captions", str(out), "--output",
                  str(tmp_path / "drawn")]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
