@@ -288,8 +288,8 @@ def test_ctrl_c_keeps_what_was_done(model, folders, tmp_path):
     program = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
                "from perceptiondlm.apps.cli import main; exit(main())")
     arguments = [sys.executable, "-c", program, "caption", str(folders[0]), "--box",
-                 "5,5,60,60", "--model", model, "--caption-length", "64", "--captions", str(out), "--output",
-                 str(tmp_path / "drawn")]
+                 "5,5,60,60", "--model", model, "--caption-length", "64", "--captions", str(out),
+                 "--output", str(tmp_path / "drawn")]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     while not list(Path(tmp_path).glob("drawn/*.png")) and process.poll() is None:
         time.sleep(0.05)
