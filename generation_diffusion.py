@@ -20,6 +20,7 @@ from .denoising_diffusion import (
     denoise,
 )
 from .image_loading import describe
+from .onednn_linear import fastest_linear
 
 REMASKING = ("low_confidence", "random")
 
@@ -344,7 +345,8 @@ class DiffusionGenerationMixin:
                 torch.tensor(banned, device=self.device) if banned else None,
                 generator,
             )
-            answers, count = self._denoise_batch(inputs, rule, sampler, options, listener)
+            with fastest_linear(self.device):
+                answers, count = self._denoise_batch(inputs, rule, sampler, options, listener)
             rows += answers
             forwards += count
         token_ids = nest(rows)

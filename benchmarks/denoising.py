@@ -24,6 +24,7 @@ import transformers
 
 from ..configuration_perceptiondlm import ROLE_CAPTION
 from ..evaluation.files import write_json
+from ..onednn_linear import fastest_linear
 from .published import answer_questions_plainly, caption_regions_plainly
 from .report import draw, table, update_readme
 from .workload import (
@@ -209,7 +210,8 @@ def measure_floor(model, device: str) -> dict:
     dtype = next(model.language_model.parameters()).dtype
     size = 8192 if device.startswith("cuda") else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
-    seconds = _median_seconds(lambda: a @ b, device)
+    with torch.no_grad(), fastest_linear(a.device):
+        seconds = _median_seconds(lambda: torch.nn.functional.linear(a, b), device)
     rate = 2 * size**3 / seconds
     source = torch.randn(2**28 if device.startswith("cuda") else 2**25, device=device)
     target = torch.empty_like(source)

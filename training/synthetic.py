@@ -18,19 +18,20 @@ from .samples import (
     generator_of,
     share_trunk,
 )
-from .scenes import Question, render_scene
+from .scenes import Question, ask, caption_of, render_scene
 
 QUESTION_LENGTH = 16  # tokens, roughly
+QUESTION_ROUNDS = 8
 
 
 @dataclass
 class EncodedScene:
-    """A scene as the image processor gives it, pixels as bytes, and its texts in area order."""
+    """A scene as the image processor gives it, pixels as bytes, and its objects."""
 
     pixels: np.ndarray  # (T, 3, S, S) uint8
     features: dict[str, np.ndarray]
-    captions: list[str]
-    questions: list[Question]
+    regions: list[dict[str, str]]  # attributes of the objects of the first region pass, by area
+    objects: list[dict[str, str]]  # of all
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The image processor's tensors."""
@@ -48,9 +49,26 @@ def encode_scene(image_processor, seed: int, split: str) -> EncodedScene:
     features = image_processor([scene.image] * 1, [[o.mask for o in passes[0]]])
     order = features.pop("region_orders")[0]
     pixels = features.pop("pixel_values").add(1.0).mul(127.5).round().byte().numpy()
-    captions = [passes[0][k].caption for k in order]
+    regions = [passes[0][k].attributes for k in order]
     arrays = {name: value.numpy() for name, value in features.items()}
-    return EncodedScene(pixels, arrays, captions, scene.questions)
+    return EncodedScene(pixels, arrays, regions, [thing.attributes for thing in objects])
+
+
+def draw_questions(
+    rng: np.random.Generator, objects: list[dict[str, str]], most: int
+) -> list[Question]:
+    """Up to `most` different questions about objects given by their attributes.
+
+    Asked in rounds of at most one question of each kind, so that the kinds stay in balance.
+    """
+    drawn: dict[str, Question] = {}
+    for _ in range(QUESTION_ROUNDS):
+        asked = ask(rng, objects)
+        for i in rng.permutation(len(asked)):
+            drawn.setdefault(asked[i].question, asked[i])
+        if len(drawn) >= most:
+            break
+    return list(drawn.values())[:most]
 
 
 class SceneDataset(Dataset):
@@ -102,7 +120,7 @@ class SceneDataset(Dataset):
         if self.cached is not None:
             scene = self.cached[i]
             picture = len(scene.pixels) * self.processor.image_processor.cells_per_side**2
-            regions = min(len(scene.captions), self._most_regions)
+            regions = min(len(scene.regions), self._most_regions)
         branch = self.processor.roi_output_size**2 + 1 + self.data.caption_length
         questions = self.data.questions_per_sample * (QUESTION_LENGTH + self.data.max_new_tokens)
         return picture + (regions * branch if about_regions else questions)
@@ -127,24 +145,23 @@ class SceneDataset(Dataset):
             return list(tqdm(encoded, total=len(jobs), desc="rendering scenes", mininterval=10))
 
     def _regions(self, rng, scene: EncodedScene, key) -> Sample:
-        count = min(len(scene.captions), self._most_regions)
-        regions = sorted(rng.permutation(len(scene.captions))[:count].tolist())
+        count = min(len(scene.regions), self._most_regions)
+        regions = sorted(rng.permutation(len(scene.regions))[:count].tolist())
         total = self.processor.image_processor.num_region_prompts
         prompts = draw_prompts(rng, count, total, self.permute_prompts)
         features = choose_regions(scene.tensors(), regions, prompts)
-        texts = [scene.captions[k] for k in regions]
+        texts = [caption_of(scene.regions[k]) for k in regions]
         slots = self.processor.caption_slots(texts, count, self.data.caption_length)
         sequence = self.processor.region_sequence(features, 0, slots, prompts=prompts)
         return Sample(sequence, features, key)
 
     def _questions(self, rng, scene: EncodedScene, key) -> Sample:
-        count = min(len(scene.questions), self.data.questions_per_sample)
-        chosen = rng.permutation(len(scene.questions))[:count]
+        questions = draw_questions(rng, scene.objects, self.data.questions_per_sample)
         names = ("pixel_values", "image_grids", "image_sizes")
         tensors = scene.tensors()
         features = {name: tensors[name] for name in names}
-        sequences = [self._question(features, scene.questions[i]) for i in chosen]
-        sequence = sequences[0] if count == 1 else share_trunk(sequences)
+        sequences = [self._question(features, question) for question in questions]
+        sequence = sequences[0] if len(questions) == 1 else share_trunk(sequences)
         return Sample(sequence, features, key)
 
     def _question(self, features: dict, question: Question):
