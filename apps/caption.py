@@ -322,10 +322,10 @@ class _Task:
         self.failed += 1
 
     def _one(self, picture, drawing: Path | None, animation: Path | None):
+        from ..evaluation.files import write_bytes
         from .animation import draw_history, encode_animation
         from .drawing import encode_picture
         from .inputs import open_picture
-        from .outputs import write_whole
         from .region_sources import gather_regions
 
         args = self.args
@@ -341,10 +341,10 @@ class _Task:
             result = self.captioner(image, masks, instruction=args.instruction)
         if drawing is not None:
             data = encode_picture(result.draw(font=args.font), drawing.suffix)
-            write_whole(drawing, data)
+            write_bytes(drawing, data)
         if animation is not None:
             frames = draw_history(result, font=args.font)
-            write_whole(animation, encode_animation(frames, animation.suffix))
+            write_bytes(animation, encode_animation(frames, animation.suffix))
         self.writer.add(picture.path, result, regions)
 
     def _without_regions(self, picture):

@@ -4,15 +4,14 @@ A record is a dict of what one picture gave: its name and size, and its `regions
 """
 
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ..evaluation.files import write_bytes
 from .captioner import Answers, RegionCaptions
 from .inputs import RegionSource
 
@@ -120,7 +119,7 @@ class CaptionWriter:
     def close(self):
         """Writes what there is."""
         if self.path is not None:
-            write_whole(self.path, self.render(self.records).encode())
+            write_bytes(self.path, self.render(self.records).encode())
         elif not self.streams:
             sys.stdout.write(self.render(self.records))
         self.saved = time.monotonic()
@@ -141,22 +140,6 @@ def format_of(path: Path | None, kind: str | None) -> str:
         names = ", ".join([*SUFFIXES, ".coco.json"])
         raise ValueError(f"expected a caption file ending in {names}, or --format, got {path}")
     return SUFFIXES[path.suffix.lower()]
-
-
-def write_whole(path: Path, data: bytes):
-    """Writes a file in one piece: a temporary one beside it, synced, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def encode_mask(mask) -> dict:

@@ -19,14 +19,14 @@ def read_json(path: str | Path):
         raise ValueError(f"expected JSON in {path}, got {error}") from error
 
 
-def write_text(path: str | Path, text: str):
+def write_bytes(path: str | Path, data: bytes):
     """Writes a whole file or nothing: a temporary file beside it, synced, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private
@@ -34,6 +34,11 @@ def write_text(path: str | Path, text: str):
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_text(path: str | Path, text: str):
+    """Writes a text as UTF-8, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | Path, content):

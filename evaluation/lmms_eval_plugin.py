@@ -18,7 +18,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from ..generation_diffusion import DiffusionOptions
-from ..processing_perceptiondlm import IGNORED_LABEL
+from ..token_sequence import IGNORED_LABEL
 from .checkpoint import load_model
 from .likelihood import AnswerLogits, log_likelihood_bound
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from perceptiondlm import onednn_linear
 from perceptiondlm.onednn_linear import OneDNNLinear, fastest_linear
 

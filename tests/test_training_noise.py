@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from perceptiondlm.diffusion_loss import MINIMUM_MASK_RATE, draw_masked, mask_rate
-from perceptiondlm.processing_perceptiondlm import pad_sequences
+from perceptiondlm.token_sequence import pad_sequences
 from perceptiondlm.training.recipe import MaskingRecipe
 from perceptiondlm.training.samples import (
     DiffusionCollator,
