@@ -47,7 +47,7 @@ class DiffusionOptions:
         adaptive_verify: doubt committed tokens whose probability falls under this (WINO).
         prompt_cache: approximate: recompute the prompt only every so many steps (1: exact,
             0: never again). None: exact. Means nothing to the independent layout, always cached.
-        compile: compile the step with torch.compile.
+        compile: compile the step with torch.compile, for GPUs; on a CPU it is slower than without.
         batch_size: most passes run together (None: all).
         seed: makes a run repeatable; or pass `generator`, on the model's device.
         return_history: keep the answers after each step.

@@ -19,6 +19,7 @@ from perceptiondlm.training.scenes import (
     parse_caption,
     render_scene,
 )
+from perceptiondlm.training.synthetic import draw_questions
 
 COUNT = 300
 
@@ -364,6 +365,24 @@ def test_every_kind_of_question_occurs_and_a_scene_has_three_to_five(many):
     kinds = Counter(question.kind for scene in many for question in scene.questions)
     assert len(kinds) == 5 and min(kinds.values()) > 0.8 * COUNT
     assert all(3 <= len(scene.questions) <= 5 for scene in many)
+
+
+@pytest.mark.parametrize("most", [1, 4, 12])
+def test_questions_drawn_for_training_differ_and_are_true(many, most):
+    for seed, scene in enumerate(many[:40]):
+        objects = [thing.attributes for thing in scene.objects]
+        drawn = draw_questions(np.random.default_rng(seed), objects, most)
+        assert len(drawn) <= most and len(drawn) >= min(most, 4)
+        assert len({question.question for question in drawn}) == len(drawn)
+        assert all(q.answer == answer(q, facts(scene)) for q in drawn)
+
+
+def test_a_single_question_drawn_for_training_is_of_any_kind(many):
+    random = np.random.default_rng(0)
+    objects = [thing.attributes for thing in many[0].objects]
+    kinds = Counter(draw_questions(random, objects, 1)[0].kind for _ in range(200))
+    asked = {question.kind for question in many[0].questions}
+    assert set(kinds) == asked and min(kinds.values()) > 20
 
 
 def test_yes_and_no_are_balanced(many):
