@@ -9,13 +9,15 @@ import pytest
 import torch
 import yaml
 from perceptiondlm.apps.cli import main
+from perceptiondlm.training.build import load_processor
 from perceptiondlm.training.muon import WithMuon
 from perceptiondlm.training.recipe import build_recipe, load_recipe
 from perceptiondlm.training.run import build_trainer, train
 from training_runs import TINY, arguments, losses_of, recipe_values, small_recipe, weights_of
 from transformers import AutoModel, AutoProcessor
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture
@@ -354,3 +356,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys):
 def test_every_recipe_is_valid(path):
     recipe = load_recipe(path, ["trainer.use_cpu=true", "trainer.bf16=false"])
     assert arguments(recipe).output_dir
+
+
+def test_starting_from_a_checkpoint_asks_nothing_on_the_terminal(monkeypatch):
+    def asked(*args):
+        raise AssertionError("asked whether to trust the checkpoint's code")
+
+    monkeypatch.setattr("builtins.input", asked)
+    processor = load_processor(str(ROOT / "tiny"))
+    assert processor.tokenizer.convert_tokens_to_ids("<|mdm_mask|>") == processor.mask_token_id

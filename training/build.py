@@ -53,8 +53,12 @@ def load_processor(path: str, **place) -> PerceptionDLMProcessor:
         image_options.pop(name, None)
         values.pop(name, None)
     image_processor = PerceptionDLMImageProcessor(**image_options)
-    tokenizer = AutoTokenizer.from_pretrained(path, **place)
-    return PerceptionDLMProcessor(image_processor, tokenizer, **values)
+    return PerceptionDLMProcessor(image_processor, load_tokenizer(path, **place), **values)
+
+
+def load_tokenizer(path: str, **place):
+    """A tokenizer; the config given spares the question whether to trust the code beside it."""
+    return AutoTokenizer.from_pretrained(path, config=PerceptionDLMConfig(), **place)
 
 
 def _from_scratch(recipe: Recipe):
@@ -86,7 +90,7 @@ def fresh_config(fields: dict, tokenizer, data) -> PerceptionDLMConfig:
 
 def _tokenizer(recipe: ModelRecipe):
     if recipe.tokenizer is not None:
-        return AutoTokenizer.from_pretrained(recipe.tokenizer)
+        return load_tokenizer(recipe.tokenizer)
     defaults = inspect.signature(PerceptionDLMProcessor).parameters
     prompts = [defaults[name].default for name in ("system_prompt", "region_instruction")]
     frame = [*prompts, "system\n", "user\n", "assistant\n"] * (recipe.tokenizer_scenes // 10 + 1)

@@ -1,4 +1,4 @@
-"""`perceptiondlm train RECIPE.yaml [section.key=value ...]`."""
+"""`perceptiondlm train RECIPE.yaml [section.key=value ...] [--resume [CHECKPOINT]]`."""
 
 import argparse
 import logging

@@ -441,8 +441,8 @@ def answer_matches(answer: str, expected: str) -> bool:
 def ask(rng: np.random.Generator, objects: list[dict[str, str]]) -> list[Question]:
     """Questions about a scene, at most one of each kind, for objects given by their attributes.
 
-    Kinds: `count`, `count_colour`, `exists` always; `shape_of_colour` and `colour_at` when some
-    colour or position is there once.
+    Kinds: `count`, `count_colour`, `exists` always; `shape_of_colour`, and `colour_at` and
+    `shape_at`, when some colour or position is there once.
     """
     questions = [
         Question("How many objects are there?", NUMBERS[len(objects)], "count"),
@@ -452,6 +452,7 @@ def ask(rng: np.random.Generator, objects: list[dict[str, str]]) -> list[Questio
     for key, text, answer, kind in (
         ("colour", "What shape is the {colour} object?", "{shape}", "shape_of_colour"),
         ("position", "What colour is the object at the {position}?", "{colour}", "colour_at"),
+        ("position", "What shape is the object at the {position}?", "{shape}", "shape_at"),
     ):
         counts = Counter(thing[key] for thing in objects)
         alone = [thing for thing in objects if counts[thing[key]] == 1]
