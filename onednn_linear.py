@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # no quantised or distributed weights
+FEWEST_ROWS, FEWEST_WEIGHTS = 16, 2**16  # smaller products gain nothing
 
 
 class OneDNNLinear(TorchFunctionMode):
@@ -21,13 +22,24 @@ class OneDNNLinear(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.linear and not kwargs and _takes(*args):
-            x, weight, *bias = args
-            return _linear(x.contiguous(), weight, *(bias or [None]), "none", [], "")
+            return linear(*args)
         return func(*args, **(kwargs or {}))
 
 
-def _linear(*args) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(*args)
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` in oneDNN, which compiles and keeps a kernel for every shape it meets: so the
+    number of rows is padded to one of few, or memory would grow with every new length."""
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    missing = padded_rows(len(rows)) - len(rows)
+    padded = F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+    out = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
+    return out[: len(rows)].view(*x.shape[:-1], -1)
+
+
+def padded_rows(rows: int) -> int:
+    """The next of eight numbers an octave, and a multiple of 16 at least."""
+    unit = max(16, 1 << (rows.bit_length() - 4))
+    return -(-rows // unit) * unit
 
 
 def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
@@ -37,8 +49,8 @@ def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         and not torch.is_grad_enabled()
         and all(type(t) in PLAIN and t.dtype == torch.float32 for t in given)
         and all(t.device.type == "cpu" for t in given)
-        and x.ndim >= 2
-        and x.numel() > 0
+        and x.numel() >= FEWEST_ROWS * x.shape[-1]
+        and weight.numel() >= FEWEST_WEIGHTS
         and not torch.is_autocast_enabled("cpu")
     )
 

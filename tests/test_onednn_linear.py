@@ -4,26 +4,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from perceptiondlm import onednn_linear
-from perceptiondlm.onednn_linear import OneDNNLinear, fastest_linear
+from perceptiondlm.onednn_linear import OneDNNLinear, fastest_linear, padded_rows
 
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
     """Shapes of the inputs that go to oneDNN."""
-    seen, linear = [], onednn_linear._linear
+    seen, linear = [], onednn_linear.linear
 
     def watched(x, *rest):
         seen.append(tuple(x.shape))
         return linear(x, *rest)
 
-    monkeypatch.setattr(onednn_linear, "_linear", watched)
+    monkeypatch.setattr(onednn_linear, "linear", watched)
     return seen
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (3, 64), (1, 5, 64), (2, 131, 64), (2, 3, 4, 64)])
+@pytest.mark.parametrize("shape", [(16, 256), (1, 50, 256), (2, 131, 256), (2, 3, 4, 256)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_same_result_to_rounding(calls, shape, bias):
-    layer = torch.nn.Linear(64, 48, bias=bias).eval()
+    layer = torch.nn.Linear(256, 300, bias=bias).eval()
     x = torch.randn(shape)
     with torch.no_grad():
         expected = layer(x)
@@ -34,11 +34,11 @@ def test_same_result_to_rounding(calls, shape, bias):
 
 
 def test_strided_input_and_transposed_weight(calls):
-    x, weight = torch.randn(2, 9, 64)[:, 3:], torch.randn(64, 48).t()
+    x, weight = torch.randn(2, 19, 256)[:, 3:], torch.randn(256, 300).t()
     with torch.no_grad(), OneDNNLinear():
         got = F.linear(x, weight)
-    assert calls == [(2, 6, 64)]
-    torch.testing.assert_close(got, x @ weight.t(), rtol=1e-5, atol=1e-5)
+    assert calls == [(2, 16, 256)]
+    torch.testing.assert_close(got, x @ weight.t(), rtol=1e-5, atol=1e-4)
 
 
 def _bfloat16(layer, x):
@@ -75,17 +75,34 @@ def _one_vector(layer, x):
     return layer(x[0, 0])
 
 
+def _few_rows(layer, x):
+    return layer(x[0, :15])
+
+
+def _small(layer, x):
+    return F.linear(x[..., :64], layer.weight[:, :64])
+
+
 @pytest.mark.parametrize(
-    "use", [_bfloat16, _double, _with_gradient, _autocast, _no_rows, _keywords, _one_vector]
+    "use",
+    [_bfloat16, _double, _with_gradient, _autocast, _no_rows, _keywords, _one_vector,
+     _few_rows, _small],
 )
 def test_all_else_is_left_alone(calls, use):
-    layer, x = torch.nn.Linear(64, 48), torch.randn(2, 5, 64)
+    layer, x = torch.nn.Linear(256, 300), torch.randn(2, 20, 256)
     with torch.no_grad():
         with fastest_linear(x.device):
             got = use(layer, x)
         expected = use(layer, x)
     assert calls == []
     assert torch.equal(got, expected)
+
+
+def test_lengths_are_padded_to_few_numbers():
+    numbers = {padded_rows(rows) for rows in range(16, 16385)}
+    assert len(numbers) < 80
+    for rows in range(16, 16385):
+        assert rows <= padded_rows(rows) < 1.125 * rows + 16
 
 
 def test_other_devices_and_builds_have_no_context_of_their_own(monkeypatch):
