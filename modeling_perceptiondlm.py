@@ -289,14 +289,9 @@ class PerceptionDLMForConditionalGeneration(
                 "none" (mean cross-entropy of a sample's masked positions).
             logits_to_keep: without labels, the last so many positions (0: all), or their indices.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if position_ids is None:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        if region_ids is None:
-            region_ids = torch.full_like(input_ids, SHARED_REGION)
-        if role_ids is None:
-            role_ids = torch.full_like(input_ids, ROLE_SHARED)
+        attention_mask, position_ids, region_ids, role_ids = _with_defaults(
+            input_ids, attention_mask, position_ids, region_ids, role_ids
+        )
         if labels is not None:
             rate = mask_rate(timesteps, labels)
             masked = draw_masked(labels, rate, noise)
@@ -324,15 +319,27 @@ class PerceptionDLMForConditionalGeneration(
         head = self.language_model.lm_head
         if labels is not None:
             loss = masked_loss(head(hidden[masked]), labels, masked, rate, loss_weighting)
-        elif isinstance(logits_to_keep, int):
-            logits = head(hidden[:, -logits_to_keep:])
         else:
-            logits = head(hidden[:, logits_to_keep])
+            last = isinstance(logits_to_keep, int)
+            logits = head(hidden[:, slice(-logits_to_keep, None) if last else logits_to_keep])
         output = PerceptionDLMOutput(loss, logits, tuple(states) if states is not None else None)
         return output if self._wants(return_dict, "return_dict") else output.to_tuple()
 
     def _wants(self, flag: bool | None, name: str) -> bool:
         return flag if flag is not None else bool(getattr(self.config, name))
+
+
+def _with_defaults(input_ids, attention_mask, position_ids, region_ids, role_ids):
+    """The four (B, L) beside `input_ids`, those that are None as of plain, unpadded text."""
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if position_ids is None:
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    if region_ids is None:
+        region_ids = torch.full_like(input_ids, SHARED_REGION)
+    if role_ids is None:
+        role_ids = torch.full_like(input_ids, ROLE_SHARED)
+    return attention_mask, position_ids, region_ids, role_ids
 
 
 def _splice(embeds, places, tokens, name: str) -> torch.Tensor:

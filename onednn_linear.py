@@ -1,7 +1,7 @@
 """Float32 linear layers on CPUs through oneDNN.
 
-PyTorch gives them to MKL, which on AMD's processors reaches less than half of what oneDNN does
-with the same arithmetic (the README's benchmark names machine and ratios).
+PyTorch gives them to MKL, which reached less than half of oneDNN's rate on the AMD processor of the
+README's benchmark.
 """
 
 import contextlib

@@ -45,11 +45,11 @@ def encode_scene(image_processor, seed: int, split: str) -> EncodedScene:
     scene = render_scene(seed, split)
     most = max(image_processor.num_region_prompts, 1)
     objects = scene.objects
-    passes = [objects[i : i + most] for i in range(0, len(objects), most)]
-    features = image_processor([scene.image] * 1, [[o.mask for o in passes[0]]])
+    captioned = objects[:most]
+    features = image_processor([scene.image], [[thing.mask for thing in captioned]])
     order = features.pop("region_orders")[0]
     pixels = features.pop("pixel_values").add(1.0).mul(127.5).round().byte().numpy()
-    regions = [passes[0][k].attributes for k in order]
+    regions = [captioned[k].attributes for k in order]
     arrays = {name: value.numpy() for name, value in features.items()}
     return EncodedScene(pixels, arrays, regions, [thing.attributes for thing in objects])
 
@@ -59,7 +59,8 @@ def draw_questions(
 ) -> list[Question]:
     """Up to `most` different questions about objects given by their attributes.
 
-    Asked in rounds of at most one question of each kind, so that the kinds stay in balance.
+    Asked in rounds of at most one question of each kind: kinds with few different questions, such
+    as "how many objects", come less often.
     """
     drawn: dict[str, Question] = {}
     for _ in range(QUESTION_ROUNDS):
