@@ -89,7 +89,8 @@ def table(result: dict) -> str:
     attributes = list(next(iter(result["rows"]))["per_attribute"])
     lines = [
         f"{result['steps']} steps of `{result['recipe']}` on the captions of"
-        f" {result['training_scenes']} scenes each, {result['scenes']} held-out scenes from seed {result['seed']}; in per cent.",
+        f" {result['training_scenes']} scenes each, {result['scenes']} held-out scenes from seed"
+        f" {result['seed']}; in per cent.",
         "",
         "| | " + " | ".join([*COLUMNS, *attributes, "forwards a picture"]) + " |",
         "|---|" + "---:|" * (len(COLUMNS) + len(attributes) + 1),
