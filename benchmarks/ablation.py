@@ -5,20 +5,23 @@
 
 Each row is trained on captions alone by `perceptiondlm train`, measured by `perceptiondlm evaluate
 synthetic`, and kept: a run that was stopped goes on with the next row. A Markdown table is written
-beside the JSON.
+beside the JSON. Overrides of the recipe hold for every row.
 """
 
 import argparse
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from ..evaluation.files import read_json, write_json, write_text
+from ..training.recipe import load_recipe
 from .denoising import describe_machine
+
+RECIPE_FILE = "recipe.json"  # beside a row's weights
 
 
 @dataclass(frozen=True)
@@ -57,27 +60,42 @@ def train_row(name: str, arguments) -> Path:
     """The weights of a row, trained unless they are there."""
     row = ROWS[name]
     folder = Path(arguments.runs) / (row.weights_of or name)
+    overrides = (
+        f"trainer.output_dir={folder}",
+        f"trainer.max_steps={arguments.steps}",
+        f"trainer.lr_scheduler_kwargs.num_decay_steps={arguments.steps // 3}",
+        f"data.scenes={arguments.training_scenes}",
+        "trainer.eval_strategy=no",
+        "data.region_share=1.0",
+        *arguments.overrides,
+        *ROWS[row.weights_of or name].overrides,
+    )
+    recipe = asdict(load_recipe(arguments.recipe, overrides))
     if not (folder / "model.safetensors").exists():
-        budget = (
-            f"trainer.output_dir={folder}",
-            f"trainer.max_steps={arguments.steps}",
-            f"trainer.lr_scheduler_kwargs.num_decay_steps={arguments.steps // 3}",
-            f"data.scenes={arguments.training_scenes}",
-            "trainer.eval_strategy=no",
-            "data.region_share=1.0",
-        )
-        _run("train", arguments.recipe, *budget, *ROWS[row.weights_of or name].overrides)
+        _run("train", arguments.recipe, *overrides)
+        write_json(folder / RECIPE_FILE, recipe)
+    _expect_made_with(folder / RECIPE_FILE, recipe)
     return folder
 
 
 def measure_row(name: str, arguments) -> dict:
     """The measurements of a row, made unless they are there."""
     report = Path(arguments.runs) / f"{name}.json"
+    folder = train_row(name, arguments)
     if not report.exists():
         sizes = ("--scenes", str(arguments.scenes), "--seed", str(arguments.seed))
-        model = ("--model", str(train_row(name, arguments)))
-        _run("evaluate", "synthetic", *model, *sizes, *ROWS[name].decoding, "--output", str(report))
+        options = (*sizes, *ROWS[name].decoding, "--output", str(report))
+        _run("evaluate", "synthetic", "--model", str(folder), *options)
+    _expect_made_with(report, {"scenes": arguments.scenes, "seed": arguments.seed})
     return read_json(report)
+
+
+def _expect_made_with(file: Path, wanted: dict):
+    """What an earlier run has kept must be of this one's sizes and recipe."""
+    kept = read_json(file)
+    for name, value in wanted.items():
+        if kept[name] != value:
+            raise ValueError(f"expected {name} {value} in {file}, got {kept[name]}; move it away")
 
 
 def _run(*command: str):
@@ -87,8 +105,9 @@ def _run(*command: str):
 def table(result: dict) -> str:
     """Markdown, a row a variant."""
     attributes = list(next(iter(result["rows"]))["per_attribute"])
+    recipe = " ".join([result["recipe"], *result["overrides"]])
     lines = [
-        f"{result['steps']} steps of `{result['recipe']}` on the captions of"
+        f"{result['steps']} steps of `{recipe}` on the captions of"
         f" {result['training_scenes']} scenes each, {result['scenes']} held-out scenes from seed"
         f" {result['seed']}; in per cent.",
         "",
@@ -109,6 +128,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("recipe")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe, in every row")
     add("--steps", type=int, default=700, help="of training, for each row")
     add("--training-scenes", type=int, default=12000)
     add("--scenes", type=int, default=300, help="held-out scenes of the measurement")
@@ -126,7 +146,7 @@ def main():
     for name in names:
         measured = measure_row(name, arguments)
         rows.append({"row": name, "title": ROWS[name].title, **{k: measured[k] for k in kept}})
-    sizes = ("recipe", "steps", "training_scenes", "scenes", "seed")
+    sizes = ("recipe", "overrides", "steps", "training_scenes", "scenes", "seed")
     result = {
         "machine": describe_machine("cpu"),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},

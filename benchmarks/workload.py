@@ -117,7 +117,7 @@ def set_layout(model, tokenizer, layout: str) -> PerceptionDLMProcessor:
 def question_inputs(processor, images: int, max_new_tokens: int) -> dict:
     """Inputs for a question about each of `images` noise pictures."""
     random = np.random.default_rng(0)
-    pictures = [[_noise(random)] for _ in range(images)]
+    pictures = [[noise_picture(random)] for _ in range(images)]
     prompts = ["Please describe the image in detail."] * images
     return processor(pictures, prompts=prompts, max_new_tokens=max_new_tokens)
 
@@ -129,20 +129,22 @@ def region_inputs(processor, regions: int, images: int, caption_length: int) -> 
     most = processor.image_processor.num_region_prompts
     pictures, masks = [], []
     for _ in range(images):
-        picture = _noise(random)
-        boxes = [_random_box(random, width, height) for _ in range(regions)]
+        picture = noise_picture(random)
+        boxes = [random_box(random, width, height) for _ in range(regions)]
         for first in range(0, regions, most):
             pictures.append(picture)
             masks.append(boxes[first : first + most])
     return processor(pictures, masks=masks, caption_length=caption_length)
 
 
-def _noise(random) -> Image.Image:
+def noise_picture(random) -> Image.Image:
+    """A picture of `PICTURE_SIZE` drawn from a numpy generator."""
     width, height = PICTURE_SIZE
     return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def _random_box(random, width: int, height: int) -> dict:
+def random_box(random, width: int, height: int) -> dict:
+    """A box of at least 64 and at most half the sides, as the processor takes it."""
     w, h = random.integers(64, width // 2), random.integers(64, height // 2)
     x, y = random.integers(0, width - w), random.integers(0, height - h)
     return {"box": [int(x), int(y), int(x + w), int(y + h)]}

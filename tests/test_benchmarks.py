@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from perceptiondlm.benchmarks import ablation, denoising, workload
+from perceptiondlm.benchmarks import ablation, denoising, training_step, workload
 from perceptiondlm.benchmarks.published import caption_regions_plainly
 from perceptiondlm.benchmarks.report import END, START, update_readme
 
@@ -90,7 +90,10 @@ def test_a_readme_without_markers_is_refused(mini, tmp_path):
         update_readme(readme, {"rows": []})
 
 
-def test_the_ablation_writes_a_row_for_each_variant_and_keeps_what_is_done(tmp_path, monkeypatch):
+@pytest.fixture
+def ablate(tmp_path, monkeypatch):
+    """Runs the ablation of a recipe with pretended training and measuring, which it counts."""
+
     def pretend(*command):
         """Training makes weights, measuring a report; each is noted."""
         calls.append(command)
@@ -100,21 +103,61 @@ def test_the_ablation_writes_a_row_for_each_variant_and_keeps_what_is_done(tmp_p
             (Path(folder) / "model.safetensors").touch()
             return
         scores = dict.fromkeys(ablation.COLUMNS.values(), 0.5)
-        report = {**scores, "per_attribute": {"shape": 0.25}, "forwards": 22, "regions": 4,
-                  "seconds": 1.0}
+        sizes = {name: int(command[command.index(f"--{name}") + 1]) for name in ("scenes", "seed")}
+        report = {**scores, **sizes, "per_attribute": {"shape": 0.25}, "forwards": 22,
+                  "regions": 4, "seconds": 1.0}
         Path(command[command.index("--output") + 1]).write_text(json.dumps(report))
 
-    calls = []
+    def run(*arguments) -> list[tuple]:
+        before = len(calls)
+        monkeypatch.setattr("sys.argv", ["ablation", str(recipe), *arguments, "--runs",
+                                         str(tmp_path / "runs"), "--output", str(output)])
+        ablation.main()
+        return calls[before:]
+
+    calls, output = [], tmp_path / "result.json"
+    recipe = Path(__file__).parent.parent / "configs" / "tiny.yaml"
     monkeypatch.setattr(ablation, "_run", pretend)
-    output = tmp_path / "result.json"
-    command = ["ablation", "recipe.yaml", "--scenes", "2", "--runs", str(tmp_path / "runs"),
-               "--output", str(output)]
-    monkeypatch.setattr("sys.argv", command)
-    ablation.main()
+    return run, output
+
+
+def test_the_ablation_writes_a_row_for_each_variant_and_keeps_what_is_done(ablate):
+    run, output = ablate
+    calls = run("model.max_tiles=4", "--scenes", "2")
+    trained = [command for command in calls if command[0] == "train"]
     assert len(calls) == 5 + 6  # the sequential row uses the full one's weights
+    assert len(trained) == 5 and all("model.max_tiles=4" in command for command in trained)
     result = json.loads(output.read_text())
     assert [row["row"] for row in result["rows"]] == list(ablation.ROWS)
     lines = output.with_suffix(".md").read_text().splitlines()
+    assert "tiny.yaml model.max_tiles=4` on the captions" in lines[0]
     assert "| released layout | 50.0 | 50.0 | 50.0 | 50.0 | 25.0 | 11.0 |" in lines
-    ablation.main()
-    assert len(calls) == 11
+    assert run("model.max_tiles=4", "--scenes", "2") == []
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        (("model.max_tiles=2", "--scenes", "2"), "expected model"),
+        (("model.max_tiles=4", "--scenes", "3"), "expected scenes 3"),
+        (("model.max_tiles=4", "--scenes", "2", "--steps", "9"), "expected trainer"),
+    ],
+)
+def test_the_ablation_refuses_kept_rows_of_another_run(ablate, changed, named):
+    run, _ = ablate
+    run("model.max_tiles=4", "--scenes", "2")
+    with pytest.raises(ValueError, match=named):
+        run(*changed)
+
+
+def test_a_training_step_is_measured_with_the_recipe_s_own_trainer(mini, tmp_path):
+    output = tmp_path / "result.json"
+    recipe = Path(__file__).parent.parent / "configs" / "regions_lora.yaml"
+    options = ["trainer.use_cpu=true", "trainer.dataloader_num_workers=0",
+               "trainer.gradient_accumulation_steps=2", "--preset", "mini", "--steps", "2"]
+    training_step.main([str(recipe), *options, "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert result["samples_a_step"] == 2
+    assert len(result["all_seconds"]) == training_step.WARM_UP + 2 == len(result["losses"])
+    assert 0 < result["learning"] < result["parameters"]
+    assert all(0 < loss < float("inf") for loss in result["losses"])

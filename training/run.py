@@ -43,7 +43,11 @@ def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
 
 def build_trainer(recipe: Recipe, args: TrainingArguments) -> DiffusionTrainer:
     """The model, data and trainer of a recipe."""
-    model, processor = build_model(recipe)
+    return assemble_trainer(recipe, args, *build_model(recipe))
+
+
+def assemble_trainer(recipe: Recipe, args: TrainingArguments, model, processor) -> DiffusionTrainer:
+    """The data and trainer of a recipe for a model that is already built."""
     if recipe.lora is not None:
         model = add_adapter(model, recipe.lora)
     choose_trainable(model, recipe.parameters)

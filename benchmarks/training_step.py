@@ -1,0 +1,162 @@
+"""A training step's seconds and peak memory, on random weights and a picture of noise.
+
+    python -m perceptiondlm.benchmarks.training_step configs/regions_lora.yaml \\
+        trainer.gradient_accumulation_steps=1 --preset 8b --output lora.json
+    accelerate launch --config_file configs/accelerate/fsdp_one_node.yaml \\
+        -m perceptiondlm.benchmarks.training_step configs/regions.yaml \\
+        trainer.gradient_accumulation_steps=1 --preset 8b --output full.json
+
+The steps are those of `perceptiondlm train` with the recipe, but for its checkpoint and its data:
+every sample is a picture of six tiles with a caption for each of its regions.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from transformers import TrainerCallback, TrainingArguments
+
+from ..evaluation.environment import versions
+from ..evaluation.files import write_json
+from ..training.recipe import Recipe, load_recipe
+from ..training.run import TRAINER_DEFAULTS, assemble_trainer
+from .denoising import describe_machine
+from .workload import (
+    PICTURE_SIZE,
+    PRESETS,
+    build_model,
+    build_tokenizer,
+    noise_picture,
+    random_box,
+    set_layout,
+)
+
+WARM_UP = 2  # steps whose seconds do not count
+
+
+class StepClock(TrainerCallback):
+    """Seconds of every step, with what the device still had to do."""
+
+    def __init__(self):
+        self.seconds = []
+        self.started = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = self._now(args.device)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(self._now(args.device) - self.started)
+
+    @staticmethod
+    def _now(device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+
+def region_record(folder: Path, regions: int) -> dict:
+    """A training record of a noise picture, saved in `folder`, with `regions` boxes as masks."""
+    random = np.random.default_rng(0)
+    width, height = PICTURE_SIZE
+    noise_picture(random).save(folder / "noise.png")
+    boxes = [random_box(random, width, height)["box"] for _ in range(regions)]
+    masks = np.zeros((height, width, regions), np.uint8, order="F")
+    for k, (left, top, right, bottom) in enumerate(boxes):
+        masks[top:bottom, left:right, k] = 1
+    rles = [{**rle, "counts": rle["counts"].decode()} for rle in coco_mask.encode(masks)]
+    captions = ["a region of noise, grey on the whole"] * regions
+    return {"image": "noise.png", "mask_rles": rles, "captions": captions}
+
+
+def benchmark_recipe(arguments, folder: Path) -> Recipe:
+    """The recipe on a record written to `folder`, with as many steps and no checkpoints."""
+    data = folder / "regions.jsonl"
+    overrides = [
+        *arguments.overrides,
+        "data.kind=regions",
+        f"data.files=[{data}]",
+        f"data.image_root={folder}",
+        f"trainer.output_dir={folder / 'run'}",
+        f"trainer.max_steps={WARM_UP + arguments.steps}",
+        "trainer.save_strategy=no",
+        "trainer.logging_steps=1",
+    ]
+    recipe = load_recipe(arguments.recipe, overrides)
+    args = training_arguments(recipe)
+    count = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    record = json.dumps(region_record(folder, arguments.regions))
+    data.write_text(f"{record}\n" * count, encoding="utf-8")
+    return recipe
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The Trainer's arguments of a recipe."""
+    return TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
+
+
+def measure(arguments, folder: Path) -> dict:
+    """Trains for some steps; returns the result to write."""
+    recipe = benchmark_recipe(arguments, folder)
+    args = training_arguments(recipe)
+    tokenizer = build_tokenizer()
+    model = build_model(arguments.preset, tokenizer, str(args.device)).train()
+    processor = set_layout(model, tokenizer, "independent")
+    trainer = assemble_trainer(recipe, args, model, processor)
+    clock = StepClock()
+    trainer.add_callback(clock)
+    counts = [p.numel() for p in trainer.model.parameters()]
+    learning = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
+    trainer.train()
+    return {
+        "machine": describe_machine(args.device.type),
+        "versions": versions(),
+        "preset": arguments.preset,
+        "recipe": arguments.recipe,
+        "overrides": arguments.overrides,
+        "processes": args.world_size,
+        "samples_a_step": args.train_batch_size * args.gradient_accumulation_steps,
+        "regions": arguments.regions,
+        "parameters": sum(counts),
+        "learning": sum(learning),
+        "seconds": statistics.median(clock.seconds[WARM_UP:]),
+        "all_seconds": clock.seconds,
+        "peak_bytes": peak_bytes(args.device),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has held: of its GPU, or else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+
+
+def main(arguments: list[str] | None = None):
+    """Command line; with several processes each trains and the first writes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("recipe")
+    add("overrides", nargs="*", metavar="section.key=value", help="options of the recipe")
+    add("--preset", choices=sorted(name for name in PRESETS if "llada" not in name), default="cpu")
+    add("--regions", type=int, default=6, help="of each picture")
+    add("--steps", type=int, default=5, help="that count")
+    add("--output", required=True, help="JSON")
+    parsed = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(parsed, Path(folder))
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
+    write_json(parsed.output, result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
