@@ -162,16 +162,18 @@ class PerceptionDLMForConditionalGeneration(
         features = self.vision_tower(pixel_values, prompts)
         return self.connector(merge_patches(features, self.config.spatial_merge_size))
 
-    def _shares_gradients(self) -> bool:
-        return (
-            self.training
-            and torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-        )
+    def _acts_with_others(self) -> bool:
+        """Whether other processes wait for this one's gradients, or for its share of weights."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        from torch.distributed.tensor import DTensor
+
+        sharded = any(isinstance(p, DTensor) for p in self.vision_tower.parameters())
+        return self.training or sharded
 
     def _unseen_picture(self) -> torch.Tensor:
-        """Zero, by way of everything that sees: in sharded training each process has to give every
-        module's gradient, whether its batch holds pictures or not."""
+        """Zero, by way of everything that sees: among several processes each has to run every
+        module, and to give its gradient, whether its batch holds pictures or not."""
         vision = self.config.vision_config
         blank = torch.zeros(1, 3, vision.image_size, vision.image_size, device=self.device)
         patches = None
@@ -243,7 +245,7 @@ class PerceptionDLMForConditionalGeneration(
         places = fixed & (input_ids == self.config.image_token_id)
         if pixel_values is None:
             embeds = _splice(embeds, places, embeds.new_zeros(0, embeds.shape[-1]), "picture")
-            return embeds + self._unseen_picture() if self._shares_gradients() else embeds
+            return embeds + self._unseen_picture() if self._acts_with_others() else embeds
         grids = [tuple(grid) for grid in image_grids.tolist()]
         features = self.encode_images(pixel_values, region_patches)
         tokens = self.picture_tokens(features, grids, image_sizes.tolist())

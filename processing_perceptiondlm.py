@@ -85,23 +85,24 @@ class PerceptionDLMProcessor(ProcessorMixin):
     @classmethod
     def from_config(cls, config: PerceptionDLMConfig, tokenizer, **options):
         """The processor that fits a model of `config`; `options` override its own defaults."""
-        vision = config.vision_config
-        image_processor = PerceptionDLMImageProcessor(
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            spatial_merge_size=config.spatial_merge_size,
-            image_layout=config.image_layout,
-            anyres_max_tiles=config.anyres_max_tiles,
-            num_region_prompts=config.num_region_prompts,
-            roi_convention=config.roi_convention,
-        )
-        return cls(
-            image_processor,
-            tokenizer,
-            region_layout=config.region_layout,
-            roi_output_size=config.roi_output_size,
-            **options,
-        )
+        processor = cls(PerceptionDLMImageProcessor(), tokenizer, **options)
+        processor.follow(config)
+        return processor
+
+    def follow(self, config: PerceptionDLMConfig):
+        """Takes over all that a model's config decides."""
+        vision, images = config.vision_config, self.image_processor
+        images.image_size, images.patch_size = vision.image_size, vision.patch_size
+        for name in (
+            "spatial_merge_size",
+            "image_layout",
+            "anyres_max_tiles",
+            "num_region_prompts",
+            "roi_convention",
+        ):
+            setattr(images, name, getattr(config, name))
+        self.region_layout = config.region_layout
+        self.roi_output_size = config.roi_output_size
 
     def __call__(
         self,

@@ -72,16 +72,16 @@ def train_row(name: str, arguments) -> Path:
     )
     recipe = asdict(load_recipe(arguments.recipe, overrides))
     if not (folder / "model.safetensors").exists():
-        _run("train", arguments.recipe, *overrides)
         write_json(folder / RECIPE_FILE, recipe)
+        _run("train", arguments.recipe, *overrides)
     _expect_made_with(folder / RECIPE_FILE, recipe)
     return folder
 
 
 def measure_row(name: str, arguments) -> dict:
     """The measurements of a row, made unless they are there."""
-    report = Path(arguments.runs) / f"{name}.json"
     folder = train_row(name, arguments)
+    report = folder / f"measured-{name}.json"
     if not report.exists():
         sizes = ("--scenes", str(arguments.scenes), "--seed", str(arguments.seed))
         options = (*sizes, *ROWS[name].decoding, "--output", str(report))

@@ -6,8 +6,8 @@
         -m perceptiondlm.benchmarks.training_step configs/regions.yaml \\
         trainer.gradient_accumulation_steps=1 --preset 8b --output full.json
 
-The steps are those of `perceptiondlm train` with the recipe, but for its checkpoint and its data:
-every sample is a picture of six tiles with a caption for each of its regions.
+The steps are those of `perceptiondlm train` with the recipe, but for its `model` and its `data`:
+the model is the preset's, every sample a picture of six tiles with a caption for each region.
 """
 
 import argparse
@@ -42,7 +42,8 @@ WARM_UP = 2  # steps whose seconds do not count
 
 
 class StepClock(TrainerCallback):
-    """Seconds of every step, with what the device still had to do."""
+    """Seconds of every step, with what the device still had to do; after the warm-up the GPU's
+    peak of memory starts anew."""
 
     def __init__(self):
         self.seconds = []
@@ -53,6 +54,8 @@ class StepClock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(self._now(args.device) - self.started)
+        if len(self.seconds) == WARM_UP and args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
 
     @staticmethod
     def _now(device: torch.device) -> float:
@@ -81,6 +84,7 @@ def benchmark_recipe(arguments, folder: Path) -> Recipe:
     overrides = [
         *arguments.overrides,
         "data.kind=regions",
+        "data.streaming=false",
         f"data.files=[{data}]",
         f"data.image_root={folder}",
         f"trainer.output_dir={folder / 'run'}",
@@ -106,7 +110,9 @@ def measure(arguments, folder: Path) -> dict:
     recipe = benchmark_recipe(arguments, folder)
     args = training_arguments(recipe)
     tokenizer = build_tokenizer()
-    model = build_model(arguments.preset, tokenizer, str(args.device)).train()
+    # several processes share the model out before any of them has to hold it on its device
+    device = str(args.device) if args.world_size == 1 else "cpu"
+    model = build_model(arguments.preset, tokenizer, device).train()
     processor = set_layout(model, tokenizer, "independent")
     trainer = assemble_trainer(recipe, args, model, processor)
     clock = StepClock()

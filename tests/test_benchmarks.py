@@ -99,7 +99,6 @@ def ablate(tmp_path, monkeypatch):
         calls.append(command)
         if command[0] == "train":
             folder = next(c for c in command if c.startswith("trainer.output_dir=")).split("=")[1]
-            Path(folder).mkdir(parents=True)
             (Path(folder) / "model.safetensors").touch()
             return
         scores = dict.fromkeys(ablation.COLUMNS.values(), 0.5)

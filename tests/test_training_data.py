@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from llada_v_models import maker
 from perceptiondlm.training.broken import BrokenRecords, TooManyBroken
 from perceptiondlm.training.conversations import ConversationSamples
 from perceptiondlm.training.order import EpochSampler
@@ -242,7 +243,7 @@ GOOD_TURNS = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt",
 
 
 def conversation_set(processor, files, share=0.0, **options) -> FileDataset:
-    data = ConversationData(files=files, max_text_tokens=60, **options)
+    data = ConversationData(files=files, **{"max_text_tokens": 60, **options})
     return FileDataset(files, ConversationSamples(processor, data), share)
 
 
@@ -329,6 +330,18 @@ def test_messages_with_embedded_pictures_equal_conversations_with_paths(folder, 
     assert torch.equal(one.features["pixel_values"], other.features["pixel_values"])
 
 
+def test_a_placeholder_that_is_the_image_token_itself_is_a_picture(folder, load):
+    processor = maker(load)()[1]
+    assert processor.image_token == "<image>"
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "b"}]
+    record = {"image": "0.jpg", "conversations": turns}
+    file = write_lines(folder / "a.jsonl", [record])
+    sample = conversation_set(processor, [file], max_text_tokens=200)[0]
+    features = processor.image_processor([str(folder / "0.jpg")])
+    count = processor._image_tokens(features, 0)
+    assert sample.sequence.ids.count(processor.image_token_id) == count
+
+
 def test_several_pictures_get_a_single_tile_each(folder, processor):
     record = {"images": ["0.jpg", "1.jpg"], **GOOD_TURNS}
     sample = conversation_set(processor, [write_lines(folder / "a.jsonl", [record])])[0]
@@ -366,6 +379,14 @@ def test_processes_divide_a_stream_among_them(folder, processor):
         samples = iter(stream(processor, files, rank=rank, world_size=2))
         shares.append({next(samples).key[1:] for _ in range(2)})
     assert len(shares[0] | shares[1]) == 4
+
+
+def test_a_stream_of_fewer_files_than_workers_goes_on(folder, processor):
+    files = [write_lines(folder / "a.jsonl", [region_record(f"{k}.jpg", 1) for k in range(4)])]
+    loader = DataLoader(stream(processor, files), batch_size=None, num_workers=3)
+    samples = iter(loader)
+    keys = [next(samples).key for _ in range(8)]
+    assert {epoch for epoch, *_ in keys} == {0, 1} and len(set(keys)) == 8
 
 
 def test_a_batch_does_not_depend_on_the_workers(folder, processor):

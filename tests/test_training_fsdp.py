@@ -87,6 +87,14 @@ def test_an_exported_sharded_checkpoint_generates_what_the_final_folder_does(
     assert captions[0] == captions[1]
 
 
+def test_half_precision_casts_neither_noise_nor_the_loss(tmp_path):
+    steps = {"max_steps": 8, "save_steps": 8, "bf16": True}
+    losses = launch(tmp_path / "split", **sharded(**steps))
+    one = losses_of(train(small_recipe(tmp_path / "one", trainer={**STEPS, **steps})))
+    assert losses == pytest.approx(one, abs=0.02)
+    assert any(loss != float(torch.tensor(loss).bfloat16()) for loss in losses[:2])
+
+
 def test_lora_under_fsdp_has_the_losses_of_one_process(whole, tmp_path):
     _, base = whole
     sections = {

@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import PeftModel
 from perceptiondlm.training.lora import add_adapter
-from perceptiondlm.training.recipe import LoraRecipe
+from perceptiondlm.training.recipe import LoraRecipe, build_recipe
 from perceptiondlm.training.run import build_trainer, train
-from training_runs import arguments, losses_of, small_recipe
+from training_runs import TINY, arguments, losses_of, recipe_values, small_recipe
 from transformers import AutoModel, AutoProcessor
 
 
@@ -137,6 +137,12 @@ def test_an_adapter_starts_the_same_from_the_same_seed(base, tmp_path):
     one, again, other = start(0), start(0), start(1)
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_changed_config_is_refused_since_the_adapter_would_not_hold_it(tmp_path):
+    values = recipe_values(tmp_path, model={"checkpoint": "base", "config": TINY}, lora={"r": 4})
+    with pytest.raises(ValueError, match="no model.config with lora"):
+        build_recipe(values)
 
 
 def test_options_choose_the_rank_targets_and_whole_modules(base, tmp_path):

@@ -9,12 +9,15 @@ import pytest
 import torch
 import yaml
 from perceptiondlm.apps.cli import main
+from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.build import load_processor
 from perceptiondlm.training.muon import WithMuon
+from perceptiondlm.training.parameters import belongs
 from perceptiondlm.training.recipe import build_recipe, load_recipe
 from perceptiondlm.training.run import build_trainer, train
+from torch.distributed.fsdp import fully_shard
 from training_runs import TINY, arguments, losses_of, recipe_values, small_recipe, weights_of
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, TrainingArguments
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -312,6 +315,77 @@ def test_a_text_batch_gives_every_module_a_gradient_among_processes(make, monkey
         model.eval().zero_grad()
 
 
+def test_an_evaluated_text_batch_runs_every_sharded_module(make_config, tmp_path):
+    model = PerceptionDLMForConditionalGeneration(make_config(num_region_prompts=3)).eval()
+    runs = []
+    layer = model.vision_tower.encoder.layers[0]
+    layer.register_forward_hook(lambda *_: runs.append(1))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        with torch.no_grad():
+            model(torch.tensor([[5, 6]]))
+            assert not runs
+            fully_shard(layer)
+            model(torch.tensor([[5, 6]]))
+            assert runs == [1]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_changed_config_changes_the_processor(tmp_path, picture, blobs):
+    base = tmp_path / "base"
+    without = {**TINY, "num_region_prompts": 0, "region_layout": "released", "roi_output_size": 3}
+    data = {"region_share": 0.0}
+    train(small_recipe(base, model={"config": without}, data=data, trainer={"max_steps": 1}))
+    wanted = {name: TINY[name] for name in ("num_region_prompts", "region_layout",
+                                            "roi_output_size")}
+    sections = {"model": {"checkpoint": str(base), "config": wanted, "tokenizer": None}}
+    folder = tmp_path / "run"
+    train(small_recipe(folder, **sections, data={"region_share": 1.0}, trainer={"max_steps": 1}))
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert processor.image_processor.num_region_prompts == 8
+    assert (processor.region_layout, processor.roi_output_size) == ("independent", 2)
+    captions = model.diffusion_generate(picture(40, 60), blobs(40, 60, 3), steps=2).texts[0]
+    assert len(captions) == 3
+
+
+def test_a_finished_run_is_left_as_it_is(recipe_of, tmp_path):
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    before = weights_of(train(recipe_of(trainer=saving)))
+    folder = tmp_path / "run"
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    for resume in (True, str(folder / "checkpoint-2")):
+        train(recipe_of(trainer=saving), resume=resume)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert not (folder / "checkpoint-3").exists()
+    longer = train(recipe_of(trainer={**saving, "max_steps": 3}), resume=True)
+    assert longer.state.global_step == 3
+    assert not all(torch.equal(w, before[name]) for name, w in weights_of(longer).items())
+
+
+def test_fewer_samples_than_a_batch_are_refused(recipe_of):
+    recipe = recipe_of(data={"scenes": 3})
+    with pytest.raises(ValueError, match="for a batch, 4 over all processes, got 3"):
+        train(recipe)
+
+
+def test_several_gpus_without_a_launcher_are_refused(recipe_of, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 4)
+    with pytest.raises(ValueError, match="4 GPUs in one process"):
+        train(recipe_of())
+
+
+def test_a_module_is_named_as_it_is_without_an_adapter():
+    assert belongs("base_model.model.connector.modules_to_save.default.linear_1.weight",
+                   "connector.linear_1")
+    assert belongs("base_model.model.language_model.lm_head.base_layer.weight",
+                   "language_model.lm_head.weight")
+    assert not belongs("base_model.model.connector.linear_1.weight", "linear")
+
+
 def test_the_saved_folder_captions_and_answers(recipe_of, tmp_path, picture, blobs):
     trainer = train(recipe_of(trainer={"max_steps": 1}))
     folder = tmp_path / "run"
@@ -350,6 +424,21 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert "scnes" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
     assert "no such file" in capsys.readouterr().err
+    options = [f"trainer.output_dir={tmp_path / 'run'}", "trainer.use_cpu=true",
+               "trainer.bf16=false"]
+    missing = f"model.checkpoint={tmp_path / 'nothing'}"
+    assert main(["train", str(CONFIGS / "regions_lora.yaml"), *options, missing]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_a_malformed_data_file_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    file, data = tmp_path / "recipe.yaml", tmp_path / "data.json"
+    data.write_text("[{")
+    values = {**recipe_values(tmp_path / "run"), "data": {"kind": "regions", "files": [str(data)]}}
+    file.write_text(yaml.safe_dump(values))
+    assert main(["train", str(file)]) == 2
+    assert f"expected JSON in {data}" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)

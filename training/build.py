@@ -42,7 +42,9 @@ def _from_checkpoint(recipe: ModelRecipe):
         attn_implementation=recipe.attn_implementation,
         **place,
     )
-    return model, load_processor(recipe.checkpoint, **place)
+    processor = load_processor(recipe.checkpoint, **place)
+    processor.follow(config)
+    return model, processor
 
 
 def load_processor(path: str, **place) -> PerceptionDLMProcessor:

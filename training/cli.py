@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         train(load_recipe(args.recipe, args.overrides), resume=args.resume)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # transformers' for a checkpoint that is not there
         print(f"perceptiondlm train: {error}", file=sys.stderr)
         return 2
     return 0

@@ -48,7 +48,8 @@ class ConversationSamples:
     def __init__(self, processor: PerceptionDLMProcessor, data: ConversationData):
         self.processor = processor
         self.data = data
-        self.reserved = (processor.image_token, processor.mask_token)
+        special = {processor.image_token, processor.mask_token}
+        self.reserved = special - {PLACEHOLDER}  # LLaDA-V's image token is the placeholder
 
     count = staticmethod(count_answers)
 

@@ -1,14 +1,19 @@
 """Which parameters learn, and at which rate."""
 
+import re
+
 import torch
 from torch import nn
 
 from .recipe import ParametersRecipe
 
+# what PEFT puts into the names of parameters that it has taken over
+ADAPTED = re.compile(r"\.(modules_to_save\.\w+|original_module|base_layer)(?=\.)")
+
 
 def belongs(name: str, module: str) -> bool:
     """Whether a parameter's dotted name lies in a module's, wherever an adapter has put it."""
-    return f".{module}." in f".{name}."
+    return f".{module}." in ADAPTED.sub("", f".{name}.")
 
 
 def choose_trainable(model: nn.Module, recipe: ParametersRecipe):

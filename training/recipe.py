@@ -268,6 +268,11 @@ def build_recipe(values: dict) -> Recipe:
     _expect_known("the recipe", values, known)
     sections = {name: build(cls, values.get(name), name) for name, cls in SECTIONS.items()}
     lora = None if values.get("lora") is None else build(LoraRecipe, values["lora"], "lora")
+    if lora is not None and sections["model"].checkpoint and sections["model"].config:
+        raise ValueError(
+            "expected no model.config with lora, since an adapter is loaded on its checkpoint as"
+            f" that is, got {sections['model'].config}"
+        )
     trainer = dict(values.get("trainer") or {})
     return Recipe(
         data=_build_data(values.get("data")),

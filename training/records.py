@@ -87,15 +87,20 @@ def open_records(files: list[str], count: Callable[[dict], int], streaming: bool
         )
     # the stamps make a changed file another data set: `datasets` caches by these arguments
     stamps = [(path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
-    return datasets.Dataset.from_generator(
-        _rows,
-        features=FEATURES,
-        gen_kwargs={
-            "paths": [(i, str(path)) for i, path in enumerate(paths)],
-            "count": count,
-            "stamps": tuple(stamps),
-        },
-    )
+    try:
+        return datasets.Dataset.from_generator(
+            _rows,
+            features=FEATURES,
+            gen_kwargs={
+                "paths": [(i, str(path)) for i, path in enumerate(paths)],
+                "count": count,
+                "stamps": tuple(stamps),
+            },
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):  # a file of another form than its name says
+            raise error.__cause__ from error
+        raise
 
 
 def record_of(row: dict, files: list[str]) -> Record:

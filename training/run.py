@@ -1,9 +1,11 @@
 """One run: build, train, save a folder that `from_pretrained` loads."""
 
+import json
 import logging
 from pathlib import Path
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from .build import build_model
 from .conversations import ConversationSamples
@@ -35,10 +37,30 @@ def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
         resume: a Trainer checkpoint to go on from, or True for the last one.
     """
     args = TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
+    if args.n_gpu > 1:
+        raise ValueError(
+            "expected one GPU, or a launcher such as `accelerate launch` for several, got"
+            f" {args.n_gpu} GPUs in one process; CUDA_VISIBLE_DEVICES=0 shows it one of them"
+        )
     trainer = build_trainer(recipe, args)
+    if resume and is_finished(args, resume):
+        logger.warning("nothing is left to train after %s; nothing is saved", resume)
+        return trainer
     trainer.train(resume_from_checkpoint=resume)
     save_final(trainer, recipe)
     return trainer
+
+
+def is_finished(args: TrainingArguments, resume: str | bool) -> bool:
+    """Whether a checkpoint is of the run's last step: the Trainer would go one step further."""
+    folder = get_last_checkpoint(args.output_dir) if resume is True else resume
+    file = Path(folder or "") / "trainer_state.json"
+    if not file.is_file():
+        return False  # the Trainer says what is wrong with it
+    state = json.loads(file.read_text(encoding="utf-8"))
+    if args.max_steps > 0:
+        return state["global_step"] >= args.max_steps
+    return state["epoch"] >= args.num_train_epochs
 
 
 def build_trainer(recipe: Recipe, args: TrainingArguments) -> DiffusionTrainer:
@@ -55,8 +77,13 @@ def assemble_trainer(recipe: Recipe, args: TrainingArguments, model, processor) 
         keep_masters(model)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%.2f M of the parameters learn", learning / 1e6)
-    datasets = build_datasets(recipe, processor, args)
-    return DiffusionTrainer(model, args, recipe, processor, *datasets)
+    train_set, eval_set = build_datasets(recipe, processor, args)
+    batch = args.train_batch_size * args.world_size
+    if not isinstance(train_set, StreamDataset) and len(train_set) < batch:
+        raise ValueError(
+            f"expected samples for a batch, {batch} over all processes, got {len(train_set)}"
+        )
+    return DiffusionTrainer(model, args, recipe, processor, train_set, eval_set)
 
 
 def build_datasets(recipe: Recipe, processor, args: TrainingArguments):

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 def shard_on_cpu(accelerator: Accelerator) -> bool:
@@ -26,6 +27,18 @@ def shard_on_cpu(accelerator: Accelerator) -> bool:
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = plugin
     return True
+
+
+def keep_precise(accelerator: Accelerator):
+    """Sharded training in bfloat16 as unsharded: the layers' weights are cast, but neither boxes,
+    noise and times nor the loss, and gradients are summed in float32."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=plugin.mixed_precision_policy.param_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
 
 
 def gather_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -41,13 +41,13 @@ class EncodedScene:
 
 
 def encode_scene(image_processor, seed: int, split: str) -> EncodedScene:
-    """Renders a scene and prepares its pixels and masks."""
+    """Renders a scene and prepares its pixels and, for a model with region prompts, its masks."""
     scene = render_scene(seed, split)
-    most = max(image_processor.num_region_prompts, 1)
     objects = scene.objects
-    captioned = objects[:most]
-    features = image_processor([scene.image], [[thing.mask for thing in captioned]])
-    order = features.pop("region_orders")[0]
+    captioned = objects[: image_processor.num_region_prompts]
+    masks = [[thing.mask for thing in captioned]] if captioned else None
+    features = image_processor([scene.image], masks)
+    order = features.pop("region_orders", [[]])[0]
     pixels = features.pop("pixel_values").add(1.0).mul(127.5).round().byte().numpy()
     regions = [captioned[k].attributes for k in order]
     arrays = {name: value.numpy() for name, value in features.items()}
@@ -88,6 +88,11 @@ class SceneDataset(Dataset):
             raise ValueError(
                 "expected data.questions_per_sample of 1 but in the independent layout, got"
                 f" {data.questions_per_sample} in {processor.region_layout!r}"
+            )
+        if data.region_share and not processor.image_processor.num_region_prompts:
+            raise ValueError(
+                "expected data.region_share of 0 for a model without region prompts, got"
+                f" {data.region_share}"
             )
         held_out = split == "heldout"
         self.processor = processor

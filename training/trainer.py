@@ -10,7 +10,7 @@ from .order import EpochSampler
 from .parameters import parameter_groups
 from .recipe import Recipe
 from .samples import DiffusionCollator
-from .sharding import gather_weights, shard_on_cpu
+from .sharding import gather_weights, keep_precise, shard_on_cpu
 
 GROUPED = "group_by_length"
 
@@ -73,6 +73,8 @@ class DiffusionTrainer(Trainer):
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = shard_on_cpu(self.accelerator) or self.is_fsdp_enabled
+        if self.is_fsdp_enabled:
+            keep_precise(self.accelerator)
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
