@@ -14,6 +14,8 @@ SAMPLING = ("temperature", "top_k", "top_p")
 class AnswerGenerationMixin:
     """`generate` for a model with `diffusion_generate`."""
 
+    output_modalities = ("text",)  # which pipelines ask for
+
     @torch.no_grad()
     def generate(
         self,
@@ -44,6 +46,11 @@ class AnswerGenerationMixin:
         options = {}
         for name, value in inputs_and_options.items():
             (inputs if isinstance(value, torch.Tensor) else options)[name] = value
+        if "boxes" in inputs:
+            raise ValueError(
+                "expected a prompt about whole images, got regions; captions of regions are made"
+                " by `diffusion_generate`"
+            )
         if return_dict_in_generate:
             raise ValueError(
                 "expected return_dict_in_generate False, got True: see the history"

@@ -79,6 +79,8 @@ class DiffusionOptions:
         """Options over a checkpoint's defaults; ValueError names an option there is none of."""
         names = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(defaults | options) - names)
+        if "input_ids" in unknown:
+            raise ValueError("expected what the processor made as `inputs=...`, got it as keywords")
         if unknown:
             raise ValueError(f"expected options among {sorted(names)}, got {unknown}")
         return cls(**(defaults | options))
@@ -223,7 +225,8 @@ class DiffusionGenerationMixin:
                 passes. Masks as `load_mask` takes them.
             prompts: a question or a list of them; with masks, the instruction.
             inputs: instead of the above, what the processor made (say, from a conversation) with
-                the masked answer in it.
+                the masked answer in it. Captions then come in the order of the masks given if the
+                processor was called with `return_region_orders=True`, else the largest first.
             processor: defaults to the one saved beside the weights. With `inputs` it only decodes
                 the texts, which are None where there is none.
             callback: called after each step with its number and the token ids, nested as in the
@@ -303,6 +306,8 @@ class DiffusionGenerationMixin:
         return self._run(runs, lambda rows: rows, processor, options, callback)
 
     def _generate_inputs(self, inputs, processor, options, callback):
+        inputs = dict(inputs)
+        orders = inputs.pop("region_orders", None)
         length = _answer_length(inputs, self.config.mask_token_id)
         is_region = "boxes" in inputs
         if is_region:
@@ -312,7 +317,16 @@ class DiffusionGenerationMixin:
             settings = (rule, tuple(options.banned_token_ids or ()))
         else:
             settings = self._answer_settings(length, processor, options)
-        return self._run([(inputs, *settings)], lambda rows: rows, processor, options, callback)
+
+        def nest(rows: list) -> list:
+            if orders is None:
+                return rows
+            return [
+                [captions[order.index(k)] for k in range(len(order))]
+                for captions, order in zip(rows, orders, strict=True)
+            ]
+
+        return self._run([(inputs, *settings)], nest, processor, options, callback)
 
     def _answer_settings(self, length: int, processor, options):
         rule = options.answer_rule(length, self.config.eot_token_id)

@@ -16,6 +16,7 @@ METRICS = (  # (name in a report's summary, name on the card)
     ("average_positive", "Positive questions"),
     ("average_negative", "Negative questions"),
 )
+LICENCE = "apache-2.0"  # unless another is named
 PROVENANCE = "provenance.json"
 STALE = ["*.safetensors", "*.safetensors.index.json"]  # of an earlier upload with other shards
 PAPER = "https://arxiv.org/abs/2606.19534"
@@ -95,7 +96,7 @@ def model_card(
     provenance: Provenance | None = None,
     report: Mapping | None = None,
     base_model: str | list[str] | None = None,
-    licence: str = "apache-2.0",
+    licence: str = LICENCE,
     tags: Sequence[str] = (),
 ) -> str:
     """The card of the checkpoint in `folder`, as Markdown with a YAML header.

@@ -117,6 +117,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         answers: str | list[str] | None = None,
         add_special_tokens: bool = False,
         return_region_orders: bool = False,
+        padding: bool | str = True,
         return_tensors: str = "pt",
         videos=None,
         audio=None,
@@ -136,7 +137,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
             captions: training targets, one text for each mask, in the order of the masks.
             answers: training targets, one text for each prompt.
             add_special_tokens: let the tokenizer add its own (templates already hold theirs).
-            return_region_orders: also give `region_orders`, the area order of each picture.
+            return_region_orders: also give `region_orders`, for each picture the indices of its
+                masks by area, the largest first: the order of its regions in all that is made.
+            padding: True or "longest", the only kinds there are.
             return_tensors: "pt", the only kind made.
             videos, audio: passed as None by `apply_chat_template`; anything else is refused.
 
@@ -148,6 +151,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError(f"expected return_tensors 'pt', got {return_tensors!r}")
+        if padding not in (True, "longest"):
+            raise ValueError(f"expected padding True or 'longest', got {padding!r}")
         _expect_none(videos=videos, audio=audio)
         if masks is not None:
             _expect_none(text=text, max_new_tokens=max_new_tokens, answers=answers)

@@ -170,7 +170,9 @@ def run(args: argparse.Namespace) -> int:
     """Captions what `args` asks for; returns an exit code (see `EPILOG`)."""
     try:
         task = _Task(args)
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: torch knows no such device
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        # torch raises RuntimeError for a device that it does not know, AssertionError for one that
+        # it was not built for
         _report(str(error))
         return USAGE
     except KeyboardInterrupt:

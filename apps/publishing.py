@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..model_card import PROVENANCE, STALE, Provenance, is_hub_id, read_json, write_card
+from ..model_card import LICENCE, PROVENANCE, STALE, Provenance, is_hub_id, read_json, write_card
 
 CLASSES = ("AutoConfig", "AutoModel", "AutoProcessor")
 KEPT_AWAY = ["__pycache__/*", "*.pyc", ".*", "*/.*", "*.tmp", "optimizer*", "*.pt", "*.pth"]
@@ -30,7 +30,7 @@ def push_folder(
     revision: str | None = None,
     report: Mapping | None = None,
     base_model: str | list[str] | None = None,
-    licence: str = "apache-2.0",
+    licence: str = LICENCE,
     message: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
@@ -168,7 +168,7 @@ def _add_card_options(parser):
         "--report", type=Path, help="report.json of `perceptiondlm evaluate report`, for the card"
     )
     parser.add_argument("--base-model", action="append", help="Hub id it derives from; repeatable")
-    parser.add_argument("--licence", default="apache-2.0", help="default: %(default)s")
+    parser.add_argument("--licence", default=LICENCE, help="default: %(default)s")
 
 
 def configure(parser: argparse.ArgumentParser):
@@ -204,18 +204,31 @@ def push_from(args: argparse.Namespace, folder: Path, repo_id: str) -> int:
             licence=args.licence,
         )
     except HfHubHTTPError as error:  # an OSError too, but not the user's mistake
-        return _fail(1, error, folder, repo_id)
+        return _fail(1, error, publish_command(args, folder, repo_id))
     except (ValueError, FileNotFoundError) as error:
         return _fail(2, error)
     except (OSError, RuntimeError) as error:
-        return _fail(1, error, folder, repo_id)
+        return _fail(1, error, publish_command(args, folder, repo_id))
     print(commit.commit_url)
     return 0
 
 
-def _fail(code: int, error: Exception, folder: Path | None = None, repo_id: str = "") -> int:
+def publish_command(args: argparse.Namespace, folder: Path, repo_id: str) -> str:
+    """The command that publishes `folder` with the same options."""
+    words = ["perceptiondlm", "publish", str(folder), repo_id]
+    if args.private:
+        words.append("--private")
+    for option, default in (("revision", None), ("report", None), ("licence", LICENCE)):
+        if getattr(args, option) != default:
+            words += [f"--{option}", str(getattr(args, option))]
+    for name in args.base_model or ():
+        words += ["--base-model", name]
+    return shlex.join(words)
+
+
+def _fail(code: int, error: Exception, retry: str | None = None) -> int:
     cause = f" ({error.__cause__})" if error.__cause__ else ""
     print(f"error: {error}{cause}", file=sys.stderr)
-    if folder is not None:
-        print(f"to go on: perceptiondlm publish {folder} {repo_id}", file=sys.stderr)
+    if retry is not None:
+        print(f"to go on: {retry}", file=sys.stderr)
     return code

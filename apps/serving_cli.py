@@ -30,13 +30,20 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     decoding.add_argument("--remasking", choices=("low_confidence", "random"))
 
 
+def port_number(text: str) -> int:
+    """An argument from 0 to 65535."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
+
+
 def add_queue_arguments(parser: argparse.ArgumentParser, *, host_port: int):
     """Where to listen, how much to queue, how much one request may ask for."""
     default = Limits()
     place = parser.add_argument_group("where")
     place.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for every interface"
                        " (default: %(default)s)")
-    place.add_argument("--port", type=int, default=host_port, help="0 for any that is free"
+    place.add_argument("--port", type=port_number, default=host_port, help="0 for any that is free"
                        " (default: %(default)s)")
     queue = parser.add_argument_group("queue")
     queue.add_argument("--max-queue", type=int, default=64, metavar="N",

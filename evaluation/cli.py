@@ -45,6 +45,6 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         return args.run_step(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # transformers' for a checkpoint that is not there
         print(f"perceptiondlm evaluate {args.step}: {error}", file=sys.stderr)
         return 2

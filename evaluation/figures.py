@@ -26,8 +26,11 @@ def figure_rows(content: object, source: str = "rows") -> list[dict]:
 
 
 def _of_sweep(row: dict) -> dict:
+    value, verify = row.get("value"), row.get("verify")
+    label = row["rule"] + ("" if value is None else f" {value:g}")
     return {
-        "label": row["rule"] + ("" if row.get("verify") is None else " + verify"),
+        "label": label + ("" if verify is None else f" + verify {verify:g}"),
+        "budget": row["steps"],
         "accuracy": row["attribute_accuracy"],
         "seconds": row["seconds"],
         "forwards": row["forwards_per_pass"],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from perceptiondlm.apps import caption as command
 from perceptiondlm.apps.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
@@ -256,6 +257,21 @@ def test_a_device_that_torch_does_not_know_is_code_2(scene, model, capsys):
     arguments = ["--box", "1,1,9,9", "--model", model, "--device", "abacus"]
     assert main(["caption", str(scene[0]), *arguments]) == 2
     assert "abacus" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="for a PyTorch without CUDA")
+def test_a_device_that_torch_was_not_built_for_is_code_2(scene, model, capsys):
+    arguments = ["--box", "1,1,9,9", "--model", model, "--device", "cuda"]
+    assert main(["caption", str(scene[0]), *arguments]) == 2
+    assert "CUDA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "http"])
+def test_a_port_that_there_is_none_of_is_a_usage_error(port, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["web", f"--port={port}"])
+    assert stopped.value.code == 2
+    assert f"from 0 to 65535, got '{port}'" in capsys.readouterr().err
 
 
 def test_help_teaches_by_examples_without_loading_a_model(capsys):

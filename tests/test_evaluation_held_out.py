@@ -183,6 +183,12 @@ def test_mistakes_are_one_line(model, capsys, given, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
+    given = ["--model", str(tmp_path / "none"), "--output", str(tmp_path / "r.json")]
+    assert main(["evaluate", "synthetic", *given]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
 def test_the_model_must_be_named(capsys):
     assert main(["evaluate", "synthetic", "--output", "r.json"]) == 2
     assert "expected --model PATH" in capsys.readouterr().err

@@ -290,7 +290,7 @@ def test_measurements_of_other_steps_are_taken_in_and_traced(tmp_path):
         "## Exact judge, 9 regions of 2 scenes",
         "| captions with an attribute of another region | 12.50 |",
         "| as many as wrong values hit by chance | 6.25 |",
-        "| factor | 0.5 | 2 | 4 |",
+        "| factor 1 | 8 | 0.5 | 2 | 4 |",
         f"**Measurements in {files['latency']}**",
         "| weights | f00d |",
         "| environment.git_revision | abc |",

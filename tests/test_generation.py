@@ -239,14 +239,29 @@ def test_prepared_questions_equal_prompts(make, picture):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
-def test_prepared_regions_equal_regions_in_area_order(make, scene, layout):
+def test_prepared_regions_equal_regions_in_area_or_given_order(make, scene, layout):
     model, processor = make(**layout)
     image, masks = scene((61, 47), 4)
     inputs = processor(image, masks=masks, caption_length=5, return_region_orders=True)
+    seen = []
+    given = model.diffusion_generate(inputs=inputs, processor=processor, steps=5,
+                                     callback=lambda step, ids: seen.append(ids))
     (order,) = inputs.pop("region_orders")
+    assert order != [0, 1, 2, 3]
     prepared = model.diffusion_generate(inputs=inputs, processor=processor, steps=5)
     direct = model.diffusion_generate(image, masks, processor=processor, caption_length=5, steps=5)
     assert prepared.token_ids[0] == [direct.token_ids[0][k] for k in order]
+    assert given.token_ids == direct.token_ids == seen[-1] and given.texts == direct.texts
+
+
+def test_the_processors_tensors_as_keywords_are_named(make, scene):
+    model, processor = make()
+    image, masks = scene((61, 47), 2)
+    inputs = processor(image, masks=masks, caption_length=5)
+    with pytest.raises(ValueError, match="as `inputs=...`"):
+        model.diffusion_generate(**inputs)
+    with pytest.raises(ValueError, match="captions of regions .* by `diffusion_generate`"):
+        model.generate(**inputs)
 
 
 def test_an_answer_may_be_partly_given_and_have_a_fixed_suffix(make, picture):

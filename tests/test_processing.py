@@ -275,6 +275,7 @@ def test_special_tokens_decode_to_nothing(processor):
         ({"images": 1, "masks": 1, "max_new_tokens": 3}, "expected no max_new_tokens"),
         ({"images": 1, "masks": 1, "prompts": ["a", "b"]}, "expected 1 texts, one for each sample"),
         ({"images": 1, "masks": 1, "return_tensors": "np"}, "return_tensors 'pt', got 'np'"),
+        ({"images": 1, "masks": 1, "padding": "max_length"}, "or 'longest', got 'max_length'"),
         ({"images": 1}, "exactly one of `text` and `prompts`"),
         ({"images": 1, "text": "a", "prompts": "b"}, "exactly one of `text` and `prompts`"),
         ({"images": 1, "text": "no placeholder"}, "for each of 1 pictures, got 0"),

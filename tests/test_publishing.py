@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -309,6 +310,17 @@ def test_a_card_of_ones_own_is_kept(hub, checkpoint):
 def test_the_publish_command_prints_the_commit(hub, checkpoint, capsys):
     assert main(["publish", str(checkpoint), REPO, "--private"]) == 0
     assert f"{hub.url}/{REPO}/commit/" in capsys.readouterr().out
+
+
+def test_how_to_go_on_names_the_options_given(hub, checkpoint, tmp_path, capsys):
+    hub.fail("PUT", "/large/")
+    report = tmp_path / "a report.json"
+    report.write_text('{"summary": {}}')
+    options = ["--private", "--revision", "draft", "--report", str(report),
+               "--base-model", "a/b", "--base-model", "c/d"]
+    assert main(["publish", str(checkpoint), REPO, *options]) == 1
+    command = shlex.join(["perceptiondlm", "publish", str(checkpoint), REPO, *options])
+    assert f"to go on: {command}\n" in capsys.readouterr().err
 
 
 def test_the_publish_command_says_how_to_go_on_after_a_failure(hub, checkpoint, capsys):

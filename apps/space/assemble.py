@@ -30,7 +30,7 @@ def assemble(folder: Path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     try:
         assemble(Path(sys.argv[1]))
