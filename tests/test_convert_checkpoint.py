@@ -313,6 +313,7 @@ def test_weights_that_fsdp_saved_sharded_are_exported(region, tmp_path):
 
 def test_an_adapter_is_merged_into_its_base(region, tmp_path):
     peft = pytest.importorskip("peft")
+    torch.manual_seed(0)  # the adapter is drawn, and so is how exactly it merges
     model = PerceptionDLMForConditionalGeneration.from_pretrained(region)
     adapted = peft.get_peft_model(
         model,

@@ -43,6 +43,11 @@ def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
             f" {args.n_gpu} GPUs in one process; CUDA_VISIBLE_DEVICES=0 shows it one of them"
         )
     trainer = build_trainer(recipe, args)
+    batch, data = args.train_batch_size * args.world_size, trainer.train_dataset
+    if not isinstance(data, StreamDataset) and len(data) < batch:
+        raise ValueError(
+            f"expected samples for a batch, {batch} over all processes, got {len(data)}"
+        )
     if resume and is_finished(args, resume):
         logger.warning("nothing is left to train after %s; nothing is saved", resume)
         return trainer
@@ -77,13 +82,8 @@ def assemble_trainer(recipe: Recipe, args: TrainingArguments, model, processor) 
         keep_masters(model)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%.2f M of the parameters learn", learning / 1e6)
-    train_set, eval_set = build_datasets(recipe, processor, args)
-    batch = args.train_batch_size * args.world_size
-    if not isinstance(train_set, StreamDataset) and len(train_set) < batch:
-        raise ValueError(
-            f"expected samples for a batch, {batch} over all processes, got {len(train_set)}"
-        )
-    return DiffusionTrainer(model, args, recipe, processor, train_set, eval_set)
+    datasets = build_datasets(recipe, processor, args)
+    return DiffusionTrainer(model, args, recipe, processor, *datasets)
 
 
 def build_datasets(recipe: Recipe, processor, args: TrainingArguments):
