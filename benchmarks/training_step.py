@@ -12,6 +12,7 @@ the model is the preset's, every sample a picture of six tiles with a caption fo
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import tempfile
@@ -27,6 +28,7 @@ from ..evaluation.environment import versions
 from ..evaluation.files import write_json
 from ..training.recipe import Recipe, load_recipe
 from ..training.run import TRAINER_DEFAULTS, assemble_trainer
+from ..training.sharding import leave_group
 from .denoising import describe_machine
 from .workload import (
     PICTURE_SIZE,
@@ -158,10 +160,10 @@ def main(arguments: list[str] | None = None):
     parsed = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(parsed, Path(folder))
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-        return
-    write_json(parsed.output, result)
-    print(json.dumps(result, indent=2))
+    if int(os.environ.get("RANK", 0)) == 0:
+        write_json(parsed.output, result)
+        print(json.dumps(result, indent=2))
+    leave_group()
 
 
 if __name__ == "__main__":

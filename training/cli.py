@@ -29,9 +29,11 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     from .recipe import load_recipe
     from .run import train
+    from .sharding import leave_group
 
     try:
         train(load_recipe(args.recipe, args.overrides), resume=args.resume)
+        leave_group()
     except (ValueError, OSError) as error:  # transformers' for a checkpoint that is not there
         print(f"perceptiondlm train: {error}", file=sys.stderr)
         return 2

@@ -41,6 +41,14 @@ def keep_precise(accelerator: Accelerator):
         )
 
 
+def leave_group():
+    """Waits for the other processes of a finished run and leaves them. A process that exits within
+    its group may abort, and the launcher then stops the others while they still save."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def gather_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All weights of a sharded model on the first process, nothing on the others; called by every
     process."""
