@@ -29,7 +29,8 @@ from .configuration_perceptiondlm import (
     PerceptionDLMConfig,
 )
 from .diffusion_loss import draw_masked, mask_rate, masked_loss
-from .generation_diffusion import DiffusionGenerationMixin, DiffusionOptions
+from .generation_diffusion import DiffusionGenerationMixin
+from .generation_options import DiffusionOptions
 from .language_model import PerceptionDLMLanguageModel, PerceptionDLMPreTrainedModel
 from .visual_features import PICTURE_TOKENS, merge_patches, roi_align, tile_map
 
@@ -168,8 +169,8 @@ class PerceptionDLMForConditionalGeneration(
             return False
         from torch.distributed.tensor import DTensor
 
-        sharded = any(isinstance(p, DTensor) for p in self.vision_tower.parameters())
-        return self.training or sharded
+        parameters = self.vision_tower.parameters()
+        return self.training or any(isinstance(p, DTensor) for p in parameters)
 
     def _unseen_picture(self) -> torch.Tensor:
         """Zero, by way of everything that sees: among several processes each has to run every

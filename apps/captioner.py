@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..generation_diffusion import DiffusionOptions
+from ..generation_options import DiffusionOptions
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor, load_image, load_mask
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor

@@ -17,7 +17,7 @@ from concurrent.futures import CancelledError, Future
 
 from torch import OutOfMemoryError
 
-from ..generation_diffusion import DiffusionOptions
+from ..generation_options import DiffusionOptions
 from .captioner import RegionCaptioner, Step
 from .serving_jobs import ChatJob, Completion, ForwardCounter, RegionJob, completions
 from .serving_metrics import Metrics

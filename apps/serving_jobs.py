@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from ..generation_diffusion import DiffusionOptions, DiffusionOutput
+from ..generation_diffusion import DiffusionOutput
+from ..generation_options import DiffusionOptions
 from ..image_processing_perceptiondlm import load_image, load_mask
 from .captioner import Answers, Region, RegionCaptioner, RegionCaptions
 

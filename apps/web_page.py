@@ -15,7 +15,7 @@ import gradio as gr  # noqa: E402
 from PIL import Image  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
-from ..generation_diffusion import DiffusionOptions  # noqa: E402
+from ..generation_options import DiffusionOptions  # noqa: E402
 from . import web_painter as painter  # noqa: E402
 from . import web_view as view  # noqa: E402
 from .captioner import MASKED, Step  # noqa: E402

@@ -80,8 +80,9 @@ def region_record(folder: Path, regions: int) -> dict:
     return {"image": "noise.png", "mask_rles": rles, "captions": captions}
 
 
-def benchmark_recipe(arguments, folder: Path) -> Recipe:
-    """The recipe on a record written to `folder`, with as many steps and no checkpoints."""
+def benchmark_recipe(arguments, folder: Path) -> tuple[Recipe, TrainingArguments]:
+    """The recipe on a record written to `folder`, with as many steps and no checkpoints, and the
+    Trainer's arguments of it."""
     data = folder / "regions.jsonl"
     overrides = [
         *arguments.overrides,
@@ -95,22 +96,16 @@ def benchmark_recipe(arguments, folder: Path) -> Recipe:
         "trainer.logging_steps=1",
     ]
     recipe = load_recipe(arguments.recipe, overrides)
-    args = training_arguments(recipe)
+    args = TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
     count = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     record = json.dumps(region_record(folder, arguments.regions))
     data.write_text(f"{record}\n" * count, encoding="utf-8")
-    return recipe
-
-
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The Trainer's arguments of a recipe."""
-    return TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
+    return recipe, args
 
 
 def measure(arguments, folder: Path) -> dict:
     """Trains for some steps; returns the result to write."""
-    recipe = benchmark_recipe(arguments, folder)
-    args = training_arguments(recipe)
+    recipe, args = benchmark_recipe(arguments, folder)
     tokenizer = build_tokenizer()
     # several processes share the model out before any of them has to hold it on its device
     device = str(args.device) if args.world_size == 1 else "cpu"

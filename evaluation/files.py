@@ -31,9 +31,8 @@ def write_bytes(path: str | Path, data: bytes):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        Path(temporary).unlink(missing_ok=True)  # gone, if it has been renamed
 
 
 def write_text(path: str | Path, text: str):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from ..generation_diffusion import DiffusionOptions, plan_passes
+from ..generation_diffusion import plan_passes
+from ..generation_options import DiffusionOptions
 from ..training.scenes import Scene, render_scene
 from .synthetic_judge import score_answers, score_captions
 from .throughput import Throughput, batch_cost, stop_ids, timed, total_throughput

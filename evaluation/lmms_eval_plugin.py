@@ -17,7 +17,7 @@ from lmms_eval.api.instance import GenerationResult, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from ..generation_diffusion import DiffusionOptions
+from ..generation_options import DiffusionOptions
 from ..token_sequence import IGNORED_LABEL
 from .checkpoint import load_model
 from .likelihood import AnswerLogits, log_likelihood_bound

@@ -14,7 +14,7 @@ import sys
 
 from vlmeval.vlm.base import BaseModel
 
-from ..generation_diffusion import DiffusionOptions
+from ..generation_options import DiffusionOptions
 from .checkpoint import add_option_argument, default_device, load_model
 
 MODEL_NAME = "perceptiondlm"

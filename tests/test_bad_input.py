@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from perceptiondlm.generation_diffusion import DiffusionOptions
+from perceptiondlm.generation_options import DiffusionOptions
 from perceptiondlm.image_loading import load_image
 from PIL import Image
 

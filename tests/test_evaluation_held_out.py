@@ -15,7 +15,7 @@ from perceptiondlm.evaluation.held_out import (
     measurements,
     resolved_options,
 )
-from perceptiondlm.generation_diffusion import DiffusionOptions
+from perceptiondlm.generation_options import DiffusionOptions
 from perceptiondlm.training.scenes import render_scene
 
 SEED, COUNT = 40, 4

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from perceptiondlm.answer_network import AnswerNetwork
-from perceptiondlm.generation_diffusion import DiffusionOptions
+from perceptiondlm.generation_options import DiffusionOptions
 
 GROUPED = {"num_key_value_heads": 2}
 INDEPENDENT = {"region_layout": "independent"}

@@ -17,7 +17,8 @@ from perceptiondlm.denoising_diffusion import (
     before_stop,
     denoise,
 )
-from perceptiondlm.generation_diffusion import DiffusionOptions, before_first
+from perceptiondlm.generation_diffusion import before_first
+from perceptiondlm.generation_options import DiffusionOptions
 from safetensors.torch import load_file
 
 STOP = ("eot_token_id",)

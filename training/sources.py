@@ -117,18 +117,18 @@ class StreamDataset(IterableDataset):
         rows = rows.shuffle(seed=order_seed, buffer_size=buffer)
         self.rows = split_dataset_by_node(rows, rank=rank, world_size=world_size)
         self.broken = BrokenRecords(most_broken, None)
-        self.seen = 0  # records of this epoch, in this worker
 
     def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        if worker is not None and worker.id >= self.rows.num_shards:
+            return  # there are fewer files than workers
         epoch = 0
         while True:
             self.rows.set_epoch(epoch)
-            self.seen = made = 0
+            made = 0
             for sample in self._epoch(epoch):
                 made += 1
                 yield sample
-            if not self.seen and _is_further_worker():
-                return  # there are fewer files than workers
             if not made:
                 raise ValueError(f"expected records that are not broken in {', '.join(self.files)}")
             epoch += 1
@@ -136,7 +136,6 @@ class StreamDataset(IterableDataset):
     def _epoch(self, epoch: int) -> Iterator[Sample]:
         for row in self.rows:
             record = record_of(row, self.files)
-            self.seen += 1
             self.broken.see()
             for number in range(self.maker.samples_of(row["count"])):
                 key = (epoch, *record.key, number)
@@ -146,12 +145,6 @@ class StreamDataset(IterableDataset):
                 except BROKEN as error:
                     self.broken.report(record.key[1], record.where, describe(error))
                     break
-
-
-def _is_further_worker() -> bool:
-    """Whether this is a loader's worker, and not its first."""
-    worker = get_worker_info()
-    return worker is not None and worker.id > 0
 
 
 def describe(error: Exception) -> str:

@@ -1,0 +1,150 @@
+"""Options of `diffusion_generate`, and the rules of decoding that they choose."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .denoising_diffusion import Adaptive, BlockCommit, JointRemasking, Rule, accept_rule
+
+REMASKING = ("low_confidence", "random")
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """How to decode. Every option is checked on construction; an unknown one raises.
+
+    Attributes:
+        steps: denoising steps, all blocks together (default: one for each answer position, and
+            for regions `caption_length`); with `adaptive`, the most that may be taken.
+        caption_length: tokens of a region's caption.
+        max_new_tokens: tokens of an answer about whole images.
+        block_length: answers are decoded in blocks of so many tokens (default: one block).
+        temperature, top_k, top_p: sampling; 0 takes the likeliest token.
+        cfg_scale: classifier-free guidance w, logits u + (w + 1)(c - u), u with the prompt masked.
+        remasking: "low_confidence" or "random".
+        stop_strings: an answer ends where one of these stands; once one is there, only what is
+            before it is still decoded, and what is behind it stays as it is in `token_ids`.
+        banned_token_ids: never produced; None: none for captions, the checkpoint's for answers.
+        adaptive: commit what is confident enough: "threshold", "factor" or "entropy_bound"; None:
+            the released schedules.
+        adaptive_value: the threshold, factor or bound.
+        adaptive_verify: doubt committed tokens whose probability falls under this (WINO).
+        prompt_cache: approximate: recompute the prompt only every so many steps (1: exact,
+            0: never again). None: exact. Means nothing to the independent layout, always cached.
+        compile: compile the step with torch.compile, for GPUs; on a CPU it is slower than without.
+        batch_size: most passes run together (None: all).
+        seed: makes a run repeatable; or pass `generator`, on the model's device.
+        return_history: keep the answers after each step.
+    """
+
+    steps: int | None = None
+    caption_length: int = 32
+    max_new_tokens: int = 128
+    block_length: int | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    cfg_scale: float = 0.0
+    remasking: str = "low_confidence"
+    stop_strings: Sequence[str] | None = None
+    banned_token_ids: Sequence[int] | None = None
+    adaptive: str | None = None
+    adaptive_value: float | None = None
+    adaptive_verify: float | None = None
+    prompt_cache: int | None = None
+    compile: bool = False
+    batch_size: int | None = None
+    seed: int | None = None
+    generator: torch.Generator | None = None
+    return_history: bool = False
+
+    @classmethod
+    def build(cls, defaults: dict, options: dict) -> "DiffusionOptions":
+        """Options over a checkpoint's defaults; ValueError names an option there is none of."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(defaults | options) - names)
+        if "input_ids" in unknown:
+            raise ValueError("expected what the processor made as `inputs=...`, got it as keywords")
+        if unknown:
+            raise ValueError(f"expected options among {sorted(names)}, got {unknown}")
+        return cls(**(defaults | options))
+
+    def __post_init__(self):
+        for name in ("caption_length", "max_new_tokens"):
+            _expect_integer(name, getattr(self, name), 1)
+        for name in ("steps", "block_length", "top_k", "batch_size"):
+            _expect_integer(name, getattr(self, name), 1, optional=True)
+        _expect_integer("prompt_cache", self.prompt_cache, 0, optional=True)
+        _expect_number("temperature", self.temperature, 0)
+        _expect_number("cfg_scale", self.cfg_scale, 0)
+        for name in ("top_p", "adaptive_verify"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value <= 1):
+                raise ValueError(f"expected {name} in (0, 1], got {value!r}")
+        _expect_integer("seed", self.seed, 0, optional=True)
+        for token in self.banned_token_ids or ():
+            _expect_integer("each of banned_token_ids", token, 0)
+        if self.remasking not in REMASKING:
+            raise ValueError(f"expected remasking among {REMASKING}, got {self.remasking!r}")
+        stops = self.stop_strings or ()
+        if isinstance(stops, str) or not all(isinstance(s, str) and s for s in stops):
+            raise ValueError(f"expected stop_strings as a list of texts, got {stops!r}")
+        if self.seed is not None and self.generator is not None:
+            raise ValueError("expected at most one of seed and generator, got both")
+        if self.adaptive is not None:
+            accept_rule(self.adaptive, self.adaptive_value)
+        elif self.adaptive_value is not None or self.adaptive_verify is not None:
+            raise ValueError("expected `adaptive` with adaptive_value or adaptive_verify, got None")
+
+    def torch_generator(self, device) -> torch.Generator | None:
+        """The generator given, or a fresh one from the seed."""
+        if self.seed is None:
+            return self.generator
+        return torch.Generator(device).manual_seed(self.seed)
+
+    def region_rule(self, scope: str, eot_token_id: int | None) -> Rule:
+        """The rule for captions; `scope` is what re-masking ranks together."""
+        steps = self.steps or self.caption_length
+        if self.block_length not in (None, self.caption_length):
+            raise ValueError(
+                f"expected no block_length for captions, or the caption_length"
+                f" {self.caption_length}, got {self.block_length}"
+            )
+        if self.adaptive is None:
+            return JointRemasking(steps, scope)
+        return self._adaptive(steps, self.caption_length, eot_token_id)
+
+    def answer_rule(self, length: int, eot_token_id: int | None) -> Rule:
+        """The rule for an answer of `length` tokens."""
+        block = self.block_length or length
+        if length % block:
+            raise ValueError(f"expected block_length to divide {length} new tokens, got {block}")
+        blocks = length // block
+        steps = self.steps or length
+        if self.adaptive is not None:
+            return self._adaptive(steps, block, eot_token_id)
+        if steps % blocks:
+            raise ValueError(f"expected steps divisible by the {blocks} blocks, got {steps}")
+        return BlockCommit(steps, block, blocks, retry_masks=True)
+
+    def _adaptive(self, steps: int, block: int, eot_token_id: int | None) -> Rule:
+        accept = accept_rule(self.adaptive, self.adaptive_value)
+        return Adaptive(steps, accept, block, eot_token_id, self.adaptive_verify)
+
+
+def _expect_integer(name: str, value, least: int, optional: bool = False):
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"expected {name} to be an integer of at least {least}, got {value!r}")
+
+
+def _expect_number(name: str, value, least: float):
+    if not _is_number(value) or not value >= least:
+        raise ValueError(f"expected {name} to be a number of at least {least}, got {value!r}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
