@@ -74,17 +74,18 @@ def test_a_resumed_sharded_run_equals_an_uninterrupted_one(split, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+def captions_of(folder: Path, image, masks) -> list:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    return model.diffusion_generate(image, masks, steps=4).token_ids
+
+
 def test_an_exported_sharded_checkpoint_generates_what_the_final_folder_does(
     split, tmp_path, picture, blobs
 ):
     _, folder = split
     exported = convert(folder / "checkpoint-20", tmp_path / "exported")
-    image, masks = picture(40, 60), blobs(40, 60, 3)
-    captions = []
-    for path in (folder, exported):
-        model = AutoModel.from_pretrained(path, trust_remote_code=True)
-        captions.append(model.diffusion_generate(image, masks, steps=4).token_ids)
-    assert captions[0] == captions[1]
+    scene = picture(40, 60), blobs(40, 60, 3)
+    assert captions_of(folder, *scene) == captions_of(exported, *scene)
 
 
 def test_half_precision_casts_neither_noise_nor_the_loss(tmp_path):
@@ -95,16 +96,46 @@ def test_half_precision_casts_neither_noise_nor_the_loss(tmp_path):
     assert any(loss != float(torch.tensor(loss).bfloat16()) for loss in losses[:2])
 
 
-def test_lora_under_fsdp_has_the_losses_of_one_process(whole, tmp_path):
+@pytest.fixture(scope="module")
+def lora(whole):
+    """Sections of a recipe that adapts the run's model, and its steps."""
     _, base = whole
     sections = {
         "model": {"checkpoint": str(base), "config": {}, "tokenizer": None},
         "lora": {"r": 4},
     }
-    steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 8}
-    losses = launch(tmp_path / "split", **sections, **sharded(**steps))
+    return sections, {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def lora_split(lora, tmp_path_factory):
+    """The same with two processes: losses and folder."""
+    sections, steps = lora
+    folder = tmp_path_factory.mktemp("lora") / "split"
+    return launch(folder, **sections, **sharded(**steps)), folder
+
+
+def test_lora_under_fsdp_has_the_losses_of_one_process(lora, lora_split, tmp_path):
+    sections, steps = lora
+    losses, folder = lora_split
     one = train(small_recipe(tmp_path / "one", **sections, trainer=steps))
     assert losses == pytest.approx(losses_of(one), abs=1e-4)
-    saved = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("split", "one")]
+    saved = [load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / "one")]
     assert saved[0].keys() == saved[1].keys()
-    AutoProcessor.from_pretrained(tmp_path / "split", trust_remote_code=True)
+    AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_a_sharded_checkpoint_of_lora_resumes_and_is_exported(
+    lora, lora_split, tmp_path, picture, blobs
+):
+    sections, steps = lora
+    losses, folder = lora_split
+    resume = ("--resume", str(folder / "checkpoint-4"))
+    assert launch(tmp_path / "run", *resume, **sections, **sharded(**steps)) == losses
+    scene = picture(40, 60), blobs(40, 60, 3)
+    exported = convert(folder / "checkpoint-8", tmp_path / "exported")
+    final = convert(folder, tmp_path / "final")
+    assert captions_of(exported, *scene) == captions_of(final, *scene)
+    halfway = convert(folder / "checkpoint-4", tmp_path / "halfway")
+    one, other = (load_file(f / "model.safetensors") for f in (exported, halfway))
+    assert any(not torch.equal(one[name], other[name]) for name in one)

@@ -49,8 +49,10 @@ def leave_group():
         torch.distributed.destroy_process_group()
 
 
-def gather_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All weights of a sharded model on the first process, nothing on the others; called by every
-    process."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+def gather_weights(model: torch.nn.Module, learned_only: bool = False) -> dict[str, torch.Tensor]:
+    """The weights of a sharded model, or those that are trained, on the first process, nothing on
+    the others; called by every process."""
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=learned_only
+    )
     return get_model_state_dict(model, options=options)

@@ -128,29 +128,39 @@ class DiffusionTrainer(Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """As the Trainer's; a sharded checkpoint too holds the config and the processor."""
+        """As the Trainer's; a sharded checkpoint too holds the config, the processor and, of a LoRA
+        run, the adapter in one piece. Called by every process of a run."""
         super().save_model(output_dir, _internal_call)
-        if self.is_fsdp_enabled and self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
-            self.processor.save_pretrained(folder)
+        if not self.is_fsdp_enabled:
+            return
+        folder = output_dir or self.args.output_dir
+        if isinstance(self.model, PreTrainedModel):
+            if self.args.should_save:
+                self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
+                self.processor.save_pretrained(folder)
+        else:
+            self._save_gathered(folder)
 
     def save_whole(self):
         """The weights in one piece, config, processor and code in `output_dir`; called by every
         process of a run."""
-        if not self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
+            self._save_gathered(self.args.output_dir)
+        else:
             self.save_model()
-            return
-        weights = gather_weights(self.model)
+
+    def _save_gathered(self, folder: str):
+        model = self.model
+        is_whole = isinstance(model, PreTrainedModel)  # else an adapter
+        weights = gather_weights(model, learned_only=not is_whole)
         if not self.args.should_save:
             return
-        model = self.model
-        if isinstance(model, PreTrainedModel):
+        if is_whole:
             # sharding has changed the model's class, from which the code to save is found
             with torch.device("meta"):
                 model = PerceptionDLMForConditionalGeneration(model.config)
-        model.save_pretrained(self.args.output_dir, state_dict=weights)
-        self.processor.save_pretrained(self.args.output_dir)
+        model.save_pretrained(folder, state_dict=weights)
+        self.processor.save_pretrained(folder)
 
     def create_optimizer(self, model=None):
         """As the Trainer's, with a group for each module that has its own learning rate, and
