@@ -1,6 +1,7 @@
 """HTTP beneath the endpoint: OpenAI's error bodies, bodies within limits, patience with an end."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 
@@ -80,21 +81,19 @@ async def read_body(request: Request, limits: Limits, budget: ByteBudget) -> byt
     """The body, within size and time; what it took of the budget is the caller's to give back."""
     data = bytearray()
     declared = request.headers.get("content-length", "")
-    try:
-        if declared.isdigit() and int(declared) > limits.body_bytes:
-            raise _too_large(limits.body_bytes)
-        await asyncio.wait_for(_receive(request, data, limits, budget), limits.body_seconds)
-    except ApiError:
-        budget.give(len(data))
-        await _drain(request)
-        raise
-    except asyncio.TimeoutError as error:  # not yet the built-in one in Python 3.10
-        budget.give(len(data))
-        raise ApiError(408, f"expected the body within {limits.body_seconds:g} seconds",
-                       code="request_timeout", headers={"Connection": "close"}) from error
-    except BaseException:
-        budget.give(len(data))
-        raise
+    with contextlib.ExitStack() as unless_whole:
+        unless_whole.callback(lambda: budget.give(len(data)))
+        try:
+            if declared.isdigit() and int(declared) > limits.body_bytes:
+                raise _too_large(limits.body_bytes)
+            await asyncio.wait_for(_receive(request, data, limits, budget), limits.body_seconds)
+        except ApiError:
+            await _drain(request)
+            raise
+        except asyncio.TimeoutError as error:  # not yet the built-in one in Python 3.10
+            raise ApiError(408, f"expected the body within {limits.body_seconds:g} seconds",
+                           code="request_timeout", headers={"Connection": "close"}) from error
+        unless_whole.pop_all()
     return data
 
 

@@ -1,6 +1,7 @@
 """`perceptiondlm evaluate judge`: asks a judge every question, each answer paid for once."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -185,23 +186,21 @@ def judge(
 def _ask_all(run: _JudgeRun, calls: Iterator[JudgeCall], asked: dict, concurrency: int, bar: tqdm):
     """Keeps `concurrency` calls under way, and few more in memory: pictures are large."""
     submitted, pending = set(), set()
-    with ThreadPoolExecutor(concurrency) as pool:
-        try:
-            for call in calls:
-                asked.setdefault(call.region, []).append(call.key)
-                if call.key in run.known or call.key in submitted or run.stopped:
-                    bar.update()
-                    continue
-                submitted.add(call.key)
-                pending.add(pool.submit(run.answer, call))
-                if len(pending) >= 2 * concurrency:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    _collect(done, bar)
-            done, _ = wait(pending)
-            _collect(done, bar)
-        except BaseException:
-            run.endpoint.stop.set()
-            raise
+    with ThreadPoolExecutor(concurrency) as pool, contextlib.ExitStack() as unless_done:
+        unless_done.callback(run.endpoint.stop.set)
+        for call in calls:
+            asked.setdefault(call.region, []).append(call.key)
+            if call.key in run.known or call.key in submitted or run.stopped:
+                bar.update()
+                continue
+            submitted.add(call.key)
+            pending.add(pool.submit(run.answer, call))
+            if len(pending) >= 2 * concurrency:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                _collect(done, bar)
+        done, _ = wait(pending)
+        _collect(done, bar)
+        unless_done.pop_all()
 
 
 def _expect_pictures(benchmark: Benchmark, captions: Mapping[str, str]):

@@ -136,7 +136,7 @@ class DiffusionTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         if isinstance(self.model, PreTrainedModel):
             if self.args.should_save:
-                self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
+                self.model.config.save_pretrained(folder)
                 self.processor.save_pretrained(folder)
         else:
             self._save_gathered(folder)
