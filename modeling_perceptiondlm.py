@@ -32,7 +32,7 @@ from .diffusion_loss import draw_masked, mask_rate, masked_loss
 from .generation_diffusion import DiffusionGenerationMixin
 from .generation_options import DiffusionOptions
 from .language_model import PerceptionDLMLanguageModel, PerceptionDLMPreTrainedModel
-from .visual_features import PICTURE_TOKENS, merge_patches, roi_align, tile_map
+from .visual_features import PICTURE_TOKENS, merge_patches, roi_align_tiles
 
 
 class PerceptionDLMVisionModel(SiglipPreTrainedModel):
@@ -189,45 +189,39 @@ class PerceptionDLMForConditionalGeneration(
         """Visual tokens (tokens, D) of all pictures, from the features (T, cells, D) of their
         tiles; `image_grids` and `image_sizes` are lists of pairs."""
         layout = PICTURE_TOKENS[self.config.image_layout]
+        tiles = features.split(self._tile_counts(features, image_grids))
         tokens = [
-            layout(tiles, grid, size, self.image_newline, self.config)
-            for tiles, grid, size in zip(
-                self._split_tiles(features, image_grids), image_grids, image_sizes, strict=True
-            )
+            layout(own, grid, size, self.image_newline, self.config)
+            for own, grid, size in zip(tiles, image_grids, image_sizes, strict=True)
         ]
         return torch.cat(tokens)
 
     def replay_regions(self, features, image_grids, boxes, box_images) -> torch.Tensor:
         """RoI tokens (K, roi_output_size^2, D) of the boxes (K, 4), normalised xyxy.
 
-        `box_images` (K,) is each box's picture; the boxes of a picture stand together, in order.
+        `box_images` (K,) is each box's picture.
         """
+        counts = self._tile_counts(features, image_grids)
+        starts = torch.tensor([0, *counts[:-1]], device=boxes.device).cumsum(0)
+        grids = torch.tensor(image_grids, device=boxes.device)  # (pictures, 2)
+        first_tiles, grids = starts[box_images], grids[box_images]
+        cells_per_side = int(features.shape[1] ** 0.5)
+        boxes = boxes * (grids * cells_per_side).repeat(1, 2)
+        if self.config.roi_convention == "released":  # from the second tile on, and scaled twice
+            first_tiles = first_tiles + (grids.prod(1) > 1)
+            boxes = boxes / self.config.roi_stride
         size = self.config.roi_output_size
-        replayed = []
-        for i, tiles in enumerate(self._split_tiles(features, image_grids)):
-            own = boxes[box_images == i]
-            cells, scaled = self._roi_frame(tiles, image_grids[i], own)
-            replayed.append(roi_align(cells, scaled, (size, size)).flatten(1, 2))
-        return torch.cat(replayed)
+        return roi_align_tiles(features, first_tiles, grids, boxes, (size, size)).flatten(1, 2)
 
-    def _roi_frame(self, tiles, grid, boxes):
-        """The map to sample and the boxes in its cells, by the checkpoint's convention."""
-        count = grid[0] * grid[1]
-        released = self.config.roi_convention == "released"
-        first = 1 if released and count > 1 else 0  # released: from the second tile on
-        cells = tile_map(tiles[first : first + count], grid)
-        h, w = cells.shape[:2]
-        scaled = boxes * torch.tensor([w, h, w, h], device=boxes.device, dtype=boxes.dtype)
-        return cells, scaled / self.config.roi_stride if released else scaled
-
-    def _split_tiles(self, features, image_grids):
+    def _tile_counts(self, features, image_grids) -> list[int]:
+        """Tiles of each picture, its thumbnail or squeezed tile counted."""
         extra = (lambda n: 1) if self.config.image_layout == "anyres" else (lambda n: int(n > 1))
         counts = [w * h + extra(w * h) for w, h in image_grids]
         if sum(counts) != len(features):
             raise ValueError(
                 f"expected {sum(counts)} tiles for grids {image_grids}, got {len(features)}"
             )
-        return features.split(counts)
+        return counts
 
     def embed_inputs(
         self,

@@ -23,22 +23,53 @@ def roi_align(features: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]
     Returns (K, rows, columns, D). A sample more than a cell outside the map counts as zero.
     """
     h, w, D = features.shape
+    shapes = torch.tensor([[h, w]], device=boxes.device).expand(len(boxes), 2)
+    return _align(features.reshape(h * w, D), lambda y, x: y * w + x, boxes, shapes, size)
+
+
+def roi_align_tiles(
+    features: torch.Tensor,
+    first_tiles: torch.Tensor,
+    grids: torch.Tensor,
+    boxes: torch.Tensor,
+    size: tuple[int, int],
+) -> torch.Tensor:
+    """`roi_align` of boxes on the maps of several pictures at once, without laying them out.
+
+    Args:
+        features: (T, n * n, D), the cells of all pictures' tiles.
+        first_tiles: int (K,), where the tiles of each box's map begin.
+        grids: int (K, 2), their (columns, rows).
+        boxes: (K, 4), xyxy in cells of the map.
+    """
+    n = int(features.shape[1] ** 0.5)
+    first, columns = first_tiles[:, None, None], grids[:, 0, None, None]
+
+    def locate(y, x):
+        tile = first + y // n * columns + x // n
+        return (tile * n + y % n) * n + x % n
+
+    return _align(features.flatten(0, 1), locate, boxes, grids.flip(1) * n, size)
+
+
+def _align(cells, locate, boxes, shapes, size: tuple[int, int]) -> torch.Tensor:
+    """RoI-align on cells (N, D), `locate(y, x)` of them being the cell of a row and a column, of
+    maps of the given shapes (K, 2) in cells (rows, columns)."""
     corners = boxes.float() - 0.5
     ys = _sample_points(corners[:, 1], corners[:, 3], size[0])  # (K, rows * samples)
     xs = _sample_points(corners[:, 0], corners[:, 2], size[1])  # (K, columns * samples)
-    y0, y1, wy, y_inside = _neighbours(ys, h)
-    x0, x1, wx, x_inside = _neighbours(xs, w)
-    flat = features.reshape(h * w, D)
+    y0, y1, wy, y_inside = _neighbours(ys, shapes[:, :1])
+    x0, x1, wx, x_inside = _neighbours(xs, shapes[:, 1:])
 
     def corner(y, x):
-        return flat[y[:, :, None] * w + x[:, None, :]]  # (K, ys, xs, D)
+        return cells[locate(y[:, :, None], x[:, None, :])]  # (K, ys, xs, D)
 
-    wy, wx = wy[:, :, None, None].to(flat.dtype), wx[:, None, :, None].to(flat.dtype)
+    wy, wx = wy[:, :, None, None].to(cells.dtype), wx[:, None, :, None].to(cells.dtype)
     top = corner(y0, x0) * (1 - wx) + corner(y0, x1) * wx
     bottom = corner(y1, x0) * (1 - wx) + corner(y1, x1) * wx
     inside = (y_inside[:, :, None] & x_inside[:, None, :])[..., None]
     samples = (top * (1 - wy) + bottom * wy) * inside
-    bins = samples.view(-1, size[0], ROI_SAMPLES, size[1], ROI_SAMPLES, D)
+    bins = samples.view(-1, size[0], ROI_SAMPLES, size[1], ROI_SAMPLES, cells.shape[-1])
     return bins.mean(dim=(2, 4))
 
 
@@ -47,12 +78,12 @@ def _sample_points(start, end, bins: int):
     return start[:, None] + offsets * ((end - start) / (bins * ROI_SAMPLES))[:, None]
 
 
-def _neighbours(points, length: int):
+def _neighbours(points, lengths):
     """Lower and upper cell, weight of the upper, and whether the point counts at all."""
-    inside = (points >= -1.0) & (points <= length)
-    points = points.clamp(0, length - 1)
+    inside = (points >= -1.0) & (points <= lengths)
+    points = torch.minimum(points.clamp(min=0), (lengths - 1).to(points.dtype))
     low = points.floor().long()
-    return low, (low + 1).clamp(max=length - 1), points - low, inside
+    return low, torch.minimum(low + 1, lengths - 1), points - low, inside
 
 
 def tile_map(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -11,7 +11,7 @@ import yaml
 from perceptiondlm.apps.cli import main
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.build import load_processor
-from perceptiondlm.training.muon import WithMuon
+from perceptiondlm.training.muon import Muon, WithMuon
 from perceptiondlm.training.parameters import belongs
 from perceptiondlm.training.recipe import build_recipe, load_recipe
 from perceptiondlm.training.run import build_trainer, train
@@ -149,6 +149,24 @@ def test_muon_turns_matrices_evenly_and_the_rest_steps_as_before():
         assert torch.allclose(step, torch.tensor(0.5**k * 1e-3), rtol=1e-3)
 
 
+def test_muon_is_torchs_but_for_its_rounding_to_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(24, 40), (40, 24), (24, 40), (16, 16)]
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(m.clone()) for m in starts] for _ in range(2))
+    options = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [Muon(ours, **options), torch.optim.Muon(theirs, **options)]
+    for _ in range(4):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for start, one, other in zip(starts, ours, theirs, strict=True):
+        moved = (other.detach() - start).norm()
+        assert (one.detach() - other.detach()).norm() < 0.02 * moved
+
+
 def test_the_recipes_muon_takes_its_matrices_and_no_others(recipe_of):
     recipe = recipe_of(parameters=MUON)
     trainer = build_trainer(recipe, arguments(recipe))
@@ -237,6 +255,21 @@ def test_options_of_synthetic_data_change_the_samples(recipe_of):
     assert max(len(s.features["boxes"]) for s in samples(region_share=1.0)) > 2
     few = samples(region_share=1.0, regions_per_sample=2)
     assert max(len(s.features["boxes"]) for s in few) == 2
+
+
+def test_crowded_scenes_are_captioned_more_often(recipe_of):
+    def captioned(exponent: float) -> dict[bool, float]:
+        """Share of captioned scenes among the crowded and among the others."""
+        data = {"scenes": 60, "region_share": 0.5, "crowding_exponent": exponent, "cache": True}
+        recipe = recipe_of(data=data)
+        dataset = build_trainer(recipe, arguments(recipe)).train_dataset
+        found = {True: [], False: []}
+        for i, scene in enumerate(dataset.cached):
+            found[len(scene.objects) > 4].append("boxes" in dataset[i].features)
+        return {crowded: sum(all_) / len(all_) for crowded, all_ in found.items()}
+
+    even, odd = captioned(0.0), captioned(6.0)
+    assert odd[True] > 0.8 > even[True] and odd[False] < 0.3 < even[False]
 
 
 def test_batches_hold_samples_of_like_length_and_an_epoch_all(recipe_of):
