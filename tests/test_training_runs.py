@@ -132,6 +132,13 @@ def test_modules_learn_at_their_own_rates_without_decay_of_norms_and_biases(reci
     assert found["connector.linear_1.weight"] == (1e-3, 0.1)
 
 
+@pytest.mark.parametrize("capability, warned", [("AVX2", True), ("AVX512", False)])
+def test_emulated_bfloat16_is_warned_of(recipe_of, monkeypatch, caplog, capability, warned):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    train(recipe_of(trainer={"max_steps": 1, "bf16": True}))
+    assert ("trainer.bf16=false" in caplog.text) == warned
+
+
 def test_muon_turns_matrices_evenly_and_the_rest_steps_as_before():
     matrix, other = (torch.nn.Parameter(torch.zeros(24, 40)) for _ in range(2))
     adamw = torch.optim.AdamW([other], lr=1e-3, weight_decay=0.0)
@@ -154,8 +161,9 @@ def test_muon_is_torchs_but_for_its_rounding_to_bfloat16():
     shapes = [(24, 40), (40, 24), (24, 40), (16, 16)]
     starts = [torch.randn(shape, generator=generator) for shape in shapes]
     ours, theirs = ([torch.nn.Parameter(m.clone()) for m in starts] for _ in range(2))
-    options = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    optimizers = [Muon(ours, **options), torch.optim.Muon(theirs, **options)]
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    scale = {"adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [Muon([{"params": ours, **options}]), torch.optim.Muon(theirs, **options, **scale)]
     for _ in range(4):
         for one, other in zip(ours, theirs, strict=True):
             one.grad = torch.randn(one.shape, generator=generator)

@@ -30,11 +30,15 @@ def orthogonalise(
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon in the gradients' precision, matrices of one shape together.
+    """torch's Muon in the gradients' precision, matrices of one shape together, its updates scaled
+    to the size of AdamW's (arXiv:2502.16982).
 
-    torch's rounds to bfloat16, which a processor without bfloat16 arithmetic emulates: on one of
-    two cores with AVX2 that took two thirds of a training step.
+    torch's rounds to bfloat16, which a processor without bfloat16 arithmetic emulates: with AVX2
+    alone that took two thirds of a training step.
     """
+
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -67,10 +71,8 @@ class Muon(torch.optim.Muon):
 
 
 class WithMuon(Optimizer):
-    """Muon (K. Jordan, 2024) and another optimizer, stepped as one.
-
-    Muon's updates are scaled to the size of AdamW's (arXiv:2502.16982), so that both take learning
-    rates and weight decays of one kind.
+    """Muon (K. Jordan, 2024) and another optimizer, stepped as one; they take learning rates and
+    weight decays of one kind.
 
     Args:
         groups: parameter groups of matrices, each with `lr` and `weight_decay`.
@@ -78,7 +80,7 @@ class WithMuon(Optimizer):
     """
 
     def __init__(self, groups: list[dict], other: Optimizer):
-        self.parts = [Muon(groups, adjust_lr_fn="match_rms_adamw"), other]
+        self.parts = [Muon(groups), other]
         super().__init__([g for part in self.parts for g in part.param_groups], {})
         self._share_groups()
 

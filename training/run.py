@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -42,6 +43,11 @@ def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
             "expected one GPU, or a launcher such as `accelerate launch` for several, got"
             f" {args.n_gpu} GPUs in one process; CUDA_VISIBLE_DEVICES=0 shows it one of them"
         )
+    if args.bf16 and is_emulated(args.device):
+        logger.warning(
+            "this processor has no bfloat16 arithmetic and emulates it many times slower than"
+            " float32: trainer.bf16=false"
+        )
     trainer = build_trainer(recipe, args)
     batch, data = args.train_batch_size * args.world_size, trainer.train_dataset
     if not isinstance(data, StreamDataset) and len(data) < batch:
@@ -54,6 +60,11 @@ def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
     trainer.train(resume_from_checkpoint=resume)
     save_final(trainer, recipe)
     return trainer
+
+
+def is_emulated(device: torch.device) -> bool:
+    """Whether bfloat16 is, on this device: x86 processors multiply in it with AVX-512 alone."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def is_finished(args: TrainingArguments, resume: str | bool) -> bool:
