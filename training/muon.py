@@ -8,37 +8,45 @@ from torch.optim import Optimizer
 
 from .parameters import belongs
 
+MOMENTUM = 0.95
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Newton-Schulz, by K. Jordan
+ITERATIONS = 5
+SMALLEST_NORM = 1e-7
+ADAMW_SIZE = 0.2  # root mean square of AdamW's updates, over the learning rate (arXiv:2502.16982)
+
 
 def takes_muon(name: str, parameter: nn.Parameter, modules: list[str]) -> bool:
     """Whether a parameter is a matrix in one of the modules."""
     return parameter.ndim == 2 and any(belongs(name, module) for module in modules)
 
 
-def orthogonalise(
-    matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
-) -> torch.Tensor:
+def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Matrices (N, m, n) with all singular values near 1, by Newton-Schulz iterations of
     a X + (b A + c A^2) X, A = X X^T, in the precision that they come in."""
-    a, b, c = coefficients
+    a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=SMALLEST_NORM)
+    for _ in range(ITERATIONS):
         gram = x @ x.mT  # (N, m, m)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon in the gradients' precision, matrices of one shape together, its updates scaled
-    to the size of AdamW's (arXiv:2502.16982).
+class Muon(Optimizer):
+    """Muon (K. Jordan, 2024) with Nesterov's momentum and decoupled weight decay, its updates
+    scaled to the size of AdamW's.
 
-    torch's rounds to bfloat16, which a processor without bfloat16 arithmetic emulates: with AVX2
-    alone that took two thirds of a training step.
+    It computes in the gradients' precision, matrices of one shape together. torch's own rounds to
+    bfloat16, which a processor without bfloat16 arithmetic emulates: with AVX2 alone that took two
+    thirds of a training step.
+
+    Args:
+        groups: parameter groups of matrices, each with `lr` and `weight_decay`.
     """
 
     def __init__(self, groups: list[dict]):
-        super().__init__(groups, adjust_lr_fn="match_rms_adamw")
+        super().__init__(groups, {})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -48,20 +56,20 @@ class Muon(torch.optim.Muon):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
-            for shape, parameters in by_shape.items():
-                self._update(parameters, group, rate=0.2 * max(shape) ** 0.5 * group["lr"])
+            for parameters in by_shape.values():
+                self._update(parameters, group["lr"], group["weight_decay"])
         return loss
 
-    def _update(self, parameters: list[nn.Parameter], group: dict, rate: float):
+    def _update(self, parameters: list[nn.Parameter], rate: float, decay: float):
+        """One step of matrices of one shape."""
         momenta = [self._momentum(parameter) for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-        turned = orthogonalise(
-            torch.stack(ahead), group["ns_coefficients"], group["ns_steps"], group["eps"]
-        )
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(turned.unbind()), alpha=-rate)
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
+        turned = orthogonalise(torch.stack(ahead))
+        scale = ADAMW_SIZE * max(parameters[0].shape) ** 0.5
+        torch._foreach_mul_(parameters, 1 - rate * decay)
+        torch._foreach_add_(parameters, list(turned.unbind()), alpha=-rate * scale)
 
     def _momentum(self, parameter: nn.Parameter) -> torch.Tensor:
         state = self.state[parameter]
@@ -71,8 +79,8 @@ class Muon(torch.optim.Muon):
 
 
 class WithMuon(Optimizer):
-    """Muon (K. Jordan, 2024) and another optimizer, stepped as one; they take learning rates and
-    weight decays of one kind.
+    """Muon and another optimizer, stepped as one; they take learning rates and weight decays of
+    one kind.
 
     Args:
         groups: parameter groups of matrices, each with `lr` and `weight_decay`.
