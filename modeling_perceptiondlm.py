@@ -32,7 +32,7 @@ from .diffusion_loss import draw_masked, mask_rate, masked_loss
 from .generation_diffusion import DiffusionGenerationMixin
 from .generation_options import DiffusionOptions
 from .language_model import PerceptionDLMLanguageModel, PerceptionDLMPreTrainedModel
-from .visual_features import PICTURE_TOKENS, merge_patches, roi_align_tiles
+from .visual_features import PICTURE_TOKENS, merge_patches, roi_align
 
 
 class PerceptionDLMVisionModel(SiglipPreTrainedModel):
@@ -205,13 +205,12 @@ class PerceptionDLMForConditionalGeneration(
         starts = torch.tensor([0, *counts[:-1]], device=boxes.device).cumsum(0)
         grids = torch.tensor(image_grids, device=boxes.device)  # (pictures, 2)
         first_tiles, grids = starts[box_images], grids[box_images]
-        cells_per_side = int(features.shape[1] ** 0.5)
-        boxes = boxes * (grids * cells_per_side).repeat(1, 2)
+        boxes = boxes * (grids * self.config.cells_per_side).repeat(1, 2)
         if self.config.roi_convention == "released":  # from the second tile on, and scaled twice
             first_tiles = first_tiles + (grids.prod(1) > 1)
             boxes = boxes / self.config.roi_stride
         size = self.config.roi_output_size
-        return roi_align_tiles(features, first_tiles, grids, boxes, (size, size)).flatten(1, 2)
+        return roi_align(features, first_tiles, grids, boxes, (size, size)).flatten(1, 2)
 
     def _tile_counts(self, features, image_grids) -> list[int]:
         """Tiles of each picture, its thumbnail or squeezed tile counted."""

@@ -12,57 +12,39 @@ from .image_processing_perceptiondlm import anyres_map_size
 ROI_SAMPLES = 2  # bilinear samples a bin and axis
 
 
-def roi_align(features: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Averages bilinear samples of each box's bins (torchvision's `aligned` RoI-align).
-
-    Args:
-        features: (h, w, D), a feature map.
-        boxes: (K, 4), xyxy in cells; half a cell is subtracted. Two samples a bin and axis.
-        size: bins (rows, columns).
-
-    Returns (K, rows, columns, D). A sample more than a cell outside the map counts as zero.
-    """
-    h, w, D = features.shape
-    shapes = torch.tensor([[h, w]], device=boxes.device).expand(len(boxes), 2)
-    return _align(features.reshape(h * w, D), lambda y, x: y * w + x, boxes, shapes, size)
-
-
-def roi_align_tiles(
+def roi_align(
     features: torch.Tensor,
     first_tiles: torch.Tensor,
     grids: torch.Tensor,
     boxes: torch.Tensor,
     size: tuple[int, int],
 ) -> torch.Tensor:
-    """`roi_align` of boxes on the maps of several pictures at once, without laying them out.
+    """Averages bilinear samples of each box's bins (torchvision's `aligned` RoI-align), on the maps
+    of all pictures at once, which are not laid out for it.
 
     Args:
         features: (T, n * n, D), the cells of all pictures' tiles.
         first_tiles: int (K,), where the tiles of each box's map begin.
         grids: int (K, 2), their (columns, rows).
-        boxes: (K, 4), xyxy in cells of the map.
+        boxes: (K, 4), xyxy in cells of the map; half a cell is subtracted. Two samples a bin and
+            axis.
+        size: bins (rows, columns).
+
+    Returns (K, rows, columns, D). A sample more than a cell outside the map counts as zero.
     """
     n = int(features.shape[1] ** 0.5)
     first, columns = first_tiles[:, None, None], grids[:, 0, None, None]
-
-    def locate(y, x):
-        tile = first + y // n * columns + x // n
-        return (tile * n + y % n) * n + x % n
-
-    return _align(features.flatten(0, 1), locate, boxes, grids.flip(1) * n, size)
-
-
-def _align(cells, locate, boxes, shapes, size: tuple[int, int]) -> torch.Tensor:
-    """RoI-align on cells (N, D), `locate(y, x)` of them being the cell of a row and a column, of
-    maps of the given shapes (K, 2) in cells (rows, columns)."""
+    cells = features.flatten(0, 1)
     corners = boxes.float() - 0.5
     ys = _sample_points(corners[:, 1], corners[:, 3], size[0])  # (K, rows * samples)
     xs = _sample_points(corners[:, 0], corners[:, 2], size[1])  # (K, columns * samples)
-    y0, y1, wy, y_inside = _neighbours(ys, shapes[:, :1])
-    x0, x1, wx, x_inside = _neighbours(xs, shapes[:, 1:])
+    y0, y1, wy, y_inside = _neighbours(ys, grids[:, 1:] * n)
+    x0, x1, wx, x_inside = _neighbours(xs, grids[:, :1] * n)
 
     def corner(y, x):
-        return cells[locate(y[:, :, None], x[:, None, :])]  # (K, ys, xs, D)
+        y, x = y[:, :, None], x[:, None, :]
+        tile = first + y // n * columns + x // n
+        return cells[(tile * n + y % n) * n + x % n]  # (K, ys, xs, D)
 
     wy, wx = wy[:, :, None, None].to(cells.dtype), wx[:, None, :, None].to(cells.dtype)
     top = corner(y0, x0) * (1 - wx) + corner(y0, x1) * wx

@@ -265,21 +265,6 @@ def test_options_of_synthetic_data_change_the_samples(recipe_of):
     assert max(len(s.features["boxes"]) for s in few) == 2
 
 
-def test_crowded_scenes_are_captioned_more_often(recipe_of):
-    def captioned(exponent: float) -> dict[bool, float]:
-        """Share of captioned scenes among the crowded and among the others."""
-        data = {"scenes": 60, "region_share": 0.5, "crowding_exponent": exponent, "cache": True}
-        recipe = recipe_of(data=data)
-        dataset = build_trainer(recipe, arguments(recipe)).train_dataset
-        found = {True: [], False: []}
-        for i, scene in enumerate(dataset.cached):
-            found[len(scene.objects) > 4].append("boxes" in dataset[i].features)
-        return {crowded: sum(all_) / len(all_) for crowded, all_ in found.items()}
-
-    even, odd = captioned(0.0), captioned(6.0)
-    assert odd[True] > 0.8 > even[True] and odd[False] < 0.3 < even[False]
-
-
 def test_batches_hold_samples_of_like_length_and_an_epoch_all(recipe_of):
     recipe = recipe_of(data={"cache": True, "scenes": 24})
     trainer = build_trainer(recipe, arguments(recipe))

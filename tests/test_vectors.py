@@ -227,18 +227,25 @@ def test_llava_answers_are_the_recorded_ones(llava):
     assert out.token_ids[0] == llava.recorded["generated_ids"].tolist()
 
 
+def one_map(recorded):
+    """The recorded map as tiles of one cell, with each box's first tile and grid."""
+    features, count = recorded["features"][0], len(recorded["boxes"])
+    h, w = features.shape[1:]
+    tiles = features.permute(1, 2, 0).reshape(h * w, 1, -1)
+    return tiles, torch.zeros(count, dtype=torch.long), torch.tensor([[w, h]]).expand(count, 2)
+
+
 @pytest.mark.parametrize("size", ["4x4", "3x3", "2x5"])
 def test_roi_align_is_torchvisions(vectors, size):
     recorded = load_file(vectors / "roi_align.safetensors")
     bins = tuple(map(int, size.split("x")))
-    got = roi_align(recorded["features"][0].permute(1, 2, 0), recorded["boxes"], bins)
+    got = roi_align(*one_map(recorded), recorded["boxes"], bins)
     assert deviation(got.permute(0, 3, 1, 2), recorded[f"output_{size}"]) < 1e-5
 
 
 def test_roi_align_of_scaled_boxes_is_torchvisions(vectors):
     recorded = load_file(vectors / "roi_align.safetensors")
-    features = recorded["features"][0].permute(1, 2, 0)
-    got = roi_align(features, recorded["boxes"] * 4 / 32, (4, 4))
+    got = roi_align(*one_map(recorded), recorded["boxes"] * 4 / 32, (4, 4))
     assert deviation(got.permute(0, 3, 1, 2), recorded["output_4x4_scale_32"]) < 1e-5
 
 

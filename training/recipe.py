@@ -55,8 +55,6 @@ class SyntheticData:
         cache: render the scenes once, before training, and keep them in memory.
         cache_workers: processes that render them.
         region_share: share of the samples that caption regions; the others answer questions.
-        crowding_exponent: the odds that a scene of n objects is captioned go with n to this power
-            (those of 4 objects are `region_share`'s; 0: of all): more captions a picture.
         regions_per_sample: most regions of a sample, drawn at random (None: as many as there are
             region prompts).
         questions_per_sample: most questions of a sample, each a branch of the same picture; more
@@ -71,7 +69,6 @@ class SyntheticData:
     cache: bool = False
     cache_workers: int = 2
     region_share: float = 0.7
-    crowding_exponent: float = 0.0
     regions_per_sample: int | None = None
     questions_per_sample: int = 1
     caption_length: int = 14

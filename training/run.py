@@ -63,7 +63,7 @@ def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
 
 
 def is_emulated(device: torch.device) -> bool:
-    """Whether bfloat16 is, on this device: x86 processors multiply in it with AVX-512 alone."""
+    """Whether a device emulates bfloat16, as an x86 processor with AVX2 alone was seen to do."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 

@@ -22,7 +22,6 @@ from .scenes import Question, ask, caption_of, render_scene
 
 QUESTION_LENGTH = 16  # tokens, roughly
 QUESTION_ROUNDS = 8
-USUAL_OBJECTS = 4  # of a scene, on average
 
 
 @dataclass
@@ -113,9 +112,8 @@ class SceneDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         epoch, i = divmod(index, self.count)
         rng = generator_of(self.seed, CONTENT_STREAM, epoch, i)
-        draw = rng.random()
+        about_regions = rng.random() < self.data.region_share
         scene = self._scene(epoch, i)
-        about_regions = draw < self._region_share(len(scene.objects))
         sample = self._regions if about_regions else self._questions
         return sample(rng, scene, (epoch, i))
 
@@ -123,13 +121,12 @@ class SceneDataset(Dataset):
         """Roughly how long a sample is, without making it."""
         epoch, i = divmod(index, self.count)
         rng = generator_of(self.seed, CONTENT_STREAM, epoch, i)
-        picture, regions, objects = 0, USUAL_OBJECTS, USUAL_OBJECTS
+        about_regions = rng.random() < self.data.region_share
+        picture, regions = 0, 4
         if self.cached is not None:
             scene = self.cached[i]
-            objects = len(scene.objects)
             picture = len(scene.pixels) * self.processor.image_processor.cells_per_side**2
             regions = min(len(scene.regions), self._most_regions)
-        about_regions = rng.random() < self._region_share(objects)
         branch = self.processor.roi_output_size**2 + 1 + self.data.caption_length
         questions = self.data.questions_per_sample * (QUESTION_LENGTH + self.data.max_new_tokens)
         return picture + (regions * branch if about_regions else questions)
@@ -138,12 +135,6 @@ class SceneDataset(Dataset):
     def _most_regions(self) -> int:
         prompts = self.processor.image_processor.num_region_prompts
         return min(self.data.regions_per_sample or prompts, prompts)
-
-    def _region_share(self, objects: int) -> float:
-        """Chance that a scene of so many objects is captioned."""
-        share = self.data.region_share
-        weight = share * (objects / USUAL_OBJECTS) ** self.data.crowding_exponent
-        return weight / (weight + 1 - share)
 
     def _scene(self, epoch: int, i: int) -> EncodedScene:
         if self.cached is not None:
