@@ -25,6 +25,8 @@ class ModelRecipe:
         tokenizer: folder of the tokenizer of a model from scratch; None: one is trained.
         vocab_size: most tokens of a trained tokenizer, special tokens included.
         tokenizer_scenes: synthetic scenes whose text it is trained on.
+        local_layers: of a model from scratch, vision layers whose heads start out looking at
+            neighbouring patches (`local_attention`).
         max_tiles: most tiles of a picture, its thumbnail not counted (None: the processor's).
         dtype: of the parameters, "float32" or "bfloat16".
         attn_implementation: as in transformers.
@@ -36,6 +38,7 @@ class ModelRecipe:
     tokenizer: str | None = None
     vocab_size: int = 512
     tokenizer_scenes: int = 2000
+    local_layers: int = 0
     max_tiles: int | None = None
     dtype: str = "float32"
     attn_implementation: str | None = None
@@ -43,6 +46,11 @@ class ModelRecipe:
     def __post_init__(self):
         _expect_known("model.config", self.config, _field_names(PerceptionDLMConfig))
         _expect_one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        if self.local_layers and self.checkpoint is not None:
+            raise ValueError(
+                "expected model.local_layers only without model.checkpoint, got both: they are"
+                " starting values"
+            )
 
 
 @dataclass(frozen=True)
