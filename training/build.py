@@ -11,9 +11,9 @@ from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
-from .local_attention import start_locally
 from .recipe import ModelRecipe, Recipe, SyntheticData
 from .scenes import iter_corpus
+from .starting_values import start_locally, zero_residuals
 from .tokenizer import special_token_ids, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ def _from_scratch(recipe: Recipe):
     if recipe.model.attn_implementation is not None:
         config._attn_implementation = recipe.model.attn_implementation
     model = PerceptionDLMForConditionalGeneration(config)
+    if recipe.model.zero_residuals:
+        zero_residuals(model)
     if recipe.model.local_layers:
         start_locally(model, recipe.model.local_layers)
     return model.to(getattr(torch, recipe.model.dtype)), processor

@@ -25,8 +25,9 @@ class ModelRecipe:
         tokenizer: folder of the tokenizer of a model from scratch; None: one is trained.
         vocab_size: most tokens of a trained tokenizer, special tokens included.
         tokenizer_scenes: synthetic scenes whose text it is trained on.
+        zero_residuals: let every layer of a model from scratch begin as the identity.
         local_layers: of a model from scratch, vision layers whose heads start out looking at
-            neighbouring patches (`local_attention`).
+            neighbouring patches (both: `starting_values`).
         max_tiles: most tiles of a picture, its thumbnail not counted (None: the processor's).
         dtype: of the parameters, "float32" or "bfloat16".
         attn_implementation: as in transformers.
@@ -38,6 +39,7 @@ class ModelRecipe:
     tokenizer: str | None = None
     vocab_size: int = 512
     tokenizer_scenes: int = 2000
+    zero_residuals: bool = False
     local_layers: int = 0
     max_tiles: int | None = None
     dtype: str = "float32"
@@ -46,11 +48,12 @@ class ModelRecipe:
     def __post_init__(self):
         _expect_known("model.config", self.config, _field_names(PerceptionDLMConfig))
         _expect_one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        if self.local_layers and self.checkpoint is not None:
-            raise ValueError(
-                "expected model.local_layers only without model.checkpoint, got both: they are"
-                " starting values"
-            )
+        for name in ("zero_residuals", "local_layers"):
+            if getattr(self, name) and self.checkpoint is not None:
+                raise ValueError(
+                    f"expected model.{name} only without model.checkpoint, got both: it sets"
+                    " starting values"
+                )
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,20 @@
-"""Starting values with which the first vision layers look at neighbouring patches.
+"""Starting values of a model from scratch: silent layers, and vision layers that look nearby.
 
-Each head starts out attending most to the patch at a fixed offset from its own, like a convolution
-(structured initialisation, arXiv:2404.01139, in closed form: a step on the grid turns sines and
-cosines of the position by a fixed angle). All of it is learned further; the architecture is the
-same. After 240 batches of 16 scenes at a rate of 2.2e-3 the model of `configs/tiny.yaml` has a loss
-of 0.42 on fully masked held-out captions with three such layers and of 0.54 without: positions are
-learned sooner, shapes are not. What is left of that after a long training was not measured.
+`zero_residuals`: what a layer adds to its input starts at zero, so that words and pixels begin with
+a short way to each other. After 450 batches of 16 scenes, with somewhat larger objects, of one tile
+(112 pixels, 2x2 merging, five text and four vision layers, three of these local and the later ones
+sharper than here) 54.7 % of held-out shapes and 76.9 % of patterns are named right, otherwise 47.0
+and 70.4 %.
+
+`start_locally`: each head of the first vision layers starts out attending most to the patch at a
+fixed offset from its own, like a convolution (structured initialisation, arXiv:2404.01139, in
+closed form: a step on the grid turns sines and cosines of the position by a fixed angle). After 240
+batches of 16 scenes at a rate of 2.2e-3 the model of `configs/tiny.yaml` has a loss of 0.42 on
+fully masked held-out captions with three such layers and of 0.54 without: positions are learned
+sooner, shapes are not.
+
+All of it is learned further; the architecture is the same. What is left of the gains after a long
+training was not measured.
 
 Axis letters: n patches a side, F frequencies, d width of a head.
 """
@@ -27,6 +36,19 @@ OFFSETS = (
     ((1, 1), (1, -1), (-1, 1), (-1, -1)),
     ((0, 2), (2, 0), (0, -2), (-2, 0)),
 )
+
+
+@torch.no_grad()
+def zero_residuals(model: PerceptionDLMForConditionalGeneration):
+    """Lets every layer of the vision tower and of the language model begin as the identity, in
+    place: the last matrices of attention and MLP, and their biases, are set to zero."""
+    vision = model.vision_tower.encoder.layers
+    text = model.language_model.model.layers
+    last = [module for layer in vision for module in (layer.self_attn.out_proj, layer.mlp.fc2)]
+    last += [module for layer in text for module in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    for module in last:
+        for parameter in module.parameters():
+            parameter.zero_()
 
 
 @torch.no_grad()

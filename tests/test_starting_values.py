@@ -1,11 +1,12 @@
-"""Vision layers that start out looking at neighbouring patches."""
+"""Starting values: layers that add nothing, and vision layers that look at neighbouring patches."""
 
 import copy
 
 import pytest
 import torch
 from perceptiondlm.training.build import build_model
-from perceptiondlm.training.local_attention import start_locally
+from perceptiondlm.training.run import train
+from perceptiondlm.training.starting_values import start_locally
 from training_runs import TINY, small_recipe
 
 SIDE = 8  # patches
@@ -70,6 +71,27 @@ def test_a_tower_that_cannot_start_locally_is_refused(tmp_path, layers, heads):
         start_locally(model_of(tmp_path, 0, heads), layers)
 
 
-def test_starting_values_beside_a_checkpoint_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="model.local_layers only without model.checkpoint"):
-        small_recipe(tmp_path, model={"checkpoint": "some/model", "local_layers": 1})
+@torch.no_grad()
+def test_layers_without_residuals_hand_on_their_input(tmp_path):
+    config = copy.deepcopy(TINY)
+    recipe = small_recipe(tmp_path, model={"config": config, "zero_residuals": True})
+    model = build_model(recipe)[0]
+    tower, side = model.vision_tower, model.config.vision_config.image_size
+    picture = torch.rand(1, 3, side, side)
+    assert torch.equal(tower(picture), tower.embeddings(picture))
+    words = torch.arange(100, 105)[None]
+    states = model(words, output_hidden_states=True).hidden_states
+    assert torch.equal(states[-2], states[0])  # the last one is normalised
+    assert torch.equal(states[0], model.get_input_embeddings()(words))
+
+
+def test_layers_without_residuals_learn_to_add_some(tmp_path):
+    recipe = small_recipe(tmp_path, model={"zero_residuals": True})
+    layer = train(recipe).model.language_model.model.layers[0]
+    assert layer.mlp.down_proj.weight.any() and layer.self_attn.o_proj.weight.any()
+
+
+@pytest.mark.parametrize("name, value", [("local_layers", 1), ("zero_residuals", True)])
+def test_starting_values_beside_a_checkpoint_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"model.{name} only without model.checkpoint"):
+        small_recipe(tmp_path, model={"checkpoint": "some/model", name: value})
