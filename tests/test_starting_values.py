@@ -12,13 +12,13 @@ from training_runs import TINY, small_recipe
 SIDE = 8  # patches
 
 
-def model_of(tmp_path, local_layers: int, heads: int = 4):
+def model_of(tmp_path, local_layers: int, heads: int = 4, **options):
     config = copy.deepcopy(TINY)
     config["vision_config"] |= {
         "hidden_size": 64, "num_attention_heads": heads, "num_hidden_layers": 3, "image_size": 64,
     }
-    recipe = small_recipe(tmp_path, model={"config": config, "local_layers": local_layers})
-    return build_model(recipe)[0]
+    options |= {"config": config, "local_layers": local_layers}
+    return build_model(small_recipe(tmp_path, model=options))[0]
 
 
 @torch.no_grad()
@@ -72,10 +72,22 @@ def test_a_tower_that_cannot_start_locally_is_refused(tmp_path, layers, heads):
 
 
 @torch.no_grad()
+def test_without_residuals_every_local_layer_of_the_tower_looks_at_its_neighbours(tmp_path):
+    options = {"zero_residuals": True, "attn_implementation": "eager"}
+    tower = model_of(tmp_path, 3, **options).vision_tower
+    seen = []
+    for layer in tower.encoder.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+    tower(torch.rand(1, 3, 64, 64) * 2 - 1)
+    for attention, looks in zip(seen, LOOKS, strict=True):  # (1, heads, patches, patches)
+        attended = attention[0, :, 3 * SIDE + 4].max(-1)
+        assert [divmod(int(patch), SIDE) for patch in attended.indices] == looks
+        assert attended.values.min() > 0.3  # evenly it would be 0.016
+
+
+@torch.no_grad()
 def test_layers_without_residuals_hand_on_their_input(tmp_path):
-    config = copy.deepcopy(TINY)
-    recipe = small_recipe(tmp_path, model={"config": config, "zero_residuals": True})
-    model = build_model(recipe)[0]
+    model = build_model(small_recipe(tmp_path, model={"zero_residuals": True}))[0]
     tower, side = model.vision_tower, model.config.vision_config.image_size
     picture = torch.rand(1, 3, side, side)
     assert torch.equal(tower(picture), tower.embeddings(picture))
