@@ -18,11 +18,8 @@ test-all: .venv/.ready
 
 # bfloat16 only where the processor computes in it: emulated, it is ten times slower than float32.
 BF16 := $(if $(shell grep -m 1 avx512_bf16 /proc/cpuinfo 2>/dev/null),true,false)
-# glibc keeps the memory that one step frees for the next, in large pages.
-KEEP_MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_THRESHOLD_=4294967296 \
-    MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 tiny: .venv/.ready
-	$(KEEP_MEMORY) $(BIN)/perceptiondlm train configs/tiny.yaml trainer.bf16=$(BF16)
+	$(BIN)/perceptiondlm train configs/tiny.yaml trainer.bf16=$(BF16)
 
 # What evaluation/examples holds: the embedded model on scenes that it has not seen.
 EVALUATE := $(BIN)/perceptiondlm evaluate
