@@ -65,8 +65,10 @@ def train_row(name: str, arguments) -> Path:
         f"trainer.max_steps={arguments.steps}",
         f"trainer.lr_scheduler_kwargs.num_decay_steps={arguments.steps // 3}",
         f"data.scenes={arguments.training_scenes}",
+        "data.scene_sets=1",
         "trainer.eval_strategy=no",
         "data.region_share=1.0",
+        "data.first_region_share=null",
         *arguments.overrides,
         *ROWS[row.weights_of or name].overrides,
     )

@@ -13,8 +13,8 @@ from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGene
 from perceptiondlm.training.build import load_processor
 from perceptiondlm.training.muon import Muon, WithMuon
 from perceptiondlm.training.parameters import belongs
-from perceptiondlm.training.recipe import build_recipe, load_recipe
-from perceptiondlm.training.run import build_trainer, train
+from perceptiondlm.training.recipe import SyntheticData, build_recipe, load_recipe
+from perceptiondlm.training.run import build_datasets, build_trainer, train
 from torch.distributed.fsdp import fully_shard
 from training_runs import TINY, arguments, losses_of, recipe_values, small_recipe, weights_of
 from transformers import AutoModel, AutoProcessor, TrainingArguments
@@ -244,12 +244,75 @@ def test_a_cached_and_a_rendered_epoch_are_the_same(recipe_of):
         assert all(torch.equal(a.features[n], b.features[n]) for n in a.features)
 
 
-def test_fresh_scenes_differ_between_epochs_and_fixed_ones_do_not(recipe_of):
-    for fresh in (True, False):
-        recipe = recipe_of(data={"scenes": 3, "fresh": fresh})
-        data = build_trainer(recipe, arguments(recipe)).train_dataset
-        same = torch.equal(data[0].features["image_sizes"], data[3].features["image_sizes"])
-        assert same != fresh
+def numbers_of_regions(data, epochs):
+    """How many regions each sample of some epochs has; 0 for one that asks about the whole."""
+    indices = range(epochs * len(data))
+    return [len(data[i].features.get("boxes", [])) for i in indices]
+
+
+@pytest.mark.parametrize(
+    ("options", "repeats"),
+    [
+        ({"fresh": False}, [True, True, True]),
+        ({"fresh": True}, [False, False, False]),
+        ({"scene_sets": 2}, [False, True, False]),
+        ({"scene_sets": 2, "cache": True}, [False, True, False]),
+    ],
+)
+def test_which_epochs_show_the_scenes_of_the_first(recipe_of, options, repeats):
+    recipe = recipe_of(data={"scenes": 3, "region_share": 1.0, **options})
+    data = build_trainer(recipe, arguments(recipe)).train_dataset
+
+    def pictures(epoch):
+        return [data[3 * epoch + i].features["pixel_values"] for i in range(3)]
+
+    first = pictures(0)
+    assert [all(map(torch.equal, first, pictures(epoch))) for epoch in (1, 2, 3)] == repeats
+
+
+def test_the_first_epoch_may_have_another_share_of_regions(recipe_of):
+    def counts(**options):
+        recipe = recipe_of(data={"scenes": 8, **options})
+        return numbers_of_regions(build_trainer(recipe, arguments(recipe)).train_dataset, 3)
+
+    questions_first = counts(region_share=1.0, first_region_share=0.0)
+    assert not any(questions_first[:8]) and all(questions_first[8:])
+    regions_first = counts(region_share=0.0, first_region_share=1.0)
+    assert all(regions_first[:8]) and not any(regions_first[8:])
+    assert counts(region_share=0.5, first_region_share=None) == counts(region_share=0.5)
+
+
+def test_held_out_scenes_know_nothing_of_first_epochs_and_sets(recipe_of):
+    recipe = recipe_of(
+        data={"region_share": 1.0, "first_region_share": 0.0, "scene_sets": 3, "eval_scenes": 5,
+              "cache": True}
+    )
+    processor = build_trainer(recipe, arguments(recipe)).processing_class
+    held_out = build_datasets(recipe, processor, arguments(recipe))[1]
+    assert len(held_out) == len(held_out.cached) == 5
+    assert all(numbers_of_regions(held_out, 1))
+
+
+@pytest.mark.parametrize("name", ["region_share", "first_region_share"])
+def test_a_model_without_region_prompts_takes_no_share_of_regions(recipe_of, name):
+    data = {"region_share": 0.0, "first_region_share": 0.0, name: 0.5}
+    recipe = recipe_of(data=data, model={"config": {**TINY, "num_region_prompts": 0}})
+    with pytest.raises(ValueError, match="of 0 for a model without region prompts, got .*0.5"):
+        build_trainer(recipe, arguments(recipe))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scene_sets": 0}, "data.scene_sets"),
+        ({"first_region_share": 1.5}, "data.first_region_share"),
+        ({"fresh": True, "scene_sets": 2}, "data.scene_sets of 2 only without data.fresh"),
+        ({"fresh": True, "cache": True}, "data.cache only without data.fresh"),
+    ],
+)
+def test_options_of_synthetic_data_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SyntheticData(**options)
 
 
 def test_options_of_synthetic_data_change_the_samples(recipe_of):

@@ -62,10 +62,12 @@ class SyntheticData:
 
     Attributes:
         scenes: scenes of an epoch, from `first_seed` on.
-        fresh: other scenes every epoch, else the same.
+        scene_sets: sets of as many scenes that epochs take in turn.
+        fresh: other scenes every epoch, without end.
         cache: render the scenes once, before training, and keep them in memory.
         cache_workers: processes that render them.
         region_share: share of the samples that caption regions; the others answer questions.
+        first_region_share: the same in the first epoch (None: as in the others).
         regions_per_sample: most regions of a sample, drawn at random (None: as many as there are
             region prompts).
         questions_per_sample: most questions of a sample, each a branch of the same picture; more
@@ -75,11 +77,13 @@ class SyntheticData:
     """
 
     scenes: int = 20000
+    scene_sets: int = 1
     first_seed: int = 0
     fresh: bool = False
     cache: bool = False
     cache_workers: int = 2
     region_share: float = 0.7
+    first_region_share: float | None = None
     regions_per_sample: int | None = None
     questions_per_sample: int = 1
     caption_length: int = 14
@@ -89,10 +93,14 @@ class SyntheticData:
 
     def __post_init__(self):
         _expect_positive("data.scenes", self.scenes)
+        _expect_positive("data.scene_sets", self.scene_sets)
         _expect_positive("data.questions_per_sample", self.questions_per_sample)
         _expect_share("data.region_share", self.region_share)
-        if self.fresh and self.cache:
-            raise ValueError("expected data.cache only without data.fresh, got both")
+        if self.first_region_share is not None:
+            _expect_share("data.first_region_share", self.first_region_share)
+        if self.fresh and (self.cache or self.scene_sets > 1):
+            given = "data.cache" if self.cache else f"data.scene_sets of {self.scene_sets}"
+            raise ValueError(f"expected {given} only without data.fresh, got both")
 
 
 @dataclass(frozen=True)

@@ -89,17 +89,24 @@ class SceneDataset(Dataset):
                 "expected data.questions_per_sample of 1 but in the independent layout, got"
                 f" {data.questions_per_sample} in {processor.region_layout!r}"
             )
-        if data.region_share and not processor.image_processor.num_region_prompts:
-            raise ValueError(
-                "expected data.region_share of 0 for a model without region prompts, got"
-                f" {data.region_share}"
-            )
         held_out = split == "heldout"
+        first_share = None if held_out else data.first_region_share
+        # of the first epoch, and of the others
+        self.region_shares = (
+            data.region_share if first_share is None else first_share,
+            data.region_share,
+        )
+        if any(self.region_shares) and not processor.image_processor.num_region_prompts:
+            raise ValueError(
+                "expected data.region_share and data.first_region_share of 0 for a model without"
+                f" region prompts, got {self.region_shares[1]} and {self.region_shares[0]}"
+            )
         self.processor = processor
         self.data = data
         self.seed = seed
         self.split = split
         self.count = data.eval_scenes if held_out else data.scenes
+        self.sets = 1 if held_out else data.scene_sets
         self.first_seed = data.eval_first_seed if held_out else data.first_seed
         self.permute_prompts = permute_prompts
         self.cached: list[EncodedScene] | None = None
@@ -111,8 +118,7 @@ class SceneDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         epoch, i = divmod(index, self.count)
-        rng = generator_of(self.seed, CONTENT_STREAM, epoch, i)
-        about_regions = rng.random() < self.data.region_share
+        rng, about_regions = self._draw_kind(epoch, i)
         scene = self._scene(epoch, i)
         sample = self._regions if about_regions else self._questions
         return sample(rng, scene, (epoch, i))
@@ -120,16 +126,20 @@ class SceneDataset(Dataset):
     def length(self, index: int) -> int:
         """Roughly how long a sample is, without making it."""
         epoch, i = divmod(index, self.count)
-        rng = generator_of(self.seed, CONTENT_STREAM, epoch, i)
-        about_regions = rng.random() < self.data.region_share
+        _, about_regions = self._draw_kind(epoch, i)
         picture, regions = 0, 4
         if self.cached is not None:
-            scene = self.cached[i]
+            scene = self._scene(epoch, i)
             picture = len(scene.pixels) * self.processor.image_processor.cells_per_side**2
             regions = min(len(scene.regions), self._most_regions)
         branch = self.processor.roi_output_size**2 + 1 + self.data.caption_length
         questions = self.data.questions_per_sample * (QUESTION_LENGTH + self.data.max_new_tokens)
         return picture + (regions * branch if about_regions else questions)
+
+    def _draw_kind(self, epoch: int, i: int) -> tuple[np.random.Generator, bool]:
+        """The generator of a sample's content, and whether it is about regions."""
+        rng = generator_of(self.seed, CONTENT_STREAM, epoch, i)
+        return rng, rng.random() < self.region_shares[min(epoch, 1)]
 
     @property
     def _most_regions(self) -> int:
@@ -137,15 +147,15 @@ class SceneDataset(Dataset):
         return min(self.data.regions_per_sample or prompts, prompts)
 
     def _scene(self, epoch: int, i: int) -> EncodedScene:
+        number = (epoch if self.data.fresh else epoch % self.sets) * self.count + i
         if self.cached is not None:
-            return self.cached[i]
-        offset = epoch * self.count if self.data.fresh else 0
-        seed = self.first_seed + offset + i
-        return encode_scene(self.processor.image_processor, seed, self.split)
+            return self.cached[number]
+        return encode_scene(self.processor.image_processor, self.first_seed + number, self.split)
 
     def _encode_all(self) -> list[EncodedScene]:
         image_processor = self.processor.image_processor
-        jobs = [(image_processor, self.first_seed + i, self.split) for i in range(self.count)]
+        numbers = range(self.count * self.sets)
+        jobs = [(image_processor, self.first_seed + number, self.split) for number in numbers]
         with multiprocessing.get_context("fork").Pool(self.data.cache_workers) as pool:
             encoded = pool.imap(_encode_job, jobs, chunksize=64)
             return list(tqdm(encoded, total=len(jobs), desc="rendering scenes", mininterval=10))
