@@ -156,14 +156,14 @@ def test_some_objects_are_occluded_and_none_loses_more_than_a_quarter():
     assert sum(share < 0.97 for share in shares) > 0.05 * len(shares)
 
 
-def test_objects_lie_inside_the_picture_and_are_24_pixels_across():
+def test_objects_lie_inside_the_picture_and_are_32_pixels_across():
     for _, layers in arrangements(80):
         for layer in layers:
             whole = redrawn(layer)
             assert not (
                 whole[0].any() or whole[-1].any() or whole[:, 0].any() or whole[:, -1].any()
             )
-            assert layer.plan.diameter >= 24
+            assert layer.plan.diameter >= 32
 
 
 def test_small_and_large_are_far_apart():
@@ -234,8 +234,8 @@ def runs(line: np.ndarray) -> int:
 def test_the_smallest_objects_show_three_stripes_or_four_dots(shape):
     rng = np.random.default_rng(0)
     for pattern, least in (("striped", 3), ("dotted", 4)):
-        plan = scenes._plan(rng, 96, 0.0)
-        fields = {"shape": shape, "pattern": pattern, "diameter": 24.0, "angle": 0.0}
+        plan = scenes._plan(rng, 112, 0.0, (1, 1))
+        fields = {"shape": shape, "pattern": pattern, "diameter": 32.5, "angle": 0.0}
         plan = type(plan)(**{**vars(plan), **fields, "stripe_angle": 0.0, "offset": (0.0, 0.0)})
         layer = scenes._Layer.of(plan)
         tone = scenes._pattern(plan, len(layer.distance) // 2) * (layer.distance <= 0) > 0.5

@@ -28,7 +28,7 @@ COLOURS = {
     "white": ((252, 252, 252), (98, 98, 102)),
     "black": ((10, 10, 12), (98, 98, 102)),
 }
-SIZES = {"small": (0.25, 0.28), "large": (0.41, 0.46)}  # diameter over the picture's short side
+SIZES = {"small": (0.29, 0.31), "large": (0.44, 0.48)}  # diameter over the picture's short side
 PATTERNS = ("plain", "striped", "dotted")
 GRID = (
     ("top left", "top", "top right"),
@@ -46,14 +46,14 @@ VOCABULARY = {
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 MIN_OBJECTS, MAX_OBJECTS = 2, 8
-SHORT_SIDES = (96, 160)  # pixels, inclusive
+SHORT_SIDES = (112, 160)  # pixels, inclusive
 # long side : short side, and how often
-ASPECTS = {(1, 1): 0.25, (4, 3): 0.27, (3, 2): 0.23, (16, 9): 0.14, (2, 1): 0.11}
-MIN_VISIBLE = 0.8  # of an object's pixels
+ASPECTS = {(1, 1): 0.52, (5, 4): 0.12, (16, 9): 0.14, (2, 1): 0.22}
+MIN_VISIBLE = 0.88  # of an object's pixels
 GRID_MARGIN = 0.05  # of a side, between an object's centre and a line of the grid
 CROWDING = 0.6  # sum of squared diameters over the picture's area
 PLACE_TRIES = 16  # for one object
-COUNT_TRIES = 8  # of an arrangement, before another number of objects is drawn
+COUNT_TRIES = 12  # of an arrangement, before another number of objects is drawn
 SCENE_TRIES = 80  # before the arrangement that always fits
 
 
@@ -222,14 +222,16 @@ def _wrap(x: np.ndarray, period: float) -> np.ndarray:
 # ---------------------------------------------------------------------------- arrangement
 
 
-def _plan(rng: np.random.Generator, short: int, large_share: float) -> _Plan:
+def _plan(
+    rng: np.random.Generator, short: int, large_share: float, cell: tuple[int, int]
+) -> _Plan:
     size = "large" if rng.random() < large_share else "small"
     return _Plan(
         shape=SHAPES[rng.integers(len(SHAPES))],
         colour=tuple(COLOURS)[rng.integers(len(COLOURS))],
         size=size,
         pattern=PATTERNS[rng.integers(len(PATTERNS))],
-        cell=(int(rng.integers(3)), int(rng.integers(3))),
+        cell=cell,
         diameter=short * rng.uniform(*SIZES[size]),
         angle=math.radians(rng.uniform(-10, 10)),
         stripe_angle=math.radians(45 * rng.integers(4) + rng.uniform(-8, 8)),
@@ -245,12 +247,16 @@ def _corner(rng: np.random.Generator, cell: int, length: int, side: int) -> int:
     return min(max(round(rng.uniform(low, max(low, high)) - side / 2), 0), length - side)
 
 
-def _too_close(one: _Layer, other: _Layer) -> bool:
-    """A cheap refusal: like colours must not touch, others may overlap a little."""
-    (x, y), (u, v) = one.centre, other.centre
-    reach = (one.plan.diameter + other.plan.diameter) / 2
-    alike = one.plan.colour == other.plan.colour
-    return math.hypot(x - u, y - v) < (1.06 * reach + 3 if alike else 0.55 * reach)
+def _too_close(layer: _Layer, other: _Layer) -> bool:
+    """Whether a layer over another would be refused: they may overlap a little, unless they are of
+    one colour; then not even their corners may touch."""
+    (x, y), (u, v) = layer.centre, other.centre
+    distance = math.hypot(x - u, y - v)
+    reach = (layer.plan.diameter + other.plan.diameter) / 2
+    if layer.plan.colour != other.plan.colour:
+        return distance < 0.55 * reach
+    touches = (layer.distance <= 1.5) & other.visible[layer.window]
+    return distance < 1.06 * reach + 3 or bool(touches.any())
 
 
 def _centre(mask: np.ndarray) -> tuple[float, float]:
@@ -300,13 +306,16 @@ def _place(rng: np.random.Generator, layer: _Layer, below: list[_Layer], size: t
 
 
 def _arrange(rng: np.random.Generator, height: int, width: int) -> list[_Layer]:
-    """Layers from back to front, each with its visible mask."""
+    """Layers from back to front, each with its visible mask and in a cell of its own; the larger
+    an object the further back, where smaller ones hide less of it."""
     short = min(height, width)
     for attempt in range(SCENE_TRIES):
         if attempt % COUNT_TRIES == 0:
             count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
-        large_share = (0.8, 0.76, 0.7, 0.62, 0.54, 0.46, 0.38)[count - MIN_OBJECTS]
-        plans = [_plan(rng, short, large_share) for _ in range(count)]
+        large_share = (0.86, 0.82, 0.76, 0.68, 0.6, 0.5, 0.42)[count - MIN_OBJECTS]
+        cells = [divmod(int(cell), 3) for cell in rng.permutation(9)[:count]]
+        plans = [_plan(rng, short, large_share, cell) for cell in cells]
+        plans.sort(key=lambda plan: plan.diameter, reverse=True)
         if sum(plan.diameter**2 for plan in plans) > CROWDING * height * width:
             continue
         layers: list[_Layer] = []
@@ -321,12 +330,12 @@ def _arrange(rng: np.random.Generator, height: int, width: int) -> list[_Layer]:
 
 def _fallback(rng: np.random.Generator, height: int, width: int) -> list[_Layer]:
     """Two small objects in the middle of two opposite corner cells: these always fit."""
-    layers = [_Layer.of(_plan(rng, min(height, width), 0.0)) for _ in range(2)]
-    for layer, cell in zip(layers, (0, 2), strict=True):
+    layers = [_Layer.of(_plan(rng, min(height, width), 0.0, (cell, cell))) for cell in (0, 2)]
+    for layer in layers:
         side = len(layer.distance)
         layer.origin = tuple(
             min(max(round((2 * cell + 1) / 6 * length - side / 2), 0), length - side)
-            for length in (height, width)
+            for cell, length in zip(layer.plan.cell, (height, width), strict=True)
         )
         layer.visible = np.zeros((height, width), bool)
         layer.visible[layer.window] = layer.distance <= 0
@@ -374,7 +383,7 @@ def _describe(layer: _Layer) -> SceneObject:
 
 
 def render_scene(seed: int, split: str = "train") -> Scene:
-    """The scene of a seed: 96 to 160 pixels on the short side, 1:2 to 2:1, 2 to 8 objects.
+    """The scene of a seed: 112 to 160 pixels on the short side, 1:2 to 2:1, 2 to 8 objects.
 
     The same seed and split give the same bits (for one version of numpy); the splits draw from
     separate random streams.
