@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from perceptiondlm.training import scenes
+from perceptiondlm.training import scene_objects, scenes
 from perceptiondlm.training.scenes import (
     COLOURS,
     GRID,
@@ -148,11 +148,11 @@ def test_masks_are_bool_of_the_pictures_size_and_disjoint(many):
         assert {thing.mask.shape for thing in scene.objects} == {scene.image.size[::-1]}
 
 
-def test_some_objects_are_occluded_and_none_loses_more_than_a_quarter():
+def test_some_objects_are_occluded_and_none_loses_more_than_an_eighth():
     shares = [
         layer.visible.sum() / redrawn(layer).sum() for _, ls in arrangements(80) for layer in ls
     ]
-    assert min(shares) >= 0.75
+    assert min(shares) >= 0.875
     assert sum(share < 0.97 for share in shares) > 0.05 * len(shares)
 
 
@@ -237,8 +237,9 @@ def test_the_smallest_objects_show_three_stripes_or_four_dots(shape):
         plan = scenes._plan(rng, 112, 0.0, (1, 1))
         fields = {"shape": shape, "pattern": pattern, "diameter": 32.5, "angle": 0.0}
         plan = type(plan)(**{**vars(plan), **fields, "stripe_angle": 0.0, "offset": (0.0, 0.0)})
-        layer = scenes._Layer.of(plan)
-        tone = scenes._pattern(plan, len(layer.distance) // 2) * (layer.distance <= 0) > 0.5
+        layer = scene_objects.Layer.of(plan)
+        tone = scene_objects.pattern_tone(plan, len(layer.distance) // 2)
+        tone = tone * (layer.distance <= 0) > 0.5
         if pattern == "striped":
             assert runs(tone.any(0)) >= least
         else:

@@ -9,13 +9,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from .scene_objects import SHAPES, Layer, Plan, coverage, pattern_tone
+
 SPLITS = ("train", "heldout")
-SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 # name: (main tone, tone of its pattern). The second tone keeps the hue, so that it is never
 # another colour of the table, and differs enough in lightness to survive down-sampling.
 COLOURS = {
@@ -85,148 +86,12 @@ class Scene:
     questions: list[Question]
 
 
-# ---------------------------------------------------------------------------- shapes
-
-
-def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.hypot(x, y) - 1.0
-
-
-def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(abs(x), abs(y)) - 0.86
-
-
-def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # apex (0, -0.87), base from (-1, 0.87) to (1, 0.87): its box is centred on the origin
-    return np.maximum(y - 0.87, (1.74 * abs(x) - (y + 0.87)) / math.hypot(1.74, 1.0))
-
-
-def _fold_arms(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates along and across (>= 0) the nearest of five arms, the first one upwards."""
-    arm = 2 * math.pi / 5
-    angle, radius = np.arctan2(x, -y), np.hypot(x, y)
-    angle = abs(angle - arm * np.round(angle / arm))
-    return radius * np.cos(angle), radius * np.sin(angle)
-
-
-def _star(x: np.ndarray, y: np.ndarray, outer: float = 1.08, inner: float = 0.52) -> np.ndarray:
-    along, across = _fold_arms(x, y)
-    # one straight edge from the point (outer, 0) to the notch at 36 degrees
-    edge_along = inner * math.cos(math.pi / 5) - outer
-    edge_across = inner * math.sin(math.pi / 5)
-    cross = (along - outer) * edge_across - across * edge_along
-    return cross / math.hypot(edge_along, edge_across)
-
-
-def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return abs(np.hypot(x, y) - 0.71) - 0.29
-
-
-def _cross(x: np.ndarray, y: np.ndarray, arm: float = 0.36) -> np.ndarray:
-    x, y = abs(x), abs(y)
-    return np.minimum(np.maximum(x - 1.0, y - arm), np.maximum(x - arm, y - 1.0))
-
-
-# signed distance, in radii, to a shape of radius 1 around the origin (negative inside)
-_DISTANCES = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-    "ring": _ring,
-    "cross": _cross,
-}
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What an object is, before it has a place; `cell` is (row, column) of the 3x3 grid."""
-
-    shape: str
-    colour: str
-    size: str
-    pattern: str
-    cell: tuple[int, int]
-    diameter: float  # pixels
-    angle: float  # radians
-    stripe_angle: float  # radians
-    offset: tuple[float, float]  # sub-pixel part of the centre (x, y)
-    tint: np.ndarray  # (3,) jitter of the colour
-
-    def local(self, half: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pixel centres of a window of 2 * half pixels, in the object's frame, in pixels."""
-        axis = np.arange(-half, half) + 0.5
-        x, y = axis[None, :] - self.offset[0], axis[:, None] - self.offset[1]
-        cos, sin = math.cos(self.angle), math.sin(self.angle)
-        return cos * x + sin * y, cos * y - sin * x
-
-
-@dataclass
-class _Layer:
-    """A plan rendered on its window; `origin` (row, column) is the window's corner."""
-
-    plan: _Plan
-    distance: np.ndarray  # (S, S) pixels to the edge, negative inside
-    origin: tuple[int, int] = (0, 0)
-    visible: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (H, W)
-
-    @classmethod
-    def of(cls, plan: _Plan) -> "_Layer":
-        radius = plan.diameter / 2
-        x, y = plan.local(math.ceil(1.1 * radius) + 2)
-        return cls(plan, _DISTANCES[plan.shape](x / radius, y / radius) * radius)
-
-    @property
-    def window(self) -> tuple[slice, slice]:
-        (top, left), side = self.origin, len(self.distance)
-        return slice(top, top + side), slice(left, left + side)
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        half = len(self.distance) / 2
-        return self.origin[1] + half, self.origin[0] + half
-
-
-def _coverage(distance: np.ndarray) -> np.ndarray:
-    """Share of a pixel inside an edge at a signed distance in pixels from its centre."""
-    return np.clip(0.5 - distance, 0.0, 1.0)
-
-
-def _pattern(plan: _Plan, half: int) -> np.ndarray | float:
-    """Where the second tone shows, from 0 to 1: (S, S), or 0 for a plain object.
-
-    Periods follow the diameter, so that a small object still shows three stripes or four dots.
-    """
-    if plan.pattern == "plain":
-        return 0.0
-    x, y = plan.local(half)
-    small = plan.size == "small"
-    if plan.pattern == "striped":
-        period = plan.diameter / (3.6 if small else 5.0)
-        cos, sin = math.cos(plan.stripe_angle), math.sin(plan.stripe_angle)
-        return _coverage(abs(_wrap(cos * x + sin * y, period)) - 0.22 * period)
-    if plan.shape == "star":  # a square lattice would miss its arms
-        radius = plan.diameter / 2
-        along, across = _fold_arms(x, y)
-        along = np.minimum(along, abs(along - 0.6 * radius))
-        return _coverage(np.hypot(along, across) - 0.19 * radius)
-    period = plan.diameter / (3.2 if small else 4.4)
-    return _coverage(np.hypot(_wrap(x, period), _wrap(y, period)) - 0.33 * period)
-
-
-def _wrap(x: np.ndarray, period: float) -> np.ndarray:
-    """Distance to the nearest multiple of the period, signed."""
-    return x - period * np.round(x / period)
-
-
 # ---------------------------------------------------------------------------- arrangement
 
 
-def _plan(
-    rng: np.random.Generator, short: int, large_share: float, cell: tuple[int, int]
-) -> _Plan:
+def _plan(rng: np.random.Generator, short: int, large_share: float, cell: tuple[int, int]) -> Plan:
     size = "large" if rng.random() < large_share else "small"
-    return _Plan(
+    return Plan(
         shape=SHAPES[rng.integers(len(SHAPES))],
         colour=tuple(COLOURS)[rng.integers(len(COLOURS))],
         size=size,
@@ -247,7 +112,7 @@ def _corner(rng: np.random.Generator, cell: int, length: int, side: int) -> int:
     return min(max(round(rng.uniform(low, max(low, high)) - side / 2), 0), length - side)
 
 
-def _too_close(layer: _Layer, other: _Layer) -> bool:
+def _too_close(layer: Layer, other: Layer) -> bool:
     """Whether a layer over another would be refused: they may overlap a little, unless they are of
     one colour; then not even their corners may touch."""
     (x, y), (u, v) = layer.centre, other.centre
@@ -255,8 +120,9 @@ def _too_close(layer: _Layer, other: _Layer) -> bool:
     reach = (layer.plan.diameter + other.plan.diameter) / 2
     if layer.plan.colour != other.plan.colour:
         return distance < 0.55 * reach
-    touches = (layer.distance <= 1.5) & other.visible[layer.window]
-    return distance < 1.06 * reach + 3 or bool(touches.any())
+    if distance < 1.06 * reach + 3:
+        return True
+    return bool(((layer.distance <= 1.5) & other.visible[layer.window]).any())
 
 
 def _centre(mask: np.ndarray) -> tuple[float, float]:
@@ -277,7 +143,7 @@ def position_of(mask: np.ndarray) -> str:
     return GRID[int(3 * y)][int(3 * x)]
 
 
-def _stands(layer: _Layer, visible: np.ndarray) -> bool:
+def _stands(layer: Layer, visible: np.ndarray) -> bool:
     """Whether enough of a layer shows, in its cell and away from the lines of the grid."""
     if visible.sum() < MIN_VISIBLE * (layer.distance <= 0).sum():
         return False
@@ -286,7 +152,7 @@ def _stands(layer: _Layer, visible: np.ndarray) -> bool:
     return clear and position_of(visible) == GRID[row][column]
 
 
-def _place(rng: np.random.Generator, layer: _Layer, below: list[_Layer], size: tuple) -> bool:
+def _place(rng: np.random.Generator, layer: Layer, below: list[Layer], size: tuple) -> bool:
     """Put a layer on top of the others, in place; False when no try leaves all of them standing."""
     height, width = size
     side = len(layer.distance)
@@ -305,7 +171,7 @@ def _place(rng: np.random.Generator, layer: _Layer, below: list[_Layer], size: t
     return False
 
 
-def _arrange(rng: np.random.Generator, height: int, width: int) -> list[_Layer]:
+def _arrange(rng: np.random.Generator, height: int, width: int) -> list[Layer]:
     """Layers from back to front, each with its visible mask and in a cell of its own; the larger
     an object the further back, where smaller ones hide less of it."""
     short = min(height, width)
@@ -318,8 +184,8 @@ def _arrange(rng: np.random.Generator, height: int, width: int) -> list[_Layer]:
         plans.sort(key=lambda plan: plan.diameter, reverse=True)
         if sum(plan.diameter**2 for plan in plans) > CROWDING * height * width:
             continue
-        layers: list[_Layer] = []
-        for layer in map(_Layer.of, plans):
+        layers: list[Layer] = []
+        for layer in map(Layer.of, plans):
             if not _place(rng, layer, layers, (height, width)):
                 break
             layers.append(layer)
@@ -328,9 +194,9 @@ def _arrange(rng: np.random.Generator, height: int, width: int) -> list[_Layer]:
     return _fallback(rng, height, width)
 
 
-def _fallback(rng: np.random.Generator, height: int, width: int) -> list[_Layer]:
+def _fallback(rng: np.random.Generator, height: int, width: int) -> list[Layer]:
     """Two small objects in the middle of two opposite corner cells: these always fit."""
-    layers = [_Layer.of(_plan(rng, min(height, width), 0.0, (cell, cell))) for cell in (0, 2)]
+    layers = [Layer.of(_plan(rng, min(height, width), 0.0, (cell, cell))) for cell in (0, 2)]
     for layer in layers:
         side = len(layer.distance)
         layer.origin = tuple(
@@ -366,17 +232,17 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return tint.astype(np.float32) + texture[:, :, None]
 
 
-def _paint(canvas: np.ndarray, layer: _Layer) -> None:
+def _paint(canvas: np.ndarray, layer: Layer) -> None:
     """Blend a layer over the canvas (H, W, 3), in place."""
     plan = layer.plan
     main, second = (np.add(tone, plan.tint) for tone in COLOURS[plan.colour])
-    tone = np.asarray(_pattern(plan, len(layer.distance) // 2))[..., None]
-    alpha = _coverage(layer.distance)[..., None]  # (S, S, 1)
+    tone = np.asarray(pattern_tone(plan, len(layer.distance) // 2))[..., None]
+    alpha = coverage(layer.distance)[..., None]  # (S, S, 1)
     patch = canvas[layer.window]
     patch += alpha * (main + tone * (second - main) - patch)
 
 
-def _describe(layer: _Layer) -> SceneObject:
+def _describe(layer: Layer) -> SceneObject:
     attributes = {name: getattr(layer.plan, name) for name in VOCABULARY if name != "position"}
     attributes["position"] = position_of(layer.visible)
     return SceneObject(layer.visible, attributes, caption_of(attributes))
