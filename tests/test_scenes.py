@@ -49,7 +49,7 @@ def arrangements(count: int):
     """The layers of some scenes, drawn as `render_scene` draws them."""
     for seed in range(count):
         rng = np.random.default_rng([0, seed])
-        yield seed, scenes._arrange(rng, *scenes._canvas_size(rng))
+        yield seed, scenes._arrange(rng, *scenes._canvas_size(rng, "train"), "train")
 
 
 # ------------------------------------------------------------------ reproducible

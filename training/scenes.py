@@ -48,8 +48,14 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 MIN_OBJECTS, MAX_OBJECTS = 2, 8
 SHORT_SIDES = (112, 160)  # pixels, inclusive
-# long side : short side, and how often
-ASPECTS = {(1, 1): 0.52, (5, 4): 0.12, (16, 9): 0.14, (2, 1): 0.22}
+# long side : short side, and how often; in training more of those that one tile sees squeezed
+ASPECTS = ((1, 1), (5, 4), (16, 9), (2, 1))
+ASPECT_SHARES = {"train": (0.40, 0.24, 0.14, 0.22), "heldout": (0.52, 0.12, 0.14, 0.22)}
+# of an object being drawn large, by their number; in training more small ones, the harder to read
+LARGE_SHARES = {
+    "train": (0.72, 0.68, 0.63, 0.57, 0.50, 0.42, 0.35),
+    "heldout": (0.86, 0.82, 0.76, 0.68, 0.60, 0.50, 0.42),
+}
 MIN_VISIBLE = 0.88  # of an object's pixels
 GRID_MARGIN = 0.05  # of a side, between an object's centre and a line of the grid
 CROWDING = 0.6  # sum of squared diameters over the picture's area
@@ -171,14 +177,14 @@ def _place(rng: np.random.Generator, layer: Layer, below: list[Layer], size: tup
     return False
 
 
-def _arrange(rng: np.random.Generator, height: int, width: int) -> list[Layer]:
+def _arrange(rng: np.random.Generator, height: int, width: int, split: str) -> list[Layer]:
     """Layers from back to front, each with its visible mask and in a cell of its own; the larger
     an object the further back, where smaller ones hide less of it."""
     short = min(height, width)
     for attempt in range(SCENE_TRIES):
         if attempt % COUNT_TRIES == 0:
             count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
-        large_share = (0.86, 0.82, 0.76, 0.68, 0.6, 0.5, 0.42)[count - MIN_OBJECTS]
+        large_share = LARGE_SHARES[split][count - MIN_OBJECTS]
         cells = [divmod(int(cell), 3) for cell in rng.permutation(9)[:count]]
         plans = [_plan(rng, short, large_share, cell) for cell in cells]
         plans.sort(key=lambda plan: plan.diameter, reverse=True)
@@ -211,11 +217,10 @@ def _fallback(rng: np.random.Generator, height: int, width: int) -> list[Layer]:
 # ---------------------------------------------------------------------------- painting
 
 
-def _canvas_size(rng: np.random.Generator) -> tuple[int, int]:
+def _canvas_size(rng: np.random.Generator, split: str) -> tuple[int, int]:
     """(height, width)."""
     short = int(rng.integers(SHORT_SIDES[0], SHORT_SIDES[1] + 1))
-    shares = tuple(ASPECTS.values())
-    a, b = tuple(ASPECTS)[rng.choice(len(shares), p=shares)]
+    a, b = ASPECTS[rng.choice(len(ASPECTS), p=ASPECT_SHARES[split])]
     sides = short, round(short * a / b)
     return sides if rng.random() < 0.5 else sides[::-1]
 
@@ -262,8 +267,8 @@ def render_scene(seed: int, split: str = "train") -> Scene:
     if seed < 0:
         raise ValueError(f"expected a seed >= 0, got {seed}")
     rng = np.random.default_rng([SPLITS.index(split), seed])
-    height, width = _canvas_size(rng)
-    layers = _arrange(rng, height, width)
+    height, width = _canvas_size(rng, split)
+    layers = _arrange(rng, height, width, split)
     canvas = _background(rng, height, width)
     for layer in layers:
         _paint(canvas, layer)
