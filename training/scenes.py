@@ -257,7 +257,8 @@ def render_scene(seed: int, split: str = "train") -> Scene:
     """The scene of a seed: 112 to 160 pixels on the short side, 1:2 to 2:1, 2 to 8 objects.
 
     The same seed and split give the same bits (for one version of numpy); the splits draw from
-    separate random streams.
+    separate random streams, and in training more of what is hard (`ASPECT_SHARES`,
+    `LARGE_SHARES`).
 
     Raises:
         ValueError: a negative seed, or a split that is not in `SPLITS`.
