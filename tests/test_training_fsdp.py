@@ -89,10 +89,11 @@ def test_an_exported_sharded_checkpoint_generates_what_the_final_folder_does(
 
 
 def test_half_precision_casts_neither_noise_nor_the_loss(tmp_path):
-    steps = {"max_steps": 8, "save_steps": 8, "bf16": True}
+    # a higher rate amplifies bfloat16's rounding, which differs between one process and two
+    steps = {"max_steps": 8, "save_steps": 8, "bf16": True, "learning_rate": 1e-3}
     losses = launch(tmp_path / "split", **sharded(**steps))
     one = losses_of(train(small_recipe(tmp_path / "one", trainer={**STEPS, **steps})))
-    assert losses == pytest.approx(one, abs=0.02)
+    assert losses == pytest.approx(one, abs=2e-3)
     assert any(loss != float(torch.tensor(loss).bfloat16()) for loss in losses[:2])
 
 
