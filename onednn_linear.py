@@ -8,7 +8,7 @@ import contextlib
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # no quantised or distributed weights
 FEWEST_ROWS, FEWEST_WEIGHTS = 16, 2**16  # smaller products gain nothing
@@ -24,6 +24,12 @@ class OneDNNLinear(TorchFunctionMode):
         if func is F.linear and not kwargs and _takes(*args):
             return linear(*args)
         return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *raised):
+        # torch takes modes off their stack during a call; Ctrl-C between that and its `try` leaves
+        # this one off, and taking off another would hide the interrupt behind a RuntimeError
+        if any(mode is self for mode in _get_current_function_mode_stack()):
+            super().__exit__(*raised)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

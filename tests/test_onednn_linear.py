@@ -1,10 +1,14 @@
 """Linear layers through oneDNN: the same results, and only where they can be had."""
 
+import contextlib
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from perceptiondlm import onednn_linear
 from perceptiondlm.onednn_linear import OneDNNLinear, fastest_linear, padded_rows
+from torch.overrides import _get_current_function_mode_stack
 
 
 @pytest.fixture
@@ -109,3 +113,23 @@ def test_other_devices_and_builds_have_no_context_of_their_own(monkeypatch):
     assert not isinstance(fastest_linear(torch.device("cuda")), OneDNNLinear)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not isinstance(fastest_linear(torch.device("cpu")), OneDNNLinear)
+
+
+@pytest.mark.parametrize("outer", [contextlib.nullcontext, lambda: torch.device("cpu")])
+def test_an_interrupt_inside_torch_reaches_the_caller(outer):
+    def interrupt(frame, event, _):
+        if event == "return" and frame.f_code.co_name == "_pop_mode":
+            raise KeyboardInterrupt  # the mode is off torch's stack and not yet to be put back
+        return interrupt
+
+    x, before = torch.randn(20, 256), sys.gettrace()
+    with outer():
+        modes = _get_current_function_mode_stack()
+        try:
+            with pytest.raises(KeyboardInterrupt), fastest_linear(x.device):
+                sys.settrace(interrupt)
+                F.layer_norm(x, (256,))
+        finally:
+            sys.settrace(before)
+        assert _get_current_function_mode_stack() == modes
+    assert not _get_current_function_mode_stack()
