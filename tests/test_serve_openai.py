@@ -235,10 +235,10 @@ def test_a_full_queue_answers_429_with_retry_after(captioner):
                 httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30)
             )
         )
-        thread.start()
-        while engine.queue_length == 0:
-            time.sleep(0.02)
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            thread.start()
+            while engine.queue_length == 0:
+                time.sleep(0.02)
             with pytest.raises(openai.RateLimitError) as refusal:
                 ask(client, user(image_part(PICTURE)), extra=SHORT | {"masks": [[5, 5, 30, 30]]})
         assert int(refusal.value.response.headers["retry-after"]) >= 1
