@@ -259,7 +259,7 @@ def render_scene(seed: int, split: str = "train") -> Scene:
 
     The same seed and split give the same bits (for one version of numpy); the splits draw from
     separate random streams, and in training more of what is hard (`ASPECT_SHARES`,
-    `LARGE_SHARES`).
+    `WIDE_SHARES`, `LARGE_SHARES`).
 
     Raises:
         ValueError: a negative seed, or a split that is not in `SPLITS`.
