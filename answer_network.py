@@ -132,6 +132,11 @@ class AnswerNetwork:
         """Logits (B, N, V) at `columns` int64 (B, N) of the answer, given its ids (B, A)."""
         return self.step(answer_ids, columns, self._recomputes(step))
 
+    @property
+    def depends_on_step(self) -> bool:
+        """Whether logits depend on when the prompt was last computed, not on the answer alone."""
+        return self.prompt is not None and self.refresh_interval != 1
+
     def _recomputes(self, step: int) -> bool:
         if self.prompt is None:
             return False

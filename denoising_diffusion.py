@@ -33,12 +33,12 @@ class Prediction:
     """What one forward pass says about every answer position.
 
     Attributes:
-        logits: (B, G, n, V), float32 or float64, filtered.
+        logits: (B, G, n, V), float32 or float64, filtered; None where no rule reads them.
         tokens: int64 (B, G, n), the candidate of each position.
         confidence: float64 (B, G, n), by which positions are ranked.
     """
 
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     tokens: torch.Tensor
     confidence: torch.Tensor
 
@@ -66,6 +66,11 @@ class Sampler:
     remasking: str = "low_confidence"
     banned: torch.Tensor | None = None
     generator: torch.Generator | None = None
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether the same logits always give the same prediction."""
+        return self.temperature == 0 and self.remasking != "random"
 
     def __call__(self, logits: torch.Tensor) -> Prediction:
         """Prediction from logits (B, G, n, V) of any float type."""
@@ -124,11 +129,13 @@ class Rule(Protocol):
     """Which positions are committed, or masked again, after each prediction.
 
     `steps` is the most predictions the rule takes; `adaptive` says that it may finish earlier, so
-    that the loop looks (one host synchronisation a step). `commit` returns the next state.
+    that the loop looks (one host synchronisation a step); `uses_logits` that it reads more of a
+    prediction than candidates and their confidence. `commit` returns the next state.
     """
 
     steps: int
     adaptive: bool
+    uses_logits: bool
 
     def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
         """State after prediction number `step` (0-based)."""
@@ -153,15 +160,17 @@ def largest(values: torch.Tensor, eligible: torch.Tensor, count) -> torch.Tensor
 class JointRemasking:
     """The released region rule: fill everything, then re-mask the least confident.
 
-    After step s of S, `int(N (S - 1 - s) / S)` positions of lowest confidence are masked again,
-    committed or not; a position filled with the mask token itself is still masked. `scope` "image"
-    ranks the N positions of all captions of a pass together; "region" ranks each caption's own, so
-    that captions do not influence each other.
+    After step s of S, exactly the `int(N (S - 1 - s) / S)` positions of lowest confidence are
+    masked again, committed or not. The mask token is committed like any other: a position filled
+    with it is filled anew only when its confidence puts it among those. `scope` "image" ranks the
+    N positions of all captions of a pass together; "region" ranks each caption's own, so that
+    captions do not influence each other.
     """
 
     steps: int
     scope: str = "image"
     adaptive = False
+    uses_logits = False
 
     def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
         shape = state.tokens.shape
@@ -171,8 +180,7 @@ class JointRemasking:
         count = (total * ((self.steps - 1 - step) / self.steps)).long()
         least = ranks(prediction.confidence.view(joint).masked_fill(~valid, torch.inf)) < count
         tokens = torch.where(state.masked, prediction.tokens, state.tokens)
-        refused = state.valid & (tokens == mask_token_id)
-        masked = (least & valid).view(shape) | refused
+        masked = (least & valid).view(shape)
         return replace(state, tokens=tokens.masked_fill(masked, mask_token_id), masked=masked)
 
 
@@ -194,6 +202,7 @@ class BlockCommit:
     blocks: int
     retry_masks: bool = False
     adaptive = False
+    uses_logits = False
 
     def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
         steps = self.steps // self.blocks
@@ -290,6 +299,7 @@ class Adaptive:
     eot_token_id: int | None = None
     verify: float | None = None
     adaptive = True
+    uses_logits = True
 
     def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
         eligible = in_first_block(state.masked, self.block_length)
@@ -332,6 +342,10 @@ class StopAt:
     def steps(self) -> int:
         return self.rule.steps
 
+    @property
+    def uses_logits(self) -> bool:
+        return self.rule.uses_logits
+
     def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
         before = before_stop(state, self.sequences)
         visible = replace(state, masked=state.masked & before)
@@ -367,6 +381,40 @@ def finished(rule: Rule, state: State) -> torch.Tensor:
     return ~state.masked.flatten(1).any(1)
 
 
+class Memory:
+    """What the network said of each state that a row has been in.
+
+    With more steps than positions, rows come back to states that they were in before; those
+    predictions are taken again instead of run again.
+    """
+
+    def __init__(self, batch: int):
+        self.rows = [{} for _ in range(batch)]
+
+    def unseen(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Bool (B,): rows whose tokens (B, G, n) have no prediction yet."""
+        known = [key in row for key, row in zip(_keys(tokens), self.rows, strict=True)]
+        return ~torch.tensor(known, device=tokens.device)
+
+    def add(self, tokens: torch.Tensor, prediction: Prediction):
+        """Keeps the prediction made from tokens (B, G, n), without its logits."""
+        said = zip(prediction.tokens, prediction.confidence, strict=True)
+        for row, key, one in zip(self.rows, _keys(tokens), said, strict=True):
+            row.setdefault(key, one)
+
+    def prediction(self, tokens: torch.Tensor) -> Prediction:
+        """The prediction kept for tokens (B, G, n); for a row without one, which has finished and
+        will not change, any of its others."""
+        keyed = zip(self.rows, _keys(tokens), strict=True)
+        said = [row[key] if key in row else next(iter(row.values())) for row, key in keyed]
+        candidates, confidence = map(torch.stack, zip(*said, strict=True))
+        return Prediction(None, candidates, confidence)
+
+
+def _keys(tokens: torch.Tensor) -> list[bytes]:
+    return [row.tobytes() for row in tokens.cpu().numpy()]
+
+
 def denoise(
     predict: Callable[[torch.Tensor, int], torch.Tensor],
     state: State,
@@ -374,29 +422,43 @@ def denoise(
     sampler: Sampler,
     mask_token_id: int,
     on_step: Callable[[int, State], None] | None = None,
+    depends_on_step: bool = True,
 ) -> tuple[State, torch.Tensor]:
-    """Runs the loop; returns the last state and each pass's forward passes, int64 (B,).
+    """Runs the loop; returns the last state and each row's forward passes, int64 (B,).
 
-    `predict(tokens, step)` gives logits (B, G, n, V) of all answer positions. A pass that has
-    finished is left as it is while others of its batch go on. Whether one has is looked at only
-    where it can finish early: by an adaptive rule, or with more steps than positions.
+    Args:
+        predict: gives logits (B, G, n, V) of all response positions from tokens and a step number.
+        on_step: called with a step's number and the new state, where it ran a forward pass or
+            changed the state.
+        depends_on_step: whether the same tokens may get other logits at another step. If not, and
+            the choice is not random, no state is shown to the network twice.
     """
-    may_finish_early = rule.adaptive or rule.steps > state.tokens.shape[-1]
-    B = state.tokens.shape[0]
+    B, _, n = state.tokens.shape
     forwards = torch.zeros(B, dtype=torch.int64, device=state.tokens.device)
+    may_finish_early = rule.adaptive or rule.steps > n
+    may_repeat = not depends_on_step and sampler.is_deterministic and not rule.uses_logits
+    memory = Memory(B) if may_repeat and rule.steps > n else None
+
     for step in range(rule.steps):
-        done = finished(rule, state) if may_finish_early else None
-        if done is not None and bool(done.all()):
+        done = finished(rule, state) if may_finish_early else forwards.new_zeros(B).bool()
+        if may_finish_early and bool(done.all()):
             break
-        prediction = sampler(predict(state.tokens, step))
+
+        # Predict, unless the network has seen all of this before.
+        needed = ~done if memory is None else ~done & memory.unseen(state.tokens)
+        runs = memory is None or bool(needed.any())
+        if runs:
+            prediction = sampler(predict(state.tokens, step))
+            forwards += needed
+        if memory is not None:
+            if runs:
+                memory.add(state.tokens, prediction)
+            prediction = memory.prediction(state.tokens)
+
+        # Commit. A row that has finished is left as it is while others of its batch go on.
         proposed = rule.commit(step, prediction, state, mask_token_id)
-        if done is None:
-            state = proposed
-            forwards += 1
-        else:
-            state = _keep_finished(done, state, proposed)
-            forwards += ~done
-        if on_step is not None:
+        before, state = state, _keep_finished(done, state, proposed)
+        if on_step is not None and (runs or not torch.equal(before.tokens, state.tokens)):
             on_step(step, state)
     return state, forwards
 

@@ -12,6 +12,7 @@ from .denoising_diffusion import Sampler, State, StopAt, denoise
 from .generation_options import DiffusionOptions
 from .image_loading import describe
 from .onednn_linear import fastest_linear
+from .processing_perceptiondlm import PerceptionDLMProcessor
 
 
 @dataclass
@@ -75,8 +76,8 @@ class DiffusionGenerationMixin:
                 passes. Masks as `load_mask` takes them.
             prompts: a question or a list of them; with masks, the instruction.
             inputs: instead of the above, what the processor made (say, from a conversation) with
-                the masked answer in it. Captions then come in the order of the masks given if the
-                processor was called with `return_region_orders=True`, else the largest first.
+                the masked answer in it. Captions come in the order of the masks given to the
+                processor.
             processor: defaults to the one saved beside the weights. With `inputs` it only decodes
                 the texts, which are None where there is none.
             callback: called after each step with its number and the token ids, nested as in the
@@ -86,10 +87,14 @@ class DiffusionGenerationMixin:
         Returns a `DiffusionOutput`. Raises ValueError for inputs or options that do not fit, and
         FileNotFoundError where no processor is saved beside the weights.
         """
-        chosen = DiffusionOptions.build(self.config.generation_defaults, options)
+        is_region = masks is not None or (inputs is not None and "boxes" in inputs)
+        task = "captions" if is_region else "answers"
         if inputs is not None:
             if images is not None or masks is not None or prompts is not None:
                 raise ValueError("expected `inputs` or images, masks and prompts, got both")
+            options = self._with_length_of(inputs, task, options)
+        chosen = DiffusionOptions.build(self.config.generation_defaults, options, task)
+        if inputs is not None:
             processor = processor or self._processor_if_saved()
             return self._generate_inputs(inputs, processor, chosen, callback)
         processor = processor or self._saved_processor()
@@ -124,9 +129,8 @@ class DiffusionGenerationMixin:
                 masks=[[masks[p.image][k] for k in p.masks] for p in batch],
                 prompts=[p or processor.region_instruction for p in own],
                 caption_length=options.caption_length,
-                return_region_orders=True,
             )
-            orders += inputs.pop("region_orders")
+            orders += orders_of(inputs)
             banned = tuple(options.banned_token_ids or ())
             runs.append((inputs, rule, banned))
 
@@ -154,23 +158,36 @@ class DiffusionGenerationMixin:
             )
         return self._run(runs, lambda rows: rows, processor, options, callback)
 
-    def _generate_inputs(self, inputs, processor, options, callback):
-        inputs = dict(inputs)
-        orders = inputs.pop("region_orders", None)
+    def _with_length_of(self, inputs, task: str, options: dict) -> dict:
+        """Options with the response length that prepared inputs have; refuses another, and what
+        cannot apply to a batch that is made already."""
+        if options.get("batch_size") is not None:
+            raise ValueError(
+                "expected no batch_size with `inputs`, which are one batch,"
+                f" got {options['batch_size']!r}"
+            )
         length = _answer_length(inputs, self.config.mask_token_id)
-        is_region = "boxes" in inputs
-        if is_region:
+        name = "caption_length" if task == "captions" else "max_new_tokens"
+        if options.get(name, length) not in (None, length):
+            raise ValueError(
+                f"expected no {name}, or the {length} masked positions of `inputs`,"
+                f" got {options[name]!r}"
+            )
+        return options | {name: length}
+
+    def _generate_inputs(self, inputs, processor, options, callback):
+        orders = orders_of(inputs)
+        if "boxes" in inputs:
             scope = "region" if self.config.region_layout == "independent" else "image"
-            options = dataclasses.replace(options, caption_length=length)
             rule = options.region_rule(scope, self.config.eot_token_id)
             settings = (rule, tuple(options.banned_token_ids or ()))
         else:
-            settings = self._answer_settings(length, processor, options)
+            settings = self._answer_settings(options.max_new_tokens, processor, options)
 
         def nest(rows: list) -> list:
             return rows if orders is None else in_given_order(rows, orders)
 
-        return self._run([(inputs, *settings)], nest, processor, options, callback)
+        return self._run([(dict(inputs), *settings)], nest, processor, options, callback)
 
     def _answer_settings(self, length: int, processor, options):
         rule = options.answer_rule(length, self.config.eot_token_id)
@@ -239,7 +256,13 @@ class DiffusionGenerationMixin:
             listener(step, rows_of(state))
 
         state, forwards = denoise(
-            predict, state, rule, sampler, self.config.mask_token_id, on_step if listener else None
+            predict,
+            state,
+            rule,
+            sampler,
+            self.config.mask_token_id,
+            on_step if listener else None,
+            network.depends_on_step,
         )
         return rows_of(state), int(forwards.sum())
 
@@ -248,11 +271,9 @@ class DiffusionGenerationMixin:
             source = self.__dict__.get("_source")
             if source is None:
                 raise ValueError("expected `processor`: this model was not loaded from a folder")
-            from transformers import AutoProcessor
-
             path, options = source
             try:
-                loaded = AutoProcessor.from_pretrained(path, trust_remote_code=True, **options)
+                loaded = PerceptionDLMProcessor.from_pretrained(path, **options)
             except (OSError, ValueError) as error:  # transformers raises either
                 place = Path(path) / options.get("subfolder", "")
                 raise FileNotFoundError(
@@ -307,6 +328,15 @@ def in_given_order(rows: list[list], orders: Sequence[Sequence[int]]) -> list[li
         [captions[order.index(k)] for k in range(len(order))]
         for captions, order in zip(rows, orders, strict=False)
     ]
+
+
+def orders_of(inputs) -> list[list[int]] | None:
+    """Mask indices of each row's regions, from the processor's `region_orders` (B, R), which is
+    padded with -1; None where the inputs hold none."""
+    orders = inputs.get("region_orders")
+    if orders is None:
+        return None
+    return [[k for k in row if k >= 0] for row in orders.tolist()]
 
 
 def _answer_length(inputs: dict, mask_token_id: int) -> int:

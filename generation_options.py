@@ -10,6 +10,13 @@ from .denoising_diffusion import Adaptive, BlockCommit, JointRemasking, Rule, ac
 
 REMASKING = ("low_confidence", "random")
 
+# Options that one of the two tasks has no use for, and the task that has.
+TASK_OPTIONS = {
+    "caption_length": "captions",
+    "max_new_tokens": "answers",
+    "block_length": "answers",
+}
+
 
 @dataclass(frozen=True)
 class DiffusionOptions:
@@ -61,15 +68,29 @@ class DiffusionOptions:
     return_history: bool = False
 
     @classmethod
-    def build(cls, defaults: dict, options: dict) -> "DiffusionOptions":
-        """Options over a checkpoint's defaults; ValueError names an option there is none of."""
+    def build(cls, defaults: dict, options: dict, task: str | None = None) -> "DiffusionOptions":
+        """Merges call options over the checkpoint's defaults.
+
+        `task` is "captions" or "answers"; None: not known yet. A checkpoint's defaults for the
+        other task are left out. Raises ValueError for unknown names, and for an option of the
+        other task.
+        """
         names = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(defaults | options) - names)
         if "input_ids" in unknown:
             raise ValueError("expected what the processor made as `inputs=...`, got it as keywords")
         if unknown:
             raise ValueError(f"expected options among {sorted(names)}, got {unknown}")
-        return cls(**(defaults | options))
+        if task is None:
+            return cls(**(defaults | options))
+
+        for name in sorted(set(options) - set(options_for(task, options))):
+            if options[name] is not None:
+                raise ValueError(
+                    f"expected no {name} for {task}, got {options[name]!r}:"
+                    f" it is an option of {TASK_OPTIONS[name]}"
+                )
+        return cls(**options_for(task, defaults | options))
 
     def __post_init__(self):
         for name in ("caption_length", "max_new_tokens"):
@@ -107,11 +128,6 @@ class DiffusionOptions:
     def region_rule(self, scope: str, eot_token_id: int | None) -> Rule:
         """The rule for captions; `scope` is what re-masking ranks together."""
         steps = self.steps or self.caption_length
-        if self.block_length not in (None, self.caption_length):
-            raise ValueError(
-                f"expected no block_length for captions, or the caption_length"
-                f" {self.caption_length}, got {self.block_length}"
-            )
         if self.adaptive is None:
             return JointRemasking(steps, scope)
         return self._adaptive(steps, self.caption_length, eot_token_id)
@@ -132,6 +148,12 @@ class DiffusionOptions:
     def _adaptive(self, steps: int, block: int, eot_token_id: int | None) -> Rule:
         accept = accept_rule(self.adaptive, self.adaptive_value)
         return Adaptive(steps, accept, block, eot_token_id, self.adaptive_verify)
+
+
+def options_for(task: str, options: dict) -> dict:
+    """Leaves out of options meant for both tasks those that "captions" or "answers" have no use
+    for."""
+    return {k: v for k, v in options.items() if TASK_OPTIONS.get(k, task) == task}
 
 
 def _expect_integer(name: str, value, least: int, optional: bool = False):

@@ -5,6 +5,7 @@ prompts, K regions of the batch, C vision width, D text width, h w rows and colu
 vocabulary.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -138,15 +139,23 @@ class PerceptionDLMForConditionalGeneration(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; remembers where the processor is to be found."""
-        names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "code_revision")
+        """Loads as in transformers, and remembers where the processor is: the folder's absolute
+        path, or the Hub id at the revision that the weights are of."""
+        names = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
         options = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
-        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        if isinstance(model, tuple):  # output_loading_info=True
-            model[0]._source = (pretrained_model_name_or_path, options)
-        elif pretrained_model_name_or_path is not None:
-            model._source = (pretrained_model_name_or_path, options)
-        return model
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is None:
+            return loaded
+
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
+        place = os.fspath(pretrained_model_name_or_path)
+        commit = getattr(model.config, "_commit_hash", None)
+        if os.path.isdir(place):
+            place = os.path.abspath(place)
+        elif commit is not None:
+            options["revision"] = commit
+        model._source = (place, options)
+        return loaded
 
     def encode_images(self, pixel_values, region_patches=None) -> torch.Tensor:
         """Visual features (T, cells, D) of tiles (T, 3, S, S).
@@ -264,6 +273,7 @@ class PerceptionDLMForConditionalGeneration(
         region_patches: torch.BoolTensor | None = None,
         boxes: torch.FloatTensor | None = None,
         box_images: torch.LongTensor | None = None,
+        region_orders: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         timesteps: torch.FloatTensor | None = None,
         noise: torch.FloatTensor | None = None,
@@ -277,6 +287,7 @@ class PerceptionDLMForConditionalGeneration(
         Args:
             input_ids ... box_images: what the processor makes; positions default to 0, 1, 2, ...
                 over what is not padding, structure to none.
+            region_orders: not used here; `diffusion_generate` reads it.
             labels: int (B, L), -100 where there is nothing to learn. Labelled positions are
                 masked with probability p = (1 - eps) t + eps.
             timesteps: t in [0, 1], float (B,); noise: uniform draws, float (B, L), a position is
@@ -322,6 +333,8 @@ class PerceptionDLMForConditionalGeneration(
         return output if self._wants(return_dict, "return_dict") else output.to_tuple()
 
     def _wants(self, flag: bool | None, name: str) -> bool:
+        if not isinstance(flag, (bool, type(None))):
+            raise ValueError(f"expected {name} True or False, got {flag!r}")
         return flag if flag is not None else bool(getattr(self.config, name))
 
 

@@ -7,7 +7,9 @@ and answers on the right, so that every answer starts in the same column.
 
 from collections.abc import Sequence
 
-from transformers import BatchFeature, ProcessorMixin
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from .configuration_perceptiondlm import (
     NO_REGION,
@@ -83,6 +85,18 @@ class PerceptionDLMProcessor(ProcessorMixin):
         self.region_instruction = region_instruction
 
     @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path, processor_dict=None, trust_remote_code=None, **kwargs
+    ):
+        """Loads the parts by the classes of this package: a repository's own code, for which the
+        auto classes would ask, is not needed and never run."""
+        place = pretrained_model_name_or_path
+        return [
+            PerceptionDLMImageProcessor.from_pretrained(place, **kwargs),
+            PreTrainedTokenizerFast.from_pretrained(place, **kwargs),
+        ]
+
+    @classmethod
     def from_config(cls, config: PerceptionDLMConfig, tokenizer, **options):
         """The processor that fits a model of `config`; `options` override its own defaults."""
         processor = cls(PerceptionDLMImageProcessor(), tokenizer, **options)
@@ -116,7 +130,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         captions=None,
         answers: str | list[str] | None = None,
         add_special_tokens: bool = False,
-        return_region_orders: bool = False,
+        return_region_orders: bool = True,
         padding: bool | str = True,
         return_tensors: str = "pt",
         videos=None,
@@ -137,15 +151,17 @@ class PerceptionDLMProcessor(ProcessorMixin):
             captions: training targets, one text for each mask, in the order of the masks.
             answers: training targets, one text for each prompt.
             add_special_tokens: let the tokenizer add its own (templates already hold theirs).
-            return_region_orders: also give `region_orders`, for each picture the indices of its
-                masks by area, the largest first: the order of its regions in all that is made.
+            return_region_orders: also give `region_orders`, by which `diffusion_generate` returns
+                captions in the order of the masks; False: in that of the regions' areas.
             padding: True or "longest", the only kinds there are.
             return_tensors: "pt", the only kind made.
             videos, audio: passed as None by `apply_chat_template`; anything else is refused.
 
         Returns:
             int64 (B, L): `input_ids`, `attention_mask`, `position_ids`, `region_ids`, `role_ids`,
-            and `labels` with captions or answers; and the image processor's tensors.
+            and `labels` with captions or answers; the image processor's tensors; and, for
+            regions, `region_orders` int64 (B, R), the indices of each picture's masks by area, the
+            largest first, which is their order in the sequence; -1 where there are fewer.
 
         Raises ValueError for inputs that do not fit together.
         """
@@ -165,8 +181,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
         orders = data.pop("region_orders", None)
         has_targets = captions is not None or answers is not None
         data = {**pad_sequences(sequences, self.tokenizer.pad_token_id, has_targets), **data}
-        if return_region_orders:
-            data["region_orders"] = orders
+        if return_region_orders and orders is not None:
+            rows = [torch.tensor(order) for order in orders]
+            data["region_orders"] = pad_sequence(rows, batch_first=True, padding_value=-1)
         return BatchFeature(data)
 
     def _regions(self, images, masks, prompts, caption_length, captions):
@@ -405,6 +422,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Names of the tensors that `__call__` makes."""
         names = ["input_ids", "attention_mask", "position_ids", "region_ids", "role_ids"]
+        names.append("region_orders")
         return names + self.image_processor.model_input_names
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..generation_options import DiffusionOptions
+from ..generation_options import DiffusionOptions, options_for
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor, load_image, load_mask
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
@@ -288,11 +288,12 @@ class RegionCaptioner:
             callback(Step(steps, self._texts(rows, count)))
 
         started = time.perf_counter()
+        task = "captions" if "masks" in inputs else "answers"
         output = self.model.diffusion_generate(
             **inputs,
             processor=self.processor,
             callback=on_step if callback else None,
-            **(self.options | options),
+            **(options_for(task, self.options) | options),
         )
         return output, time.perf_counter() - started
 

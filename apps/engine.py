@@ -17,7 +17,7 @@ from concurrent.futures import CancelledError, Future
 
 from torch import OutOfMemoryError
 
-from ..generation_options import DiffusionOptions
+from ..generation_options import DiffusionOptions, options_for
 from .captioner import RegionCaptioner, Step
 from .serving_jobs import ChatJob, Completion, ForwardCounter, RegionJob, completions
 from .serving_metrics import Metrics
@@ -171,9 +171,9 @@ class Engine:
 
         Raises ValueError for a job or option that does not fit, `QueueFull`, `EngineClosed`.
         """
-        options = self.captioner.options | options
+        options = options_for(job.task, self.captioner.options) | options
         try:
-            prompt_tokens = job.check(self.captioner, self._checked(options))
+            prompt_tokens = job.check(self.captioner, self._checked(options, job.task))
         except ValueError:
             self.metrics.count("invalid")
             raise
@@ -207,11 +207,12 @@ class Engine:
             return object()
         return type(job), tuple(sorted((k, _frozen(v)) for k, v in options.items()))
 
-    def _checked(self, options: dict) -> DiffusionOptions:
+    def _checked(self, options: dict, task: str) -> DiffusionOptions:
         reserved = sorted(set(options) & set(OWN_OPTIONS))
         if reserved:
             raise ValueError(f"expected options that a job may set, got {reserved}")
-        return DiffusionOptions.build(self.captioner.model.config.generation_defaults, options)
+        defaults = self.captioner.model.config.generation_defaults
+        return DiffusionOptions.build(defaults, options, task)
 
     @property
     def queue_length(self) -> int:

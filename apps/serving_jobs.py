@@ -24,6 +24,8 @@ class RegionJob:
     masks: tuple[Image.Image, ...]
     instruction: str | None = None
 
+    task = "captions"
+
     @classmethod
     def build(cls, image, masks: Sequence, instruction: str | None = None) -> "RegionJob":
         """Loads the picture and its masks; ValueError where they do not fit."""
@@ -108,6 +110,7 @@ class ChatJob:
     images: tuple[Image.Image, ...] = ()
 
     count = 1
+    task = "answers"
 
     @classmethod
     def ask(cls, image, question: str) -> "ChatJob":
@@ -157,7 +160,8 @@ class ChatJob:
         options = dict(options)
         options.pop("batch_size")  # the inputs are one batch already
         config, processor = captioner.model.config, captioner.processor
-        length = DiffusionOptions.build(config.generation_defaults, options).max_new_tokens
+        defaults = config.generation_defaults
+        length = DiffusionOptions.build(defaults, options, "answers").max_new_tokens
         inputs = processor(
             [picture for job in jobs for picture in job.images] or None,
             text=[job._text(processor) for job in jobs],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from ..generation_diffusion import plan_passes
-from ..generation_options import DiffusionOptions
+from ..generation_options import DiffusionOptions, options_for
 from ..training.scenes import Scene, render_scene
 from .synthetic_judge import score_answers, score_captions
 from .throughput import Throughput, batch_cost, stop_ids, timed, total_throughput
@@ -134,7 +134,8 @@ def _answer(scenes, options, progress, *, model, processor, batch_size):
 def _generate(model, count: int, **inputs):
     """One call of `diffusion_generate`, and what it took."""
     start = time.perf_counter()
-    result, seconds = timed(model, model.diffusion_generate, **inputs)
+    task = "captions" if "masks" in inputs else "answers"
+    result, seconds = timed(model, model.diffusion_generate, **options_for(task, inputs))
     cost = batch_cost(
         result,
         stop_ids(model.config),

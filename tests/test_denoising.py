@@ -103,6 +103,59 @@ def test_joint_remasking_equals_the_plain_loop(positions, steps):
     assert int(forwards) == calls
 
 
+@pytest.mark.parametrize(("positions", "steps"), [(12, 4), (12, 6), (9, 9), (10, 3)])
+def test_joint_remasking_commits_the_mask_token_like_any_other(positions, steps):
+    """After step s exactly the int(N (S - 1 - s) / S) least confident of N positions are filled
+    anew; any other keeps its token, the mask token too."""
+    noise = Noise(seed=positions + steps)
+
+    def prefers_masks(tokens, step):
+        logits = noise(tokens, step)
+        logits[..., ::3, MASK] += 9.0 * ((step + tokens.sum()) % 2)
+        return logits
+
+    state, _ = run(prefers_masks, blank(1, positions), JointRemasking(steps))
+    tokens, filled_anew = [MASK] * positions, list(range(positions))
+    for step in range(steps):
+        probabilities = prefers_masks(torch.tensor([[tokens]]), step)[0, 0].double().softmax(-1)
+        for i in filled_anew:
+            tokens[i] = int(probabilities[i].argmax())
+        count = int(positions * ((steps - 1 - step) / steps))
+        by_confidence = sorted(range(positions), key=lambda i: float(probabilities[i].max()))
+        filled_anew = by_confidence[:count]
+        for i in filled_anew:
+            tokens[i] = MASK
+    assert MASK in tokens
+    assert state.tokens.flatten().tolist() == tokens
+
+
+@pytest.mark.parametrize("rule", [JointRemasking(200), BlockCommit(200, 6, 1, retry_masks=True)])
+def test_no_state_is_shown_to_the_network_twice_where_steps_do_not_matter(rule):
+    noise = Noise(seed=3)
+
+    def at_any_step(tokens, step):
+        logits = noise(tokens, 0)
+        logits[..., ::2, MASK] += 4.0
+        return logits
+
+    plain, all_forwards = run(at_any_step, blank(1, 6, batch=2), rule)
+    noise.calls.clear()
+    state, forwards = run(at_any_step, blank(1, 6, batch=2), rule, depends_on_step=False)
+    seen = [tuple(map(tuple, call.flatten(1).tolist())) for call in noise.calls]
+    assert torch.equal(state.tokens, plain.tokens) and torch.equal(state.masked, plain.masked)
+    assert len(set(seen)) == len(seen) < int(all_forwards.max())
+    for row in range(2):
+        assert int(forwards[row]) == len({call[row] for call in seen})
+
+
+def test_every_step_is_run_where_the_choice_is_drawn():
+    sampler = Sampler(temperature=1.0, generator=torch.Generator().manual_seed(0))
+    _, forwards = run(
+        fixed([[0.5, 0.4, 0.3]]), blank(1, 3), JointRemasking(9), sampler, depends_on_step=False
+    )
+    assert int(forwards) == 7
+
+
 def test_joint_remasking_stops_when_nothing_is_masked():
     """4 positions and 32 steps: int(4 (31 - s) / 32) is 0 from step 24 on."""
     state, forwards = run(Noise(1), blank(1, 4), JointRemasking(32))

@@ -1,5 +1,6 @@
 """`diffusion_generate`, against a plain implementation that computes everything at every step."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -46,8 +47,59 @@ def test_captions_equal_the_plain_ones(make, picture, blobs, case, layout):
     assert out.texts == [[processor.decode_answer(ids) for ids in expected]]
     ranked = length if layout == INDEPENDENT else count * length
     forwards = next(s + 1 for s in range(steps) if int(ranked * ((steps - 1 - s) / steps)) == 0)
-    assert out.num_forwards == forwards  # it stops when nothing is masked
-    assert out.tokens_per_forward == count * length / forwards
+    assert out.num_forwards <= forwards  # it stops when nothing is masked
+    assert steps > ranked or out.num_forwards == forwards
+    assert out.tokens_per_forward == count * length / out.num_forwards
+
+
+def loving_masks(make, **changes):
+    """A model that often finds the mask token the likeliest, and its processor."""
+    model, processor = make(seed=4, **changes)
+    model = copy.deepcopy(model)
+    head = model.language_model.lm_head.weight.data
+    head[model.config.mask_token_id] *= 4
+    return model, processor
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
+@pytest.mark.parametrize("steps", [2, 4, 6])
+def test_captions_commit_the_mask_token_like_any_other(make, scene, layout, steps):
+    model, processor = loving_masks(make, **layout)
+    image, masks = scene((61, 47), 3)
+    regions = reference.Regions(reference.Network(model), image, masks)
+    expected = reference.caption_regions(regions, processor.tokenizer, 6, steps)
+    out = model.diffusion_generate(image, masks, processor=processor, caption_length=6, steps=steps)
+    assert model.config.mask_token_id in sum(expected, [])
+    assert out.token_ids == [expected]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
+@pytest.mark.parametrize("cache", [None, 3], ids=["exact", "cached"])
+def test_steps_that_cannot_change_anything_cost_no_forward_pass(make, scene, layout, cache):
+    """Every prediction taken again must be what the network would have said."""
+    model, processor = make(seed=1, **layout)
+    image, masks = scene((61, 47), 2)
+    seen = []
+    given = dict(processor=processor, caption_length=5, steps=100, prompt_cache=cache)
+    out = model.diffusion_generate(image, masks, callback=lambda *now: seen.append(now), **given)
+    if cache is None:
+        regions = reference.Regions(reference.Network(model), image, masks)
+        expected = reference.caption_regions(regions, processor.tokenizer, 5, 100)
+        assert out.token_ids == [expected]
+        assert out.num_forwards < 30
+    assert seen[-1][1] == out.token_ids
+    drawn = model.diffusion_generate(image, masks, temperature=0.1, seed=0, **given)
+    assert drawn.num_forwards > 50  # a new draw may change it at any step
+
+
+def test_a_batch_counts_forward_passes_as_its_rows_alone_do(make, scene):
+    model, processor = make(seed=1)
+    scenes = [scene((61, 47), 2), scene((40, 40), 3, seed=5)]
+    given = dict(processor=processor, caption_length=4, steps=60)
+    alone = [model.diffusion_generate(*one, **given) for one in scenes]
+    both = model.diffusion_generate(*map(list, zip(*scenes, strict=True)), **given)
+    assert both.token_ids == [out.token_ids[0] for out in alone]
+    assert both.num_forwards == sum(out.num_forwards for out in alone)
 
 
 def test_equal_areas_keep_the_given_order(make, picture):
@@ -239,15 +291,21 @@ def test_prepared_questions_equal_prompts(make, picture):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
-def test_prepared_regions_equal_regions_in_area_or_given_order(make, scene, layout):
+def test_prepared_regions_come_in_the_order_of_the_masks_unless_told_otherwise(make, scene, layout):
     model, processor = make(**layout)
     image, masks = scene((61, 47), 4)
-    inputs = processor(image, masks=masks, caption_length=5, return_region_orders=True)
+    inputs = processor(image, masks=masks, caption_length=5)
     seen = []
-    given = model.diffusion_generate(inputs=inputs, processor=processor, steps=5,
-                                     callback=lambda step, ids: seen.append(ids))
-    (order,) = inputs.pop("region_orders")
+    given = model.diffusion_generate(
+        inputs=inputs,
+        processor=processor,
+        steps=5,
+        callback=lambda step, ids: seen.append(ids),
+    )
+    (order,) = inputs["region_orders"].tolist()
+    assert order == sorted(range(4), key=lambda k: -int((np.asarray(masks[k]) != 0).sum()))
     assert order != [0, 1, 2, 3]
+    inputs = processor(image, masks=masks, caption_length=5, return_region_orders=False)
     prepared = model.diffusion_generate(inputs=inputs, processor=processor, steps=5)
     direct = model.diffusion_generate(image, masks, processor=processor, caption_length=5, steps=5)
     assert prepared.token_ids[0] == [direct.token_ids[0][k] for k in order]
@@ -618,6 +676,73 @@ def test_prepared_inputs_are_decoded_by_the_saved_processor(make, picture, tmp_p
     processor.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.diffusion_generate(inputs=inputs).texts == expected.texts
+
+
+def test_the_processor_is_found_from_another_folder_than_the_model_was_loaded_in(
+    make, picture, tmp_path, monkeypatch
+):
+    model, processor = make()
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    loaded = type(model).from_pretrained("saved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert loaded.diffusion_generate(picture(40, 40), prompts="What?", max_new_tokens=2).texts
+
+
+def test_a_model_loaded_by_its_class_runs_no_code_of_the_folder(make, picture, tmp_path):
+    model, processor = make()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for module in tmp_path.glob("*.py"):
+        module.write_text("raise SystemExit('code of the folder was run')")
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.diffusion_generate(picture(40, 40), prompts="What?", max_new_tokens=2).texts
+    assert type(type(processor).from_pretrained(tmp_path)) is type(processor)
+
+
+@pytest.mark.parametrize(
+    ("images", "options"),
+    [
+        ("masks", {"max_new_tokens": 4}),
+        ("masks", {"block_length": 4}),
+        ("masks", {"block_length": 4, "caption_length": 4}),
+        ("question", {"caption_length": 4}),
+        ("inputs", {"max_new_tokens": 4}),
+        ("inputs", {"caption_length": 9}),
+        ("inputs", {"batch_size": 1}),
+    ],
+)
+def test_an_option_of_the_other_task_is_refused(make, scene, images, options):
+    model, processor = make()
+    image, masks = scene((61, 47), 2)
+    given = {
+        "masks": {"images": image, "masks": masks},
+        "question": {"images": image, "prompts": "What?"},
+        "inputs": {"inputs": processor(image, masks=masks, caption_length=4)},
+    }[images]
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"expected no {name}"):
+        model.diffusion_generate(**given, processor=processor, **options)
+
+
+def test_a_checkpoints_defaults_for_the_other_task_are_left_out(make, scene):
+    model, processor = make(
+        generation_defaults={"caption_length": 4, "max_new_tokens": 6, "block_length": 3}
+    )
+    image, masks = scene((61, 47), 2)
+    caption = model.diffusion_generate(image, masks, processor=processor)
+    answer = model.diffusion_generate(image, prompts="What?", processor=processor)
+    assert len(caption.token_ids[0][0]) == 4 and len(answer.token_ids[0][0]) == 6
+
+
+@pytest.mark.parametrize("flag", ["output_hidden_states", "return_dict"])
+def test_a_flag_that_is_no_flag_is_refused(make, scene, flag):
+    model, processor = make()
+    inputs = processor(scene((61, 47), 1)[0], prompts="What?", max_new_tokens=2)
+    with pytest.raises(ValueError, match=f"expected {flag} True or False"):
+        model(**inputs, **{flag: [0, 2]})
 
 
 def test_a_released_region_model_captions_a_photograph(load):

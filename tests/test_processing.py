@@ -132,8 +132,16 @@ def test_every_input_is_a_tensor_of_the_kind_the_model_takes(processor, image, m
         "region_patches": torch.bool,
         "boxes": torch.float32,
         "box_images": torch.int64,
+        "region_orders": torch.int64,
     }
     assert set(kinds) == set(processor.model_input_names)
+
+
+def test_region_orders_of_a_batch_are_padded_with_minus_one(processor, image, masks):
+    both = processor([image, image], masks=[masks, masks[:1]])["region_orders"]
+    alone = processor(image, masks=masks)["region_orders"]
+    assert both.tolist() == [alone[0].tolist(), [0] + [-1] * (len(masks) - 1)]
+    assert "region_orders" not in processor(image, masks=masks, return_region_orders=False)
 
 
 # Questions and conversations.
