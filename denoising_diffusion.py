@@ -6,10 +6,11 @@ read off token ids.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 
@@ -48,6 +49,34 @@ class Prediction:
         return -(log_probs.exp() * log_probs.masked_fill(log_probs.isinf(), 0)).sum(-1)
 
 
+class RowNoise:
+    """Uniform draws in which each row has a generator of its own, so that what a row draws does
+    not depend on the rows beside it.
+
+    Args:
+        seed: of the whole call.
+        keys: what tells each row from all others of the call, whole numbers.
+        counts: each row's groups of response positions; what only pads the batch draws nothing.
+        device: on which to draw.
+    """
+
+    def __init__(self, seed: int, keys: Sequence[tuple[int, ...]], counts: Sequence[int], device):
+        self.counts = counts
+        self.generators = []
+        for key in keys:
+            (own,) = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)
+            self.generators.append(torch.Generator(device).manual_seed(int(own)))
+
+    def __call__(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Draws from [0, 1) in the given shape (B, G, ...); 0.5 for groups that pad."""
+        device = self.generators[0].device
+        drawn = torch.full(shape, 0.5, dtype=dtype, device=device)
+        for row, (count, generator) in enumerate(zip(self.counts, self.generators, strict=True)):
+            own = (count, *shape[2:])
+            drawn[row, :count] = torch.rand(own, generator=generator, dtype=dtype, device=device)
+        return drawn
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Chooses a candidate and its confidence for each position.
@@ -57,7 +86,7 @@ class Sampler:
         top_k, top_p: keep so many likeliest tokens, or so much probability, before choosing.
         remasking: "low_confidence" (softmax probability of the candidate) or "random".
         banned: int64 (ids,), never chosen.
-        generator: draws the noise.
+        noise: gives uniform draws of a shape and dtype; None: of torch's global generator.
     """
 
     temperature: float = 0.0
@@ -65,7 +94,7 @@ class Sampler:
     top_p: float | None = None
     remasking: str = "low_confidence"
     banned: torch.Tensor | None = None
-    generator: torch.Generator | None = None
+    noise: Callable[[torch.Size, torch.dtype], torch.Tensor] | None = None
 
     @property
     def is_deterministic(self) -> bool:
@@ -80,9 +109,7 @@ class Sampler:
         logits = keep_top_p(keep_top_k(logits, self.top_k), self.top_p)
         tokens = self._choose(logits)
         if self.remasking == "random":
-            confidence = torch.rand(
-                tokens.shape, generator=self.generator, device=logits.device, dtype=torch.float64
-            )
+            confidence = self._uniform(tokens, torch.float64)
         else:
             confidence = probability_of(tokens, logits)
         return Prediction(logits, tokens, confidence)
@@ -90,10 +117,13 @@ class Sampler:
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:
         if self.temperature == 0:
             return logits.argmax(-1)
-        uniform = torch.rand(
-            logits.shape, generator=self.generator, device=logits.device, dtype=logits.dtype
-        )
+        uniform = self._uniform(logits, logits.dtype)
         return (logits - self.temperature * (-uniform.log()).log()).argmax(-1)
+
+    def _uniform(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.noise is None:
+            return torch.rand(like.shape, device=like.device, dtype=dtype)
+        return self.noise(like.shape, dtype)
 
 
 def probability_of(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from .answer_network import AnswerNetwork, answer_slots, prompt_length, rows_of, scatter_valid
-from .denoising_diffusion import Sampler, State, StopAt, denoise
+from .denoising_diffusion import RowNoise, Rule, Sampler, State, StopAt, denoise
 from .generation_options import DiffusionOptions
 from .image_loading import describe
 from .onednn_linear import fastest_linear
@@ -50,6 +51,16 @@ class Pass:
 
     image: int
     masks: list[int]
+
+
+class Run(NamedTuple):
+    """One batch to denoise: the processor's tensors, the rule, ids never produced, and what tells
+    each row from all others of the call."""
+
+    inputs: dict
+    rule: Rule
+    banned: tuple[int, ...]
+    keys: list[tuple[int, int]]
 
 
 class DiffusionGenerationMixin:
@@ -132,7 +143,7 @@ class DiffusionGenerationMixin:
             )
             orders += orders_of(inputs)
             banned = tuple(options.banned_token_ids or ())
-            runs.append((inputs, rule, banned))
+            runs.append(Run(inputs, rule, banned, [(p.image, p.masks[0]) for p in batch]))
 
         def nest(rows: list[list[list[int]]]) -> list[list[list[int]]]:
             nested = [[None] * len(own) for own in masks]
@@ -153,9 +164,8 @@ class DiffusionGenerationMixin:
                 prompts=[prompts[i] for i in batch],
                 max_new_tokens=options.max_new_tokens,
             )
-            runs.append(
-                (inputs, *self._answer_settings(options.max_new_tokens, processor, options))
-            )
+            settings = self._answer_settings(options.max_new_tokens, processor, options)
+            runs.append(Run(inputs, *settings, [(i, 0) for i in batch]))
         return self._run(runs, lambda rows: rows, processor, options, callback)
 
     def _with_length_of(self, inputs, task: str, options: dict) -> dict:
@@ -187,7 +197,9 @@ class DiffusionGenerationMixin:
         def nest(rows: list) -> list:
             return rows if orders is None else in_given_order(rows, orders)
 
-        return self._run([(dict(inputs), *settings)], nest, processor, options, callback)
+        keys = [(i, 0) for i in range(len(inputs["input_ids"]))]
+        runs = [Run(inputs, *settings, keys)]
+        return self._run(runs, nest, processor, options, callback)
 
     def _answer_settings(self, length: int, processor, options):
         rule = options.answer_rule(length, self.config.eot_token_id)
@@ -199,9 +211,9 @@ class DiffusionGenerationMixin:
 
     def _run(self, runs, nest, processor, options, callback) -> DiffusionOutput:
         """Denoises each batch and puts rows back together with `nest`."""
-        generator = options.torch_generator(self.device)
+        seed = options.draw_seed(self.device) if options.is_random else 0
         rows, history, forwards = [], [], 0
-        for inputs, rule, banned in runs:
+        for run in runs:
             finished = list(rows)
 
             def on_step(step: int, answers: list, finished=finished):
@@ -212,16 +224,8 @@ class DiffusionGenerationMixin:
                     callback(step, nested)
 
             listener = on_step if options.return_history or callback is not None else None
-            sampler = Sampler(
-                options.temperature,
-                options.top_k,
-                options.top_p,
-                options.remasking,
-                torch.tensor(banned, device=self.device) if banned else None,
-                generator,
-            )
             with fastest_linear(self.device):
-                answers, count = self._denoise_batch(inputs, rule, sampler, options, listener)
+                answers, count = self._denoise_batch(run, options, seed, listener)
             rows += answers
             forwards += count
         token_ids = nest(rows)
@@ -235,9 +239,10 @@ class DiffusionGenerationMixin:
             texts = _cut_at(texts, options.stop_strings)
         return DiffusionOutput(texts, token_ids, forwards, history)
 
-    def _denoise_batch(self, inputs, rule, sampler, options, listener):
+    def _denoise_batch(self, run: "Run", options, seed: int, listener):
         """Token ids of a batch's answers, a list (groups) of lists for each row, and forwards."""
-        inputs = {k: v.to(self.device) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+        given = {k: v for k, v in run.inputs.items() if isinstance(v, torch.Tensor)}
+        inputs = {k: v.to(self.device) for k, v in given.items()}
         network = AnswerNetwork(
             self, inputs, options.prompt_cache, options.cfg_scale, options.compile
         )
@@ -247,6 +252,15 @@ class DiffusionGenerationMixin:
         flat = columns.view(B, G * n)
         template = network.answer_ids
         valid = state.valid.view(B, G * n)
+        counts = state.valid[..., 0].sum(1).tolist()
+        sampler = Sampler(
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            options.remasking,
+            torch.tensor(run.banned, device=self.device) if run.banned else None,
+            RowNoise(seed, run.keys, counts, self.device) if options.is_random else None,
+        )
 
         def predict(tokens: torch.Tensor, step: int) -> torch.Tensor:
             ids = scatter_valid(template, flat, tokens.view(B, G * n), valid)
@@ -258,7 +272,7 @@ class DiffusionGenerationMixin:
         state, forwards = denoise(
             predict,
             state,
-            rule,
+            run.rule,
             sampler,
             self.config.mask_token_id,
             on_step if listener else None,

@@ -42,7 +42,9 @@ class DiffusionOptions:
             0: never again). None: exact. Means nothing to the independent layout, always cached.
         compile: compile the step with torch.compile, for GPUs; on a CPU it is slower than without.
         batch_size: most passes run together (None: all).
-        seed: makes a run repeatable; or pass `generator`, on the model's device.
+        seed: makes a run repeatable; or pass `generator`. What an image draws follows from the
+            seed and the image's place in the call, so it depends neither on `batch_size` nor on
+            the images beside it.
         return_history: keep the answers after each step.
     """
 
@@ -119,11 +121,19 @@ class DiffusionOptions:
         elif self.adaptive_value is not None or self.adaptive_verify is not None:
             raise ValueError("expected `adaptive` with adaptive_value or adaptive_verify, got None")
 
-    def torch_generator(self, device) -> torch.Generator | None:
-        """The generator given, or a fresh one from the seed."""
-        if self.seed is None:
-            return self.generator
-        return torch.Generator(device).manual_seed(self.seed)
+    @property
+    def is_random(self) -> bool:
+        """Whether anything is drawn."""
+        return self.temperature > 0 or self.remasking == "random"
+
+    def draw_seed(self, device) -> int:
+        """The seed of a whole call: drawn from the generator given, from a fresh one of `seed`,
+        or from torch's own."""
+        generator = self.generator
+        if self.seed is not None:
+            generator = torch.Generator(device).manual_seed(self.seed)
+        at = device if generator is None else generator.device
+        return int(torch.randint(2**63 - 1, (), generator=generator, device=at))
 
     def region_rule(self, scope: str, eot_token_id: int | None) -> Rule:
         """The rule for captions; `scope` is what re-masking ranks together."""

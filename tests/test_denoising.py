@@ -67,6 +67,12 @@ class Noise:
         return torch.stack(rows)
 
 
+def drawn(seed: int):
+    """Uniform draws of one generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape, dtype: torch.rand(shape, generator=generator, dtype=dtype)
+
+
 def run(predict, state, rule, sampler=None, **options):
     return denoise(predict, state, rule, sampler or Sampler(), MASK, **options)
 
@@ -149,7 +155,7 @@ def test_no_state_is_shown_to_the_network_twice_where_steps_do_not_matter(rule):
 
 
 def test_every_step_is_run_where_the_choice_is_drawn():
-    sampler = Sampler(temperature=1.0, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(temperature=1.0, noise=drawn(0))
     _, forwards = run(
         fixed([[0.5, 0.4, 0.3]]), blank(1, 3), JointRemasking(9), sampler, depends_on_step=False
     )
@@ -460,7 +466,7 @@ def test_banned_tokens_are_never_chosen_and_take_no_probability():
 
 def test_temperature_follows_lladas_formula():
     logits = logits_of(1, 2, 5, VOCAB)
-    made = Sampler(temperature=0.7, generator=torch.Generator().manual_seed(3))(logits)
+    made = Sampler(temperature=0.7, noise=drawn(3))(logits)
     uniform = torch.rand(
         logits.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
     )
@@ -472,18 +478,14 @@ def test_temperature_follows_lladas_formula():
 
 def test_temperature_one_samples_the_softmax():
     logits = logits_of(1, 1, 1, 6, scale=1.0)
-    draws = Sampler(temperature=1.0, generator=torch.Generator().manual_seed(0))(
-        logits.expand(1, 1, 20_000, 6)
-    ).tokens
+    draws = Sampler(temperature=1.0, noise=drawn(0))(logits.expand(1, 1, 20_000, 6)).tokens
     counts = torch.bincount(draws.flatten(), minlength=6).numpy()
     expected = logits.flatten().double().softmax(-1).numpy() * 20_000
     assert chisquare(counts, expected).pvalue > 1e-3
 
 
 def test_loud_logits_do_not_overflow():
-    made = Sampler(temperature=1.0, generator=torch.Generator().manual_seed(0))(
-        logits_of(1, 1, 9, VOCAB, scale=1e4)
-    )
+    made = Sampler(temperature=1.0, noise=drawn(0))(logits_of(1, 1, 9, VOCAB, scale=1e4))
     assert bool(made.confidence.isfinite().all())
 
 
@@ -510,10 +512,7 @@ def test_top_p_keeps_the_likeliest_until_they_hold_p(p):
 
 def test_random_confidence_is_uniform_and_repeats():
     made = [
-        Sampler(remasking="random", generator=torch.Generator().manual_seed(s))(
-            logits_of(1, 1, 1000, VOCAB)
-        )
-        for s in (0, 0, 1)
+        Sampler(remasking="random", noise=drawn(s))(logits_of(1, 1, 1000, VOCAB)) for s in (0, 0, 1)
     ]
     assert torch.equal(made[0].confidence, made[1].confidence)
     assert not torch.equal(made[0].confidence, made[2].confidence)

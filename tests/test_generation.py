@@ -595,6 +595,30 @@ def test_a_generator_is_drawn_from_and_the_global_one_is_not(caption):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("hot", [{"temperature": 1.0}, {"remasking": "random"}], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
+def test_what_an_image_draws_does_not_depend_on_its_batch(make, scene, layout, hot):
+    model, processor = make(num_region_prompts=2, **layout)
+    scenes = [scene((61, 47), 3), scene((40, 40), 1, seed=5), scene((90, 61), 2, seed=6)]
+    images, masks = map(list, zip(*scenes, strict=True))
+    given = dict(processor=processor, caption_length=4, seed=3, **hot)
+    whole = model.diffusion_generate(images, masks, **given).token_ids
+    for size in (1, 2, 3):
+        again = model.diffusion_generate(images, masks, batch_size=size, **given)
+        assert again.token_ids == whole
+    alone = model.diffusion_generate(images[:1], masks[:1], **given)
+    assert alone.token_ids == whole[:1]
+    same = model.diffusion_generate(images[:1] * 6, masks[:1] * 6, **given).token_ids
+    assert len(set(map(str, same))) > 1  # each place in the call draws for itself
+    asked = dict(processor=processor, prompts=["What?", "Who?", "Where?"], max_new_tokens=4)
+    answers = model.diffusion_generate([[i] for i in images], seed=3, **asked, **hot).token_ids
+    for size in (1, 2):
+        again = model.diffusion_generate(
+            [[i] for i in images], seed=3, batch_size=size, **asked, **hot
+        )
+        assert again.token_ids == answers
+
+
 def test_history_and_callback_see_every_step_in_the_order_of_the_masks(make, scene):
     model, processor = make(num_region_prompts=2)
     image, masks = scene((61, 47), 3)
