@@ -198,6 +198,11 @@ def answer_slots(
     if not bool(open_.any(1).all()):
         raise ValueError("expected masked answer positions in every row of input_ids, got none")
     groups = int(regions[open_].max()) + 1
+    if int(regions[open_].min()) < 0 or groups > ids.shape[1]:
+        raise ValueError(
+            "expected region_ids of masked positions to count regions from 0,"
+            f" got {sorted(set(regions[open_].tolist()))[:8]}"
+        )
     members = open_[:, None] & (
         regions[:, None] == torch.arange(groups, device=ids.device)[:, None]
     )

@@ -1,11 +1,14 @@
 """What a PerceptionDLM checkpoint is: vision tower, language model, regions, special token ids."""
 
+import functools
+
 from transformers.utils.versions import require_version
 
 # First of all, so that an older version says what it lacks before an import of it fails.
 require_version("transformers>=5.17.0", "PerceptionDLM needs it: pip install -U transformers")
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
+from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig  # noqa: E402
 
 IMAGE_LAYOUTS = ("tiled", "anyres")
@@ -17,9 +20,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_perceptiondlm.PerceptionDLMConfig",
     "AutoImageProcessor": "image_processing_perceptiondlm.PerceptionDLMImageProcessor",
     "AutoModel": "modeling_perceptiondlm.PerceptionDLMForConditionalGeneration",
-    "AutoModelForImageTextToText": (
-        "modeling_perceptiondlm.PerceptionDLMForConditionalGeneration"
-    ),
+    "AutoModelForImageTextToText": ("modeling_perceptiondlm.PerceptionDLMForConditionalGeneration"),
     "AutoProcessor": "processing_perceptiondlm.PerceptionDLMProcessor",
 }
 
@@ -29,6 +30,23 @@ SHARED_REGION = -1  # belongs to every region
 NO_REGION = -2  # belongs to none: seen by no caption
 
 
+def _refuses_as_value_error(config_class):
+    """Makes a configuration that cannot be built a ValueError, whichever part of transformers
+    found that a value has the wrong type."""
+    build = config_class.__init__
+
+    @functools.wraps(build)
+    def __init__(self, *args, **kwargs):
+        try:
+            build(self, *args, **kwargs)
+        except (StrictDataclassError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"expected a valid {config_class.__name__}: {error}") from error
+
+    config_class.__init__ = __init__
+    return config_class
+
+
+@_refuses_as_value_error
 @strict
 class PerceptionDLMTextConfig(LlamaConfig):
     """LLaDA's decoder: Llama's shapes with bidirectional attention (arXiv:2502.09992).
@@ -58,6 +76,7 @@ class PerceptionDLMTextConfig(LlamaConfig):
         super().__post_init__(**kwargs)
 
 
+@_refuses_as_value_error
 @strict
 class PerceptionDLMConfig(PreTrainedConfig):
     """One composite configuration; the defaults are the released 8B region model.
@@ -137,6 +156,18 @@ class PerceptionDLMConfig(PreTrainedConfig):
         _expect_one_of("image_layout", self.image_layout, IMAGE_LAYOUTS)
         _expect_one_of("region_layout", self.region_layout, REGION_LAYOUTS)
         _expect_one_of("roi_convention", self.roi_convention, ROI_CONVENTIONS)
+        vision = self.vision_config
+        _expect_at_least(
+            1,
+            spatial_merge_size=self.spatial_merge_size,
+            anyres_max_tiles=self.anyres_max_tiles,
+            roi_stride=self.roi_stride,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+        )
+        _expect_at_least(
+            0, num_region_prompts=self.num_region_prompts, roi_output_size=self.roi_output_size
+        )
         slots = min(len(self.roi_token_ids), len(self.caption_token_ids))
         if self.num_region_prompts > slots:
             raise ValueError(
@@ -183,6 +214,12 @@ def _sub_config(value, config_class, defaults: dict):
     if isinstance(value, dict):
         return config_class(**value)
     return value
+
+
+def _expect_at_least(least: int, **values: int):
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"expected {name} of at least {least}, got {value}")
 
 
 def _expect_one_of(name: str, value, allowed: tuple[str, ...]):

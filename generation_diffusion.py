@@ -14,6 +14,7 @@ from .generation_options import DiffusionOptions
 from .image_loading import describe
 from .onednn_linear import fastest_linear
 from .processing_perceptiondlm import PerceptionDLMProcessor
+from .token_sequence import check_inputs
 
 
 @dataclass
@@ -98,6 +99,10 @@ class DiffusionGenerationMixin:
         Returns a `DiffusionOutput`. Raises ValueError for inputs or options that do not fit, and
         FileNotFoundError where no processor is saved beside the weights.
         """
+        if inputs is not None:
+            check_inputs(inputs, self.config)
+        if callback is not None and not callable(callback):
+            raise ValueError(f"expected a callable callback, got {describe(callback)}")
         is_region = masks is not None or (inputs is not None and "boxes" in inputs)
         task = "captions" if is_region else "answers"
         if inputs is not None:
@@ -105,6 +110,7 @@ class DiffusionGenerationMixin:
                 raise ValueError("expected `inputs` or images, masks and prompts, got both")
             options = self._with_length_of(inputs, task, options)
         chosen = DiffusionOptions.build(self.config.generation_defaults, options, task)
+        chosen.check_against(self.config)
         if inputs is not None:
             processor = processor or self._processor_if_saved()
             return self._generate_inputs(inputs, processor, chosen, callback)

@@ -9,6 +9,8 @@ import torch
 from .denoising_diffusion import Adaptive, BlockCommit, JointRemasking, Rule, accept_rule
 
 REMASKING = ("low_confidence", "random")
+LARGEST_NUMBER = 1e6  # beyond it logits overflow
+MAX_STEPS = 2**16  # more than any response has positions
 
 # Options that one of the two tasks has no use for, and the task that has.
 TASK_OPTIONS = {
@@ -97,8 +99,9 @@ class DiffusionOptions:
     def __post_init__(self):
         for name in ("caption_length", "max_new_tokens"):
             _expect_integer(name, getattr(self, name), 1)
-        for name in ("steps", "block_length", "top_k", "batch_size"):
+        for name in ("block_length", "top_k", "batch_size"):
             _expect_integer(name, getattr(self, name), 1, optional=True)
+        _expect_integer("steps", self.steps, 1, optional=True, most=MAX_STEPS)
         _expect_integer("prompt_cache", self.prompt_cache, 0, optional=True)
         _expect_number("temperature", self.temperature, 0)
         _expect_number("cfg_scale", self.cfg_scale, 0)
@@ -106,13 +109,19 @@ class DiffusionOptions:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value <= 1):
                 raise ValueError(f"expected {name} in (0, 1], got {value!r}")
-        _expect_integer("seed", self.seed, 0, optional=True)
-        for token in self.banned_token_ids or ():
+        _expect_integer("seed", self.seed, 0, optional=True, most=2**64 - 1)
+        banned = () if self.banned_token_ids is None else self.banned_token_ids
+        _expect_type("banned_token_ids", banned, (list, tuple))
+        for token in banned:
             _expect_integer("each of banned_token_ids", token, 0)
-        if self.remasking not in REMASKING:
+        for name in ("compile", "return_history"):
+            _expect_type(name, getattr(self, name), bool)
+        if self.generator is not None:
+            _expect_type("generator", self.generator, torch.Generator)
+        if not isinstance(self.remasking, str) or self.remasking not in REMASKING:
             raise ValueError(f"expected remasking among {REMASKING}, got {self.remasking!r}")
-        stops = self.stop_strings or ()
-        if isinstance(stops, str) or not all(isinstance(s, str) and s for s in stops):
+        stops = () if self.stop_strings is None else self.stop_strings
+        if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"expected stop_strings as a list of texts, got {stops!r}")
         if self.seed is not None and self.generator is not None:
             raise ValueError("expected at most one of seed and generator, got both")
@@ -120,6 +129,24 @@ class DiffusionOptions:
             accept_rule(self.adaptive, self.adaptive_value)
         elif self.adaptive_value is not None or self.adaptive_verify is not None:
             raise ValueError("expected `adaptive` with adaptive_value or adaptive_verify, got None")
+
+    def check_against(self, config):
+        """Refuses lengths and token ids that a model of `config` does not have."""
+        limit = config.text_config.max_position_embeddings
+        for name in ("caption_length", "max_new_tokens"):
+            if getattr(self, name) > limit:
+                raise ValueError(
+                    f"expected {name} of at most the model's {limit} positions,"
+                    f" got {getattr(self, name)}"
+                )
+        vocabulary = config.text_config.vocab_size
+        banned = set(self.banned_token_ids or ())
+        if banned and max(banned) >= vocabulary:
+            raise ValueError(
+                f"expected banned_token_ids below the vocabulary's {vocabulary}, got {max(banned)}"
+            )
+        if len(banned) == vocabulary:
+            raise ValueError("expected banned_token_ids to leave a token, got all of them")
 
     @property
     def is_random(self) -> bool:
@@ -166,16 +193,28 @@ def options_for(task: str, options: dict) -> dict:
     return {k: v for k, v in options.items() if TASK_OPTIONS.get(k, task) == task}
 
 
-def _expect_integer(name: str, value, least: int, optional: bool = False):
+def _expect_integer(name: str, value, least: int, optional: bool = False, most: int = 2**31 - 1):
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"expected {name} to be an integer of at least {least}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        limit = f" and at most {most}" if isinstance(value, int) and value > most else ""
+        raise ValueError(
+            f"expected {name} to be an integer of at least {least}{limit}, got {value!r}"
+        )
 
 
 def _expect_number(name: str, value, least: float):
-    if not _is_number(value) or not value >= least:
-        raise ValueError(f"expected {name} to be a number of at least {least}, got {value!r}")
+    if not _is_number(value) or not least <= value <= LARGEST_NUMBER:
+        limit = f" and at most {LARGEST_NUMBER:g}" if _is_number(value) and value > least else ""
+        raise ValueError(
+            f"expected {name} to be a number of at least {least}{limit}, got {value!r}"
+        )
+
+
+def _expect_type(name: str, value, kinds: type | tuple[type, ...]):
+    if not isinstance(value, kinds):
+        names = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise ValueError(f"expected {name} as {names}, got {value!r}")
 
 
 def _is_number(value) -> bool:
