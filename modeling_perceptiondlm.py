@@ -7,8 +7,10 @@ vocabulary.
 
 import os
 from dataclasses import dataclass
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import SiglipVisionConfig
 from transformers import initialization as init
@@ -139,23 +141,40 @@ class PerceptionDLMForConditionalGeneration(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads as in transformers, and remembers where the processor is: the folder's absolute
-        path, or the Hub id at the revision that the weights are of."""
+        """Loads as in transformers, but refuses weights that do not fit the config.
+
+        The model remembers where its processor is: the folder's absolute path, or the Hub id at
+        the revision that the weights are of. Raises ValueError for tensors that are missing,
+        unknown, damaged or, unless `ignore_mismatched_sizes`, of another shape.
+        """
         names = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
         options = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        if pretrained_model_name_or_path is None:
-            return loaded
+        wants_info = kwargs.pop("output_loading_info", False)
+        may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # or transformers ends with a RuntimeError
+                **kwargs,
+            )
+        except (SafetensorError, UnpicklingError, EOFError) as error:
+            raise ValueError(
+                f"expected readable weights in {pretrained_model_name_or_path}, got: {error}"
+            ) from error
+        if not model._hf_peft_config_loaded:  # else `info` is the adapter's
+            _expect_all_weights(pretrained_model_name_or_path, info, may_mismatch)
 
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
-        place = os.fspath(pretrained_model_name_or_path)
-        commit = getattr(model.config, "_commit_hash", None)
-        if os.path.isdir(place):
-            place = os.path.abspath(place)
-        elif commit is not None:
-            options["revision"] = commit
-        model._source = (place, options)
-        return loaded
+        if pretrained_model_name_or_path is not None:
+            place = os.fspath(pretrained_model_name_or_path)
+            commit = getattr(model.config, "_commit_hash", None)
+            if os.path.isdir(place):
+                place = os.path.abspath(place)
+            elif commit is not None:
+                options["revision"] = commit
+            model._source = (place, options)
+        return (model, info) if wants_info else model
 
     def encode_images(self, pixel_values, region_patches=None) -> torch.Tensor:
         """Visual features (T, cells, D) of tiles (T, 3, S, S).
@@ -336,6 +355,26 @@ class PerceptionDLMForConditionalGeneration(
         if not isinstance(flag, (bool, type(None))):
             raise ValueError(f"expected {name} True or False, got {flag!r}")
         return flag if flag is not None else bool(getattr(self.config, name))
+
+
+def _expect_all_weights(place, info: dict, may_mismatch: bool):
+    """Refuses what transformers only warns of: a tensor that is missing would be random."""
+    kinds = {"missing": "missing_keys", "unknown": "unexpected_keys"}
+    found = {kind: sorted(info[name]) for kind, name in kinds.items()}
+    if not may_mismatch:
+        found["of another shape"] = [
+            f"{name} {tuple(got)} instead of {tuple(expected)}"
+            for name, got, expected in sorted(info["mismatched_keys"])
+        ]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in found.items()
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"expected weights in {place} that fit its config, got {'; '.join(problems)}"
+        )
 
 
 def _with_defaults(input_ids, attention_mask, position_ids, region_ids, role_ids):

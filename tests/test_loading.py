@@ -1,0 +1,95 @@
+"""Checkpoints that do not fit are refused when they are loaded, at every door."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from perceptiondlm.apps.captioner import RegionCaptioner
+from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+
+@pytest.fixture(scope="module")
+def saved(make, tmp_path_factory):
+    model, processor = make()
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def damage(saved, tmp_path):
+    """A copy of the saved folder whose tensors `change` has changed in place."""
+
+    def copy(change=lambda tensors: None):
+        folder = shutil.copytree(saved, tmp_path / "damaged")
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return copy
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, tensor):
+    return lambda tensors: tensors.update({name: tensor})
+
+
+LAYER = "language_model.model.layers.0.mlp.up_proj.weight"
+DAMAGES = [
+    (drop(LAYER), f"1 missing .{LAYER}"),
+    (drop("region_prompts.weight"), "1 missing .region_prompts.weight"),
+    (put("stranger", torch.ones(2)), "1 unknown .stranger"),
+    (put(LAYER, torch.ones(2, 3)), f"1 of another shape .{LAYER} .2, 3. instead of .48, 32."),
+]
+DOORS = [
+    PerceptionDLMForConditionalGeneration.from_pretrained,
+    lambda folder: AutoModel.from_pretrained(folder, trust_remote_code=True),
+    RegionCaptioner.from_pretrained,
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGES)
+@pytest.mark.parametrize("load", DOORS, ids=["class", "auto", "captioner"])
+def test_weights_that_do_not_fit_the_config_are_refused(damage, load, change, message):
+    with pytest.raises(ValueError, match=message):
+        load(damage(change))
+
+
+@pytest.mark.parametrize("load", DOORS, ids=["class", "auto", "captioner"])
+def test_truncated_weights_are_refused(damage, load):
+    path = damage() / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="expected readable weights in .*damaged"):
+        load(path.parent)
+
+
+def test_a_whole_checkpoint_loads_and_says_what_it_found(saved):
+    _, info = PerceptionDLMForConditionalGeneration.from_pretrained(saved, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_other_shapes_may_be_asked_for(damage):
+    folder = damage(put(LAYER, torch.ones(2, 3)))
+    model = PerceptionDLMForConditionalGeneration.from_pretrained(
+        folder, ignore_mismatched_sizes=True
+    )
+    assert model.language_model.model.layers[0].mlp.up_proj.weight.shape == (48, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_region_prompts", "six"), ("text_config", {"hidden_size": [1]}), ("vision_config", 3)],
+)
+def test_a_config_of_wrong_types_is_refused(damage, name, value):
+    path = damage() / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match="expected a valid PerceptionDLM"):
+        PerceptionDLMForConditionalGeneration.from_pretrained(path.parent)
