@@ -144,8 +144,10 @@ class PerceptionDLMForConditionalGeneration(
         """Loads as in transformers, but refuses weights that do not fit the config.
 
         The model remembers where its processor is: the folder's absolute path, or the Hub id at
-        the revision that the weights are of. Raises ValueError for tensors that are missing,
-        unknown, damaged or, unless `ignore_mismatched_sizes`, of another shape.
+        the revision that the weights are of. Raises ValueError for tensors that are damaged or
+        unknown; of another shape, unless `ignore_mismatched_sizes`; or missing, unless another
+        `config` than the checkpoint's is given, by which the model may have more than was saved:
+        transformers draws it at random and says so.
         """
         names = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
         options = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
@@ -164,7 +166,10 @@ class PerceptionDLMForConditionalGeneration(
                 f"expected readable weights in {pretrained_model_name_or_path}, got: {error}"
             ) from error
         if not model._hf_peft_config_loaded:  # else `info` is the adapter's
-            _expect_all_weights(pretrained_model_name_or_path, info, may_mismatch)
+            accepted = {"mismatched_keys"} if may_mismatch else set()
+            if not _is_own_config(kwargs.get("config"), pretrained_model_name_or_path, options):
+                accepted.add("missing_keys")
+            _expect_all_weights(pretrained_model_name_or_path, info, accepted)
 
         if pretrained_model_name_or_path is not None:
             place = os.fspath(pretrained_model_name_or_path)
@@ -357,15 +362,39 @@ class PerceptionDLMForConditionalGeneration(
         return flag if flag is not None else bool(getattr(self.config, name))
 
 
-def _expect_all_weights(place, info: dict, may_mismatch: bool):
-    """Refuses what transformers only warns of: a tensor that is missing would be random."""
-    kinds = {"missing": "missing_keys", "unknown": "unexpected_keys"}
-    found = {kind: sorted(info[name]) for kind, name in kinds.items()}
-    if not may_mismatch:
-        found["of another shape"] = [
+# What a config says of its file and of how it is run, not of which weights there are.
+RUN_SETTINGS = {"architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"}
+
+
+def _is_own_config(given, place, options: dict) -> bool:
+    """Whether a model was built from the config that is saved beside the weights."""
+    if place is None:
+        return False
+    if not hasattr(given, "to_dict"):  # None or a path
+        return given is None
+    saved = PerceptionDLMConfig.from_pretrained(place, **options)
+    return _without(saved.to_dict(), RUN_SETTINGS) == _without(given.to_dict(), RUN_SETTINGS)
+
+
+def _without(values: dict, names: set[str]) -> dict:
+    return {
+        k: _without(v, names) if isinstance(v, dict) else v
+        for k, v in values.items()
+        if k not in names
+    }
+
+
+def _expect_all_weights(place, info: dict, accepted: set[str]):
+    """Refuses what transformers only warns of, but for the kinds of keys that are accepted."""
+    found = {
+        "missing": sorted(info["missing_keys"] if "missing_keys" not in accepted else ()),
+        "unknown": sorted(info["unexpected_keys"]),
+        "of another shape": [
             f"{name} {tuple(got)} instead of {tuple(expected)}"
             for name, got, expected in sorted(info["mismatched_keys"])
-        ]
+            if "mismatched_keys" not in accepted
+        ],
+    }
     problems = [
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in found.items()
@@ -373,7 +402,7 @@ def _expect_all_weights(place, info: dict, may_mismatch: bool):
     ]
     if problems:
         raise ValueError(
-            f"expected weights in {place} that fit its config, got {'; '.join(problems)}"
+            f"expected weights in {place} that fit the config, got {'; '.join(problems)}"
         )
 
 
