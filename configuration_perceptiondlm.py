@@ -3,7 +3,7 @@
 from transformers.utils.versions import require_version
 
 # First of all, so that an older version says what it lacks before an import of it fails.
-require_version("transformers>=5.17.0", "PerceptionDLM needs it: pip install -U transformers")
+require_version("transformers>=5.18.0", "PerceptionDLM needs it: pip install -U transformers")
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig  # noqa: E402
