@@ -49,8 +49,11 @@ def results(tmp_path_factory, converted):
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_values(folder / "run")))
     write_json(folder / "scores.json", SCORES)
-    write_json(folder / "rows.json", [{"label": "a", "regions": 2, "latency": 1.0, "tokens_per_second": 1.0}])
-    write_json(folder / "captions.json", {})
+    write_json(
+        folder / "rows.json",
+        [{"label": "a", "regions": 2, "latency": 1.0, "tokens_per_second": 1.0}],
+    )
+    write_json(folder / "captions.json", {"1592437_0": "a cup"})
     caption = ["caption", str(PICTURE), "--box", "1,1,30,30", "--caption-length", "4"]
     report = ["evaluate", "report", "--scores", str(folder / "scores.json")]
     judge = ["--predictions", str(folder / "captions.json"), "--model", "m"]
@@ -65,7 +68,10 @@ def results(tmp_path_factory, converted):
         "train": (COMMAND, ["train", str(recipe)]),
         "judge": (COMMAND, ["evaluate", "judge", *judge, *out]),
         "report": (COMMAND, [*report, "--rows", str(folder / "rows.json"), *out]),
-        "adapter": (CONVERTER, ["--source", str(adapter), "--base", region, "--output", str(folder / "merged")]),
+        "adapter": (
+            CONVERTER,
+            ["--source", str(adapter), "--base", region, "--output", str(folder / "merged")],
+        ),
     }
     path = os.pathsep.join(filter(None, [str(VECTORS.parents[1]), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
