@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from clean_rooms import write_hub_cache
 from hub_server import TOKEN, HubServer
 from packaging.version import Version
 
@@ -83,6 +84,44 @@ def test_each_named_version_is_the_one_that_is_required():
     for file in ("model_card.py", "configuration_perceptiondlm.py"):
         assert f"transformers>={newest}" in (ROOT / file).read_text()
     assert f"transformers {newest} or later" in (ROOT / "README.md").read_text()
+
+
+SNAPSHOT = """
+import runpy, sys
+from pathlib import Path
+import perceptiondlm
+from perceptiondlm.apps.captioner import RegionCaptioner
+from perceptiondlm.training.recipe import load_recipe
+
+RegionCaptioner.from_pretrained()
+load_recipe("configs/tiny.yaml")
+package = Path(perceptiondlm.__path__[0])
+sys.argv = ["assemble", "space"]
+runpy.run_path(str(package / "apps" / "space" / "assemble.py"), run_name="__main__")
+"""
+
+
+def test_a_hub_snapshot_of_the_repository_finds_what_lies_beside_its_modules(tmp_path):
+    """Its files are links into `blobs/`; the package is the folder of the links."""
+    repository = tmp_path / "repository"
+    for name in tracked():
+        if name.split("/")[0] not in NOT_INSTALLED:
+            (repository / name).parent.mkdir(parents=True, exist_ok=True)
+            (repository / name).write_bytes((ROOT / name).read_bytes())
+    snapshot = write_hub_cache(repository, tmp_path / "home", "somebody/code")
+    (tmp_path / "perceptiondlm").symlink_to(snapshot)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", SNAPSHOT],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    package = tmp_path / "space" / "perceptiondlm"
+    assert (package / "tiny" / "config.json").is_file() and (package / "LICENSE").is_file()
+    assert not any(path.is_symlink() for path in package.rglob("*"))
 
 
 def test_the_forges_workflow_runs_ci_and_the_floors():
