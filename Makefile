@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all tiny report clean
+.PHONY: demo test test-all test-floors tiny report clean
 
 demo: .venv/.ready
 	$(BIN)/python -m perceptiondlm.apps.demo --output outputs/demo
@@ -12,12 +12,23 @@ demo: .venv/.ready
 test: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Also the browser's tests (with Chromium installed) and the launches of sharded training.
+# Also the browser's tests (with Chromium installed), sharded training and whatever else is slow:
+# the markers that pyproject.toml leaves out.
 test-all: .venv/.ready
-	PERCEPTIONDLM_SLOW_TESTS=1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m ""
+
+# The model, conversion, training and the command line at the oldest versions allowed. On x86-64 the
+# torch that pip finds of itself brings gigabytes of CUDA: FLOOR_TORCH names another, or its file.
+FLOORS := .venv-floors/bin
+FLOOR_TORCH ?= $(shell grep '^torch==' requirements-floors.txt)
+test-floors: .venv-floors/.ready
+	OMP_NUM_THREADS=1 $(FLOORS)/python -m pytest -n 2 --ignore-glob='tests/test_serve_*' \
+	    --ignore-glob='tests/test_web_*' --ignore-glob='tests/test_judge_*'
 
 # bfloat16 only where the processor computes in it: emulated, it is ten times slower than float32.
 BF16 := $(if $(shell grep -m 1 avx512_bf16 /proc/cpuinfo 2>/dev/null),true,false)
+# The weights go to tiny/ in shards, as the Hub takes no file over 10 MB in plain git:
+#   python convert_checkpoint.py --source runs/tiny --output NEW --max-shard-size 8MB
 tiny: .venv/.ready
 	$(BIN)/perceptiondlm train configs/tiny.yaml trainer.bf16=$(BF16)
 
@@ -53,5 +64,13 @@ report: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+.venv-floors/.ready: requirements-floors.txt pyproject.toml
+	$(PYTHON) -m venv .venv-floors
+	$(FLOORS)/pip install --quiet --disable-pip-version-check $(FLOOR_TORCH)
+	grep -v '^torch==' requirements-floors.txt > .venv-floors/others.txt
+	$(FLOORS)/pip install --quiet --disable-pip-version-check -r .venv-floors/others.txt
+	$(FLOORS)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv outputs build *.egg-info
+	rm -rf .venv .venv-floors outputs build *.egg-info

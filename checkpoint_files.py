@@ -9,6 +9,10 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file
+
+from .configuration_perceptiondlm import PerceptionDLMConfig
 
 
 class ConversionError(ValueError):
@@ -21,6 +25,10 @@ class UnrecognisedSource(ConversionError):
     """Not a checkpoint of a known layout, or not there at all."""
 
     exit_code = 3
+
+
+class MissingSource(UnrecognisedSource, FileNotFoundError):
+    """A path at which nothing is."""
 
 
 class MissingFile(ConversionError, FileNotFoundError):
@@ -53,6 +61,71 @@ class WrongShape(ConversionError):
     exit_code = 8
 
 
+# Places
+
+
+def local_path(source: str | Path) -> Path | None:
+    """The folder or file that a source names, or None for a Hub id, which is not looked up.
+
+    Raises MissingSource where nothing is there and it cannot be, or was hardly meant as, a Hub id:
+    for all but "owner/name", and for that too if a folder "owner" is there.
+    """
+    path, text = Path(source), str(source)
+    if text and path.exists():
+        return path
+    is_id = text.count("/") == 1 and "\\" not in text and not text.startswith((".", "/", "~"))
+    if isinstance(source, Path) or not is_id or path.parent.exists():
+        raise MissingSource(
+            f"expected a folder or the id of a Hub repository (owner/name), got {text!r}: no such"
+            " file or folder"
+        )
+    return None
+
+
+def expect_checkpoint(source: str | Path, subfolder: str | None = None, **place):
+    """Refuses what is no checkpoint of this package's layout, before anything else is loaded.
+
+    Args:
+        source: a folder or a Hub id.
+        subfolder: of it.
+        place: `revision` and `token`, of a Hub repository.
+
+    Raises FileNotFoundError for a path that is not there or has no config, ValueError for a
+    checkpoint of another kind, OSError where the Hub has, or gives, none.
+    """
+    place |= {"subfolder": subfolder or ""}
+    path = local_path(source)
+    where = source if path is None else path / place["subfolder"]
+    if path is not None and not where.is_dir():
+        raise MissingSource(f"expected a checkpoint's folder, got {where}, which is none")
+    settings, _ = PreTrainedConfig.get_config_dict(source, **place)
+    if cached_file(source, ADAPTER_FILE, **NO_ERRORS, **place) is not None:
+        raise adapter_error(where)
+    if not settings:
+        raise MissingFile(f"expected a checkpoint with a config.json in {where}, got none")
+    if settings.get("model_type") != PerceptionDLMConfig.model_type:
+        raise UnrecognisedSource(
+            f"expected a checkpoint with model_type {PerceptionDLMConfig.model_type!r} in {where},"
+            f" got {settings.get('model_type')!r}: convert other layouts with convert_checkpoint.py"
+        )
+
+
+def adapter_error(place: str | Path) -> ConversionError:
+    """What to do with an adapter where a whole checkpoint is needed."""
+    return UnrecognisedSource(
+        f"expected a whole checkpoint, got the adapter in {place}: merge it into its model with"
+        f" convert_checkpoint.py --source {place} --base MODEL --output FOLDER"
+    )
+
+
+ADAPTER_FILE = "adapter_config.json"
+NO_ERRORS = {  # of `cached_file`: None for whatever cannot be had
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
+
+
 # Files
 
 
@@ -61,8 +134,9 @@ FETCHED = ["*.json", "*.jinja", "*.safetensors", "*.bin"]
 
 def fetch(source: str | Path, patterns: Sequence[str] = FETCHED) -> Path:
     """A local path as it is, or the snapshot of a Hub id."""
-    if Path(source).exists():
-        return Path(source)
+    path = local_path(source)
+    if path is not None:
+        return path
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

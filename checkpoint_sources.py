@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint_files import (
+    ADAPTER_FILE,
     ConversionError,
     DistributedFiles,
     MissingFile,
@@ -53,6 +54,7 @@ from .checkpoint_layouts import (
     vision_settings,
 )
 from .configuration_perceptiondlm import PerceptionDLMConfig
+from .extras import MissingExtra
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from .modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from .processing_perceptiondlm import PerceptionDLMProcessor
@@ -293,9 +295,12 @@ def read_sharded(folder: Path, vision_source, base) -> Source:
 
 def read_adapter(folder: Path, vision_source, base) -> Source:
     """A PEFT adapter, merged into its base (in memory)."""
-    from peft import PeftModel
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtra(error, "train") from error
 
-    base = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = base or read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
     if base is None:
         raise ConversionError(f"expected base, the model that {folder} adapts, got none")
     base_folder = fetch(base)
@@ -349,7 +354,7 @@ SHARDED_FOLDER = "pytorch_model_fsdp_0"
 
 def read_source(folder: Path, vision_source=None, base=None) -> Source:
     """Understands a checkpoint folder by its contents, and checks it whole."""
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER_FILE).exists():
         source = read_adapter(folder, vision_source, base)
     elif (folder / SHARDED_FOLDER).is_dir():
         source = read_sharded(folder / SHARDED_FOLDER, vision_source, base)

@@ -5,7 +5,7 @@ import functools
 from transformers.utils.versions import require_version
 
 # First of all, so that an older version says what it lacks before an import of it fails.
-require_version("transformers>=5.17.0", "PerceptionDLM needs it: pip install -U transformers")
+require_version("transformers>=5.18.0", "PerceptionDLM needs it: pip install -U transformers")
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402

@@ -27,7 +27,7 @@ if not __package__:  # run as a script: the folder around it is the package
 
     __package__ = "perceptiondlm"
     sys.modules[__package__] = ModuleType(__package__)
-    sys.modules[__package__].__path__ = [str(Path(__file__).resolve().parent)]
+    sys.modules[__package__].__path__ = [os.path.dirname(os.path.abspath(__file__))]
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -48,6 +48,7 @@ from .checkpoint_files import (
 )
 from .checkpoint_sources import Source, read_source
 from .configuration_perceptiondlm import AUTO_MAP
+from .extras import MissingExtra
 
 MODEL_CLASS = "PerceptionDLMForConditionalGeneration"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,7 +68,10 @@ class VerificationFailed(ConversionError):
 
 
 FULL_DISK_CODE, NOT_PUBLISHED_CODE = 9, 12
-PUBLISHES = (Path(__file__).resolve().parent / "apps").is_dir()  # not from a checkpoint's copy
+# As it is named, not as it resolves: the files of a Hub snapshot are links into `blobs/`, where
+# they have other names and no neighbours.
+OWN_FILE = Path(os.path.abspath(__file__))
+PUBLISHES = (OWN_FILE.parent / "apps").is_dir()  # not from a checkpoint's copy
 EXIT_CODES = f"""exit codes:
   0  converted
   1  any other failure
@@ -245,10 +249,10 @@ def write_settings(folder: Path, source: Source, dtype: torch.dtype):
 
 
 def copy_modules(folder: Path):
-    """Copies this module, all that it needs, and so all of the model's; the licence if there."""
-    own = Path(__file__).resolve()
-    licence = own.with_name("LICENSE")
-    for path in (own, *get_relative_import_files(own), *([licence] if licence.exists() else [])):
+    """Copies this module, all that it needs, and so all of the model's; the license if there."""
+    modules = [OWN_FILE, *get_relative_import_files(OWN_FILE)]
+    license = OWN_FILE.with_name("LICENSE")
+    for path in [*modules, *([license] if license.exists() else [])]:
         shutil.copyfile(path, folder / Path(path).name)
 
 
@@ -315,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     parameters = inspect.signature(convert).parameters
     try:
         output = convert(**{name: getattr(args, name) for name in parameters})
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingExtra) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     print(output)

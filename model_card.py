@@ -18,6 +18,7 @@ METRICS = (  # (name in a report's summary, name on the card)
 )
 LICENCE = "apache-2.0"  # unless another is named
 PROVENANCE = "provenance.json"
+CARD = "README.md"
 STALE = ["*.safetensors", "*.safetensors.index.json"]  # of an earlier upload with other shards
 PAPER = "https://arxiv.org/abs/2606.19534"
 
@@ -75,12 +76,17 @@ def write_card(folder: str | Path, repo_id: str, **options):
     The provenance is what `provenance.json` in the folder says.
     """
     folder = Path(folder)
-    path = folder / "README.md"
-    if path.exists() and GENERATED not in path.read_text(encoding="utf-8"):
+    if not writes_card(folder):
         return
     provenance = Provenance(**read_json(folder / PROVENANCE))
     card = model_card(folder, repo_id, **{"provenance": provenance, **options})
-    path.write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def writes_card(folder: Path) -> bool:
+    """Whether a folder has no card yet, or a generated one."""
+    path = folder / CARD
+    return not path.exists() or GENERATED in path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path) -> dict:
@@ -176,7 +182,7 @@ def _usage(repo_id: str, revision: str | None, regions: bool) -> str:
     source = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
     snippet = (REGION_SNIPPET if regions else QUESTION_SNIPPET).format(source=source)
     return (
-        '## Use\n\n```bash\npip install torch "transformers>=5.17" pillow\n```\n\n'
+        '## Use\n\n```bash\npip install torch "transformers>=5.18" pillow\n```\n\n'
         f"```python\n{snippet}\n```\n\n"
         "The modelling code is in this repository, which is why `trust_remote_code=True` is needed;"
         " pass `revision` with a commit to pin what is run. `AutoProcessor.from_pretrained` loads"

@@ -9,6 +9,7 @@ for step in captioner.stream("photo.jpg", masks=["cup.png"]):
 """
 
 import contextlib
+import os
 import queue
 import threading
 import time
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
+from ..checkpoint_files import expect_checkpoint
 from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..generation_options import DiffusionOptions, options_for
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor, load_image, load_mask
@@ -27,7 +29,7 @@ from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 
 MASKED = "░"  # stands for a position that is still to be filled
-EMBEDDED = Path(__file__).resolve().parents[1]  # the repository root
+EMBEDDED = Path(os.path.abspath(__file__)).parents[1]  # the repository's or package's root
 EMBEDDED_SUBFOLDER = "tiny"
 
 
@@ -186,8 +188,7 @@ class RegionCaptioner:
         The weights are loaded into this package's own classes: no code of the checkpoint's
         repository is run. `device` defaults to the first GPU, else the CPU.
 
-        Raises FileNotFoundError or OSError where there is no such checkpoint, ValueError where it
-        is of another kind.
+        Raises as `expect_checkpoint`.
         """
         if source is None:
             source, subfolder = EMBEDDED, EMBEDDED_SUBFOLDER
@@ -200,7 +201,7 @@ class RegionCaptioner:
         if subfolder:
             place["subfolder"] = subfolder
         use_package_classes()
-        _expect_kind(source, place)
+        expect_checkpoint(source, **place)
         model = PerceptionDLMForConditionalGeneration.from_pretrained(source, dtype=dtype, **place)
         processor = PerceptionDLMProcessor.from_pretrained(source, trust_remote_code=False, **place)
         return cls(model.to(device or default_device()).eval(), processor, **options)
@@ -332,15 +333,6 @@ def use_package_classes():
 def default_device() -> torch.device:
     """The first GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _expect_kind(source, place: dict):
-    found = PerceptionDLMConfig.get_config_dict(source, **place)[0].get("model_type")
-    if found != PerceptionDLMConfig.model_type:
-        raise ValueError(
-            f"expected a checkpoint with model_type {PerceptionDLMConfig.model_type!r} in {source},"
-            f" got {found!r}: convert other layouts with convert_checkpoint.py"
-        )
 
 
 class _Closed(Exception):

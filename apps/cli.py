@@ -4,6 +4,8 @@ import argparse
 import importlib
 import sys
 
+from ..extras import MissingExtra
+
 # name: (module with `configure(parser)` and `run(args) -> exit code`, one line of help)
 COMMANDS = {
     "caption": ("perceptiondlm.apps.caption", "caption regions of pictures, or ask about pictures"),
@@ -18,6 +20,14 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code (2 for a mistake on the command line)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _run(arguments)
+    except MissingExtra as error:
+        print(f"perceptiondlm {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="perceptiondlm", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (module, help_text) in COMMANDS.items():

@@ -6,6 +6,8 @@ leaves the branch as it was, and trying again sends only what is not there yet.
 
 import argparse
 import json
+import logging
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,9 +15,23 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import httpx
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..model_card import LICENCE, PROVENANCE, STALE, Provenance, is_hub_id, read_json, write_card
+from ..checkpoint_files import ADAPTER_FILE, adapter_error
+from ..evaluation.checkpoint import folder_fingerprint
+from ..model_card import (
+    LICENCE,
+    PROVENANCE,
+    STALE,
+    Provenance,
+    is_hub_id,
+    read_json,
+    write_card,
+    writes_card,
+)
+
+logger = logging.getLogger(__name__)
 
 CLASSES = ("AutoConfig", "AutoModel", "AutoProcessor")
 KEPT_AWAY = ["__pycache__/*", "*.pyc", ".*", "*/.*", "*.tmp", "optimizer*", "*.pt", "*.pth"]
@@ -43,17 +59,21 @@ def push_folder(
         repo_id: owner/name.
         private: of a new repository (None: the owner's default).
         revision: branch to publish on (default: main).
-        report: the evaluation report for the card; base_model, licence: see `model_card`.
+        report: the evaluation report for the card, of these very weights.
+        base_model, licence: see `model_card`.
         message: of the commit.
         token: of the Hub (default: the one of `hf auth login`, or HF_TOKEN).
 
-    Raises ValueError for a folder that would not load by itself, and huggingface_hub's errors
-    where the Hub refuses.
+    Raises ValueError for a folder that would not load by itself or a report of other weights,
+    FileNotFoundError where there is no such folder, and huggingface_hub's errors where the Hub
+    refuses or cannot be reached.
     """
     folder = Path(folder)
     if not is_hub_id(repo_id):
         raise ValueError(f"expected a repository as owner/name, got {repo_id!r}")
     check_complete(folder)
+    if report is not None:
+        expect_report_of(folder, report)
     branch = revision or MAIN
     write_card(
         folder,
@@ -78,7 +98,12 @@ def push_folder(
 
 
 def check_complete(folder: Path):
-    """Raises ValueError unless the folder loads by itself: code, weights, processor, licence."""
+    """Raises ValueError unless the folder loads by itself: code, weights, processor, license;
+    FileNotFoundError where there is none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a checkpoint's folder, got {folder}, which is none")
+    if (folder / ADAPTER_FILE).exists():
+        raise adapter_error(folder)
     missing = missing_files(folder)
     if missing:
         raise ValueError(
@@ -87,6 +112,30 @@ def check_complete(folder: Path):
         )
     if (folder / "LICENSE").stat().st_size == 0:
         raise ValueError(f"expected a licence text in {folder / 'LICENSE'}, found it empty")
+
+
+def expect_report_of(folder: Path, report: Mapping):
+    """Refuses a report that is not, or would not get onto the card, of a folder's weights.
+
+    A report's runs name the weights that they measured. One of scores alone names none, which is
+    said in a warning.
+    """
+    if not isinstance(report, Mapping):
+        raise ValueError(f"expected a report's JSON object, got a {type(report).__name__}")
+    if not writes_card(folder):
+        raise ValueError(f"expected no report for a card of one's own, {folder / 'README.md'}")
+    runs = [report.get(name) or {} for name in ("prediction_run", "measurements")]
+    runs = [run for run in runs if run.get("weights")]
+    for run in runs:
+        own = folder_fingerprint(folder, run.get("dtype", "float32"))
+        if run["weights"] != own:
+            name = run.get("checkpoint") or run.get("model")
+            raise ValueError(
+                f"expected a report of the weights in {folder} ({own}), got one of {name}"
+                f" ({run['weights']})"
+            )
+    if not runs:
+        logger.warning("the report does not say which weights it is of: it goes on the card as is")
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -128,7 +177,7 @@ def write_provenance(
     is_snapshot = source_folder.resolve().parent.name == "snapshots"
     is_local = Path(source).exists()
     provenance = Provenance(
-        source=Path(source).resolve().name if is_local else str(source),
+        source=Path(os.path.abspath(source)).name if is_local else str(source),
         revision=source_folder.resolve().name if is_snapshot else None,
         command=shlex.join(_without_folders(argument) for argument in argv),
     )
@@ -207,7 +256,7 @@ def push_from(args: argparse.Namespace, folder: Path, repo_id: str) -> int:
         return _fail(1, error, publish_command(args, folder, repo_id))
     except (ValueError, FileNotFoundError) as error:
         return _fail(2, error)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, httpx.HTTPError) as error:  # the last: out of reach
         return _fail(1, error, publish_command(args, folder, repo_id))
     print(commit.commit_url)
     return 0

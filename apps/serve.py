@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from ..extras import extra
+
 EPILOG = """\
 a request, with OpenAI's own client:
   client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
@@ -47,14 +49,11 @@ def configure(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace) -> int:
     """Serves until it is told to stop; returns an exit code."""
-    try:
+    with extra("apps"):
         import uvicorn
 
         from .serving_app import create_app
         from .serving_http import PatientProtocol
-    except ImportError as error:
-        print(f"perceptiondlm serve: {error}: pip install 'perceptiondlm[apps]'", file=sys.stderr)
-        return 2
     from .serving_cli import limits_of, load_engine, model_name
     from .serving_fetch import UrlPolicy
 

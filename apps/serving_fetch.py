@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
+from ..extras import extra
 from .serving_limits import Limits
 
 REDIRECTS = 3
@@ -82,7 +83,8 @@ def is_public(address: str) -> bool:
 
 def fetch(url: str, policy: UrlPolicy, limits: Limits) -> bytes:
     """The bytes behind a URL; ValueError where the policy or a limit stands against it."""
-    import httpx
+    with extra("apps"):
+        import httpx
 
     deadline = time.monotonic() + policy.seconds
     with httpx.Client(trust_env=False, follow_redirects=False) as client:

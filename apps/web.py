@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from ..extras import extra
+
 EPILOG = """\
 The page works without any network and sends nothing anywhere. Listen on every interface with
 --host 0.0.0.0; then whoever reaches the port can use it. As a Hugging Face Space: apps/space.
@@ -26,13 +28,9 @@ def configure(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace) -> int:
     """Serves the page until it is interrupted; returns an exit code."""
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        print(f"perceptiondlm web: {error}: pip install 'perceptiondlm[apps]'", file=sys.stderr)
-        return 2
+    with extra("apps"):
+        from .web_page import launch
     from .serving_cli import limits_of, load_engine, model_name
-    from .web_page import launch
     from .web_sam import find_sam
 
     try:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..checkpoint_files import local_path
+
 DEFAULT = "facebook/sam-vit-base"
 
 
@@ -37,6 +39,9 @@ def find_sam(name: str | None = None) -> ClickMasks | None:
     Raises OSError where a `name` was given and is not there.
     """
     from transformers import SamModel, SamProcessor
+
+    if name is not None:
+        local_path(name)  # a path that is not there is refused
 
     try:
         model = SamModel.from_pretrained(name or DEFAULT, local_files_only=True).eval()

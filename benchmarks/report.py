@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ..extras import extra
+
 START, END = "<!-- benchmark table: start -->", "<!-- benchmark table: end -->"
 
 
@@ -44,10 +46,11 @@ def update_readme(path: Path, result: dict):
 def draw(result: dict, folder: Path):
     """`latency.png`: seconds and tokens a second against regions; `floor.png`: time against the
     least that the machine's matmul rate and bandwidth allow."""
-    import matplotlib
+    with extra("eval"):
+        import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in result["rows"] if row["images"] == 1]

@@ -3,6 +3,8 @@
 import argparse
 import hashlib
 import json
+from collections.abc import Iterable
+from pathlib import Path
 
 
 def parse_option(text: str) -> tuple[str, object]:
@@ -17,9 +19,12 @@ def parse_option(text: str) -> tuple[str, object]:
 
 
 def load_model(path: str, subfolder: str, dtype: str, device: str):
-    """A checkpoint and its processor, ready to caption."""
+    """Loads a checkpoint and its processor, ready to caption; raises as `expect_checkpoint`."""
     from transformers import AutoModel, AutoProcessor
 
+    from ..checkpoint_files import expect_checkpoint
+
+    expect_checkpoint(path, subfolder)
     common = {"trust_remote_code": True, "subfolder": subfolder}
     model = AutoModel.from_pretrained(path, dtype=dtype, **common).eval().to(device)
     return model, AutoProcessor.from_pretrained(path, **common)
@@ -59,14 +64,48 @@ def checkpoint_record(args: argparse.Namespace, model) -> dict:
     }
 
 
+FINGERPRINT_VALUES = 16  # of each parameter
+
+
 def weights_fingerprint(model) -> str:
-    """A short name of a model's weights: a hash of a few values of each parameter.
+    """Returns a short name of a model's weights: a hash of a few values of each parameter.
 
     Training changes it; a copy of the folder does not.
     """
+    return _fingerprint(model.named_parameters())
+
+
+def folder_fingerprint(folder: Path, dtype: str) -> str:
+    """Returns the `weights_fingerprint` of a checkpoint's folder, as loaded in a dtype.
+
+    Only the values that are hashed are read. Raises ValueError where the weights do not fit the
+    config, or for a dtype that torch does not know.
+    """
+    import torch
+    from safetensors import safe_open
+
+    from ..checkpoint_files import weight_files
+    from ..configuration_perceptiondlm import PerceptionDLMConfig
+    from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"expected a dtype such as float32, got {dtype!r}")
+    first = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            first |= {name: file.get_slice(name)[:FINGERPRINT_VALUES] for name in file.keys()}
+    with torch.device("meta"):
+        model = PerceptionDLMForConditionalGeneration(PerceptionDLMConfig.from_pretrained(folder))
+    names = [name for name, _ in model.named_parameters()]
+    if missing := [name for name in names if name not in first]:
+        raise ValueError(f"expected a tensor {missing[0]!r} in {folder}, got none")
+    return _fingerprint((name, first[name].to(getattr(torch, dtype))) for name in names)
+
+
+def _fingerprint(parameters: Iterable[tuple]) -> str:
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:16].float().cpu().numpy()
+    for name, parameter in parameters:
+        values = parameter.detach().flatten()[:FINGERPRINT_VALUES].float().cpu().numpy()
         digest.update(name.encode() + values.tobytes())
     return digest.hexdigest()[:16]
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..extras import extra
+
 # file: (fields of a row: x, y...; titles of the axes: x, y...)
 FIGURES = {
     "accuracy_seconds.png": (("seconds", "accuracy"), ("seconds end to end", "accuracy (%)")),
@@ -61,8 +63,9 @@ def draw_figures(rows: Sequence[dict], folder: str | Path) -> list[Path]:
 
 def _draw(rows: Sequence[dict], fields: Sequence[str], titles: Sequence[str], file: Path):
     """Panels side by side, one for each y field, over a shared x field."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra("eval"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     x, *ys = fields
     figure = Figure(figsize=(5.2 * len(ys), 3.8), layout="constrained")

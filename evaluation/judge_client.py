@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from ..extras import extra
+
 RETRIED_STATUSES = (408, 409, 429)  # and every 5xx
 FATAL_STATUSES = (401, 403, 404)  # no other call can do better
 NO_KEY = "none"  # sent to servers of one's own that ask for no key
@@ -178,7 +180,8 @@ def make_client(base_url: str | None, timeout: float, azure_api_version: str | N
     OPENAI_API_KEY holds the key (AZURE_OPENAI_API_KEY for Azure, whose endpoint is `base_url`). A
     server of one's own given by `base_url` needs none.
     """
-    import openai
+    with extra("eval"):
+        import openai
 
     if timeout <= 0:
         raise ValueError(f"expected a timeout of more than 0 seconds, got {timeout}")

@@ -12,15 +12,18 @@ import logging
 from collections.abc import Iterator, Sequence
 
 import torch
-from accelerate import Accelerator
-from lmms_eval.api.instance import GenerationResult, unwrap_generation_output
-from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from ..extras import extra
 from ..generation_options import DiffusionOptions
 from ..token_sequence import IGNORED_LABEL
 from .checkpoint import load_model
 from .likelihood import AnswerLogits, log_likelihood_bound
+
+with extra("lmms"):
+    from accelerate import Accelerator
+    from lmms_eval.api.instance import GenerationResult, unwrap_generation_output
+    from lmms_eval.api.model import lmms
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,8 @@ WITHOUT_MEANING = {"do_sample", "num_beams", "image_aspect_ratio", "use_cache"}
 
 def manifest():
     """What lmms-eval registers."""
-    from lmms_eval.models.registry_v2 import ModelManifest
+    with extra("lmms"):
+        from lmms_eval.models.registry_v2 import ModelManifest
 
     path = f"{__name__}.{PerceptionDLMForLMMSEval.__name__}"
     return ModelManifest(model_id="perceptiondlm", simple_class_path=path)

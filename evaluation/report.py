@@ -59,6 +59,7 @@ def build_report(
     lacking = [name for name in ("summary", "regions") if name not in scores]
     if lacking:
         raise ValueError(f"expected scores with summary and regions, got none for {lacking}")
+    _expect_same_weights(prediction_run or {}, measurements or {})
     return {
         "summary": scores["summary"],
         "confidence_intervals": scores.get("confidence_intervals"),
@@ -76,6 +77,18 @@ def build_report(
         "sources": dict(sources or {}),
         "environment": run_environment(),
     }
+
+
+def _expect_same_weights(prediction_run: Mapping, measurements: Mapping):
+    """Refuses runs of two checkpoints; in two dtypes one checkpoint has two fingerprints."""
+    compared = ("dtype", "weights")
+    (dtype, weights), (other_dtype, other) = (
+        [run.get(name) for name in compared] for run in (prediction_run, measurements)
+    )
+    if weights and other and dtype == other_dtype and weights != other:
+        raise ValueError(
+            f"expected measurements of the weights that predicted, {weights}, got of {other}"
+        )
 
 
 def write_report(report: Mapping, folder: str | Path, *, title: str) -> Path:
@@ -266,10 +279,13 @@ def configure(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace) -> int:
     measured = {path: read_json(path) for path in args.rows}
     given = (args.scores, args.predictions, args.answers, args.measurements, *args.rows)
+    scores, judge_run = read_json(args.scores), _run_record(args.answers)
+    _expect_made_from(args.answers, (scores.get("provenance") or {}).get("answers_sha256"))
+    _expect_made_from(args.predictions, (judge_run or {}).get("predictions_sha256"))
     report = build_report(
-        read_json(args.scores),
+        scores,
         prediction_run=_run_record(args.predictions),
-        judge_run=_run_record(args.answers),
+        judge_run=judge_run,
         measurements=read_json(args.measurements) if args.measurements else None,
         rows=[row for path, content in measured.items() for row in figure_rows(content, path)],
         row_runs={
@@ -281,6 +297,15 @@ def run(args: argparse.Namespace) -> int:
     )
     print(write_report(report, args.output, title=args.title))
     return 0
+
+
+def _expect_made_from(path: str | None, recorded: str | None):
+    """Refuses a file other than the one that the next step's result was made from."""
+    if path is not None and recorded is not None and file_sha256(path) != recorded:
+        raise ValueError(
+            f"expected the file that was judged and scored (SHA-256 {recorded[:16]}...), got"
+            f" {path} ({file_sha256(path)[:16]}...)"
+        )
 
 
 def _run_record(output: str | None) -> dict | None:

@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..extras import extra
+
 
 def process_state():
     """What accelerate knows of this process: its rank, and the device that it is to use."""
     import torch
-    from accelerate import PartialState
+
+    with extra("eval"):
+        from accelerate import PartialState
 
     # Without being told so, it takes processes on CPUs alone for strangers to each other.
     return PartialState(cpu=not torch.accelerator.is_available())

@@ -1,8 +1,10 @@
 """Breakdowns, reports and figures: numbers against hand counts, and that each can be traced."""
 
+import hashlib
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -298,6 +300,30 @@ def test_measurements_of_other_steps_are_taken_in_and_traced(tmp_path):
         assert line in text
     drawn = {path.name for path in (tmp_path / "report").glob("*.png")}
     assert drawn == {"accuracy_seconds.png", "accuracy_forwards.png", "regions.png"}
+
+
+def test_measurements_of_another_checkpoint_than_predicted_are_refused():
+    predicted, measured = ({"dtype": "float32", "weights": name} for name in ("aaaa", "bbbb"))
+    with pytest.raises(ValueError, match="weights that predicted, aaaa, got of bbbb"):
+        build_report(SCORES, prediction_run=predicted, measurements=measured)
+
+
+@pytest.mark.parametrize("other", ["captions", "answers"])
+def test_files_that_the_scores_do_not_come_from_are_refused(tmp_path, capsys, other):
+    files = {name: str(tmp_path / f"{name}.json") for name in ("scores", "captions", "answers")}
+    write_json(files["captions"], {"a": "b"})
+    write_json(files["answers"], {"a": ["Yes"]})
+    sha256 = {n: hashlib.sha256(Path(f).read_bytes()).hexdigest() for n, f in files.items()
+              if n != "scores"}  # fmt: skip
+    judged = {"judge": "j", "predictions_sha256": sha256["captions"]}
+    write_json(tmp_path / "answers.run.json", judged)
+    write_json(files["scores"], SCORES | {"provenance": {"answers_sha256": sha256["answers"]}})
+    given = ["--scores", files["scores"], "--answers", files["answers"],
+             "--predictions", files["captions"], "--output", str(tmp_path / "report")]  # fmt: skip
+    assert main(["evaluate", "report", *given]) == 0
+    write_json(files[other], {"another": "model's"})
+    assert main(["evaluate", "report", *given]) == 2
+    assert f"got {files[other]}" in capsys.readouterr().err
 
 
 def test_rows_that_are_no_list_are_refused(tmp_path, capsys):

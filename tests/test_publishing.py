@@ -18,10 +18,13 @@ from huggingface_hub import ModelCard
 from perceptiondlm import convert_checkpoint
 from perceptiondlm.apps.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
-from perceptiondlm.apps.publishing import push_folder, write_provenance
+from perceptiondlm.apps.publishing import expect_report_of, push_folder, write_provenance
 from perceptiondlm.convert_checkpoint import convert
+from perceptiondlm.evaluation.checkpoint import load_model, weights_fingerprint
 from perceptiondlm.model_card import Provenance, checksums, model_card, write_card
+from safetensors.torch import load_file, save_file
 
+ROOT = Path(__file__).parent.parent
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 PICTURE = VECTORS / "region_0.png"
 MASKS = [VECTORS / f"region_0_mask_{i}.png" for i in range(3)]
@@ -354,6 +357,77 @@ def test_a_bad_repository_name_ends_the_converter_before_it_starts(tmp_path):
     with pytest.raises(SystemExit):
         convert_checkpoint.main([*arguments, "--push-to-hub", "captioner"])
     assert not (tmp_path / "made").exists()
+
+
+def report_of(folder, dtype: str = "float32", **runs) -> dict:
+    """A report as `evaluate report` writes it, with the fingerprint that evaluation records."""
+    model, _ = load_model(str(folder), "", dtype, "cpu")
+    run = {"model": "measured", "dtype": dtype, "weights": weights_fingerprint(model)}
+    return REPORT | {"prediction_run": REPORT["prediction_run"] | run, "measurements": run} | runs
+
+
+@pytest.fixture(scope="module")
+def others(sharded, tmp_path_factory):
+    """Another model of the same shape: one value of one tensor differs."""
+    folder = Path(shutil.copytree(sharded, tmp_path_factory.mktemp("others") / "checkpoint"))
+    shard = folder / "model-00003-of-00003.safetensors"
+    weights = load_file(shard)
+    next(iter(weights.values())).flatten()[0] += 1
+    save_file(weights, shard, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_report_of_the_folders_own_weights_goes_on_the_card(hub, checkpoint, dtype):
+    push_folder(checkpoint, REPO, report=report_of(checkpoint, dtype))
+    assert "62.4" in hub.read(REPO, "README.md")
+
+
+@pytest.mark.parametrize("run", ["prediction_run", "measurements"])
+def test_a_report_of_other_weights_is_refused_and_both_are_named(hub, checkpoint, others, run):
+    own, other = report_of(checkpoint), report_of(others)
+    fingerprints = [report["prediction_run"]["weights"] for report in (own, other)]
+    named = re.escape(f"({fingerprints[0]}), got one of measured ({fingerprints[1]})")
+    with pytest.raises(ValueError, match=named):
+        push_folder(checkpoint, REPO, report=own | {run: other[run]})
+    assert not hub.requests and not (checkpoint / "README.md").exists()
+
+
+def test_the_publish_command_refuses_a_report_of_other_weights(
+    hub, checkpoint, others, tmp_path, capsys
+):
+    (tmp_path / "report.json").write_text(json.dumps(report_of(others)))
+    options = ["--report", str(tmp_path / "report.json")]
+    assert main(["publish", str(checkpoint), REPO, *options]) == 2
+    assert "expected a report of the weights in" in capsys.readouterr().err
+
+
+def test_the_embedded_models_own_report_is_its_own():
+    report = json.loads((ROOT / "evaluation" / "examples" / "report.json").read_text())
+    expect_report_of(ROOT / "tiny", report)
+
+
+def test_a_report_that_names_no_weights_is_published_with_a_warning(hub, checkpoint, caplog):
+    push_folder(checkpoint, REPO, report=REPORT)
+    assert "does not say which weights it is of" in caplog.text
+
+
+def test_a_report_beside_a_card_of_ones_own_is_refused(hub, checkpoint):
+    (checkpoint / "README.md").write_text("mine\n")
+    with pytest.raises(ValueError, match="no report for a card of one's own"):
+        push_folder(checkpoint, REPO, report=report_of(checkpoint))
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_publishing_out_of_the_hubs_reach_ends_in_a_line_and_how_to_go_on(
+    checkpoint, monkeypatch, capsys, offline
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert main(["publish", str(checkpoint), REPO]) == 1
+    error, retry = capsys.readouterr().err.splitlines()[-2:]
+    assert error.startswith("error: ") and retry.startswith("to go on: perceptiondlm publish")
 
 
 @pytest.mark.parametrize("repo_id", ["captioner", "../x", "a/b/c"])

@@ -15,10 +15,7 @@ from safetensors.torch import load_file
 from training_runs import losses_of, recipe_values, small_recipe
 from transformers import AutoModel, AutoProcessor
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("PERCEPTIONDLM_SLOW_TESTS") != "1",
-    reason="starts processes, half a minute each: PERCEPTIONDLM_SLOW_TESTS=1 runs them",
-)
+pytestmark = pytest.mark.sharded
 CONFIG = Path(__file__).parent.parent / "configs" / "accelerate" / "fsdp_cpu.yaml"
 STEPS = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10}
 

@@ -13,12 +13,9 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the page needs the package's apps extra")
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-# A browser's timing needs a machine with nothing else to do, so these run when they are asked for.
 pytestmark = [
+    pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-    pytest.mark.skipif(
-        not os.environ.get("PERCEPTIONDLM_SLOW_TESTS"), reason="set PERCEPTIONDLM_SLOW_TESTS=1"
-    ),
 ]
 
 from perceptiondlm.apps.captioner import RegionCaptioner  # noqa: E402

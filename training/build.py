@@ -7,6 +7,7 @@ import logging
 import torch
 from transformers import AutoTokenizer, set_seed
 
+from ..checkpoint_files import expect_checkpoint, local_path
 from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
@@ -35,6 +36,7 @@ def build_model(recipe: Recipe):
 
 def _from_checkpoint(recipe: ModelRecipe):
     place = {} if recipe.subfolder is None else {"subfolder": recipe.subfolder}
+    expect_checkpoint(recipe.checkpoint, **place)
     config = PerceptionDLMConfig.from_pretrained(recipe.checkpoint, **place, **recipe.config)
     model = PerceptionDLMForConditionalGeneration.from_pretrained(
         recipe.checkpoint,
@@ -97,6 +99,7 @@ def fresh_config(fields: dict, tokenizer, data) -> PerceptionDLMConfig:
 
 def _tokenizer(recipe: ModelRecipe):
     if recipe.tokenizer is not None:
+        local_path(recipe.tokenizer)  # a path that is not there is refused
         return load_tokenizer(recipe.tokenizer)
     defaults = inspect.signature(PerceptionDLMProcessor).parameters
     prompts = [defaults[name].default for name in ("system_prompt", "region_instruction")]

@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedModel
 
+from ..extras import extra
 from .recipe import LoraRecipe
 
 # the decoder's projections; the vision tower's have the same names, so the path is part of it
@@ -18,7 +19,8 @@ def default_modules_to_save(model: PreTrainedModel) -> list[str]:
 
 def lora_config(model: PreTrainedModel, recipe: LoraRecipe):
     """PEFT's config of a recipe."""
-    from peft import LoraConfig
+    with extra("train"):
+        from peft import LoraConfig
 
     saved = recipe.modules_to_save
     return LoraConfig(
@@ -32,6 +34,7 @@ def lora_config(model: PreTrainedModel, recipe: LoraRecipe):
 
 def add_adapter(model: PreTrainedModel, recipe: LoraRecipe):
     """The model as a `PeftModel` in which only the adapter and its whole modules learn."""
-    from peft import get_peft_model
+    with extra("train"):
+        from peft import get_peft_model
 
     return get_peft_model(model, lora_config(model, recipe))

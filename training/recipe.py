@@ -1,6 +1,7 @@
 """Recipes: a YAML file and `key=value` overrides to typed options; an unknown key raises."""
 
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -12,6 +13,8 @@ import yaml
 
 from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..diffusion_loss import LOSS_WEIGHTINGS
+
+CONFIGS = Path(os.path.abspath(__file__)).parents[1] / "configs"
 
 
 @dataclass(frozen=True)
@@ -268,12 +271,15 @@ SECTIONS = {
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML recipe; each override is `section.key=value`, its value in YAML.
 
-    Raises FileNotFoundError for no such file, ValueError for an unknown key or a wrong value.
+    A recipe of this package, `configs/NAME.yaml`, is found from any folder that has none of that
+    name. Raises FileNotFoundError for no such file, ValueError for an unknown key or a wrong value.
     """
-    path = Path(path)
-    if not path.is_file():
+    file = path = Path(path)
+    if path.parts[:1] == (CONFIGS.name,) and not path.exists():
+        file = CONFIGS.parent / path
+    if not file.is_file():
         raise FileNotFoundError(f"expected a recipe file, got {str(path)!r}: no such file")
-    values = _parse(path.read_text(), str(path)) or {}
+    values = _parse(file.read_text(encoding="utf-8"), str(path)) or {}
     if not isinstance(values, dict):
         raise ValueError(f"expected sections in {path}, got {type(values).__name__}")
     for override in overrides:

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
+from ..extras import extra
+
+with extra("train"):
+    import datasets
 
 TABLES = (".parquet", ".arrow")
 LINES = (".jsonl", ".ndjson")

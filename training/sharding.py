@@ -3,10 +3,14 @@
 import os
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from ..extras import extra
+
+with extra("train"):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
 def shard_on_cpu(accelerator: Accelerator) -> bool:

@@ -4,11 +4,12 @@ The folder holds app.py, README.md, requirements.txt and, as `perceptiondlm`, th
 embedded model.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
 
-SPACE = Path(__file__).resolve().parent
+SPACE = Path(os.path.abspath(__file__)).parent
 ROOT = SPACE.parents[1]
 PARTS = ("apps", "training", "tiny")  # beside the root's modules
 SKIPPED = shutil.ignore_patterns("__pycache__", "space", "report*")
