@@ -44,6 +44,17 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @property
+    def device(self) -> torch.device:
+        """The device that takes the inputs: of a dispatched model the one that it runs on, since its
+        weights may lie elsewhere or, on "meta", on a disk."""
+        hook = self.__dict__.get("_hf_hook")
+        for own in getattr(hook, "hooks", [hook]):
+            place = getattr(own, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+        return super().device
+
     def push_to_hub(
         self,
         repo_id: str,
@@ -111,14 +122,16 @@ class PerceptionDLMAttention(nn.Module):
     def forward(self, hidden, rotary, attention_mask, cache=None, first_query: int = 0):
         """Attends from the positions from `first_query` on to all of `hidden` and the cache."""
         cos, sin = rotary
-        query = self._heads(self.q_proj(hidden[:, first_query:]))
         key, value = self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
-        query = _rotated(query, cos[:, first_query:], sin[:, first_query:])
         key = _rotated(key, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        if query.shape[2] == 0:  # only keys and values were wanted
-            return hidden[:, first_query:]
+
+        asking = hidden[:, first_query:]
+        if not asking.shape[1]:  # only keys and values were wanted
+            return asking
+        query = self._heads(self.q_proj(asking))
+        query = _rotated(query, cos[:, first_query:], sin[:, first_query:])
         if isinstance(attention_mask, BranchAttention):
             return self.o_proj(attention_mask(query, key, value, self.scaling).flatten(2))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -155,6 +168,8 @@ class PerceptionDLMDecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden), rotary, attention_mask, cache, first_query
         )
         hidden = hidden[:, first_query:] + attended
+        if not hidden.shape[1]:  # no module is called with nothing
+            return hidden
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -191,11 +206,11 @@ class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
             attention_mask: as `attention_argument` makes it, for L queries, or a `BranchAttention`.
             cache: an object whose `update(key, value, layer)` gives the keys and values to attend.
             first_query: the last layer computes queries from here only, with
-                `last_attention_mask` for them.
+                `last_attention_mask` for them; L for none, where only the cache is to be filled.
             hidden_states: a list to which the embeddings and each layer's output are appended.
         """
         hidden = inputs_embeds
-        rotary = self.rotary_emb(hidden, position_ids)
+        rotary = self.rotary_emb(hidden, position_ids.to(hidden.device))
         for i, layer in enumerate(self.layers):
             if hidden_states is not None:
                 hidden_states.append(hidden)
@@ -203,6 +218,8 @@ class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
                 hidden = layer(hidden, rotary, last_attention_mask, cache, first_query)
             else:
                 hidden = layer(hidden, rotary, attention_mask, cache)
+        if not hidden.shape[1]:
+            return hidden
         hidden = self.norm(hidden)
         if hidden_states is not None:
             hidden_states.append(hidden)
