@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
+    LlamaForCausalLM,
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -46,13 +47,14 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """The device that takes the inputs: of a dispatched model the one that it runs on, since its
-        weights may lie elsewhere or, on "meta", on a disk."""
-        hook = self.__dict__.get("_hf_hook")
-        for own in getattr(hook, "hooks", [hook]):
-            place = getattr(own, "execution_device", None)
-            if place is not None:
-                return torch.device(place)
+        """Returns the device that takes the inputs. A dispatched model's is the one that it runs on:
+        its weights may lie elsewhere, and those on a disk are on "meta"."""
+        hooks = [m.__dict__["_hf_hook"] for m in self.modules() if "_hf_hook" in m.__dict__]
+        for hook in hooks:
+            for part in getattr(hook, "hooks", [hook]):
+                place = getattr(part, "execution_device", None)
+                if place is not None:
+                    return torch.device(place)
         return super().device
 
     def push_to_hub(
@@ -92,6 +94,25 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
                 ignore_patterns=[".cache/*"],
                 delete_patterns=STALE,  # or the old weights would be the ones that load
             )
+
+
+def placeable(device_map: dict, tied: bool) -> dict:
+    """Changes a device map to one that accelerate can follow.
+
+    It cannot put a parameter of the top module on a disk, nor one of two tied weights alone: so
+    the newline, one vector, stays in memory, and a tied head goes where the embeddings go.
+    """
+    placed = dict(device_map)
+    if placed.get("image_newline") == "disk":
+        placed["image_newline"] = "cpu"
+
+    head, embeddings = "language_model.lm_head", "language_model.model.embed_tokens"
+    above = [k for k in placed if not k or f"{embeddings}.".startswith(f"{k}.")]
+    if tied and head in placed and above:
+        place = placed[max(above, key=len)]
+        if "disk" in (place, placed[head]):
+            placed[head] = place
+    return placed
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -230,7 +251,9 @@ class PerceptionDLMLanguageModel(PerceptionDLMPreTrainedModel):
     """The decoder and its head."""
 
     config: PerceptionDLMTextConfig
+    base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = LlamaForCausalLM._tp_plan  # a tied head is split as the embeddings are
 
     def __init__(self, config: PerceptionDLMTextConfig):
         super().__init__(config)

@@ -31,7 +31,11 @@ from .configuration_perceptiondlm import (
 from .diffusion_loss import draw_masked, mask_rate, masked_loss
 from .generation_diffusion import DiffusionGenerationMixin
 from .generation_options import DiffusionOptions
-from .language_model import PerceptionDLMLanguageModel, PerceptionDLMPreTrainedModel
+from .language_model import (
+    PerceptionDLMLanguageModel,
+    PerceptionDLMPreTrainedModel,
+    placeable,
+)
 from .visual_features import PICTURE_TOKENS, merge_patches, roi_align
 
 
@@ -141,6 +145,12 @@ class PerceptionDLMForConditionalGeneration(
         """As in transformers; remembers where the processor is to be found."""
         names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "code_revision")
         options = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            config = kwargs.get("config") or pretrained_model_name_or_path
+            if not isinstance(config, PerceptionDLMConfig):
+                config = PerceptionDLMConfig.from_pretrained(config, **options)
+            kwargs["device_map"] = placeable(device_map, config.tie_word_embeddings)
         model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if isinstance(model, tuple):  # output_loading_info=True
             model[0]._source = (pretrained_model_name_or_path, options)
@@ -202,6 +212,9 @@ class PerceptionDLMForConditionalGeneration(
 
         `box_images` (K,) is each box's picture.
         """
+        size = self.config.roi_output_size
+        if not len(boxes):
+            return features.new_zeros(0, size**2, features.shape[-1])
         counts = self._tile_counts(features, image_grids)
         boxes, box_images = boxes.to(features.device), box_images.to(features.device)
         starts = torch.tensor([0, *counts[:-1]], device=boxes.device).cumsum(0)
@@ -211,7 +224,6 @@ class PerceptionDLMForConditionalGeneration(
         if self.config.roi_convention == "released":  # from the second tile on, and scaled twice
             first_tiles = first_tiles + (grids.prod(1) > 1)
             boxes = boxes / self.config.roi_stride
-        size = self.config.roi_output_size
         return roi_align(features, first_tiles, grids, boxes, (size, size)).flatten(1, 2)
 
     def _tile_counts(self, features, image_grids) -> list[int]:
@@ -270,7 +282,7 @@ class PerceptionDLMForConditionalGeneration(
         features = self.encode_images(pixel_values, region_patches)
         tokens = self.picture_tokens(features, grids, image_sizes.tolist())
         embeds = _splice(embeds, places, tokens, "picture")
-        if boxes is not None and len(boxes) and self.config.roi_output_size:
+        if boxes is not None and self.config.roi_output_size:
             roi_ids = torch.tensor(self.config.roi_token_ids, device=input_ids.device)
             places = (role_ids == ROLE_ROI) & torch.isin(input_ids, roi_ids)
             replayed = self.replay_regions(features, grids, boxes, box_images)
