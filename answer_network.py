@@ -16,19 +16,15 @@ from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
 
 
 class KeyValueBuffer:
-    """Keys and values (B, heads, L, head_dim) of every layer, written in place from a given column
-    on. They are allocated once, each on its layer's device, so that steps have fixed addresses."""
+    """Keys and values (B, heads, `length`, head_dim) of every layer, written in place from a given
+    column on. A layer's are allocated once, at its first write and like what it writes: a layer's
+    weights do not say where it runs. From then on their addresses are fixed."""
 
-    def __init__(self, text_model, batch: int, length: int, dtype: torch.dtype):
-        config = text_model.config
-        shape = (batch, config.num_key_value_heads, length, config.head_dim)
+    def __init__(self, length: int):
+        self.length = length
         self.start = 0
         self.stop = length
-        self.keys, self.values = [], []
-        for layer in text_model.layers:
-            device = layer.input_layernorm.weight.device
-            self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
-            self.values.append(torch.zeros(shape, dtype=dtype, device=device))
+        self.keys, self.values = {}, {}
 
     def window(self, start: int, stop: int) -> "KeyValueBuffer":
         """Next writes go to columns from `start`; columns before `stop` are attended to."""
@@ -37,6 +33,10 @@ class KeyValueBuffer:
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int):
         """Writes (B, heads, n, head_dim); returns what may be attended to."""
+        if layer not in self.keys:
+            B, heads, _, head_dim = key.shape
+            self.keys[layer] = key.new_zeros(B, heads, self.length, head_dim)
+            self.values[layer] = value.new_zeros(B, heads, self.length, head_dim)
         keys, values = self.keys[layer], self.values[layer]
         end = self.start + key.shape[2]
         keys[:, :, self.start : end] = key
@@ -71,7 +71,7 @@ class AnswerNetwork:
         self._build_masks(columns, prompt.dtype, exact_cache)
         self.cache = None
         if self.refresh_interval != 1:
-            self.cache = KeyValueBuffer(self.text.model, *self.positions.shape, prompt.dtype)
+            self.cache = KeyValueBuffer(self.positions.shape[1])
         if exact_cache:
             self.prompt = None
             self._prefill(prompt)
@@ -81,10 +81,12 @@ class AnswerNetwork:
 
     def _compiled_step(self):
         """The step for static shapes; on CUDA replayed as a graph, whose buffers stay in place."""
+        if self.cache is not None and not self.cache.keys:  # allocated before anything is compiled
+            self._step(self.answer_ids, torch.zeros_like(self.answer_ids[:, :1]), True)
         if self.answer_ids.device.type != "cuda":
             return torch.compile(self._step, dynamic=False)
         if self.cache is not None:
-            for buffer in (*self.cache.keys, *self.cache.values):
+            for buffer in (*self.cache.keys.values(), *self.cache.values.values()):
                 torch._dynamo.mark_static_address(buffer)
         return torch.compile(self._step, dynamic=False, mode="reduce-overhead")
 
@@ -95,8 +97,8 @@ class AnswerNetwork:
         return embeds[:, : self.prompt_length]
 
     def _masked_prompt(self, prompt: torch.Tensor) -> torch.Tensor:
-        weight = self.text.get_input_embeddings().weight
-        return weight[self.model.config.mask_token_id].to(prompt).expand_as(prompt)
+        mask = torch.full_like(self.answer_ids[:1, :1], self.model.config.mask_token_id)
+        return self.text.get_input_embeddings()(mask).to(prompt).expand_as(prompt)
 
     def _build_masks(self, columns: dict, dtype, exact_cache: bool):
         """Attention arguments of the prompt alone, of the answer, and of the whole sequence."""
@@ -148,15 +150,15 @@ class AnswerNetwork:
         if self.cfg_scale:
             answer, columns = torch.cat([answer, answer]), torch.cat([columns, columns])
         hidden = self._whole(answer) if recompute else self._answer_only(answer)
-        index = columns[..., None].expand(-1, -1, hidden.shape[-1])
-        logits = self.text.lm_head(hidden.gather(1, index))  # (B, N, V)
+        index = columns[..., None].expand(-1, -1, hidden.shape[-1]).to(hidden.device)
+        logits = self.text.lm_head(hidden.gather(1, index)).to(answer_ids.device)  # (B, N, V)
         if self.cfg_scale:
             conditional, unconditional = logits.chunk(2)
             return unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
         return logits
 
     def _whole(self, answer: torch.Tensor) -> torch.Tensor:
-        sequence = torch.cat([self.prompt, answer], dim=1)
+        sequence = torch.cat([self.prompt, answer.to(self.prompt.device)], dim=1)
         cache = self.cache and self.cache.window(0, sequence.shape[1])
         return self.text.model(
             sequence,

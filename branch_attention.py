@@ -7,6 +7,7 @@ o = (exp(l1) o1 + exp(l2) o2) / (exp(l1) + exp(l2)).
 Axis letters: B batch, Q K queries and keys, H heads, N packed positions, D head dimension.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,10 @@ class Packed:
         rows, columns = chosen.nonzero()[groups.argsort(stable=True)].unbind(1)
         return cls(rows, columns, starts, int(sizes.max()))
 
+    def to(self, device) -> "Packed":
+        moved = (x.to(device) for x in (self.rows, self.columns, self.starts))
+        return Packed(*moved, self.longest)
+
     def take(self, values: torch.Tensor) -> torch.Tensor:
         """(N, ...) of values (B, L, ...)."""
         return values[self.rows, self.columns]
@@ -87,6 +92,12 @@ class BranchAttention:
 
         self.trunk = pair(valid, valid & shared, rows, B)
         self.own = pair(valid & ~shared, valid & ~shared, branch, B * max(branches, 1))
+
+    def to(self, device) -> "BranchAttention":
+        """Copies it to a device, as a model over several does before each layer."""
+        moved = copy.copy(self)
+        moved.trunk, moved.own = (tuple(p.to(device) for p in x) for x in (self.trunk, self.own))
+        return moved
 
     def __call__(self, query, key, value, scaling: float) -> torch.Tensor:
         """(B, Q, H, D) of query (B, H, Q, D), key and value (B, heads, K, D)."""

@@ -57,6 +57,7 @@ class PerceptionDLMTextConfig(LlamaConfig):
 
     model_type = "llada"
     base_config_key = "text_config"
+    base_model_pp_plan = None  # the network does not pass through the layers alone
 
     vocab_size: int = 126464
     hidden_size: int = 4096

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
+    LlamaForCausalLM,
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -43,6 +44,18 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @property
+    def device(self) -> torch.device:
+        """Returns the device that takes the inputs. A dispatched model's is where it runs:
+        its weights may lie elsewhere, and those on a disk are on "meta"."""
+        hooks = [m.__dict__["_hf_hook"] for m in self.modules() if "_hf_hook" in m.__dict__]
+        for hook in hooks:
+            for part in getattr(hook, "hooks", [hook]):
+                place = getattr(part, "execution_device", None)
+                if place is not None:
+                    return torch.device(place)
+        return super().device
 
     def push_to_hub(
         self,
@@ -83,6 +96,25 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
             )
 
 
+def placeable(device_map: dict, tied: bool) -> dict:
+    """Changes a device map to one that accelerate can follow.
+
+    It cannot put a parameter of the top module on a disk, nor one of two tied weights alone: so
+    the newline, one vector, stays in memory, and a tied head goes where the embeddings go.
+    """
+    placed = dict(device_map)
+    if placed.get("image_newline") == "disk":
+        placed["image_newline"] = "cpu"
+
+    head, embeddings = "language_model.lm_head", "language_model.model.embed_tokens"
+    above = [k for k in placed if not k or f"{embeddings}.".startswith(f"{k}.")]
+    if tied and head in placed and above:
+        place = placed[max(above, key=len)]
+        if "disk" in (place, placed[head]):
+            placed[head] = place
+    return placed
+
+
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Heads (B, heads, L, head_dim) turned by their positions' angles, cos and sin (B, L,
     head_dim)."""
@@ -111,14 +143,16 @@ class PerceptionDLMAttention(nn.Module):
     def forward(self, hidden, rotary, attention_mask, cache=None, first_query: int = 0):
         """Attends from the positions from `first_query` on to all of `hidden` and the cache."""
         cos, sin = rotary
-        query = self._heads(self.q_proj(hidden[:, first_query:]))
         key, value = self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
-        query = _rotated(query, cos[:, first_query:], sin[:, first_query:])
         key = _rotated(key, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        if query.shape[2] == 0:  # only keys and values were wanted
-            return hidden[:, first_query:]
+
+        asking = hidden[:, first_query:]
+        if not asking.shape[1]:  # only keys and values were wanted
+            return asking
+        query = self._heads(self.q_proj(asking))
+        query = _rotated(query, cos[:, first_query:], sin[:, first_query:])
         if isinstance(attention_mask, BranchAttention):
             return self.o_proj(attention_mask(query, key, value, self.scaling).flatten(2))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -155,6 +189,8 @@ class PerceptionDLMDecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden), rotary, attention_mask, cache, first_query
         )
         hidden = hidden[:, first_query:] + attended
+        if not hidden.shape[1]:  # no module is called with nothing
+            return hidden
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -191,11 +227,11 @@ class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
             attention_mask: as `attention_argument` makes it, for L queries, or a `BranchAttention`.
             cache: an object whose `update(key, value, layer)` gives the keys and values to attend.
             first_query: the last layer computes queries from here only, with
-                `last_attention_mask` for them.
+                `last_attention_mask` for them; L for none, where only the cache is to be filled.
             hidden_states: a list to which the embeddings and each layer's output are appended.
         """
         hidden = inputs_embeds
-        rotary = self.rotary_emb(hidden, position_ids)
+        rotary = self.rotary_emb(hidden, position_ids.to(hidden.device))
         for i, layer in enumerate(self.layers):
             if hidden_states is not None:
                 hidden_states.append(hidden)
@@ -203,6 +239,8 @@ class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
                 hidden = layer(hidden, rotary, last_attention_mask, cache, first_query)
             else:
                 hidden = layer(hidden, rotary, attention_mask, cache)
+        if not hidden.shape[1]:
+            return hidden
         hidden = self.norm(hidden)
         if hidden_states is not None:
             hidden_states.append(hidden)
@@ -213,7 +251,9 @@ class PerceptionDLMLanguageModel(PerceptionDLMPreTrainedModel):
     """The decoder and its head."""
 
     config: PerceptionDLMTextConfig
+    base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = LlamaForCausalLM._tp_plan  # a tied head is split as the embeddings are
 
     def __init__(self, config: PerceptionDLMTextConfig):
         super().__init__(config)

@@ -34,7 +34,11 @@ from .configuration_perceptiondlm import (
 from .diffusion_loss import draw_masked, mask_rate, masked_loss
 from .generation_diffusion import DiffusionGenerationMixin
 from .generation_options import DiffusionOptions
-from .language_model import PerceptionDLMLanguageModel, PerceptionDLMPreTrainedModel
+from .language_model import (
+    PerceptionDLMLanguageModel,
+    PerceptionDLMPreTrainedModel,
+    placeable,
+)
 from .visual_features import PICTURE_TOKENS, merge_patches, roi_align
 
 
@@ -56,7 +60,7 @@ class PerceptionDLMVisionModel(SiglipPreTrainedModel):
         `patch_prompts` (T, P, C) is added to the patch embeddings."""
         hidden = self.embeddings(pixel_values)
         if patch_prompts is not None:
-            hidden = hidden + patch_prompts
+            hidden = hidden + patch_prompts.to(hidden)
         return self.encoder(inputs_embeds=hidden).last_hidden_state
 
 
@@ -153,6 +157,12 @@ class PerceptionDLMForConditionalGeneration(
         options = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
         wants_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            config = kwargs.get("config") or pretrained_model_name_or_path
+            if not hasattr(config, "to_dict"):
+                config = PerceptionDLMConfig.from_pretrained(config, **options)
+            kwargs["device_map"] = placeable(device_map, config.tie_word_embeddings)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -190,9 +200,9 @@ class PerceptionDLMForConditionalGeneration(
         if region_patches is not None:
             if self.region_prompts is None:
                 raise ValueError("expected a model with region prompts for masks, got one without")
-            weight = self.region_prompts.weight
-            prompts = region_patches.flatten(2).transpose(1, 2).to(weight.dtype) @ weight
-        pixel_values = pixel_values.to(self.vision_tower.dtype)
+            count = self.config.num_region_prompts
+            table = self.region_prompts(torch.arange(count, device=region_patches.device))  # (R, C)
+            prompts = region_patches.flatten(2).transpose(1, 2).to(table) @ table  # (T, P, C)
         features = self.vision_tower(pixel_values, prompts)
         return self.connector(merge_patches(features, self.config.spatial_merge_size))
 
@@ -223,8 +233,9 @@ class PerceptionDLMForConditionalGeneration(
         tiles; `image_grids` and `image_sizes` are lists of pairs."""
         layout = PICTURE_TOKENS[self.config.image_layout]
         tiles = features.split(self._tile_counts(features, image_grids))
+        newline = None if self.image_newline is None else self.image_newline.to(features.device)
         tokens = [
-            layout(own, grid, size, self.image_newline, self.config)
+            layout(own, grid, size, newline, self.config)
             for own, grid, size in zip(tiles, image_grids, image_sizes, strict=True)
         ]
         return torch.cat(tokens)
@@ -234,7 +245,11 @@ class PerceptionDLMForConditionalGeneration(
 
         `box_images` (K,) is each box's picture.
         """
+        size = self.config.roi_output_size
+        if not len(boxes):
+            return features.new_zeros(0, size**2, features.shape[-1])
         counts = self._tile_counts(features, image_grids)
+        boxes, box_images = boxes.to(features.device), box_images.to(features.device)
         starts = torch.tensor([0, *counts[:-1]], device=boxes.device).cumsum(0)
         grids = torch.tensor(image_grids, device=boxes.device)  # (pictures, 2)
         first_tiles, grids = starts[box_images], grids[box_images]
@@ -242,7 +257,6 @@ class PerceptionDLMForConditionalGeneration(
         if self.config.roi_convention == "released":  # from the second tile on, and scaled twice
             first_tiles = first_tiles + (grids.prod(1) > 1)
             boxes = boxes / self.config.roi_stride
-        size = self.config.roi_output_size
         return roi_align(features, first_tiles, grids, boxes, (size, size)).flatten(1, 2)
 
     def _tile_counts(self, features, image_grids) -> list[int]:
@@ -267,12 +281,38 @@ class PerceptionDLMForConditionalGeneration(
         box_images=None,
     ) -> torch.Tensor:
         """Token embeddings (B, L, D) with visual and RoI tokens spliced in at their places."""
+        return self(
+            input_ids,
+            role_ids=role_ids,
+            pixel_values=pixel_values,
+            image_grids=image_grids,
+            image_sizes=image_sizes,
+            region_patches=region_patches,
+            boxes=boxes,
+            box_images=box_images,
+            only_embeds=True,
+        )
+
+    def _embed(
+        self,
+        input_ids,
+        role_ids,
+        pixel_values,
+        image_grids,
+        image_sizes,
+        region_patches,
+        boxes,
+        box_images,
+    ) -> torch.Tensor:
+        """Embeds as `embed_inputs`; inside `forward` alone, where the newline may be read."""
         embeds = self.get_input_embeddings()(input_ids)
         fixed = role_ids != ROLE_CAPTION  # what is being denoised may hold any id
         places = fixed & (input_ids == self.config.image_token_id)
-        if pixel_values is None:
+        if pixel_values is None or not len(pixel_values):
             embeds = _splice(embeds, places, embeds.new_zeros(0, embeds.shape[-1]), "picture")
-            return embeds + self._unseen_picture() if self._acts_with_others() else embeds
+            if not self._acts_with_others():
+                return embeds
+            return embeds + self._unseen_picture().to(embeds)
         grids = [tuple(grid) for grid in image_grids.tolist()]
         features = self.encode_images(pixel_values, region_patches)
         tokens = self.picture_tokens(features, grids, image_sizes.tolist())
@@ -305,7 +345,8 @@ class PerceptionDLMForConditionalGeneration(
         logits_to_keep: int | torch.LongTensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> PerceptionDLMOutput | tuple:
+        only_embeds: bool = False,
+    ) -> PerceptionDLMOutput | tuple | torch.Tensor:
         """Predicts every position, or, with labels, the diffusion loss.
 
         Args:
@@ -319,6 +360,7 @@ class PerceptionDLMForConditionalGeneration(
             loss_weighting: "inverse_rate" (LLaDA: cross-entropy / p, over the label count) or
                 "none" (mean cross-entropy of a sample's masked positions).
             logits_to_keep: without labels, the last so many positions (0: all), or their indices.
+            only_embeds: returns what `embed_inputs` describes, before anything attends.
         """
         attention_mask, position_ids, region_ids, role_ids = _with_defaults(
             input_ids, attention_mask, position_ids, region_ids, role_ids
@@ -327,7 +369,7 @@ class PerceptionDLMForConditionalGeneration(
             rate = mask_rate(timesteps, labels)
             masked = draw_masked(labels, rate, noise)
             input_ids = input_ids.masked_fill(masked, self.config.mask_token_id)
-        embeds = self.embed_inputs(
+        embeds = self._embed(
             input_ids,
             role_ids,
             pixel_values,
@@ -337,6 +379,8 @@ class PerceptionDLMForConditionalGeneration(
             boxes,
             box_images,
         )
+        if only_embeds:
+            return embeds
         allowed = allowed_attention(self.config.region_layout, region_ids, role_ids, attention_mask)
         implementation = self.language_model.config._attn_implementation
         states = [] if self._wants(output_hidden_states, "output_hidden_states") else None
@@ -347,14 +391,31 @@ class PerceptionDLMForConditionalGeneration(
             hidden_states=states,
         )
         loss = logits = None
-        head = self.language_model.lm_head
         if labels is not None:
-            loss = masked_loss(head(hidden[masked]), labels, masked, rate, loss_weighting)
+            own = self._masked_logits(hidden, masked)
+            labels, masked, rate = (x.to(own.device) for x in (labels, masked, rate))
+            loss = masked_loss(own, labels, masked, rate, loss_weighting)
         else:
-            last = isinstance(logits_to_keep, int)
-            logits = head(hidden[:, slice(-logits_to_keep, None) if last else logits_to_keep])
+            logits = self._kept_logits(hidden, logits_to_keep)
         output = PerceptionDLMOutput(loss, logits, tuple(states) if states is not None else None)
         return output if self._wants(return_dict, "return_dict") else output.to_tuple()
+
+    def _masked_logits(self, hidden, masked) -> torch.Tensor:
+        """Logits (n, V) of the n masked positions.
+
+        Where there are none the head runs on a position that is then dropped: under DDP and FSDP
+        every rank must run the same modules, and none is called with nothing.
+        """
+        if not bool(masked.any()):
+            return self.language_model.lm_head(hidden[:1, 0])[:0]
+        return self.language_model.lm_head(hidden[masked.to(hidden.device)])
+
+    def _kept_logits(self, hidden, kept: int | torch.LongTensor) -> torch.Tensor:
+        last = isinstance(kept, int)
+        hidden = hidden[:, slice(-kept, None) if last else kept]
+        if not hidden.shape[1]:
+            raise ValueError(f"expected at least one position in logits_to_keep, got {kept}")
+        return self.language_model.lm_head(hidden)
 
     def _wants(self, flag: bool | None, name: str) -> bool:
         if not isinstance(flag, (bool, type(None))):
@@ -408,6 +469,9 @@ def _expect_all_weights(place, info: dict, accepted: set[str]):
 
 def _with_defaults(input_ids, attention_mask, position_ids, region_ids, role_ids):
     """The four (B, L) beside `input_ids`, those that are None as of plain, unpadded text."""
+    if not input_ids.numel():
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"expected input_ids (B, L) of at least one position, got shape {shape}")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if position_ids is None:
@@ -427,7 +491,7 @@ def _splice(embeds, places, tokens, name: str) -> torch.Tensor:
             f"expected {len(tokens)} {name} placeholders in input_ids, one for each {name} token,"
             f" got {expected}"
         )
-    return embeds.masked_scatter(places[..., None], tokens.to(embeds.dtype))
+    return embeds.masked_scatter(places[..., None].to(embeds.device), tokens.to(embeds))
 
 
 PerceptionDLMForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -103,9 +103,8 @@ class AnswerLogits:
     def __call__(self, answers: torch.Tensor) -> torch.Tensor:
         """Logits (S, n, V) of answers (S, n)."""
         S = len(answers)
-        embeds = torch.cat(
-            [self.prompt.expand(S, -1, -1), self.text.get_input_embeddings()(answers)], dim=1
-        )
+        own = self.text.get_input_embeddings()(answers).to(self.prompt.device)
+        embeds = torch.cat([self.prompt.expand(S, -1, -1), own], dim=1)
         columns = [column.expand(S, -1) for column in self.columns]
         allowed = allowed_attention(self.model.config.region_layout, *columns)
         implementation = self.text.config._attn_implementation
@@ -114,4 +113,4 @@ class AnswerLogits:
             self.positions.expand(S, -1),
             attention_argument(allowed, implementation, embeds.dtype),
         )
-        return self.text.lm_head(hidden[:, self.start :])
+        return self.text.lm_head(hidden[:, self.start :]).to(answers.device)
