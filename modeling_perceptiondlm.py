@@ -33,7 +33,16 @@ from .diffusion_loss import draw_masked, mask_rate, masked_loss
 from .generation_diffusion import DiffusionGenerationMixin
 from .generation_options import DiffusionOptions
 from .language_model import PerceptionDLMLanguageModel, PerceptionDLMPreTrainedModel
+from .neutral_arguments import expect_neutral
 from .visual_features import PICTURE_TOKENS, merge_patches, roi_align
+
+# What `forward` may be given of arguments that mean nothing to it, beside None.
+FORWARD_NEUTRAL = {
+    "inputs_embeds": (),
+    "past_key_values": (),
+    "use_cache": (False,),
+    "output_attentions": (False,),
+}
 
 
 class PerceptionDLMVisionModel(SiglipPreTrainedModel):
@@ -281,6 +290,10 @@ class PerceptionDLMForConditionalGeneration(
         logits_to_keep: int | torch.LongTensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> PerceptionDLMOutput | tuple:
         """Predicts every position, or, with labels, the diffusion loss.
 
@@ -295,7 +308,17 @@ class PerceptionDLMForConditionalGeneration(
             loss_weighting: "inverse_rate" (LLaDA: cross-entropy / p, over the label count) or
                 "none" (mean cross-entropy of a sample's masked positions).
             logits_to_keep: without labels, the last so many positions (0: all), or their indices.
+            inputs_embeds ... output_attentions: as trainers and adapters pass them, None or False.
         """
+        expect_neutral(
+            {
+                "inputs_embeds": inputs_embeds,
+                "past_key_values": past_key_values,
+                "use_cache": use_cache,
+                "output_attentions": output_attentions,
+            },
+            FORWARD_NEUTRAL,
+        )
         attention_mask, position_ids, region_ids, role_ids = _with_defaults(
             input_ids, attention_mask, position_ids, region_ids, role_ids
         )
