@@ -271,7 +271,7 @@ class PerceptionDLMForConditionalGeneration(
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         region_ids: torch.LongTensor | None = None,
@@ -319,6 +319,8 @@ class PerceptionDLMForConditionalGeneration(
             },
             FORWARD_NEUTRAL,
         )
+        if input_ids is None:
+            raise ValueError("expected input_ids, got none")
         attention_mask, position_ids, region_ids, role_ids = _with_defaults(
             input_ids, attention_mask, position_ids, region_ids, role_ids
         )
