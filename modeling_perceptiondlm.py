@@ -100,6 +100,14 @@ class PerceptionDLMOutput(ModelOutput):
     logits: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
+    @property
+    def last_hidden_state(self):
+        """There is none; TRL's SFTTrainer reads it for a loss of its own, over next tokens."""
+        raise AttributeError(
+            "expected a trainer that takes the loss of `forward`, got one that asks for"
+            " last_hidden_state; with TRL use perceptiondlm.training.sft.DiffusionSFTTrainer"
+        )
+
 
 class PerceptionDLMForConditionalGeneration(
     DiffusionGenerationMixin, AnswerGenerationMixin, PerceptionDLMPreTrainedModel
@@ -109,6 +117,7 @@ class PerceptionDLMForConditionalGeneration(
     _tied_weights_keys = {
         "language_model.lm_head.weight": "language_model.model.embed_tokens.weight"
     }
+    accepts_loss_kwargs = False  # trainers average losses over accumulated batches themselves
 
     def __init__(self, config: PerceptionDLMConfig):
         super().__init__(config)
@@ -373,6 +382,13 @@ def _with_defaults(input_ids, attention_mask, position_ids, region_ids, role_ids
         region_ids = torch.full_like(input_ids, SHARED_REGION)
     if role_ids is None:
         role_ids = torch.full_like(input_ids, ROLE_SHARED)
+    named = {"attention_mask": attention_mask, "position_ids": position_ids}
+    for name, tensor in {**named, "region_ids": region_ids, "role_ids": role_ids}.items():
+        if tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"expected {name} of the shape of input_ids {tuple(input_ids.shape)},"
+                f" got {tuple(tensor.shape)}"
+            )
     return attention_mask, position_ids, region_ids, role_ids
 
 

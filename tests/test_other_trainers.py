@@ -80,6 +80,12 @@ def test_a_forward_pass_takes_what_trainers_pass(pair, learned):
             model(**learned, **{name: True})
 
 
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids", "region_ids", "role_ids"])
+def test_tensors_of_another_length_are_refused(pair, inputs, name):
+    with pytest.raises(ValueError, match=rf"expected {name} of the shape of input_ids \(2, "):
+        pair[0](**{**inputs, name: inputs[name][:, 1:]})
+
+
 class Questions(torch.utils.data.Dataset):
     """Pictures with a question and its answer."""
 
