@@ -4,8 +4,6 @@ Its pipelines, trainers and chat templates pass many arguments whose value asks 
 are taken; a value that would ask for something this package does not do is refused by its name.
 """
 
-import torch
-
 
 def expect_neutral(given: dict, neutral: dict[str, tuple]):
     """Refuses values that are neither None nor among the `neutral` ones of their name.
@@ -26,5 +24,5 @@ def _same(value, other) -> bool:
 
 
 def _plain(value):
-    value = value.tolist() if isinstance(value, torch.Tensor) else value
+    value = value.tolist() if hasattr(value, "tolist") else value
     return list(value) if isinstance(value, (list, tuple)) else value

@@ -1,6 +1,7 @@
 """Which of transformers' `ProcessingKwargs` the processor honors, and which may only be neutral."""
 
 from dataclasses import dataclass, fields
+from enum import Enum
 
 from .neutral_arguments import expect_neutral
 
@@ -59,7 +60,9 @@ class CallArguments:
         flat = {k: v for k, v in arguments.items() if k not in GROUPS}
         merged = {}
         for group in GROUPS:
-            own = dict(arguments.get(group) or {})
+            own = arguments.get(group) or {}
+            if not isinstance(own, dict):
+                raise ValueError(f"expected {group} as a dict, got {own!r}")
             twice = sorted(own.keys() & flat.keys())
             if twice:
                 raise ValueError(f"expected {twice} by name or in {group}, got both")
@@ -74,13 +77,14 @@ class CallArguments:
         return cls(**{k: v for k, v in merged.items() if k in names and v is not None})
 
     def __post_init__(self):
-        if self.padding not in (True, False, "longest", "do_not_pad"):
-            raise ValueError(f"expected padding True or 'longest', got {self.padding!r}")
-        if self.padding_side not in ("left", "right"):
-            raise ValueError(f"expected padding_side 'left' or 'right', got {self.padding_side!r}")
-        for name in ("pad_to_multiple_of", "max_length"):
+        truncation = (False, "do_not_truncate", True, "longest_first", "only_first")
+        _expect_one_of("add_special_tokens", self.add_special_tokens, (True, False))
+        _expect_one_of("padding", self.padding, (True, "longest", False, "do_not_pad"))
+        _expect_one_of("padding_side", self.padding_side, ("left", "right"))
+        _expect_one_of("truncation", self.truncation, (None, *truncation))
+        for name in ("pad_to_multiple_of", "max_length", "max_tiles"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"expected {name} of at least 1, got {value!r}")
 
     def check_lengths(self, lengths: list[int], longest_known: int):
@@ -97,3 +101,9 @@ class CallArguments:
                 f"expected padding True or 'longest' for lengths {sorted(set(lengths))},"
                 f" got {self.padding!r}"
             )
+
+
+def _expect_one_of(name: str, value, allowed: tuple):
+    value = value.value if isinstance(value, Enum) else value  # transformers' own names
+    if not isinstance(value, (bool, str, type(None))) or value not in allowed:
+        raise ValueError(f"expected {name} {allowed[0]!r} or {allowed[1]!r}, got {value!r}")

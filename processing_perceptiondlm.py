@@ -19,6 +19,7 @@ from .configuration_perceptiondlm import (
     SHARED_REGION,
     PerceptionDLMConfig,
 )
+from .image_loading import describe
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from .processing_arguments import CallArguments
 from .token_sequence import TokenSequence, pad_sequences
@@ -193,7 +194,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     def _regions(self, images, masks, prompts, caption_length, captions, call):
         images, masks, captions = _as_region_batch(images, masks, captions)
-        instructions = _broadcast(prompts or self.region_instruction, len(images))
+        given = self.region_instruction if prompts is None else prompts
+        instructions = _broadcast(given, len(images))
         if caption_length is None and captions is None:
             caption_length = 32
         _expect_positive(caption_length=caption_length)
@@ -474,6 +476,8 @@ def _flatten(images) -> list:
 
 
 def _broadcast(value: str | Sequence[str], count: int) -> list[str]:
+    if not isinstance(value, (str, list, tuple)):
+        raise ValueError(f"expected a text or a list of texts, got {describe(value)}")
     values = [value] * count if isinstance(value, str) else list(value)
     if len(values) != count:
         raise ValueError(f"expected {count} texts, one for each sample, got {len(values)}")
