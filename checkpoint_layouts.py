@@ -269,7 +269,7 @@ ROI_TOKENS = [f"<|reserved_token_{i}|>" for i in range(REGION_SLOTS)]
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of `tokenizer.json`; never a checkpoint's own code."""
     read_json(folder / "tokenizer.json")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
     tokenizer.eos_token = tokenizer.eos_token or NAMED_TOKENS["eos_token_id"]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer

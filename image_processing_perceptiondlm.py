@@ -12,10 +12,34 @@ from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature
 
 from .image_loading import describe, load_image, load_mask
+from .neutral_arguments import expect_neutral
 
 OUTSIDE = 255  # value of a region image's pixels that lie outside the mask
 NO_CANVAS = (0, 0)  # grid of an anyres picture that is one padded tile
 PADDING_COLOUR = (127, 127, 127)  # LLaVA's: the mean, in whole levels
+
+# Arguments of transformers' image processors that mean nothing here, and what they may be but None.
+IMAGE_NEUTRAL = {
+    "do_convert_rgb": (True,),
+    "do_resize": (True,),
+    "default_to_square": (True,),
+    "resample": (Image.Resampling.BICUBIC,),
+    "do_rescale": (True,),
+    "rescale_factor": (1 / 255,),
+    "do_normalize": (True,),
+    "image_mean": (0.5, [0.5] * 3),
+    "image_std": (0.5, [0.5] * 3),
+    "do_pad": (False,),
+    "pad_size": (),
+    "do_center_crop": (False,),
+    "crop_size": (),
+    "data_format": ("channels_first",),
+    "input_data_format": (),
+    "device": ("cpu",),
+    "disable_grouping": (False, True),
+    "image_seq_length": (),
+    "return_tensors": ("pt",),
+}
 
 
 def choose_grid(size: tuple[int, int], tile: int, max_tiles: int) -> tuple[int, int]:
@@ -210,6 +234,11 @@ class PerceptionDLMImageProcessor(BaseImageProcessor):
         """Visual tokens along one side of a tile."""
         return self.image_size // self.patch_size // self.spatial_merge_size
 
+    def expect_neutral(self, arguments: dict):
+        """Refuses arguments of a call that ask for other pixels than are made."""
+        size = {"height": self.image_size, "width": self.image_size}
+        expect_neutral(arguments, {**IMAGE_NEUTRAL, "size": (self.image_size, size)})
+
     def choose_grid(self, size: tuple[int, int], max_tiles: int | None = None) -> tuple[int, int]:
         """The grid (columns, rows) for a picture of `size` (width, height).
 
@@ -238,7 +267,7 @@ class PerceptionDLMImageProcessor(BaseImageProcessor):
         images,
         masks: Sequence[Sequence] | None = None,
         max_tiles: int | Sequence[int | None] | None = None,
-        return_tensors: str = "pt",
+        **arguments,
     ) -> BatchFeature:
         """Prepares pictures and, for each of them, its region masks.
 
@@ -247,6 +276,7 @@ class PerceptionDLMImageProcessor(BaseImageProcessor):
             masks: for each picture the list of its masks, as for `load_mask`; at most
                 `num_region_prompts` each. For a single picture, a plain list of masks.
             max_tiles: overrides the processor's for all pictures or, as a list, for each.
+            arguments: transformers' own, with the values of `IMAGE_NEUTRAL` or None.
 
         Returns:
             `pixel_values` float32 (T, 3, S, S) in [-1, 1], tiles of all pictures in order;
@@ -257,10 +287,9 @@ class PerceptionDLMImageProcessor(BaseImageProcessor):
             (regions,), each box's picture; and `region_orders`, for each picture the indices
             into the masks given.
         """
+        self.expect_neutral(arguments)
         if not isinstance(images, (list, tuple)):
             images, masks = [images], None if masks is None else [masks]
-        if return_tensors != "pt":
-            raise ValueError(f"expected return_tensors 'pt', got {return_tensors!r}")
         if masks is not None and len(masks) != len(images):
             raise ValueError(
                 f"expected a list of masks a picture: {len(images)} pictures, "

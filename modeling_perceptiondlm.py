@@ -39,7 +39,16 @@ from .language_model import (
     PerceptionDLMPreTrainedModel,
     placeable,
 )
+from .neutral_arguments import expect_neutral
 from .visual_features import PICTURE_TOKENS, merge_patches, roi_align
+
+# What `forward` may be given of arguments that mean nothing to it, beside None.
+FORWARD_NEUTRAL = {
+    "inputs_embeds": (),
+    "past_key_values": (),
+    "use_cache": (False,),
+    "output_attentions": (False,),
+}
 
 
 class PerceptionDLMVisionModel(SiglipPreTrainedModel):
@@ -97,6 +106,14 @@ class PerceptionDLMOutput(ModelOutput):
     logits: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
+    @property
+    def last_hidden_state(self):
+        """There is none; TRL's SFTTrainer reads it for a loss of its own, over next tokens."""
+        raise AttributeError(
+            "expected a trainer that takes the loss of `forward`, got one that asks for"
+            " last_hidden_state; with TRL use perceptiondlm.training.sft.DiffusionSFTTrainer"
+        )
+
 
 class PerceptionDLMForConditionalGeneration(
     DiffusionGenerationMixin, AnswerGenerationMixin, PerceptionDLMPreTrainedModel
@@ -106,6 +123,7 @@ class PerceptionDLMForConditionalGeneration(
     _tied_weights_keys = {
         "language_model.lm_head.weight": "language_model.model.embed_tokens.weight"
     }
+    accepts_loss_kwargs = False  # trainers average losses over accumulated batches themselves
 
     def __init__(self, config: PerceptionDLMConfig):
         super().__init__(config)
@@ -326,7 +344,7 @@ class PerceptionDLMForConditionalGeneration(
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         region_ids: torch.LongTensor | None = None,
@@ -346,6 +364,10 @@ class PerceptionDLMForConditionalGeneration(
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         only_embeds: bool = False,
+        inputs_embeds: torch.FloatTensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> PerceptionDLMOutput | tuple | torch.Tensor:
         """Predicts every position, or, with labels, the diffusion loss.
 
@@ -361,7 +383,19 @@ class PerceptionDLMForConditionalGeneration(
                 "none" (mean cross-entropy of a sample's masked positions).
             logits_to_keep: without labels, the last so many positions (0: all), or their indices.
             only_embeds: returns what `embed_inputs` describes, before anything attends.
+            inputs_embeds ... output_attentions: as trainers and adapters pass them, None or False.
         """
+        expect_neutral(
+            {
+                "inputs_embeds": inputs_embeds,
+                "past_key_values": past_key_values,
+                "use_cache": use_cache,
+                "output_attentions": output_attentions,
+            },
+            FORWARD_NEUTRAL,
+        )
+        if input_ids is None:
+            raise ValueError("expected input_ids, got none")
         attention_mask, position_ids, region_ids, role_ids = _with_defaults(
             input_ids, attention_mask, position_ids, region_ids, role_ids
         )
@@ -480,6 +514,13 @@ def _with_defaults(input_ids, attention_mask, position_ids, region_ids, role_ids
         region_ids = torch.full_like(input_ids, SHARED_REGION)
     if role_ids is None:
         role_ids = torch.full_like(input_ids, ROLE_SHARED)
+    named = {"attention_mask": attention_mask, "position_ids": position_ids}
+    for name, tensor in {**named, "region_ids": region_ids, "role_ids": role_ids}.items():
+        if tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"expected {name} of the shape of input_ids {tuple(input_ids.shape)},"
+                f" got {tuple(tensor.shape)}"
+            )
     return attention_mask, position_ids, region_ids, role_ids
 
 

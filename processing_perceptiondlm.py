@@ -19,7 +19,9 @@ from .configuration_perceptiondlm import (
     SHARED_REGION,
     PerceptionDLMConfig,
 )
+from .image_loading import describe
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
+from .processing_arguments import CallArguments
 from .token_sequence import TokenSequence, pad_sequences
 
 CHAT_TEMPLATE = """\
@@ -74,6 +76,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
         region_instruction: str = "Describe each masked region in detail.",
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if tokenizer is not None:
+            # as every prompt is padded; pipelines pad batches as the tokenizer says
+            tokenizer.padding_side = "left"
         self.region_layout = region_layout
         self.roi_output_size = roi_output_size
         self.image_token = image_token
@@ -129,12 +134,10 @@ class PerceptionDLMProcessor(ProcessorMixin):
         max_new_tokens: int | None = None,
         captions=None,
         answers: str | list[str] | None = None,
-        add_special_tokens: bool = False,
         return_region_orders: bool = True,
-        padding: bool | str = True,
-        return_tensors: str = "pt",
         videos=None,
         audio=None,
+        **arguments,
     ) -> BatchFeature:
         """Builds the inputs of one region pass a picture, or of one conversation a text.
 
@@ -150,12 +153,12 @@ class PerceptionDLMProcessor(ProcessorMixin):
             max_new_tokens: masked tokens of an answer; with `answers`, the padded slot.
             captions: training targets, one text for each mask, in the order of the masks.
             answers: training targets, one text for each prompt.
-            add_special_tokens: let the tokenizer add its own (templates already hold theirs).
             return_region_orders: also give `region_orders`, by which `diffusion_generate` returns
                 captions in the order of the masks; False: in that of the regions' areas.
-            padding: True or "longest", the only kinds there are.
-            return_tensors: "pt", the only kind made.
             videos, audio: passed as None by `apply_chat_template`; anything else is refused.
+            arguments: transformers' `ProcessingKwargs`, by name or in `text_kwargs`,
+                `images_kwargs` and `common_kwargs`; see `CallArguments` for those that are
+                honored. Others may be neutral.
 
         Returns:
             int64 (B, L): `input_ids`, `attention_mask`, `position_ids`, `region_ids`, `role_ids`,
@@ -165,36 +168,40 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
         Raises ValueError for inputs that do not fit together.
         """
-        if return_tensors != "pt":
-            raise ValueError(f"expected return_tensors 'pt', got {return_tensors!r}")
-        if padding not in (True, "longest"):
-            raise ValueError(f"expected padding True or 'longest', got {padding!r}")
+        call = CallArguments.read(arguments, self.image_processor)
         _expect_none(videos=videos, audio=audio)
         if masks is not None:
             _expect_none(text=text, max_new_tokens=max_new_tokens, answers=answers)
-            data, sequences = self._regions(images, masks, prompts, caption_length, captions)
+            data, sequences = self._regions(images, masks, prompts, caption_length, captions, call)
         else:
             _expect_none(caption_length=caption_length, captions=captions)
-            data, sequences = self._chat(
-                images, text, prompts, max_new_tokens, answers, add_special_tokens
-            )
+            data, sequences = self._chat(images, text, prompts, max_new_tokens, answers, call)
         orders = data.pop("region_orders", None)
         has_targets = captions is not None or answers is not None
-        data = {**pad_sequences(sequences, self.tokenizer.pad_token_id, has_targets), **data}
+        call.check_lengths([len(s.ids) for s in sequences], self.tokenizer.model_max_length)
+        padded = pad_sequences(
+            sequences,
+            self.tokenizer.pad_token_id,
+            has_targets,
+            side=call.padding_side,
+            multiple_of=call.pad_to_multiple_of,
+        )
+        data = {**padded, **data}
         if return_region_orders and orders is not None:
             rows = [torch.tensor(order) for order in orders]
             data["region_orders"] = pad_sequence(rows, batch_first=True, padding_value=-1)
         return BatchFeature(data)
 
-    def _regions(self, images, masks, prompts, caption_length, captions):
+    def _regions(self, images, masks, prompts, caption_length, captions, call):
         images, masks, captions = _as_region_batch(images, masks, captions)
-        instructions = _broadcast(prompts or self.region_instruction, len(images))
+        given = self.region_instruction if prompts is None else prompts
+        instructions = _broadcast(given, len(images))
         if caption_length is None and captions is None:
             caption_length = 32
         _expect_positive(caption_length=caption_length)
         if self.image_processor.num_region_prompts == 0:
             raise ValueError("expected a checkpoint with region prompts for masks, got one without")
-        features = self.image_processor(images, masks)
+        features = self.image_processor(images, masks, max_tiles=call.max_tiles)
         sequences = []
         for i, order in enumerate(features["region_orders"]):
             texts = None if captions is None else [captions[i][k] for k in order]
@@ -290,7 +297,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             start = trunk + count + 1
             sequence.add(slot, position=start, region=k, role=ROLE_CAPTION, target=True)
 
-    def _chat(self, images, text, prompts, max_new_tokens, answers, add_special_tokens):
+    def _chat(self, images, text, prompts, max_new_tokens, answers, call):
         if (text is None) == (prompts is None):
             raise ValueError("expected masks, or exactly one of `text` and `prompts`")
         _expect_positive(max_new_tokens=max_new_tokens)
@@ -299,7 +306,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         answers = None if answers is None else _broadcast(answers, len(texts))
         batch_ids = [
-            self.tokenizer(t, add_special_tokens=add_special_tokens)["input_ids"] for t in texts
+            self.tokenizer(t, add_special_tokens=call.add_special_tokens)["input_ids"]
+            for t in texts
         ]
         pictures = _flatten(images)
         placeholders = [ids.count(self.image_token_id) for ids in batch_ids]
@@ -309,7 +317,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 f" pictures, got {sum(placeholders)}"
             )
         # one tile each where there are several (as InternVL and LLaVA do)
-        limits = [1 if n > 1 else None for n in placeholders for _ in range(n)]
+        limits = [1 if n > 1 else call.max_tiles for n in placeholders for _ in range(n)]
         features = self.image_processor(pictures, max_tiles=limits) if pictures else {}
         sequences, first = [], 0
         for i, ids in enumerate(batch_ids):
@@ -468,6 +476,8 @@ def _flatten(images) -> list:
 
 
 def _broadcast(value: str | Sequence[str], count: int) -> list[str]:
+    if not isinstance(value, (str, list, tuple)):
+        raise ValueError(f"expected a text or a list of texts, got {describe(value)}")
     values = [value] * count if isinstance(value, str) else list(value)
     if len(values) != count:
         raise ValueError(f"expected {count} texts, one for each sample, got {len(values)}")

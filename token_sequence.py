@@ -58,16 +58,33 @@ class TokenSequence:
         self.labels += list(ids) if target else [IGNORED_LABEL] * len(ids)
 
 
-def pad_sequences(sequences: list[TokenSequence], pad_id: int, with_labels: bool) -> dict:
-    """Stacks sequences into int64 (B, L): prompts padded on the left, answers on the right."""
+def pad_sequences(
+    sequences: list[TokenSequence],
+    pad_id: int,
+    with_labels: bool,
+    *,
+    side: str = "left",
+    multiple_of: int | None = None,
+) -> dict:
+    """Stacks sequences into int64 (B, L): prompts padded on the left, answers on the right.
+
+    `side` is the prompts'; "right" is for sequences without answers. With `multiple_of`, L is the
+    next multiple of it.
+    """
     left = max(s.prompt_length for s in sequences)
     right = max(len(s.ids) - s.prompt_length for s in sequences)
+    left += -(left + right) % (multiple_of or 1)
+    if side == "right" and right:
+        raise ValueError("expected padding_side 'left' with answers, got 'right'")
 
     def stack(values, before: int, after: int) -> torch.Tensor:
         rows = []
         for s, row in zip(sequences, values, strict=True):
-            head = [before] * (left - s.prompt_length)
-            rows.append(head + row + [after] * (left + right - len(head) - len(row)))
+            padding = [before] * (left - s.prompt_length)
+            if side == "right":
+                rows.append(row + padding)
+            else:
+                rows.append(padding + row + [after] * (left + right - len(padding) - len(row)))
         return torch.tensor(rows, dtype=torch.int64)
 
     data = {

@@ -53,6 +53,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=EOS_TOKEN,
         pad_token=EOS_TOKEN,
         mask_token=MASK_TOKEN,
+        padding_side="left",
     )
 
 
