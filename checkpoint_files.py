@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 from huggingface_hub import snapshot_download
@@ -239,6 +239,17 @@ class WeightFiles(Tensors):
         return self.files[name].load(name)
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that an index names, which may be no other than a file of its folder.
+
+    Raises DamagedFile for a name that leads elsewhere; a link in the folder is the owner's own.
+    """
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise DamagedFile(f"expected only files of {folder} in its index, got {name!r}")
+    return folder / path
+
+
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)
 
@@ -252,36 +263,6 @@ def weight_files(folder: Path) -> list[Path]:
             shards = read_json(folder / index).get("weight_map")
             if not isinstance(shards, dict) or not shards:
                 raise DamagedFile(f"expected a weight_map in {folder / index}, got {shards!r}")
-            return [folder / name for name in sorted(set(shards.values()))]
+            return [inside(folder, name) for name in sorted(set(map(str, shards.values())))]
     wanted = ", ".join(WEIGHT_FILES + INDEX_FILES)
     raise MissingFile(f"expected one of {wanted} in {folder}, got none of them")
-
-
-class DistributedFiles(Tensors):
-    """Weights that FSDP saved sharded (torch.distributed.checkpoint)."""
-
-    def __init__(self, folder: Path):
-        from torch.distributed.checkpoint import FileSystemReader
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-        try:
-            metadata = FileSystemReader(folder).read_metadata()
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise DamagedFile(f"expected metadata in {folder}, got: {error}") from error
-        entries = metadata.state_dict_metadata.items()
-        self.entries = {k: v for k, v in entries if isinstance(v, TensorStorageMetadata)}
-        super().__init__(folder, {k: tuple(v.size) for k, v in self.entries.items()})
-        for file in sorted({info.relative_path for info in metadata.storage_data.values()}):
-            if not (folder / file).exists():
-                raise MissingFile(f"expected the shard {file} in {folder}, got no such file")
-
-    def load(self, name: str) -> torch.Tensor:
-        from torch.distributed.checkpoint import CheckpointException, load
-
-        entry = self.entries[name]
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        try:
-            load({name: tensor}, checkpoint_id=self.place, no_dist=True)
-        except CheckpointException as error:
-            raise DamagedFile(f"expected {name!r} whole in {self.place}, got: {error}") from error
-        return tensor

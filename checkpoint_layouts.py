@@ -266,10 +266,33 @@ CAPTION_TOKENS = [f"<|Mask_Cap_{i}|>" for i in range(REGION_SLOTS)]
 ROI_TOKENS = [f"<|reserved_token_{i}|>" for i in range(REGION_SLOTS)]
 
 
+# Settings of a tokenizer that are carried on; whose code to load, say, is not.
+TOKENIZER_SETTINGS = {
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "backend",
+    "bos_token",
+    "clean_up_tokenization_spaces",
+    "cls_token",
+    "eos_token",
+    "extra_special_tokens",
+    "mask_token",
+    "model_max_length",
+    "pad_token",
+    "padding_side",
+    "sep_token",
+    "tokenizer_class",
+    "truncation_side",
+    "unk_token",
+}
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of `tokenizer.json`; never a checkpoint's own code."""
     read_json(folder / "tokenizer.json")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
+    known = TOKENIZER_SETTINGS & tokenizer.init_kwargs.keys()
+    tokenizer.init_kwargs = {name: tokenizer.init_kwargs[name] for name in known}
     tokenizer.eos_token = tokenizer.eos_token or NAMED_TOKENS["eos_token_id"]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer

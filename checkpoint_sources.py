@@ -15,7 +15,6 @@ import torch
 from .checkpoint_files import (
     ADAPTER_FILE,
     ConversionError,
-    DistributedFiles,
     MissingFile,
     MissingTensor,
     StateDict,
@@ -53,6 +52,7 @@ from .checkpoint_layouts import (
     token_ids,
     vision_settings,
 )
+from .checkpoint_sharded import DistributedFiles
 from .configuration_perceptiondlm import PerceptionDLMConfig
 from .extras import MissingExtra
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
@@ -328,10 +328,18 @@ def own_processor(folders, config, tokenizer) -> PerceptionDLMProcessor:
     if saved is None:
         return PerceptionDLMProcessor.from_config(config, tokenizer, **template)
     settings = read_json(saved / "processor_config.json")
-    names = inspect.signature(PerceptionDLMProcessor).parameters.keys() - {"image_processor"}
-    own = {name: settings[name] for name in names & settings.keys()}
-    images = PerceptionDLMImageProcessor.from_pretrained(saved)
+    images = settings.get("image_processor", {})
+    images = PerceptionDLMImageProcessor(**_known(PerceptionDLMImageProcessor, images))
+    own = _known(PerceptionDLMProcessor, settings)
+    own.pop("image_processor", None)
     return PerceptionDLMProcessor(images, tokenizer, **{**own, **template})
+
+
+def _known(kind: type, settings: dict) -> dict:
+    """Settings that a class's constructor takes: what else a file says (whose code to load, say)
+    is not carried on."""
+    names = inspect.signature(kind).parameters.keys()
+    return {name: settings[name] for name in names if name in settings}
 
 
 def _first(name: str, folders: Sequence[Path]) -> Path:

@@ -19,12 +19,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor
 
 from ..checkpoint_files import expect_checkpoint
-from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..generation_options import DiffusionOptions, options_for
-from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor, load_image, load_mask
+from ..image_processing_perceptiondlm import load_image, load_mask
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 
@@ -200,10 +198,9 @@ class RegionCaptioner:
         place = {"revision": revision, "token": token}
         if subfolder:
             place["subfolder"] = subfolder
-        use_package_classes()
         expect_checkpoint(source, **place)
         model = PerceptionDLMForConditionalGeneration.from_pretrained(source, dtype=dtype, **place)
-        processor = PerceptionDLMProcessor.from_pretrained(source, trust_remote_code=False, **place)
+        processor = PerceptionDLMProcessor.from_pretrained(source, **place)
         return cls(model.to(device or default_device()).eval(), processor, **options)
 
     def check_options(self):
@@ -320,14 +317,6 @@ def partial_text(processor, ids: Sequence[int], mask_token_id: int) -> str:
         else:
             run.append(token)
     return " ".join(filter(None, [*words, processor.decode_answer(run)]))
-
-
-def use_package_classes():
-    """Tells transformers' auto classes to use this package for its checkpoints."""
-    AutoConfig.register(PerceptionDLMConfig.model_type, PerceptionDLMConfig, exist_ok=True)
-    AutoImageProcessor.register(
-        PerceptionDLMConfig, slow_image_processor_class=PerceptionDLMImageProcessor, exist_ok=True
-    )
 
 
 def default_device() -> torch.device:

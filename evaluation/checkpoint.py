@@ -19,15 +19,20 @@ def parse_option(text: str) -> tuple[str, object]:
 
 
 def load_model(path: str, subfolder: str, dtype: str, device: str):
-    """Loads a checkpoint and its processor, ready to caption; raises as `expect_checkpoint`."""
-    from transformers import AutoModel, AutoProcessor
+    """Loads a checkpoint and its processor into this package's own classes, ready to caption.
 
+    No code of the checkpoint's repository is run. Raises as `expect_checkpoint`.
+    """
     from ..checkpoint_files import expect_checkpoint
+    from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+    from ..processing_perceptiondlm import PerceptionDLMProcessor
 
     expect_checkpoint(path, subfolder)
-    common = {"trust_remote_code": True, "subfolder": subfolder}
-    model = AutoModel.from_pretrained(path, dtype=dtype, **common).eval().to(device)
-    return model, AutoProcessor.from_pretrained(path, **common)
+    model = PerceptionDLMForConditionalGeneration.from_pretrained(
+        path, dtype=dtype, subfolder=subfolder
+    )
+    processor = PerceptionDLMProcessor.from_pretrained(path, subfolder=subfolder)
+    return model.eval().to(device), processor
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, required: bool = True):
