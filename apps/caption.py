@@ -1,9 +1,7 @@
 """`perceptiondlm caption`: captions for the regions of pictures, or answers about pictures."""
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 EPILOG = """\
@@ -168,225 +166,31 @@ def _add_decoding(group):
 
 def run(args: argparse.Namespace) -> int:
     """Captions what `args` asks for; returns an exit code (see `EPILOG`)."""
+    from .caption_options import check_options
+    from .caption_run import CaptionRun
+
     try:
-        task = _Task(args)
+        check_options(args)
+        task = CaptionRun(args, decoding_options(args))
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         # torch raises RuntimeError for a device that it does not know, AssertionError for one that
         # it was not built for
-        _report(str(error))
+        report(str(error))
         return USAGE
     except KeyboardInterrupt:
-        _report("interrupted before the first picture")
+        report("interrupted before the first picture")
         return INTERRUPTED
-    try:
-        return task.run()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains
-    except OSError as error:
-        _report(f"cannot write captions: {error}")
-    return SOME_FAILED
+    return task.run()
 
 
-class _Task:
-    """One command: what goes in, the model, where results go."""
-
-    def __init__(self, args: argparse.Namespace):
-        from .inputs import find_pictures
-        from .outputs import CaptionWriter, format_of
-
-        self.args = args
-        asked = bool(args.masks or args.label_maps or args.box or args.polygon)
-        if asked == bool(args.question):
-            raise ValueError(
-                "expected regions (--masks, --label-maps, --box, --polygon) or a --question,"
-                f" got {'both' if asked else 'neither'}; try --help for examples"
-            )
-        self.pictures = find_pictures(args.pictures, args.recursive)
-        self.sources = self._region_sources()
-        kind = format_of(args.captions, args.format)
-        if kind == "coco" and args.question:
-            raise ValueError("expected text, json or jsonl for answers, got --format coco")
-        self._check_outputs()
-        self.writer = CaptionWriter(kind, args.captions)
-        self.failed = self._report_refused()
-        self.skipped = 0
-        self.captioner = self._load_model()
-
-    def _region_sources(self) -> list:
-        from .region_sources import LabelMaps, Shapes, open_sources
-
-        args = self.args
-        sources = open_sources(args.masks, self.pictures)
-        for path in map(Path, args.label_maps):
-            if not path.exists():
-                raise FileNotFoundError(f"expected a label map or a folder of them at {path}")
-            if path.is_file() and len(self.pictures) > 1:
-                raise ValueError(
-                    f"expected a folder of label maps for {len(self.pictures)}"
-                    f" pictures, got the file {path}"
-                )
-            sources.append(LabelMaps(path))
-        shapes = [{"box": b} for b in args.box] + [{"polygons": [p]} for p in args.polygon]
-        return sources + ([Shapes(shapes)] if shapes else [])
-
-    def _check_outputs(self):
-        """Refuses, before anything is computed, results that could not be written as meant."""
-        from .animation import FORMATS as ANIMATIONS
-        from .drawing import SUFFIXES as DRAWINGS
-
-        if self.args.font is not None and not self.args.font.is_file():
-            raise FileNotFoundError(f"expected a TrueType font at {self.args.font}, found none")
-        originals = {Path(p.path).resolve() for p in self.pictures}
-        for option, kinds in (("output", DRAWINGS), ("animate", ANIMATIONS)):
-            path = getattr(self.args, option)
-            if path is None:
-                continue
-            if len(self.pictures) > 1 and (path.suffix.lower() in kinds or path.is_file()):
-                raise ValueError(
-                    f"expected a folder for --{option} with {len(self.pictures)} pictures,"
-                    f" got {path}"
-                )
-            if len(self.pictures) == 1 and path.suffix.lower() not in kinds and not path.is_dir():
-                raise ValueError(f"expected --{option} to end in {', '.join(kinds)}, got {path}")
-        paths = [self.args.captions, *self._drawn(), *self._animated()]
-        given = [path.resolve() for path in paths if path is not None]
-        for path in given:
-            if path in originals:
-                raise ValueError(f"expected results beside the pictures, got {path}, one of them")
-        if len(set(given)) < len(given):
-            raise ValueError("expected each result in a file of its own, got one file for two")
-
-    def _drawn(self) -> list[Path | None]:
-        return output_paths(self.pictures, self.args.output, ".png")
-
-    def _animated(self) -> list[Path | None]:
-        return output_paths(self.pictures, self.args.animate, ".gif")
-
-    def _report_refused(self) -> int:
-        refused = [line for source in self.sources for line in getattr(source, "refused", [])]
-        for line in refused[:10]:
-            _report(line)
-        if len(refused) > 10:
-            _report(f"... and {len(refused) - 10} more file names")
-        return len(refused)
-
-    def _load_model(self):
-        from transformers.utils import logging
-
-        from .captioner import RegionCaptioner
-
-        args = self.args
-        if args.quiet or not sys.stderr.isatty():
-            logging.disable_progress_bar()
-        names = [name for name, *_ in DECODING] + ["adaptive", "remasking", "compile"]
-        options = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-        captioner = RegionCaptioner.from_pretrained(
-            args.model,
-            subfolder=args.subfolder,
-            revision=args.revision,
-            device=args.device,
-            dtype=args.dtype,
-            return_history=args.animate is not None,
-            **options,
-        )
-        captioner.check_options()
-        return captioner
-
-    def run(self) -> int:
-        """Works through the pictures."""
-        from tqdm import tqdm
-
-        hidden = self.args.quiet or len(self.pictures) < 2
-        places = zip(self.pictures, self._drawn(), self._animated(), strict=True)
-        bar = tqdm(places, total=len(self.pictures), unit="picture", disable=hidden)
-        interrupted = False
-        try:
-            for picture, drawing, animation in bar:
-                self._try(picture, drawing, animation)
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            bar.close()
-            self.writer.close()
-        return self._summary(interrupted)
-
-    def _try(self, picture, drawing: Path | None, animation: Path | None):
-        from torch import OutOfMemoryError
-
-        try:
-            return self._one(picture, drawing, animation)
-        except BrokenPipeError:  # nobody reads on
-            raise
-        except OutOfMemoryError as error:
-            _report(f"{picture.path}: out of memory, try --batch-size 1: {error}")
-        except (ValueError, OSError) as error:
-            _report(f"{picture.path}: {error}")
-        self.failed += 1
-
-    def _one(self, picture, drawing: Path | None, animation: Path | None):
-        from ..evaluation.files import write_bytes
-        from .animation import draw_history, encode_animation
-        from .drawing import encode_picture
-        from .inputs import open_picture
-        from .region_sources import gather_regions
-
-        args = self.args
-        image = open_picture(picture.path)
-        regions = []
-        if args.question:
-            result = self.captioner.ask(image, args.question)
-        else:
-            regions = gather_regions(self.sources, picture, image.size, args.max_regions)
-            if not regions:
-                return self._without_regions(picture)
-            masks = [region.mask for region in regions]
-            result = self.captioner(image, masks, instruction=args.instruction)
-        if drawing is not None:
-            data = encode_picture(result.draw(font=args.font), drawing.suffix)
-            write_bytes(drawing, data)
-        if animation is not None:
-            frames = draw_history(result, font=args.font)
-            write_bytes(animation, encode_animation(frames, animation.suffix))
-        self.writer.add(picture.path, result, regions)
-
-    def _without_regions(self, picture):
-        if picture.named:
-            raise ValueError(
-                f"expected masks for this picture in {', '.join(self.args.masks)}, found none"
-            )
-        self.skipped += 1
-
-    def _summary(self, interrupted: bool) -> int:
-        done = len(self.writer.records)
-        if interrupted:
-            _report(f"interrupted: {done} of {len(self.pictures)} pictures done and kept")
-            return INTERRUPTED
-        if self.skipped:
-            _report(f"{self.skipped} of {len(self.pictures)} pictures have no masks, left out")
-        if self.failed:
-            _report(f"{done} pictures done, {self.failed} failed")
-            return SOME_FAILED
-        return DONE if done else SOME_FAILED
+def decoding_options(args: argparse.Namespace) -> dict:
+    """Options of `diffusion_generate` that were given."""
+    names = [name for name, *_ in DECODING] + ["adaptive", "remasking", "compile"]
+    return {n: getattr(args, n) for n in names if getattr(args, n) is not None}
 
 
-def output_paths(pictures: Sequence, given: Path | None, suffix: str) -> list[Path | None]:
-    """A file for each picture's drawing: `given` itself, or one by the picture's name in it."""
-    if given is None:
-        return [None] * len(pictures)
-    if len(pictures) == 1 and not given.is_dir():
-        return [given]
-    taken: set[str] = set()
-    paths = []
-    for picture in pictures:
-        name, number = picture.stem, 2
-        while name.lower() in taken:  # a/cat.jpg and b/cat.jpg
-            name, number = f"{picture.stem}-{number}", number + 1
-        taken.add(name.lower())
-        paths.append(given / f"{name}{suffix}")
-    return paths
-
-
-def _report(message: str):
+def report(message: str):
+    """Says something on stderr, above the progress bar."""
     from tqdm import tqdm
 
     tqdm.write(f"perceptiondlm caption: {message}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import sys
 
 from ..extras import MissingExtra
@@ -19,6 +20,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code (2 for a mistake on the command line)."""
+    escape_what_streams_lack()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _run(arguments)
@@ -38,6 +40,13 @@ def _run(arguments: list[str]) -> int:
             command.set_defaults(run=implementation.run)
     args = parser.parse_args(arguments)
     return args.run(args)
+
+
+def escape_what_streams_lack():
+    """Lets messages hold any text, file names that are not UTF-8 too, in any locale."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

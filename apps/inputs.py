@@ -5,22 +5,31 @@ one line that names the file. A picture's path is only ever one that the user ga
 annotation files are compared with it, never opened.
 """
 
+import functools
 import glob
 import io
-import json
 import math
 import urllib.request
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from PIL import Image
 
+from ..common.json_text import parse_json
 from ..image_processing_perceptiondlm import load_image
 
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .avif".split())
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
+READ_SUFFIXES = frozenset(
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .avif".split()
+)
+HEIF_SUFFIXES = frozenset(".heic .heif .hif".split())  # read where pillow-heif is installed
+OTHER_SUFFIXES = frozenset(  # pictures, but of no kind that is read: named as such, not passed over
+    ".jxl .jp2 .j2k .svg .psd .ico .tga .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .avifs".split()
+)
+PICTURE_SUFFIXES = READ_SUFFIXES | HEIF_SUFFIXES | OTHER_SUFFIXES
 MASK_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # JPEG would blur a mask's edge
 MASK_SUFFIXES = frozenset(".png .webp .gif .bmp .tif .tiff .pgm".split())
 
@@ -96,9 +105,24 @@ def _expand(argument: str, recursive: bool) -> list[PictureSource]:
 def open_picture(path: str) -> Image.Image:
     """A picture as upright RGB, from a file or URL."""
     if is_url(path):
-        return load_image(_open_checked(_download(path), path, PICTURE_FORMATS))
-    _check_file(Path(path), MAX_PICTURE_BYTES, "picture")
-    return load_image(_open_checked(path, path, PICTURE_FORMATS))
+        source = _download(path)
+    else:
+        _check_file(Path(path), MAX_PICTURE_BYTES, "picture")
+        source = path
+    with _decoding("picture", path):
+        return load_image(_open_checked(source, path, PICTURE_FORMATS))
+
+
+@contextmanager
+def _decoding(kind: str, name: str):
+    """What a damaged file makes a decoder raise, which may be anything, as a ValueError."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"expected a readable {kind} in {name}, got: {what}") from error
 
 
 def open_mask_file(path: Path) -> Image.Image:
@@ -106,23 +130,37 @@ def open_mask_file(path: Path) -> Image.Image:
     if path.suffix.lower() in (".jpg", ".jpeg"):
         raise ValueError(f"expected a mask without loss, say PNG, got the JPEG file {path}")
     _check_file(path, MAX_PICTURE_BYTES, "mask")
-    mask = _open_checked(path, str(path), MASK_FORMATS)
-    try:
+    with _decoding("mask", str(path)):
+        mask = _open_checked(path, str(path), MASK_FORMATS)
         mask.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"expected a readable mask in {path}, got: {error}") from error
-    return mask
+        return mask
+
+
+@functools.cache
+def _readable(formats: Sequence[str]) -> list[str]:
+    """Those of the formats that can be opened: AVIF is not in every Pillow, HEIF in none."""
+    Image.init()
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener()
+    return [kind for kind in formats if kind in Image.OPEN]
 
 
 def _open_checked(source, name: str, formats: Sequence[str]) -> Image.Image:
-    Image.init()
-    formats = [kind for kind in formats if kind in Image.OPEN]  # AVIF is not in every Pillow
+    readable = _readable(tuple(formats))
     try:
-        picture = Image.open(source, formats=formats)
+        picture = Image.open(source, formats=readable)
     except Image.DecompressionBombError as error:
         raise ValueError(f"expected {MAX_PIXELS:,} pixels at most in {name}: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
-        kinds = ", ".join(formats)
+        if Path(name).suffix.lower() in HEIF_SUFFIXES and "HEIF" not in readable:
+            raise ValueError(
+                f"expected pillow-heif, which reads {name}, got none: pip install pillow-heif"
+            ) from error
+        kinds = ", ".join(readable)
         raise ValueError(f"expected a picture ({kinds}) in {name}, got something else") from error
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(
@@ -157,10 +195,7 @@ def _download(url: str) -> io.BytesIO:
 def read_annotations(path: Path):
     """The content of a JSON file."""
     _check_file(path, MAX_JSON_BYTES, "JSON")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {path}, got: {error}") from error
+    return parse_json(path.read_bytes(), path)
 
 
 def annotation_mask(annotation, name: str):

@@ -1,9 +1,15 @@
 """Captions as text, JSON, JSON lines or COCO, in files that are written whole or not at all.
 
 A record is a dict of what one picture gave: its name and size, and its `regions` or `answers`.
+
+Bytes of a file name that are not UTF-8 are escaped in JSON, `\\udcff` for the byte FF, as Python
+carries them: `os.fsencode(record["image"])` is the name. As text, a name with such bytes or with
+control characters, or one that begins with a quotation mark, stands as a JSON string.
 """
 
+import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,13 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.files import write_bytes
+from ..common.files import GrowingFile
+from ..common.json_text import ascii_json, encode_json
 from ..extras import extra
 from .captioner import Answers, RegionCaptions
 from .inputs import RegionSource
 
 SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "jsonl"}
 SAVE_SECONDS = 20  # between rewrites of a growing file
+UNPRINTABLE = re.compile('^"|[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 
 
 def record_of(
@@ -41,7 +49,11 @@ def record_of(
 
 def as_text(records: Sequence[dict]) -> str:
     """For people: the picture's name, then its numbered captions or its answers."""
-    return "\n".join(f"{r['image']}\n" + "".join(_text_lines(r)) for r in records)
+    return "\n".join(f"{_name_line(r['image'])}\n" + "".join(_text_lines(r)) for r in records)
+
+
+def _name_line(name: str) -> str:
+    return json.dumps(name) if UNPRINTABLE.search(name) else name
 
 
 def _text_lines(record: dict) -> list[str]:
@@ -94,38 +106,69 @@ STREAMED = ("text", "jsonl")  # formats in which the whole is its records one af
 class CaptionWriter:
     """Sends records to a file, or to stdout, as they come.
 
-    A file is replaced whole, at most every `SAVE_SECONDS` and at the end, so that a reader never
-    sees half of one and an interrupted run keeps what was done.
+    A file is replaced whole, and only by a finished run that has something to say; until then what
+    there is is saved every `SAVE_SECONDS`, beside the file if there was one already.
+
+    Attributes:
+        records: what was taken so far.
+        place: the file in which they were saved last, if any.
     """
 
     def __init__(self, kind: str, path: Path | None):
-        self.render = FORMATS[kind]
-        self.with_masks = kind == "coco"
-        if self.with_masks:
+        self.kind = kind
+        if kind == "coco":
             _coco_codec()  # before any image is captioned
+        self.file = None if path is None else GrowingFile(path)
         self.streams = path is None and kind in STREAMED
-        self.path = path
+        self.place: Path | None = None
         self.records: list[dict] = []
         self.saved = time.monotonic()
 
     def add(self, name: str, result, sources: Sequence[RegionSource] = ()):
         """Takes one picture's results."""
-        record = record_of(name, result, sources, self.with_masks)
+        record = record_of(name, result, sources, with_masks=self.kind == "coco")
         if self.streams:
-            separator = "\n" if self.records and self.render is as_text else ""
-            sys.stdout.write(separator + self.render([record]))
-            sys.stdout.flush()
+            separator = "\n" if self.records and self.kind == "text" else ""
+            self._print(separator + self._render([record]))
         self.records.append(record)
-        if self.path is not None and time.monotonic() - self.saved > SAVE_SECONDS:
-            self.close()
+        if self.file is not None and time.monotonic() - self.saved > SAVE_SECONDS:
+            with contextlib.suppress(OSError):  # the last attempt counts
+                self.place = self.file.save(self._data())
+            self.saved = time.monotonic()
 
-    def close(self):
-        """Writes what there is."""
-        if self.path is not None:
-            write_bytes(self.path, self.render(self.records).encode())
-        elif not self.streams:
-            sys.stdout.write(self.render(self.records))
-        self.saved = time.monotonic()
+    def close(self, finished: bool = True):
+        """Writes what there is; a file that was there stays if the run did not finish."""
+        if self.file is None:
+            if not self.streams:
+                self._print(self._render(self.records))
+        elif self.records and finished:
+            self.file.finish(self._data())
+            self.place = self.file.path
+        elif self.records:
+            self.place = self.file.save(self._data())
+
+    def rescue(self):
+        """Prints what could not be written to a file."""
+        if self.file is not None and self.records and sys.stdout is not None:
+            self._print(self._render(self.records))
+
+    def _data(self) -> bytes:
+        return encode_json(self._render(self.records))
+
+    def _render(self, records: Sequence[dict]) -> str:
+        return FORMATS[self.kind](records)
+
+    def _print(self, text: str):
+        """Prints a text on stdout, escaping what its encoding lacks."""
+        encoding = sys.stdout.encoding or "utf-8"
+        try:
+            text.encode(encoding)
+        except UnicodeEncodeError:
+            is_json = self.kind != "text"
+            text = ascii_json(text) if is_json else text
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def format_of(path: Path | None, kind: str | None) -> str:

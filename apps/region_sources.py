@@ -5,54 +5,75 @@ annotation files are compared with the picture's, never opened.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ..image_processing_perceptiondlm import load_mask
+from .annotation_files import AnnotationList, CocoFile, Maker, Source
 from .inputs import (
     MASK_SUFFIXES,
+    PICTURE_SUFFIXES,
     PictureSource,
     RegionSource,
-    annotation_mask,
-    is_plain_name,
+    is_url,
     open_mask_file,
     read_annotations,
 )
 
 MAX_REGIONS = 1000  # of one picture
 MAX_MASK_PIXELS = 3_000_000_000  # a byte each, all masks of a picture together
+NAMING = (
+    "masks are named after their picture: for cat.jpg cat.png, cat_0.png, cat_mask_1.png, cat-2.png"
+    " or any name in a folder cat/"
+)
 
 
-class MaskFiles:
+class MaskFiles(Source):
     """Mask pictures given one by one: the regions of the one picture there is."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = paths
 
-    def regions(self, picture: PictureSource, size: tuple[int, int]) -> list[RegionSource]:
-        return [RegionSource(_sized(open_mask_file(p), size, p), p.name) for p in self.paths]
+    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
+        return _mask_makers(self.paths, size)
 
 
-class MaskFolder:
+class MaskFolder(Source):
     """A folder of mask pictures by name: for `cat.jpg`, `cat.png`, `cat_0.png`, `cat_mask_1.png`,
-    `cat-2.png` or everything in a folder `cat/`, in natural order."""
+    `cat-2.png` or everything in a folder `cat/`, in natural order. Where there is one picture, its
+    masks have any names, but for those named after another picture beside it.
+
+    Attributes:
+        unused: masks named after no picture.
+    """
 
     SUFFIX = re.compile(r"([_.-]?(mask|region|segment|object|instance)s?)?([_.-]?\d+)?", re.I)
 
     def __init__(self, folder: Path, pictures: Sequence[PictureSource]):
         self.folder = folder
         self.files: dict[str, list[Path]] = {picture.stem: [] for picture in pictures}
-        stems = sorted(self.files, key=len, reverse=True)  # cat_2_0 is of cat_2 if there is one
+        self.lossy: dict[str, list[Path]] = {picture.stem: [] for picture in pictures}
+        self.unused: list[Path] = []
+        beside = _stems_beside(pictures, folder)
+        # cat_2_0 is of cat_2 if there is one
+        stems = sorted({*self.files, *(beside or ())}, key=len, reverse=True)
         own_files = {Path(picture.path).resolve() for picture in pictures}
         for file in sorted(folder.iterdir(), key=natural_order):
-            if _is_mask_file(file) and file.resolve() not in own_files:
-                owner = next((s for s in stems if self._belongs(file.stem, s)), None)
-                if owner is not None:
-                    self.files[owner].append(file)
-        for stem in stems:
+            if not file.is_file() or file.resolve() in own_files:
+                continue
+            owner = next((s for s in stems if self._belongs(file.stem, s)), None)
+            if owner is None and len(self.files) == 1:
+                owner = next(iter(self.files))
+            if _is_mask_file(file):
+                (self.unused if owner is None else self.files.get(owner, [])).append(file)
+            elif beside is not None and file.suffix.lower() in PICTURE_SUFFIXES:
+                self.lossy.get(owner, []).append(file)
+        for stem in self.files:
             own = folder / stem
             if own.is_dir():
                 self.files[stem] += sorted(filter(_is_mask_file, own.iterdir()), key=natural_order)
@@ -60,139 +81,94 @@ class MaskFolder:
     def _belongs(self, name: str, stem: str) -> bool:
         return name.startswith(stem) and bool(self.SUFFIX.fullmatch(name[len(stem) :]))
 
-    def regions(self, picture: PictureSource, size: tuple[int, int]) -> list[RegionSource]:
-        files = self.files[picture.stem]
-        return [RegionSource(_sized(open_mask_file(f), size, f), f.name) for f in files]
+    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
+        files, lossy = self.files[picture.stem], self.lossy[picture.stem]
+        if lossy and not files:
+            _refuse_lossy(lossy)
+        return _mask_makers(files, size)
+
+    def unused_note(self) -> str | None:
+        if not self.unused:
+            return None
+        names = ", ".join(file.name for file in self.unused[:10])
+        more = ", ..." if len(self.unused) > 10 else ""
+        count = len(self.unused)
+        return f"{count} masks in {self.folder} are of no picture: {names}{more}; {NAMING}"
 
 
-class LabelMaps:
+def _stems_beside(pictures: Sequence[PictureSource], folder: Path) -> set[str] | None:
+    """Names of all pictures in the folders of those given; None if the masks lie there too."""
+    folders = {Path(p.path).resolve().parent for p in pictures if not is_url(p.path)}
+    if folder.resolve() in folders:
+        return None
+    files = [file for place in folders for file in place.iterdir()]
+    return {file.stem for file in files if file.suffix.lower() in PICTURE_SUFFIXES}
+
+
+def _mask_makers(files: Sequence[Path], size: tuple[int, int]) -> Iterable[Maker]:
+    def make(file: Path) -> RegionSource:
+        return RegionSource(_sized(open_mask_file(file), size, file), file.name)
+
+    return [(file.name, partial(make, file)) for file in files]
+
+
+def _refuse_lossy(files: Sequence[Path]):
+    names = ", ".join(file.name for file in files[:5])
+    raise ValueError(f"expected masks without loss, say PNG, in {files[0].parent}, got {names}")
+
+
+class LabelMaps(Source):
     """Pictures in which every colour or value but black (zero) is a region of its own: one file
     for the one picture there is, or a folder with a map of each picture's name."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def regions(self, picture: PictureSource, size: tuple[int, int]) -> list[RegionSource]:
-        path = self.path
-        if path.is_dir():
-            files = [f for f in path.iterdir() if f.stem == picture.stem and _is_mask_file(f)]
-            if not files:
-                return []
-            path = files[0]
-        return split_labels(_sized(open_mask_file(path), size, path), path.name)
-
-
-class CocoFile:
-    """A COCO file: regions by the picture's name, which is compared and never opened."""
-
-    def __init__(self, path: Path, content: dict):
-        self.name = path.name
-        images, annotations = content["images"], content["annotations"]
-        if not isinstance(images, list) or not isinstance(annotations, list):
-            raise ValueError(f"expected lists of images and annotations in {path}")
-        self.categories = {
-            category["id"]: category.get("name")
-            for category in content.get("categories") or []
-            if isinstance(category, dict) and "id" in category
-        }
-        self.refused: list[str] = []
-        self.ids: dict[str, object] = {}
-        for image in images:
-            self._index(image)
-        self.annotations: dict[object, list[dict]] = {}
-        for annotation in annotations:
-            if not isinstance(annotation, dict) or not _is_id(annotation.get("image_id")):
-                raise ValueError(f"expected annotations with an image_id in {path}")
-            self.annotations.setdefault(annotation["image_id"], []).append(annotation)
-
-    def _index(self, image):
-        if not isinstance(image, dict) or not _is_id(image.get("id")):
-            raise ValueError(f"expected images with an id in {self.name}, got {str(image)[:80]}")
-        name = image.get("file_name")
-        if not is_plain_name(name):
-            self.refused.append(
-                f"{self.name}: expected a file_name inside the pictures' folder, got {name!r:.120}"
-            )
-            return
-        self.ids[name] = image["id"]
-
-    def regions(self, picture: PictureSource, size: tuple[int, int]) -> list[RegionSource]:
-        parts = Path(picture.path).parts
-        names = ["/".join(parts[k:]) for k in range(len(parts))]  # the longest match first
-        known = next((self.ids[name] for name in names if name in self.ids), None)
-        if known is None:
-            known = self._by_last_part(parts[-1])
-        own = self.annotations.get(known, []) if known is not None else []
-        return [
-            RegionSource(
-                annotation_mask(annotation, self.name),
-                f"{self.name}#{annotation.get('id', k)}",
-                self._origin(annotation),
-            )
-            for k, annotation in enumerate(own)
-        ]
-
-    def _by_last_part(self, name: str):
-        matches = [i for known, i in self.ids.items() if known.rsplit("/", 1)[-1] == name]
-        if len(matches) > 1:
-            raise ValueError(f"expected one image {name!r} in {self.name}, got {len(matches)}")
-        return matches[0] if matches else None
-
-    def _origin(self, annotation: dict) -> dict:
-        kept = {k: annotation[k] for k in ("id", "image_id", "category_id") if k in annotation}
-        if annotation.get("category_id") in self.categories:
-            kept["category"] = self.categories[annotation["category_id"]]
-        return kept
-
-
-class AnnotationList:
-    """Regions of one picture: SAM's annotation file, what its mask generator returns, or a list of
-    masks. It goes with the picture that it names or is named like, or the only one."""
-
-    def __init__(self, path: Path, content, only: bool):
-        self.path = path
-        self.name = path.name
-        self.only = only
-        self.file_name = None
-        if isinstance(content, dict) and "annotations" in content:
-            image = content.get("image")
-            self.file_name = image.get("file_name") if isinstance(image, dict) else None
-            content = content["annotations"]
-        if self.file_name is not None and not is_plain_name(self.file_name):
-            raise ValueError(f"expected a plain file_name in {path}, got {self.file_name!r:.120}")
-        self.items = content if isinstance(content, list) else [content]
-
-    def regions(self, picture: PictureSource, size: tuple[int, int]) -> list[RegionSource]:
-        named = self.file_name is not None and Path(self.file_name).name == Path(picture.path).name
-        if not (self.only or named or picture.stem == self.path.stem):
+    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
+        path = self._map_of(picture.stem) if self.path.is_dir() else self.path
+        if path is None:
             return []
-        return [
-            RegionSource(annotation_mask(item, self.name), f"{self.name}#{k}")
-            for k, item in enumerate(self.items)
-        ]
+        regions = split_labels(_sized(open_mask_file(path), size, path), path.name)
+        return [(region.origin, partial(_itself, region)) for region in regions]
+
+    def _map_of(self, stem: str) -> Path | None:
+        files = [file for file in self.path.iterdir() if file.stem == stem and file.is_file()]
+        maps = sorted(filter(_is_mask_file, files))
+        if len(maps) > 1:
+            names = ", ".join(file.name for file in maps)
+            raise ValueError(f"expected one label map for {stem!r} in {self.path}, got {names}")
+        lossy = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+        if lossy and not maps:
+            _refuse_lossy(lossy)
+        return maps[0] if maps else None
 
 
-class AnnotationFolder:
+def _itself(region: RegionSource) -> RegionSource:
+    return region
+
+
+class AnnotationFolder(Source):
     """A folder of SAM annotation files, `sa_1.json` for `sa_1.jpg`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def regions(self, picture: PictureSource, size: tuple[int, int]) -> list[RegionSource]:
+    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
         path = self.folder / f"{picture.stem}.json"
         if not path.is_file():
             return []
-        return AnnotationList(path, read_annotations(path), only=False).regions(picture, size)
+        return AnnotationList(path, read_annotations(path), only=False).makers(picture, size)
 
 
-class Shapes:
+class Shapes(Source):
     """Boxes and polygons from the command line, the same for every picture."""
 
     def __init__(self, shapes: Sequence[dict]):
         self.shapes = shapes
 
-    def regions(self, picture: PictureSource, size: tuple[int, int]) -> list[RegionSource]:
-        return [RegionSource(s, f"{next(iter(s))} {k + 1}") for k, s in enumerate(self.shapes)]
+    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
+        regions = [RegionSource(s, f"{next(iter(s))} {k + 1}") for k, s in enumerate(self.shapes)]
+        return [(region.origin, partial(_itself, region)) for region in regions]
 
 
 def open_sources(masks: Sequence[str], pictures: Sequence[PictureSource]) -> list:
@@ -237,17 +213,48 @@ def _annotation_source(path: Path, content, only: bool):
 
 
 def gather_regions(
-    sources: Sequence, picture: PictureSource, size: tuple[int, int], most: int | None = None
+    sources: Sequence,
+    picture: PictureSource,
+    size: tuple[int, int],
+    most: int | None = None,
+    refused: list[str] | None = None,
 ) -> list[RegionSource]:
     """A picture's regions from all sources; with `most`, only the largest ones, in their order.
 
-    Raises ValueError for more than `MAX_REGIONS`, or more than memory should be asked to hold.
+    A region that cannot be used raises ValueError; or, given a list, what is wrong with it goes
+    to `refused`, and the others are returned. Raises ValueError for more than `MAX_REGIONS`, or
+    more than memory should be asked to hold.
     """
-    regions = [region for source in sources for region in source.regions(picture, size)]
+    makers: list[Maker] = []
+    for source in sources:
+        with _refusing(refused):
+            makers += source.makers(picture, size)
+    if most is None:
+        _check_count(len(makers), size, picture.path)
+
+    regions, areas = [], []
+    for origin, make in makers:
+        with _refusing(refused, f"{origin}: "):
+            region = make()
+            areas.append(sum(load_mask(region.mask, size).histogram()[1:]))
+            regions.append(region)
+
     if most is not None and len(regions) > most:
-        regions = _largest(regions, size, most)
+        kept = sorted(range(len(regions)), key=lambda i: -areas[i])[:most]
+        regions = [regions[i] for i in sorted(kept)]
     _check_count(len(regions), size, picture.path)
     return regions
+
+
+@contextmanager
+def _refusing(refused: list[str] | None, name: str = ""):
+    """Notes what is wrong with a region, or a source, where there is a list for it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if refused is None:
+            raise
+        refused.append(f"{name}{error}")
 
 
 def _check_count(count: int, size: tuple[int, int], name: str):
@@ -256,15 +263,6 @@ def _check_count(count: int, size: tuple[int, int], name: str):
         raise ValueError(
             f"expected at most {most} regions for {size[0]}x{size[1]} pixels in {name}, got {count}"
         )
-
-
-def _largest(regions: list[RegionSource], size, most: int) -> list[RegionSource]:
-    def area(region: RegionSource) -> int:
-        return sum(load_mask(region.mask, size).histogram()[1:])
-
-    areas = [area(region) for region in regions]
-    kept = sorted(range(len(regions)), key=lambda i: -areas[i])[:most]
-    return [regions[i] for i in sorted(kept)]
 
 
 def split_labels(labels: Image.Image, name: str) -> list[RegionSource]:
@@ -304,7 +302,3 @@ def natural_order(path: Path) -> list:
     """Sorts mask_2 before mask_10."""
     parts = re.split(r"(\d+)", path.name)  # text and digits by turns
     return [int(part) if i % 2 else part.lower() for i, part in enumerate(parts)]
-
-
-def _is_id(value) -> bool:
-    return isinstance(value, (int, str)) and not isinstance(value, bool)

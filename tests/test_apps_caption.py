@@ -187,8 +187,9 @@ def test_one_bad_file_is_reported_and_the_rest_goes_on(run, folders, tmp_path, c
     errors = capsys.readouterr().err
     assert "broken.png: expected a picture" in errors
     assert "region_1_mask_9.png to have the picture's size" in errors
-    assert "2 pictures done, 2 failed" in errors
-    assert len(out.read_text().splitlines()) == 2
+    assert "3 pictures done, 1 failed: broken.png; 1 regions left out" in errors
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [len(record["regions"]) for record in records] == [3, 4, 6]
 
 
 def test_pictures_of_a_folder_without_masks_are_left_out(run, folders, scene, capsys):
