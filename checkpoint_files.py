@@ -155,7 +155,7 @@ class Settings(dict):
 def read_json(path: Path) -> Settings:
     """A JSON object; MissingFile or DamagedFile says why there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=Settings)
+        content = json.loads(path.read_bytes(), object_hook=Settings)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingFile(f"expected {path.name} in {path.parent}, got no such file") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

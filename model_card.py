@@ -91,7 +91,7 @@ def writes_card(folder: Path) -> bool:
 
 def read_json(path: Path) -> dict:
     """A JSON file's object, {} where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
 def model_card(
@@ -117,7 +117,7 @@ def model_card(
         tags: more of them than its own.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_bytes())
     provenance = provenance or Provenance()
     if base_model is None and is_hub_id(provenance.source):
         base_model = provenance.source

@@ -148,9 +148,16 @@ class CaptionRun:
             return SOME_FAILED
         except OSError as error:
             report(f"cannot write captions: {error}")
-            self.writer.rescue()
+            self._rescue()
             return SOME_FAILED
         return self._summary(interrupted)
+
+    def _rescue(self):
+        """Prints captions that could not go to a file; a stdout that took none is given up."""
+        if self.args.captions is None or sys.stdout is None:
+            silence_stdout()
+        elif self.writer.records:
+            self.writer.print(self.writer.records)
 
     def _caption_all(self):
         from tqdm import tqdm
@@ -168,26 +175,26 @@ class CaptionRun:
         """Result and regions of a picture; None where there is none, for a reason that is said."""
         from torch import OutOfMemoryError
 
-        refused: list[str] = []
         try:
-            return self._describe(picture, refused)
+            return self._describe(picture)
         except (OutOfMemoryError, MemoryError) as error:
             self._fail(picture, f"out of memory, try --batch-size 1: {error}")
         except (ValueError, OSError) as error:
             self._fail(picture, error)
-        finally:
-            for line in refused:
-                report(f"{picture.path}: {line}")
-            self.lost += len(refused)
+        return None
 
-    def _describe(self, picture, refused: list[str]) -> tuple | None:
+    def _describe(self, picture) -> tuple | None:
         from .region_sources import gather_regions
 
         args = self.args
         image = open_picture(picture.path)
         if args.question:
             return self.captioner.ask(image, args.question), []
+        refused: list[str] = []
         regions = gather_regions(self.sources, picture, image.size, args.max_regions, refused)
+        for line in refused:
+            report(f"{picture.path}: {line}")
+        self.lost += len(refused)
         if not regions:
             return self._without_regions(picture, refused)
         masks = [region.mask for region in regions]

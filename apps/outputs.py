@@ -128,8 +128,7 @@ class CaptionWriter:
         """Takes one picture's results."""
         record = record_of(name, result, sources, with_masks=self.kind == "coco")
         if self.streams:
-            separator = "\n" if self.records and self.kind == "text" else ""
-            self._print(separator + self._render([record]))
+            self.print([record], before="\n" if self.records and self.kind == "text" else "")
         self.records.append(record)
         if self.file is not None and time.monotonic() - self.saved > SAVE_SECONDS:
             with contextlib.suppress(OSError):  # the last attempt counts
@@ -140,17 +139,12 @@ class CaptionWriter:
         """Writes what there is; a file that was there stays if the run did not finish."""
         if self.file is None:
             if not self.streams:
-                self._print(self._render(self.records))
+                self.print(self.records)
         elif self.records and finished:
             self.file.finish(self._data())
             self.place = self.file.path
         elif self.records:
             self.place = self.file.save(self._data())
-
-    def rescue(self):
-        """Prints what could not be written to a file."""
-        if self.file is not None and self.records and sys.stdout is not None:
-            self._print(self._render(self.records))
 
     def _data(self) -> bytes:
         return encode_json(self._render(self.records))
@@ -158,14 +152,14 @@ class CaptionWriter:
     def _render(self, records: Sequence[dict]) -> str:
         return FORMATS[self.kind](records)
 
-    def _print(self, text: str):
-        """Prints a text on stdout, escaping what its encoding lacks."""
+    def print(self, records: Sequence[dict], before: str = ""):
+        """Prints records on stdout, escaping what its encoding lacks."""
+        text = before + self._render(records)
         encoding = sys.stdout.encoding or "utf-8"
         try:
             text.encode(encoding)
         except UnicodeEncodeError:
-            is_json = self.kind != "text"
-            text = ascii_json(text) if is_json else text
+            text = ascii_json(text) if self.kind != "text" else text
             text = text.encode(encoding, "backslashreplace").decode(encoding)
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -19,6 +19,7 @@ from huggingface_hub.utils import httpx
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ..checkpoint_files import ADAPTER_FILE, adapter_error
+from ..common.json_text import read_json as read_report
 from ..evaluation.checkpoint import folder_fingerprint
 from ..model_card import (
     LICENCE,
@@ -242,7 +243,7 @@ def run(args: argparse.Namespace) -> int:
 def push_from(args: argparse.Namespace, folder: Path, repo_id: str) -> int:
     """Publishes as the options of `add_push_options` say; returns an exit code."""
     try:
-        report = None if args.report is None else json.loads(args.report.read_text("utf-8"))
+        report = None if args.report is None else read_report(args.report)
         commit = push_folder(
             folder,
             repo_id,

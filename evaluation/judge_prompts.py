@@ -10,6 +10,7 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.json_text import read_text
 from .benchmarks import Benchmark, RegionSample
 from .scoring import RECOGNITION_CHOICES, Question
 
@@ -67,7 +68,7 @@ class JudgePrompt:
 
         Above a line of three dashes a file may give the recognition question, with {name}.
         """
-        content = Path(path).read_text(encoding="utf-8")
+        content = read_text(path)
         above, separator, below = content.partition("\n---\n")
         recognition, template = (above.strip(), below) if separator else (None, content)
         _expect_fields(path, template, {"caption", "question"})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from ..common.json_text import read_text
 from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..diffusion_loss import LOSS_WEIGHTINGS
 
@@ -279,7 +280,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         file = CONFIGS.parent / path
     if not file.is_file():
         raise FileNotFoundError(f"expected a recipe file, got {str(path)!r}: no such file")
-    values = _parse(file.read_text(encoding="utf-8"), str(path)) or {}
+    values = _parse(read_text(file), str(path)) or {}
     if not isinstance(values, dict):
         raise ValueError(f"expected sections in {path}, got {type(values).__name__}")
     for override in overrides:

@@ -14,6 +14,8 @@ from ..extras import extra
 with extra("train"):
     import datasets
 
+from ..common.json_text import parse_json, read_json, read_json_lines
+
 TABLES = (".parquet", ".arrow")
 LINES = (".jsonl", ".ndjson")
 PICTURE_FIELDS = ("image", "images")
@@ -152,16 +154,13 @@ def _read(path: Path) -> Iterator[tuple]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except ValueError as error:  # malformed JSON or not UTF-8
-                yield number, None, f"expected a JSON object, got: {error}", []
-                continue
-            yield number, *_checked(values), []
+    for number, line in read_json_lines(path):
+        try:
+            values = parse_json(line, path)
+        except ValueError as error:  # malformed JSON or not UTF-8
+            yield number, None, f"expected a JSON object, got: {error.__cause__}", []
+            continue
+        yield number, *_checked(values), []
 
 
 def _checked(values) -> tuple[dict | None, str | None]:
@@ -171,10 +170,7 @@ def _checked(values) -> tuple[dict | None, str | None]:
 
 
 def _read_json(path: Path) -> Iterator[tuple]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got: {error}") from error
+    content = read_json(path)
     if isinstance(content, dict) and "annotations" in content:
         content = coco_records(content)
     if not isinstance(content, list):
