@@ -193,6 +193,11 @@ def options_for(task: str, options: dict) -> dict:
     return {k: v for k, v in options.items() if TASK_OPTIONS.get(k, task) == task}
 
 
+def options_of(task: str) -> list[str]:
+    """Names the options that "captions" or "answers" alone have a use for."""
+    return [name for name, own in TASK_OPTIONS.items() if own == task]
+
+
 def _expect_integer(name: str, value, least: int, optional: bool = False, most: int = 2**31 - 1):
     if optional and value is None:
         return

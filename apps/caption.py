@@ -12,7 +12,8 @@ examples:
     perceptiondlm caption photo.jpg --box 40,60,220,300 --polygon 300,80,380,90,350,200
   see it: regions in colour with their captions, and the captions appearing step by step:
     perceptiondlm caption photo.jpg --masks cup.png --output seen.png --animate denoising.gif
-  a folder of pictures and one of masks (cat.jpg goes with cat.png, cat_0.png, cat_1.png, cat/*):
+  a folder of pictures and one of masks (cat.jpg goes with cat.png, cat_0.png, cat_1.png, cat/*;
+  the masks of a single picture may have any names):
     perceptiondlm caption photos/ --masks masks/ --captions captions.jsonl
   COCO or SAM annotations, captions back as COCO:
     perceptiondlm caption photos/ --masks instances.json --captions captioned.coco.json
@@ -25,7 +26,7 @@ examples:
 
 exit codes:
   0  every picture was done
-  1  some pictures failed; each is reported on stderr, the others are done
+  1  some pictures or regions failed; each is reported on stderr, the others are done
   2  nothing was done: the command line, the model or the inputs as a whole cannot be used
   130  interrupted (Ctrl-C); what was done until then is kept
 """

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..generation_options import options_of
 from .outputs import format_of
 
-REGION_OPTIONS = ("instruction", "max_regions", "caption_length")
-QUESTION_OPTIONS = ("max_new_tokens", "block_length")
+REGION_OPTIONS = ("instruction", "max_regions", *options_of("captions"))
 NEEDED = {  # option: others, of which it needs one
     "font": ("output", "animate"),
     "adaptive_value": ("adaptive",),
@@ -32,7 +32,7 @@ def check_options(args: argparse.Namespace):
             raise ValueError("expected text, json or jsonl for answers, got --format coco")
         _refuse(args, REGION_OPTIONS, "regions", "a --question")
     else:
-        _refuse(args, QUESTION_OPTIONS, "a --question", "regions")
+        _refuse(args, options_of("answers"), "a --question", "regions")
     for name, others in NEEDED.items():
         if getattr(args, name) is not None and all(getattr(args, o) is None for o in others):
             wanted = " or ".join(map(flag, others))

@@ -122,6 +122,12 @@ class CaptionRun:
             **decoding,
         )
         captioner.check_options()
+        layout = captioner.model.config.region_layout
+        if args.prompt_cache is not None and layout == "independent":
+            raise ValueError(
+                "expected no --prompt-cache with this checkpoint, which keeps the prompt exactly"
+                f" (region_layout {layout!r}), got {args.prompt_cache}"
+            )
         return captioner
 
     def run(self) -> int:

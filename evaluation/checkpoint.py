@@ -3,8 +3,13 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from ..generation_options import options_of
+
+# arguments of `diffusion_generate` that a step itself gives
+CALL_ARGUMENTS = ("images", "masks", "prompts", "inputs", "processor", "callback", "generator")
 
 
 def parse_option(text: str) -> tuple[str, object]:
@@ -135,7 +140,29 @@ def add_decoding_arguments(parser: argparse.ArgumentParser):
     add_option_argument(parser)
 
 
-def decoding_options(args: argparse.Namespace) -> dict:
-    """Options of `diffusion_generate` that were given; an `--option` wins over its own flag."""
+def decoding_options(args: argparse.Namespace, *, questions: bool = True) -> dict:
+    """Options of `diffusion_generate` that were given.
+
+    Raises ValueError for one that is given twice or alone without a use, that is no option of
+    decoding, or, unless `questions` are answered too, that captions have no use for.
+    """
     flags = {name: getattr(args, name) for name in ("steps", "adaptive", "adaptive_value")}
-    return {name: v for name, v in flags.items() if v is not None} | dict(args.options)
+    options = named_options(args, reserved=[name for name, v in flags.items() if v is not None])
+    options = {name: v for name, v in flags.items() if v is not None} | options
+    if options.get("adaptive_value") is not None and options.get("adaptive") is None:
+        raise ValueError("expected --adaptive with --adaptive-value, got it alone")
+    useless = [] if questions else sorted(set(options) & set(options_of("answers")))
+    if useless:
+        raise ValueError(f"expected options of captions, got {', '.join(useless)}, of answers")
+    return options
+
+
+def named_options(args: argparse.Namespace, reserved: Sequence[str] = ()) -> dict:
+    """What `--option` gave; ValueError for one given twice, or `reserved` for another flag."""
+    names = [name for name, _ in args.options]
+    for name in names:
+        if name in CALL_ARGUMENTS:
+            raise ValueError(f"expected an option of decoding, got --option {name}=...")
+        if names.count(name) > 1 or name in reserved:
+            raise ValueError(f"expected {name} once, got it more often")
+    return dict(args.options)

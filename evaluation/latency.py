@@ -85,10 +85,10 @@ def run(args: argparse.Namespace) -> int:
     for regions in args.regions:
         if not 1 <= regions <= MAX_OBJECTS:
             raise ValueError(f"expected regions from 1 to {MAX_OBJECTS}, got {regions}")
+    options = decoding_options(args, questions=False)
     if args.pictures < 1:
         raise ValueError(f"expected pictures of 1 or more, got {args.pictures}")
     model, processor = load_checkpoint(args)
-    options = decoding_options(args)
     chosen = resolved_options(model, options)
     scenes = list(crowded_scenes(args.pictures))
     plan = [(regions, together) for together in (True, False) for regions in args.regions]

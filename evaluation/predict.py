@@ -216,6 +216,10 @@ def configure(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
+    for name, least in (("limit", 1), ("warmup", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f"expected {name} of {least} or more, got {getattr(args, name)}")
+    options = decoding_options(args, questions=False)
     benchmark = load_benchmark(args.benchmark, images=args.images)
     samples = benchmark.samples[: args.limit]
     shard = Shard.from_accelerate()
@@ -229,7 +233,7 @@ def run(args: argparse.Namespace) -> int:
         samples,
         args.output,
         batch_size=args.batch_size,
-        options=decoding_options(args),
+        options=options,
         checkpoint=identity,
         warmup=args.warmup,
         shard=shard,
@@ -249,7 +253,7 @@ def _run_record(args: argparse.Namespace, model, checkpoint: str, prediction: Pr
         "benchmark": str(args.benchmark),
         "predictions": str(args.output),
         "batch_size": args.batch_size,
-        "options": decoding_options(args),
+        "options": decoding_options(args, questions=False),
         "throughput": prediction.throughput.to_json(),
         "environment": run_environment(),
     }

@@ -14,6 +14,7 @@ from .checkpoint import (
     add_option_argument,
     checkpoint_record,
     load_checkpoint,
+    named_options,
 )
 from .environment import run_environment
 from .files import write_json, write_text
@@ -23,6 +24,7 @@ from .synthetic import add_scene_arguments, summary_line
 
 FIXED = "fixed"  # the schedule that takes all its steps
 DEFAULT_RULES = "fixed,threshold:0.9,threshold:0.7,factor:1.0,entropy_bound:0.1"
+RULED = ("steps", "adaptive", "adaptive_value", "adaptive_verify")  # of each row's rule
 MEASURED = (
     "forwards_per_pass",
     "tokens_per_forward",
@@ -122,8 +124,8 @@ def configure(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace) -> int:
     if args.output is None:
         raise ValueError("expected --output SWEEP.json, got none")
+    common = named_options(args, reserved=RULED)
     model, processor = load_checkpoint(args)
-    common = dict(args.options)
     plan = [(rule, rule.options(steps)) for rule in args.rules for steps in args.steps]
     resolved = [resolved_options(model, common | own) for _, own in plan]
     scenes = held_out_scenes(args.seed, args.scenes)

@@ -39,6 +39,10 @@ TRUTH_FILE = "truth.json"  # per region its attributes
 JUDGE_VERSION = "synthetic-exact-1"  # changes whenever a question or its answer below does
 RIGHT, UNNAMED, WRONG = range(3)  # choices of a question about an attribute
 MENTIONED, UNMENTIONED = range(2)  # choices of a question about another region
+MEASURING = (  # options of measuring, which `write` and `judge` have no use for
+    *("model", "subfolder", "dtype", "device", "scenes", "seed", "batch_size", "output"),
+    *("steps", "adaptive", "adaptive_value", "options", "regions_per_pass", "texts"),
+)
 IDENTIFYING = ("shape", "colour", "position")  # what tells regions apart; others often agree
 
 
@@ -182,17 +186,19 @@ def configure(parser: argparse.ArgumentParser):
     add("--texts", help="also write every caption and answer beside the truth (JSON)")
     actions = parser.add_subparsers(dest="action", metavar="[write | judge]")
     write = actions.add_parser("write", help="draw scenes into a benchmark folder")
-    write.add_argument("--output", required=True, help="benchmark folder")
-    write.add_argument("--scenes", type=int, default=500, help="how many")
+    write.add_argument("--output", dest="own_output", required=True, help="benchmark folder")
+    write.add_argument("--scenes", dest="own_scenes", type=int, default=500, help="how many")
     write.add_argument("--start", type=int, default=0, help="first seed")
     write.add_argument("--split", choices=SPLITS, default="heldout")
     write.set_defaults(run_action=run_write)
     judge = actions.add_parser("judge", help="answer a folder's questions about captions")
     judge.add_argument("--benchmark", required=True, help="folder that `write` made")
     judge.add_argument("--predictions", required=True, help="JSON: {region: caption}")
-    judge.add_argument("--output", required=True, help="where the answers go (JSON)")
+    judge.add_argument(
+        "--output", dest="own_output", required=True, help="where the answers go (JSON)"
+    )
     judge.set_defaults(run_action=run_judge)
-    parser.set_defaults(run_action=run_measure)
+    parser.set_defaults(run_action=run_measure, of_measuring=parser.get_default)
 
 
 def add_scene_arguments(parser: argparse.ArgumentParser):
@@ -204,14 +210,24 @@ def add_scene_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.action is not None:
+        _refuse_measuring(args)
     return args.run_action(args)
+
+
+def _refuse_measuring(args: argparse.Namespace):
+    """Raises ValueError for options of measuring before `write` or `judge`, which ignore them."""
+    given = [name for name in MEASURING if getattr(args, name) != args.of_measuring(name)]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"expected no {names} before {args.action}, whose options follow it")
 
 
 def run_measure(args: argparse.Namespace) -> int:
     if args.output is None:
         raise ValueError("expected --output REPORT.json, got none")
-    model, processor = load_checkpoint(args)
     options = decoding_options(args)
+    model, processor = load_checkpoint(args)
     resolved_options(model, options)  # refuses a mistake before any work
     scenes = held_out_scenes(args.seed, args.scenes)
     said = describe_scenes(
@@ -278,10 +294,11 @@ def summary_line(measured: Mapping) -> str:
 
 
 def run_write(args: argparse.Namespace) -> int:
-    if args.scenes < 1:
-        raise ValueError(f"expected scenes of 1 or more, got {args.scenes}")
-    write_scenes(args.output, range(args.start, args.start + args.scenes), split=args.split)
-    print(f"{args.output}: {args.scenes} scenes")
+    if args.own_scenes < 1:
+        raise ValueError(f"expected scenes of 1 or more, got {args.own_scenes}")
+    seeds = range(args.start, args.start + args.own_scenes)
+    write_scenes(args.own_output, seeds, split=args.split)
+    print(f"{args.own_output}: {args.own_scenes} scenes")
     return 0
 
 
@@ -290,7 +307,7 @@ def run_judge(args: argparse.Namespace) -> int:
     truth = read_json(Path(args.benchmark) / TRUTH_FILE)
     captions = read_captions(args.predictions, benchmark)
     answers, accuracies = judge_scenes(benchmark, truth, captions)
-    write_json(args.output, answers)
+    write_json(args.own_output, answers)
     record = {
         "judge": "exact",
         "prompt_version": JUDGE_VERSION,
@@ -299,9 +316,9 @@ def run_judge(args: argparse.Namespace) -> int:
         "exact": accuracies,
         "environment": run_environment(),
     }
-    write_json(run_record_path(args.output), record)
+    write_json(run_record_path(args.own_output), record)
     print(
-        f"{args.output}: attributes {100 * accuracies['attribute_accuracy']:.2f} % right,"
+        f"{args.own_output}: attributes {100 * accuracies['attribute_accuracy']:.2f} % right,"
         f" captions {100 * accuracies['exact_caption_rate']:.2f} %,"
         f" interference {100 * accuracies['interference_rate']:.2f} %"
     )

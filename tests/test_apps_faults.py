@@ -1,4 +1,4 @@
-"""What cannot be captioned costs nothing else: damaged annotations, masks and pictures are named."""
+"""What cannot be captioned costs nothing else: annotations, masks and pictures are named."""
 
 import json
 
@@ -138,7 +138,6 @@ def test_the_largest_regions_are_chosen_among_those_that_can_be_used(tmp_path, c
 
 
 # Encodings of JSON.
-
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])

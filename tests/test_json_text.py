@@ -60,12 +60,15 @@ def test_a_benchmark_is_read_in_every_encoding(tmp_path, encoding):
 def test_texts_lose_their_byte_order_mark(tmp_path, encoding):
     (tmp_path / "prompt.txt").write_bytes("Ü {caption} {question}".encode(encoding))
     assert JudgePrompt.from_file(tmp_path / "prompt.txt", "text").template.startswith("Ü ")
-    recipe = "data:\n  kind: regions\n  files: [a.jsonl]\nmodel:\n  checkpoint: ü\n"
+    recipe = "data: {kind: regions, files: [a.jsonl]}\nmodel: {checkpoint: ü}\n"
+    recipe += "trainer: {output_dir: o}\n"
     (tmp_path / "r.yaml").write_bytes(recipe.encode(encoding))
     assert load_recipe(tmp_path / "r.yaml").model.checkpoint == "ü"
 
 
-@pytest.mark.parametrize("data", [b"{", b"\xff", b"", b"[" * 100_000, b"\xff\xfe{", b'{"a": "\xe9"}'])
+@pytest.mark.parametrize(
+    "data", [b"{", b"\xff", b"", b"[" * 100_000, b"\xff\xfe{", b'{"a": "\xe9"}']
+)
 def test_what_is_no_json_is_named(tmp_path, data):
     (tmp_path / "bad.json").write_bytes(data)
     with pytest.raises(ValueError, match="expected JSON in .*bad.json, got: "):
