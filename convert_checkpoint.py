@@ -17,9 +17,7 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script: the folder around it is the package
@@ -46,6 +44,7 @@ from .checkpoint_files import (
     WrongShape,
     fetch,
 )
+from .checkpoint_output import OutputExists, clear_unfinished, expect_folder, new_folder
 from .checkpoint_sources import Source, read_source
 from .configuration_perceptiondlm import AUTO_MAP
 from .extras import MissingExtra
@@ -53,12 +52,6 @@ from .extras import MissingExtra
 MODEL_CLASS = "PerceptionDLMForConditionalGeneration"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class OutputExists(ConversionError, FileExistsError):
-    """The output is there already, or is the source."""
-
-    exit_code = 10
 
 
 class VerificationFailed(ConversionError):
@@ -122,6 +115,7 @@ def convert(
     output, dtype = Path(os.path.abspath(output)), parse_dtype(dtype)
     limit = parse_size(max_shard_size)
     folder = fetch(source)
+    clear_unfinished(output)
     expect_free_output(output, [folder, vision_source, base], force)
     opened = read_source(folder, vision_source, base)
     dtype = dtype or opened.dtype
@@ -161,28 +155,7 @@ def expect_free_output(output: Path, sources: Sequence[str | Path | None], force
             raise OutputExists(f"expected an output apart from the source {source}, got {output}")
     if os.path.lexists(output) and not force:
         raise OutputExists(f"expected an output that is not there yet, got {output}; see force")
-
-
-@contextmanager
-def new_folder(output: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place if all goes well, or disappears."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        unfinished = holder / output.name
-        unfinished.mkdir()
-        yield unfinished
-        replaced = holder / "replaced"
-        if force and os.path.lexists(output):
-            output.rename(replaced)
-        try:
-            unfinished.rename(output)
-        except OSError:
-            if os.path.lexists(replaced):
-                replaced.rename(output)
-            raise
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
+    expect_folder(output)
 
 
 def plan_shards(source: Source, dtype: torch.dtype, limit: int) -> list[list[str]]:

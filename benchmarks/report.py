@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..common.files import write_text
 from ..extras import extra
 
 START, END = "<!-- benchmark table: start -->", "<!-- benchmark table: end -->"
@@ -40,7 +41,7 @@ def update_readme(path: Path, result: dict):
     if START not in text or END not in text:
         raise ValueError(f"expected the markers {START} and {END} in {path}")
     before, rest = text.split(START)
-    path.write_text(f"{before}{START}\n{table(result)}\n{END}{rest.split(END)[1]}")
+    write_text(path, f"{before}{START}\n{table(result)}\n{END}{rest.split(END)[1]}")
 
 
 def draw(result: dict, folder: Path):

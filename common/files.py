@@ -43,13 +43,20 @@ def file_to_replace(path: str | Path) -> Path:
     Raises ValueError where something else stands, PermissionError for a read-only file.
     """
     target = Path(os.path.realpath(path))
-    with contextlib.suppress(FileNotFoundError):
-        mode = os.lstat(target).st_mode
-        if not stat.S_ISREG(mode):
-            found = KINDS.get(stat.S_IFMT(mode), "something else")
-            raise ValueError(f"expected a regular file or a new name at {path}, got {found}")
-        if not os.access(target, os.W_OK):
-            raise PermissionError(f"expected a file that may be written at {path}")
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return target
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        found = os.lstat(path)
+    is_target = target.exists() and os.path.samestat(found, os.stat(target))  # not, say, a pipe's
+    if not stat.S_ISREG(found.st_mode) or not is_target:
+        kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise ValueError(f"expected a regular file or a new name at {path}, got {kind}")
+    if not os.access(target, os.W_OK):
+        raise PermissionError(f"expected a file that may be written at {path}")
     return target
 
 
@@ -66,7 +73,9 @@ def write_bytes(path: str | Path, data: bytes):
             file.flush()
             _keep_owner_and_mode(target, file.fileno())
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            if fcntl is None:
+                file.close()  # Windows renames no open file
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)  # gone, if it has been renamed
     sync_folder(target.parent)
@@ -79,7 +88,12 @@ def write_text(path: str | Path, text: str):
 
 def write_json(path: str | Path, content):
     """Writes JSON in one piece; floats keep every bit."""
-    write_bytes(path, encode_json(json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
+    write_bytes(path, json_bytes(content))
+
+
+def json_bytes(content) -> bytes:
+    """Encodes JSON as `write_json` writes it."""
+    return encode_json(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def file_sha256(path: str | Path) -> str:
@@ -148,7 +162,6 @@ def lock_path(target: Path) -> Path:
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
     """Locks a file of this name, which exists only meanwhile; gives False where another has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle = _open_locked(path)
     try:
         yield handle is not None
@@ -160,7 +173,11 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 def _open_locked(path: Path) -> int | None:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the folder went between the two calls
+            continue
         try:
             if not _lock(handle):
                 os.close(handle)
@@ -173,12 +190,23 @@ def _open_locked(path: Path) -> int | None:
         os.close(handle)  # its holder removed it between the two calls: try anew
 
 
-def _lock(handle: int) -> bool:
+@contextmanager
+def locked(file) -> Iterator[None]:
+    """Holds the lock of an open file, when others have let it go."""
+    _lock(file.fileno(), wait=True)
+    try:
+        yield
+    finally:
+        if fcntl is not None:
+            fcntl.flock(file.fileno(), fcntl.LOCK_UN)
+
+
+def _lock(handle: int, wait: bool = False) -> bool:
     """Locks an open file; False where another has it. Where there are no locks all are free."""
     if fcntl is None:
         return True
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno in NO_LOCKS:
             return True

@@ -3,7 +3,10 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
+
+from ..common.files import only_run
 
 # name: (module with `configure(parser)` and `run(args) -> exit code`, one line of help)
 STEPS = {
@@ -44,7 +47,15 @@ def run(args: argparse.Namespace) -> int:
     """Runs the chosen step; a user's mistake is one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        return args.run_step(args)
+        with only_run(*_outputs(args)):
+            return args.run_step(args)
     except (ValueError, OSError) as error:  # transformers' for a checkpoint that is not there
         print(f"perceptiondlm evaluate {args.step}: {error}", file=sys.stderr)
         return 2
+
+
+def _outputs(args: argparse.Namespace) -> list[str | None]:
+    """What a step writes; of several processes of one run the first alone answers for it."""
+    if os.environ.get("RANK", "0") != "0":
+        return []
+    return [getattr(args, name, None) for name in ("output", "own_output", "texts")]

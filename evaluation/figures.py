@@ -1,8 +1,10 @@
 """Figures of a report, from rows of measurements."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common.files import write_bytes
 from ..extras import extra
 
 # file: (fields of a row: x, y...; titles of the axes: x, y...)
@@ -51,7 +53,6 @@ def draw_figures(rows: Sequence[dict], folder: str | Path) -> list[Path]:
     """
     _check_rows(rows)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, (fields, titles) in FIGURES.items():
         usable = [row for row in rows if all(field in row for field in fields)]
@@ -80,7 +81,9 @@ def _draw(rows: Sequence[dict], fields: Sequence[str], titles: Sequence[str], fi
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(file, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150)
+    write_bytes(file, drawn.getvalue())
 
 
 def _scaled(field: str, value: float) -> float:

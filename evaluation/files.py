@@ -1,11 +1,12 @@
 """Files of an evaluation: those of `common.files`, and journals that only grow."""
 
+import contextlib
 import json
 import os
 import threading
 from pathlib import Path
 
-from ..common.files import file_sha256, write_bytes, write_json, write_text
+from ..common.files import file_sha256, locked, try_lock, write_bytes, write_json, write_text
 from ..common.json_text import encode_json, parse_json, read_json
 
 __all__ = [
@@ -28,32 +29,59 @@ def run_record_path(output: str | Path) -> Path:
 class Journal:
     """An append-only file of JSON lines, each synced to disk before `append` returns.
 
-    A last line torn by a kill is cut off on opening, since whatever it recorded was never
-    acknowledged; a broken line before the last is a ValueError.
+    Several processes may append to one. A last line torn by a kill is cut off, since whatever it
+    recorded was never acknowledged; a broken line before the last is a ValueError.
 
     Attributes:
-        records: every record in the file, in order, those appended here included.
+        records: the records in the file, in order, those appended here included; those that others
+            append as of the last `append` or `refresh`.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.records: list[dict] = []
+        self._end = 0  # of the lines that were read
         self._lock = threading.Lock()
         self._file = open(self.path, "ab+")
-        self._cut_torn_line()
-        self.records = read_journal(self.path)
+        with locked(self._file):
+            self._read_on()
+            self._file.truncate(self._end)
 
     def append(self, record: dict):
-        """Adds one record; safe to call from several threads."""
+        """Adds one record; safe to call from several threads and processes."""
         line = encode_json(json.dumps(record, ensure_ascii=False) + "\n")
-        with self._lock:
+        with self._lock, locked(self._file):
+            self._read_on()
+            self._file.truncate(self._end)  # what another was killed in the middle of
             self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
+            self._end += len(line)
             self.records.append(record)
 
+    def refresh(self) -> list[dict]:
+        """Reads and returns what others have appended since."""
+        with self._lock:
+            return self._read_on()
+
+    def claim(self, key: str):
+        """Takes the work of this name, unless another process or journal has it: a context of
+        whether it is taken. It is free again after the context, or the death of its holder."""
+        return try_lock(self._claims / key)
+
+    @property
+    def _claims(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.claims")
+
     def close(self):
+        """Closes the file, and clears away claims of the dead."""
         self._file.close()
+        for path in self._claims.iterdir() if self._claims.is_dir() else ():
+            with try_lock(path):
+                pass
+        with contextlib.suppress(OSError):  # there is none, or others have claims
+            self._claims.rmdir()
 
     def __enter__(self):
         return self
@@ -61,12 +89,15 @@ class Journal:
     def __exit__(self, *_):
         self.close()
 
-    def _cut_torn_line(self):
-        self._file.seek(0)
-        content = self._file.read()
-        if not content.endswith(b"\n"):
-            self._file.truncate(content.rfind(b"\n") + 1)
-        self._file.seek(0, os.SEEK_END)
+    def _read_on(self) -> list[dict]:
+        self._file.seek(self._end)
+        data = self._file.read()
+        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        first = len(self.records) + 1
+        found = [_parse_line(self.path, first + i, line) for i, line in enumerate(lines)]
+        self._end += sum(map(len, lines))
+        self.records += found
+        return found
 
 
 def read_journal(path: str | Path) -> list[dict]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from .judge_prompts import MODES, JudgePrompt, default_mode
 
 logger = logging.getLogger(__name__)
 
+POLL_SECONDS = 0.2  # between looks for an answer that another run is asking for
 FAILURES_IN_A_ROW = 8  # more than chance: the endpoint is gone
 
 
@@ -51,7 +52,7 @@ class JudgeOutcome:
         failures: region, question and reason of each call that failed.
         stopped: why the run ended early, if it did.
         calls: HTTP calls made, retries included.
-        cached: questions that the cache had answered before.
+        cached: questions that the cache answered, before or from another run beside this one.
     """
 
     answers: dict[str, list[str | None]]
@@ -92,16 +93,31 @@ class _JudgeRun:
         self.endpoint = endpoint
         self.cache = cache
         self.prompt_version = prompt_version
-        self.known = {r["key"]: r["answer"] for r in cache.records if "answer" in r}
+        self.known: dict[str, str] = {}
+        self.own: set[str] = set()  # keys that this run paid for
+        self._learn(cache.records)
         self.failures: list[dict] = []
         self.stopped: str | None = None
         self._in_a_row = 0
         self._lock = threading.Lock()
 
+    def _learn(self, records: Iterable[dict]):
+        self.known |= {r["key"]: r["answer"] for r in records if "answer" in r}
+
     def answer(self, call: JudgeCall):
+        """Asks one question, unless another run that shares the cache does, or has done."""
+        while not self.endpoint.stop.is_set():
+            with self.cache.claim(call.key) as is_mine:
+                self._learn(self.cache.refresh())
+                if call.key in self.known:
+                    return
+                if is_mine:
+                    self._ask(call)
+                    return
+            self.endpoint.stop.wait(POLL_SECONDS)
+
+    def _ask(self, call: JudgeCall):
         """Asks one question and records what came of it, on disk first."""
-        if self.endpoint.stop.is_set():
-            return
         try:
             answer = self.endpoint.ask(call.messages)
         except JudgeFailure as failure:
@@ -110,6 +126,7 @@ class _JudgeRun:
         self.cache.append({**self._record(call), "answer": answer})
         with self._lock:
             self.known[call.key] = answer
+            self.own.add(call.key)
             self._in_a_row = 0
 
     def _fail(self, call: JudgeCall, failure: JudgeFailure):
@@ -160,7 +177,8 @@ def judge(
         captions: per region key its caption; regions without one are not asked about.
         endpoint: the judge.
         prompt: the wording, and whether pictures are shown.
-        cache_path: a JSONL file that only grows; it may serve many runs and judges.
+        cache_path: a JSONL file that only grows; it may serve many runs and judges, at once too:
+            what one is asking, the others wait for.
         concurrency: calls under way at once.
         progress: shows a progress bar.
     """
@@ -171,7 +189,6 @@ def judge(
     asked: dict[str, list[str]] = {}
     with Journal(cache_path) as cache:
         run = _JudgeRun(endpoint, cache, prompt.version)
-        before = set(run.known)
         total = sum(
             1 + len(benchmark.questions[s.key]) for s in benchmark.samples if s.key in captions
         )
@@ -179,7 +196,8 @@ def judge(
         with tqdm(total=total, desc="judge", unit="question", disable=not progress) as bar:
             _ask_all(run, calls, asked, concurrency, bar)
     answers = {region: [run.known.get(key) for key in keys] for region, keys in asked.items()}
-    cached = sum(key in before for keys in asked.values() for key in keys)
+    found = run.known.keys() - run.own
+    cached = sum(key in found for keys in asked.values() for key in keys)
     return JudgeOutcome(answers, run.failures, run.stopped, endpoint.budget.spent, cached)
 
 

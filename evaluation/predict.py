@@ -29,6 +29,8 @@ from .files import Journal, read_journal, run_record_path, write_json
 from .sharding import Shard, process_state
 from .throughput import BatchCost, Throughput, batch_cost, stop_ids, timed, total_throughput
 
+ASIDE = ".old"  # ends the names of journals that a restart replaces, until it is done
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -66,7 +68,8 @@ def predict(
             is refused.
         warmup: untimed calls on the first batch beforehand.
         shard: this process's part of the pictures.
-        restart: forgets the journals of earlier runs instead of going on from them.
+        restart: does not go on from the journals of earlier runs; they are kept aside, and removed
+            when the prediction file is written.
         progress: shows a progress bar.
 
     Returns the captions in the order of the samples (None in every process but the first).
@@ -77,7 +80,7 @@ def predict(
     options = options or {}
     identity = json.loads(json.dumps({"checkpoint": checkpoint, "options": options}))
     if restart:
-        _forget(output, shard)
+        _set_aside(output, shard)
     done = _captions_in(_journals(output), identity)
     pictures = _by_picture(s for s in samples if s.key not in done)
     shard.barrier()  # everyone has read the journals before anyone adds to them
@@ -115,6 +118,8 @@ def _merge(samples: Sequence[RegionSample], output: str | Path, identity: dict) 
         if "cost" in record
     ]
     write_json(output, captions)
+    for path in _journals(output, ASIDE):
+        path.unlink()
     return Prediction(captions, total_throughput(costs))
 
 
@@ -172,19 +177,23 @@ def _journal_path(output: str | Path, rank: int) -> Path:
     return Path(output).with_suffix(f".rank{rank}.journal.jsonl")
 
 
-def _journals(output: str | Path) -> dict[Path, list[dict]]:
+def _journals(output: str | Path, aside: str = "") -> dict[Path, list[dict]]:
     """The records of every process's journal, also of processes that are not there now."""
     output = Path(output)
-    paths = output.parent.glob(f"{glob.escape(output.stem)}.rank*.journal.jsonl")
+    paths = output.parent.glob(f"{glob.escape(output.stem)}.rank*.journal.jsonl{aside}")
     return {path: read_journal(path) for path in sorted(paths)}
 
 
-def _forget(output: str | Path, shard: Shard):
-    """Removes all journals, once, before any process reads or writes one."""
+def _set_aside(output: str | Path, shard: Shard):
+    """Sets all journals aside, once, before any process reads or writes one.
+
+    Those that are aside already are of a run that finished, or came further: they stay.
+    """
     shard.barrier()
     if shard.rank == 0:
         for path in _journals(output):
-            path.unlink()
+            aside = path.with_name(path.name + ASIDE)
+            path.unlink() if aside.exists() else path.rename(aside)
     shard.barrier()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.files import GrowingFile, json_bytes
 from ..denoising_diffusion import ACCEPT_RULES, accept_rule
 from .checkpoint import (
     add_checkpoint_arguments,
@@ -17,7 +18,7 @@ from .checkpoint import (
     named_options,
 )
 from .environment import run_environment
-from .files import write_json, write_text
+from .files import write_text
 from .held_out import SPLIT, describe_scenes, held_out_scenes, measurements, resolved_options
 from .report import markdown_table
 from .synthetic import add_scene_arguments, summary_line
@@ -138,15 +139,16 @@ def run(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         **run_environment(),
     }
-    rows = []
+    rows, report = [], GrowingFile(args.output)
     for (rule, own), chosen in zip(plan, resolved, strict=True):
         said = describe_scenes(
             model, processor, scenes, batch_size=args.batch_size, options=common | own
         )
         measured = measurements(scenes, said)
         rows.append(sweep_row(rule, chosen["steps"], measured))
-        write_json(args.output, {"rows": rows} | record)
+        report.save(json_bytes({"rows": rows} | record))
         print(f"{rule.name} {'' if rule.value is None else rule.value}: {summary_line(measured)}")
+    report.finish(json_bytes({"rows": rows} | record))
     table = Path(args.output).with_suffix(".md")
     write_text(table, render_sweep(rows))
     print(f"{args.output}, {table}")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
+from ..checkpoint_output import new_folder
 from ..extras import extra
 from ..training.scenes import SPLITS, VOCABULARY, Scene, named_values, render_scene
 from .benchmarks import Benchmark, load_benchmark
@@ -36,6 +37,7 @@ from .judge import read_captions
 from .synthetic_judge import borrowed_attributes, score_captions, wrong_attributes
 
 TRUTH_FILE = "truth.json"  # per region its attributes
+WRITTEN = {"images", "annotations.json", "class_names.json", "qa.json", TRUTH_FILE}
 JUDGE_VERSION = "synthetic-exact-1"  # changes whenever a question or its answer below does
 RIGHT, UNNAMED, WRONG = range(3)  # choices of a question about an attribute
 MENTIONED, UNMENTIONED = range(2)  # choices of a question about another region
@@ -49,9 +51,22 @@ IDENTIFYING = ("shape", "colour", "position")  # what tells regions apart; other
 def write_scenes(
     folder: str | Path, seeds: range, *, split: str = "heldout", progress: bool = True
 ) -> Path:
-    """Draws one scene for each seed and writes pictures, masks, questions and the truth."""
+    """Draws one scene for each seed and writes pictures, masks, questions and the truth.
+
+    The folder is there whole or not at all. Raises FileExistsError for one that holds anything
+    but what was written here.
+    """
     folder = Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if held - WRITTEN or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(f"expected a new folder, or one of scenes alone, got {folder}")
+    with new_folder(folder, force=True) as unfinished:
+        _write_scenes(unfinished, seeds, split, progress)
+    return folder
+
+
+def _write_scenes(folder: Path, seeds: range, split: str, progress: bool):
+    (folder / "images").mkdir()
     annotations, truth, questions = [], {}, {}
     for seed in tqdm(seeds, desc="scenes", disable=not progress):
         scene = render_scene(seed, split)
@@ -67,7 +82,6 @@ def write_scenes(
     write_json(folder / "class_names.json", {key: own["shape"] for key, own in truth.items()})
     write_json(folder / "qa.json", questions)
     write_json(folder / TRUTH_FILE, truth)
-    return folder
 
 
 def _annotation(image_id: str, scene: Scene) -> dict:

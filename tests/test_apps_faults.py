@@ -1,5 +1,7 @@
 """What cannot be captioned costs nothing else: annotations, masks and pictures are named."""
 
+# ruff: noqa: F401, F811  (fixtures of other modules)
+
 import json
 
 import numpy as np
@@ -10,7 +12,7 @@ from perceptiondlm.apps.inputs import PictureSource, find_pictures
 from perceptiondlm.apps.region_sources import gather_regions, open_sources
 from PIL import Image
 from test_apps_inputs import SIZE, block, pictures, save, write_json
-from test_apps_streams import model, run  # noqa: F401  (fixtures)
+from test_apps_streams import model, run
 
 WIDTH, HEIGHT = SIZE
 GOOD = {"id": 1, "image_id": 7, "bbox": [1, 2, 4, 5]}
@@ -230,7 +232,7 @@ def test_whatever_a_decoder_raises_is_the_pictures_fault(tmp_path, monkeypatch):
 # The command as a whole.
 
 
-def test_a_run_names_what_it_leaves_out_and_its_code_says_so(run, vectors, tmp_path, capsys):  # noqa: F811
+def test_a_run_names_what_it_leaves_out_and_its_code_says_so(run, vectors, tmp_path, capsys):
     image = Image.open(vectors / "region_0.png")
     (tmp_path / "photos").mkdir()
     for name in ("a.png", "b.png"):
@@ -249,7 +251,7 @@ def test_a_run_names_what_it_leaves_out_and_its_code_says_so(run, vectors, tmp_p
     assert [a["id"] for a in json.loads(out.read_text())["annotations"]] == [0, 2, 3]
 
 
-def test_masks_that_match_no_picture_are_explained(run, vectors, tmp_path, capsys):  # noqa: F811
+def test_masks_that_match_no_picture_are_explained(run, vectors, tmp_path, capsys):
     for name in ("a.png", "b.png"):
         save(tmp_path / "photos" / name)
         save(tmp_path / "masks" / f"of_{name}", block(1, 1, 5, 5))
@@ -258,7 +260,7 @@ def test_masks_that_match_no_picture_are_explained(run, vectors, tmp_path, capsy
     assert "of_a.png, of_b.png; masks are named after their picture" in errors
 
 
-def test_a_mask_of_the_unrotated_size_is_explained(run, tmp_path, capsys):  # noqa: F811
+def test_a_mask_of_the_unrotated_size_is_explained(run, tmp_path, capsys):
     exif = Image.Exif()
     exif[274] = 6  # a quarter turn
     Image.new("RGB", SIZE, "red").save(tmp_path / "a.jpg", exif=exif)

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..common.files import write_bytes
 from .build import build_model
 from .conversations import ConversationSamples
 from .lora import add_adapter
@@ -128,8 +129,12 @@ def file_datasets(recipe: Recipe, processor, args: TrainingArguments):
 
 def save_final(trainer: DiffusionTrainer, recipe: Recipe):
     """Weights, config, processor and tokenizer; the code beside them if the recipe says so."""
-    trainer.save_whole()
     folder = Path(trainer.args.output_dir)
+    theirs = {path: path.read_bytes() for path in folder.glob("*.py")}
+    trainer.save_whole()
     if trainer.args.should_save and not recipe.save_code:
         for module in folder.glob("*.py"):
-            module.unlink()
+            if module not in theirs:
+                module.unlink()
+            elif module.read_bytes() != theirs[module]:
+                write_bytes(module, theirs[module])
