@@ -5,7 +5,6 @@ A run loses nothing: what can be captioned is, what cannot is named, and the exi
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..common.files import file_to_replace, only_run, write_bytes
 from .caption import DONE, INTERRUPTED, SOME_FAILED, USAGE, report
 from .inputs import find_pictures, open_picture
 from .outputs import CaptionWriter, format_of
+from .streams import silence_stdout
 
 NAMED = 10  # of a kind of fault, before "and so many more"
 
@@ -264,9 +264,3 @@ def output_paths(pictures: Sequence, given: Path | None, suffix: str) -> list[Pa
         taken.add(name.lower())
         paths.append(given / f"{name}{suffix}")
     return paths
-
-
-def silence_stdout():
-    """Sends what Python still holds for a closed stdout nowhere, or it complains at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

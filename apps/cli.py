@@ -2,10 +2,10 @@
 
 import argparse
 import importlib
-import io
 import sys
 
 from ..extras import MissingExtra
+from .streams import escape_what_streams_lack, silence_stdout
 
 # name: (module with `configure(parser)` and `run(args) -> exit code`, one line of help)
 COMMANDS = {
@@ -23,7 +23,13 @@ def main(arguments: list[str] | None = None) -> int:
     escape_what_streams_lack()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # nobody reads on
+        silence_stdout()
+        return 1
     except MissingExtra as error:
         print(f"perceptiondlm {arguments[0]}: {error}", file=sys.stderr)
         return 2
@@ -40,13 +46,6 @@ def _run(arguments: list[str]) -> int:
             command.set_defaults(run=implementation.run)
     args = parser.parse_args(arguments)
     return args.run(args)
-
-
-def escape_what_streams_lack():
-    """Lets messages hold any text, file names that are not UTF-8 too, in any locale."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,18 @@ def test_a_full_stdout_ends_the_run_and_is_said(run, photos, monkeypatch, capsys
     assert "cannot write captions" in capsys.readouterr().err
 
 
+def test_every_command_ends_quietly_when_nobody_reads_on(tmp_path, monkeypatch, capsys):
+    def write(*given):
+        return main(["evaluate", "synthetic", "write", "--scenes", "1", "--output", *given])
+
+    read, write_end = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", open(write_end, "w", encoding="utf-8"))
+    assert write(str(tmp_path / os.fsdecode(b"caf\xe9"))) == 1
+    sys.stdout.close()
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_no_stdout_at_all_is_refused_before_anything_is_done(run, photos, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", None)
     assert run(photos, *BOX) == 2
