@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from .configuration_perceptiondlm import PerceptionDLMConfig
+from .local_paths import path_inside
 
 
 class ConversionError(ValueError):
@@ -244,10 +245,10 @@ def inside(folder: Path, name: str) -> Path:
 
     Raises DamagedFile for a name that leads elsewhere; a link in the folder is the owner's own.
     """
-    path = PurePath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise DamagedFile(f"expected only files of {folder} in its index, got {name!r}")
-    return folder / path
+    try:
+        return path_inside(folder, name, links=True)
+    except ValueError as error:
+        raise DamagedFile(f"expected only files of {folder} in its index, got {name!r}") from error
 
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

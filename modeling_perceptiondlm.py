@@ -39,6 +39,7 @@ from .language_model import (
     PerceptionDLMPreTrainedModel,
     placeable,
 )
+from .local_paths import expect_shards_inside
 from .neutral_arguments import expect_neutral
 from .visual_features import PICTURE_TOKENS, merge_patches, roi_align
 
@@ -175,6 +176,10 @@ class PerceptionDLMForConditionalGeneration(
         options = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
         wants_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        if pretrained_model_name_or_path is not None:
+            expect_shards_inside(
+                os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            )
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             config = kwargs.get("config") or pretrained_model_name_or_path

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..extras import extra
+from ..local_paths import path_inside
 from .files import read_json
 from .scoring import Question, parse_question
 
@@ -194,17 +195,13 @@ def _sample(
 
 
 def _inside(folder: Path, name: object, where: str) -> Path:
-    """The path of a picture that must lie inside the folder, whatever its name says.
-
-    Only the name is looked at: a Hub cache keeps its files elsewhere, behind symbolic links.
-    """
+    """The path of a picture that must lie inside the folder, whatever its name says."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"{where}: expected a file_name, got {name!r}")
-    relative = os.path.normpath(name.replace("\\", "/"))
-    outside = relative == "." or relative.split("/")[0] == ".."
-    if outside or os.path.isabs(relative) or re.match(r"[A-Za-z]:", relative):
-        raise ValueError(f"{where}: expected a file_name inside {folder}, got {name!r}")
-    return folder / relative
+    try:
+        return path_inside(folder, os.path.normpath(name.replace("\\", "/")))
+    except ValueError as error:
+        raise ValueError(f"{where}: expected a file_name inside {folder}, got {name!r}") from error
 
 
 def _rle(segmentation: object, size: tuple[int, int], where: str) -> dict:

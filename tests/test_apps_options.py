@@ -103,3 +103,28 @@ def test_options_of_measuring_are_refused_before_another_action(here, given, nam
     assert main(["evaluate", "synthetic", *given, *action.split()]) == 2
     expected = f"expected no {name} before {action.split()[0]}"
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spelled", ["<|eot_id|>", "<|mdm_mask|>", "<IMG_CONTEXT>", "<img>"])
+@pytest.mark.parametrize("option", ["--question", "--instruction"])
+def test_what_is_typed_is_text_and_never_a_control_token(
+    vectors, converted, monkeypatch, capsys, spelled, option
+):
+    from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+
+    seen, call = [], PerceptionDLMProcessor.__call__
+
+    def spy(self, *given, **options):
+        inputs = call(self, *given, **options)
+        control = self.tokenizer.convert_tokens_to_ids(spelled)
+        seen.append(int((inputs["input_ids"] == control).sum()))
+        return inputs
+
+    monkeypatch.setattr(PerceptionDLMProcessor, "__call__", spy)
+    name = "released-base" if option == "--question" else "released-region"
+    place = [str(vectors / "chat_0.png"), "--model", str(converted(name)), "--steps", "1"]
+    shape = ["--max-new-tokens", "4"] if option == "--question" else [*BOX.split()]
+    shape += [] if option == "--question" else ["--caption-length", "4"]
+    for text in ("Say this.", f"Say {spelled} this."):
+        assert main(["caption", *place, *shape, option, text]) == 0
+    assert seen[0] == seen[1]

@@ -115,7 +115,8 @@ class RegionData:
         files: JSON, JSONL, Parquet or Arrow files in ParaCaption form (`image`, `mask_rles`,
             `captions`), or COCO-style JSON (`images`, `annotations` with `segmentation` and
             `caption`).
-        image_root: folder that the records' image paths start from.
+        image_root: folder that the records' image paths start from, and do not leave; by default
+            that of their file. `/` takes absolute paths, wherever they lead.
         caption_length: slot that captions are padded to with end-of-turn; None: not padded.
         regions_per_sample: most regions of a sample (None: as many as there are region prompts).
         max_text_tokens: a longer caption makes its record a broken one.
@@ -146,7 +147,8 @@ class ConversationData:
     Attributes:
         files: JSON, JSONL, Parquet or Arrow files with `conversations` (or `messages`) and
             `image` (or `images`): paths, or the pictures' bytes.
-        image_root: folder that the records' image paths start from.
+        image_root: folder that the records' image paths start from, and do not leave; by default
+            that of their file. `/` takes absolute paths, wherever they lead.
         answer_length: slot that answers are padded to with end-of-turn; None: one end-of-turn.
         max_text_tokens: a longer answer makes its record a broken one.
         max_broken_share, streaming, shuffle_buffer, eval_files: as for regions.

@@ -1,9 +1,8 @@
 """Samples of region captions: an image's masks in groups of at most one pass's regions."""
 
-from pathlib import Path
-
 import numpy as np
 
+from ..local_paths import path_inside
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from .recipe import RegionData
 from .records import Record, count_masks
@@ -95,7 +94,10 @@ def picture_of(record: Record, root: str | None) -> str | bytes:
 
 
 def picture_path(name, record: Record, root: str | None) -> str:
-    """The path of a picture named in a record, from `root` or else the record's folder."""
+    """The path of a picture named in a record, inside `root` or else the record's folder."""
     if not isinstance(name, str):
         raise ValueError(f"expected a picture as a path, got {name!r}")
-    return str(Path(root or record.folder) / name)
+    try:
+        return str(path_inside(root or record.folder, name))
+    except ValueError as error:
+        raise ValueError(f"{error}: see data.image_root") from error
