@@ -292,29 +292,11 @@ class PerceptionDLMForConditionalGeneration(
             )
         return counts
 
-    def embed_inputs(
-        self,
-        input_ids,
-        role_ids,
-        pixel_values=None,
-        image_grids=None,
-        image_sizes=None,
-        region_patches=None,
-        boxes=None,
-        box_images=None,
-    ) -> torch.Tensor:
-        """Token embeddings (B, L, D) with visual and RoI tokens spliced in at their places."""
-        return self(
-            input_ids,
-            role_ids=role_ids,
-            pixel_values=pixel_values,
-            image_grids=image_grids,
-            image_sizes=image_sizes,
-            region_patches=region_patches,
-            boxes=boxes,
-            box_images=box_images,
-            only_embeds=True,
-        )
+    def embed_inputs(self, input_ids, role_ids, **pictures) -> torch.Tensor:
+        """Token embeddings (B, L, D) with visual and RoI tokens spliced in at their places;
+        `pictures` are `pixel_values` ... `box_images` of `forward`."""
+        # by way of forward: the newline is this module's own, and at hand only while it runs
+        return self(input_ids, role_ids=role_ids, **pictures, only_embeds=True)
 
     def _embed(
         self,
@@ -327,7 +309,7 @@ class PerceptionDLMForConditionalGeneration(
         boxes,
         box_images,
     ) -> torch.Tensor:
-        """Embeds as `embed_inputs`; inside `forward` alone, where the newline may be read."""
+        """What `embed_inputs` gives."""
         embeds = self.get_input_embeddings()(input_ids)
         fixed = role_ids != ROLE_CAPTION  # what is being denoised may hold any id
         places = fixed & (input_ids == self.config.image_token_id)

@@ -106,9 +106,7 @@ def expected(make, results):
 
 
 @pytest.mark.parametrize(("setting", "part"), PAIRS)
-def test_a_part_on_disk_changes_nothing(
-    make, saved, results, expected, setting, part, tmp_path
-):
+def test_a_part_on_disk_changes_nothing(make, saved, results, expected, setting, part, tmp_path):
     model, _ = make(**SETTINGS[setting])
     loaded = PerceptionDLMForConditionalGeneration.from_pretrained(
         saved(setting),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from perceptiondlm.training.lora import add_adapter
 from perceptiondlm.training.recipe import LoraRecipe, build_recipe
 from perceptiondlm.training.run import build_trainer, train
@@ -158,3 +158,52 @@ def test_options_choose_the_rank_targets_and_whole_modules(base, tmp_path):
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["lora_dropout"], saved["lora_alpha"]) == (0.5, 8)
     assert saved["base_model_name_or_path"] == str(base)
+
+
+# Adapters of the region prompts.
+
+
+@pytest.fixture
+def prompted(base):
+    """The small model and a batch with regions and labels."""
+    recipe = small_recipe(base, data={"region_share": 1.0})
+    trainer = build_trainer(recipe, arguments(recipe))
+    samples = [trainer.train_dataset[i] for i in range(2)]
+    model = AutoModel.from_pretrained(base, trust_remote_code=True)
+    return model, trainer.data_collator(samples)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["region_prompts"]},
+        {"target_modules": ["region_prompts"], "use_dora": True},
+        {"target_modules": ["region_prompts"], "use_rslora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["region_prompts"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"region_prompts": [0, 1]}},
+    ],
+    ids=["lora", "dora", "rslora", "whole", "rows"],
+)
+def test_an_adapter_of_the_region_prompts_learns_and_is_kept(prompted, base, options, tmp_path):
+    model, batch = prompted
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "timesteps", "noise")}
+    before = logits_of(model, inputs)
+    adapted = get_peft_model(model, LoraConfig(r=4, **options))
+    own = {n: p for n, p in adapted.named_parameters() if "region_prompts" in n and p.requires_grad}
+    optimizer = torch.optim.SGD(own.values(), lr=30.0)
+    for _ in range(2):  # one of LoRA's two factors begins as zero
+        adapted(**batch).loss.backward()
+        optimizer.step()
+    assert own and all(bool(p.grad.any()) for p in own.values())
+
+    after = logits_of(adapted, inputs)
+    assert (after - before).abs().max() > 1e-3
+    adapted.save_pretrained(tmp_path / "adapter")
+    plain = AutoModel.from_pretrained(base, trust_remote_code=True)
+    again = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert torch.allclose(logits_of(again, inputs), after, atol=1e-5)
+    merged = again.merge_and_unload()
+    assert torch.allclose(logits_of(merged, inputs), after, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    reloaded = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    assert torch.allclose(logits_of(reloaded, inputs), after, atol=1e-5)

@@ -8,15 +8,16 @@ mismatched shapes, missing weights), initialisation (seeds, meta, every paramete
 training (gradients, checkpointing, frozen embeddings), tuple and dict outputs, hidden states,
 embeddings (get, set, resize, tie), attention implementations, RoPE scaling, the modules a device
 map may not split, settings and their precedence. Elsewhere: batching equivalence and loading
-without the source tree (`test_modeling.py`, `test_round_trip.py`), eager against sdpa and flex
-(`test_attention.py`), forms of pictures (`test_image_processing.py`), chat templates
+without the source tree (`test_modeling.py`, `test_round_trip.py`), every part on a disk or on
+another device (`test_offload.py`), tensor parallelism (`test_tensor_parallel.py`), eager against
+sdpa and flex (`test_attention.py`), forms of pictures (`test_image_processing.py`), chat templates
 (`test_processing.py`).
 
 Do not apply: `inputs_embeds` (visual tokens are spliced by place, so the model takes ids alone),
 `generate` and its caches (denoising is `diffusion_generate`), attention weights as an output (no
 user has asked for them, and only one implementation could give them), causal losses and label
 shifting (predictions stand at their own position), head pruning and feed-forward chunking (removed
-or unused in transformers), tensor and expert parallel plans (none are declared), `.bin` files,
+or unused in transformers), expert and pipeline parallel plans (none are declared), `.bin` files,
 torchvision backends (pictures are PIL's), audio and video, numpy outputs (`return_tensors` is "pt",
 anything else is refused). Flash attention and quantisation need a GPU that these tests do not have;
 that flash attention is refused where the structure forbids it is in `test_attention.py`.
