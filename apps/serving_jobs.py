@@ -4,16 +4,27 @@ Both kinds of job offer the same few methods, so that the engine need not tell t
 before queueing, `passes` and `nbytes` for its limits, `generate` for a whole batch, `result_of`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
 from ..generation_diffusion import DiffusionOutput
 from ..generation_options import DiffusionOptions
-from ..image_processing_perceptiondlm import load_image, load_mask
+from ..image_loading import load_image, load_mask
 from .captioner import Answers, Region, RegionCaptioner, RegionCaptions
+from .serving_limits import each_numbered
+
+if TYPE_CHECKING:
+    from .serving_chat import Asked
+
+
+class TooLong(ValueError):
+    """A job that would fit if its response were shorter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +43,7 @@ class RegionJob:
         picture = load_image(image)
         if not masks:
             raise ValueError("expected at least one mask, got none")
-        regions = []
-        for k, mask in enumerate(masks, 1):
-            try:
-                regions.append(load_mask(mask, picture.size))
-            except ValueError as error:
-                raise ValueError(f"mask {k}: {error}") from error
+        regions = each_numbered("mask", masks, lambda mask: load_mask(mask, picture.size))
         return cls(picture, tuple(regions), instruction)
 
     @property
@@ -177,6 +183,13 @@ class ChatJob:
         return Answers(image=image, questions=[self.question], answers=texts, **cost)
 
 
+def job_of(asked: Asked) -> RegionJob | ChatJob:
+    """The job that a request asks for."""
+    if asked.masks:
+        return RegionJob(asked.images[0], asked.masks, asked.instruction)
+    return ChatJob(asked.messages, asked.images)
+
+
 @dataclass(frozen=True)
 class Completion:
     """What became of a job.
@@ -286,7 +299,7 @@ def expect_fitting(sequence, config):
     most = config.text_config.max_position_embeddings
     length = max(sequence.positions) + 1
     if length > most:
-        raise ValueError(
+        raise TooLong(
             f"expected at most {most} tokens of picture, text and answer, got {length}:"
             " shorten the text or the answer"
         )

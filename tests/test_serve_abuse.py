@@ -143,7 +143,7 @@ ABUSES = {
     "no masks": (lambda: regions([]), "at least one mask"),
     "too many masks": (lambda: regions([BOX] * 17), "at most 16 masks"),
     "masks without a picture": (
-        lambda: {"model": "tester", "messages": user(text_part("?")), "masks": [BOX]}, "picture",
+        lambda: {"model": "tester", "messages": user(text_part("?")), "masks": [BOX]}, "image",
     ),
     "mask of null": (lambda: regions([None]), "mask 1"),
     "masks as text": (lambda: regions() | {"masks": "all"}, "masks"),
@@ -220,7 +220,7 @@ def test_a_thin_picture_is_a_picture_like_any_other(server):
 def test_unknown_routes_and_methods_get_error_bodies(server):
     assert httpx.get(f"{server}/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert httpx.get(f"{server}/v1/chat/completions").status_code == 405
-    assert httpx.get(f"{server}/docs").status_code == 404
+    assert httpx.get(f"{server}/redoc").status_code == 404
 
 
 def connection(server: str) -> socket.socket:

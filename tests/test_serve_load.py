@@ -23,6 +23,7 @@ from serving import image_part, user  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 SHORT = {"caption_length": 8, "steps": 4}
+REGIONS = SHORT | {"task": "regions"}
 CLIENTS = 100
 
 
@@ -67,7 +68,7 @@ def resident_mib(process: subprocess.Popen) -> float:
 def request_of(index: int) -> dict:
     image, masks = region_files(index % 3)
     return {"model": "tester", "messages": user(image_part(image), *map(image_part, masks)),
-            "extra_body": SHORT}
+            "extra_body": REGIONS}
 
 
 async def ask_all(address: str, retries: int) -> list:
@@ -120,7 +121,7 @@ def test_of_a_hundred_that_come_again_all_are_answered(server):
 
 def test_told_to_stop_the_server_answers_what_it_has_and_ends(server):
     address, process = server
-    body = {**request_of(0), "caption_length": 128}
+    body = {**request_of(0), "task": "regions", "caption_length": 128}
     body.pop("extra_body")
     with httpx.stream(
         "POST", f"{address}/v1/chat/completions", json=body | {"stream": True}, timeout=120
