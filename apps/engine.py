@@ -169,8 +169,9 @@ class Engine:
             job: what to caption or answer.
             on_step: called in the engine's thread with a `Step` after each denoising step.
             follow: the ticket's `follow` will be read.
-            shorten: the option among them, a response's length, that is lowered where there is
-                not so much room.
+            shorten: the option among them, a response's length, that is only an upper bound: it is
+                lowered where there is not so much room, and an answer longer than the checkpoint's
+                usual one is decoded no further than to its end of turn.
             options: decoding options over the captioner's (see `DiffusionOptions`).
 
         Raises ValueError for a job or option that does not fit, `QueueFull`, `EngineClosed`.
@@ -178,7 +179,7 @@ class Engine:
         options = options_for(job.task, self.captioner.options) | options
         try:
             if shorten is not None:
-                options[shorten] = self._room(job, options, shorten)
+                options = self._bounded(job, options, shorten)
             prompt_tokens = job.check(self.captioner, self._checked(options, job.task))
         except ValueError:
             self.metrics.count("invalid")
@@ -205,6 +206,16 @@ class Engine:
                 f"{len(waiting)} requests are waiting already: try again later",
                 self.metrics.seconds_until_free(len(waiting)),
             )
+
+    def _bounded(self, job, options: dict, name: str) -> dict:
+        """Options under which `options[name]` is the most that a response may take."""
+        captioner = self.captioner
+        options = options | {name: self._room(job, options, name)}
+        usual = self._checked(options_for(job.task, captioner.options), job.task)
+        if name != "max_new_tokens" or options[name] <= usual.max_new_tokens:
+            return options
+        end = captioner.processor.tokenizer.convert_ids_to_tokens(captioner.processor.eot_token_id)
+        return options | {"stop_strings": [*(options.get("stop_strings") or ()), end]}
 
     def _room(self, job, options: dict, name: str) -> int:
         """The largest length up to `options[name]` that fits: whole blocks, and 1 at least."""

@@ -17,10 +17,12 @@ a request, with OpenAI's own client:
   )
   answer.choices[0].message.regions     # [{"region": 1, "caption": "...", "box": [...], ...}]
 
-regions, the first of these that a request has:
+regions, where a request says so:
   masks in the body: COCO RLE, {"box": [x0, y0, x1, y1]}, {"polygons": [[x, y, ...]]}, data URLs
-  {"masks": [...]} as a text part; further image parts, each a mask; the picture's alpha channel
-Without regions the conversation is answered ("task": "question" or "regions" insists on one).
+  parts {"type": "mask", "mask": ...} of the message, or a text part {"masks": [...]}
+  "task": "regions": further image parts are masks, or the image's alpha channel is one
+Every other request is a question, whatever images it holds. max_tokens is an upper bound: it is
+lowered to the limits. /docs and /openapi.json list the fields; see also docs/serving.md.
 
 PERCEPTIONDLM_API_KEY in the environment asks clients for that key. GET /health, /metrics
 (Prometheus), /v1/models.

@@ -199,6 +199,14 @@ def test_a_max_tokens_beyond_the_models_positions_is_what_they_leave(captioner):
         ticket.cancel()
 
 
+def test_an_answer_with_far_more_room_than_it_needs_costs_few_forward_passes():
+    with Engine(RegionCaptioner.from_pretrained()) as engine:  # the embedded model's own are short
+        job = ChatJob.ask(PICTURE, "What color is it?")
+        done = engine.submit(job, shorten="max_new_tokens", max_new_tokens=256).result(60)
+    assert done.ended and done.result.num_forwards < 32
+    assert len(done.result.answers[0].split()) == done.completion_tokens == 1
+
+
 def test_the_endpoint_describes_itself(address):
     assert "openapi.json" in httpx.get(f"{address}/docs").text
     described = httpx.get(f"{address}/openapi.json").json()["paths"]["/v1/chat/completions"]
