@@ -387,4 +387,3 @@ class Engine:
 
 def _frozen(value):
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
-

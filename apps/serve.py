@@ -43,10 +43,16 @@ def configure(parser: argparse.ArgumentParser):
     add_queue_arguments(parser, host_port=8000)
     parser.add_argument("--name", help="what the model is called (default: by its folder or id)")
     urls = parser.add_argument_group("pictures behind URLs, which are refused by default")
-    urls.add_argument("--allow-url-host", action="append", default=[], metavar="HOST",
-                      help="fetch from this host, host:port, or '*' for every host; repeatable")
-    urls.add_argument("--allow-private-urls", action="store_true",
-                      help="also from loopback and private addresses")
+    urls.add_argument(
+        "--allow-url-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch from this host, host:port, or '*' for every host; repeatable",
+    )
+    urls.add_argument(
+        "--allow-private-urls", action="store_true", help="also from loopback and private addresses"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,12 +73,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"perceptiondlm serve: {error}", file=sys.stderr)
         return 2
     app = create_app(
-        engine, name=args.name or model_name(args), limits=limits, policy=policy,
+        engine,
+        name=args.name or model_name(args),
+        limits=limits,
+        policy=policy,
         api_key=os.environ.get(API_KEY),
     )
     config = uvicorn.Config(
-        app, host=args.host, port=args.port, http=PatientProtocol.within(limits.header_seconds),
-        ws="none", timeout_graceful_shutdown=GRACE_SECONDS, proxy_headers=False,
+        app,
+        host=args.host,
+        port=args.port,
+        http=PatientProtocol.within(limits.header_seconds),
+        ws="none",
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        proxy_headers=False,
         server_header=False,
     )
     try:

@@ -61,8 +61,12 @@ def create_app(
     async def authorised(request: Request):
         given = request.headers.get("authorization", "").encode()
         if api_key and not secrets.compare_digest(given, f"Bearer {api_key}".encode()):
-            raise ApiError(401, "expected the right API key as bearer token",
-                           code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(
+                401,
+                "expected the right API key as bearer token",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
 
     app = FastAPI(title="PerceptionDLM", lifespan=lifespan, redoc_url=None)
     app.add_middleware(SendTimeout, seconds=endpoint.limits.send_seconds)
@@ -70,8 +74,12 @@ def create_app(
 
     @app.get("/health")
     async def health():
-        status = {"status": "ok" if engine.alive else "stopping", "model": name,
-                  "queue_length": engine.queue_length, "running": engine.running}
+        status = {
+            "status": "ok" if engine.alive else "stopping",
+            "model": name,
+            "queue_length": engine.queue_length,
+            "running": engine.running,
+        }
         return JSONResponse(status, 200 if engine.alive else 503)
 
     @app.get("/metrics")
@@ -90,8 +98,12 @@ def create_app(
         endpoint.expect_model(wanted)
         return endpoint.card()
 
-    described = {"requestBody": {"required": True, "content": {
-        "application/json": {"schema": request_schema()}}}}
+    described = {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": request_schema()}},
+        }
+    }
 
     @app.post("/v1/chat/completions", dependencies=[Depends(authorised)], openapi_extra=described)
     async def chat(request: Request):
@@ -103,9 +115,7 @@ def create_app(
 class Endpoint:
     """Chat completions over an engine."""
 
-    def __init__(
-        self, engine: Engine, name: str, limits: Limits | None, policy: UrlPolicy | None
-    ):
+    def __init__(self, engine: Engine, name: str, limits: Limits | None, policy: UrlPolicy | None):
         self.engine = engine
         self.name = name
         self.limits = limits or Limits()
@@ -127,8 +137,12 @@ class Endpoint:
     def expect_model(self, name: str):
         """Refuses another model's name."""
         if name != self.name:
-            raise ApiError(404, f"expected the model {self.name!r}, got {name[:200]!r}",
-                           code="model_not_found", param="model")
+            raise ApiError(
+                404,
+                f"expected the model {self.name!r}, got {name[:200]!r}",
+                code="model_not_found",
+                param="model",
+            )
 
     async def chat(self, request: Request):
         """Answers one request, or raises ApiError."""
@@ -144,7 +158,8 @@ class Endpoint:
         if asked.stream:
             events = self._events(ticket, mailbox, writer, asked.include_usage)
             return StreamingResponse(
-                events, media_type="text/event-stream",
+                events,
+                media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )
         completion = await self._outcome(request, ticket)
@@ -176,8 +191,11 @@ class Endpoint:
         done = asyncio.wrap_future(ticket.future)
         gone = asyncio.create_task(until_disconnected(request))
         try:
-            await asyncio.wait({done, gone}, timeout=self.limits.request_seconds,
-                               return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {done, gone},
+                timeout=self.limits.request_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
             if done.done():
                 return _result(ticket)
             if gone.done():
@@ -189,8 +207,11 @@ class Endpoint:
             ticket.cancel()  # nothing, once it is done
 
     def _timeout(self) -> ApiError:
-        return ApiError(504, f"expected an answer within {self.limits.request_seconds:g} seconds",
-                        code="timeout")
+        return ApiError(
+            504,
+            f"expected an answer within {self.limits.request_seconds:g} seconds",
+            code="timeout",
+        )
 
     async def _events(
         self, ticket: Ticket, mailbox: "Mailbox", writer: ChatWriter, include_usage: bool

@@ -27,8 +27,20 @@ from .serving_limits import (
 )
 from .serving_request import ChatRequest, ImagePart, MaskPart, Message, TextPart
 
-DECODING = ("steps", "block_length", "temperature", "top_k", "top_p", "cfg_scale", "remasking",
-            "adaptive", "adaptive_value", "adaptive_verify", "prompt_cache", "seed")
+DECODING = (
+    "steps",
+    "block_length",
+    "temperature",
+    "top_k",
+    "top_p",
+    "cfg_scale",
+    "remasking",
+    "adaptive",
+    "adaptive_value",
+    "adaptive_verify",
+    "prompt_cache",
+    "seed",
+)
 MAX_STOPS = 4  # as OpenAI's
 MASKS_TEXT = re.compile(r'\s*\{\s*"masks"\s*:.*\}\s*', re.DOTALL)
 
@@ -81,8 +93,9 @@ class RequestReader:
         content = self._regions(request, masks) if wanted else self._conversation(request)
         options, shorten = self._options(request, "caption_length" if wanted else "max_new_tokens")
         usage = request.stream_options is not None and bool(request.stream_options.include_usage)
-        return Asked(request.model, bool(request.stream), usage, **content, options=options,
-                     shorten=shorten)
+        return Asked(
+            request.model, bool(request.stream), usage, **content, options=options, shorten=shorten
+        )
 
     def _check_text(self, request: ChatRequest):
         texts = [text for message in request.messages for text in _texts(message)]
@@ -151,8 +164,10 @@ class RequestReader:
                 ' masks or by "task": "regions"'
             )
         options[length] = request.caption_length
-        for name, most in (("caption_length", self.limits.caption_length),
-                           ("steps", self.limits.steps)):
+        for name, most in (
+            ("caption_length", self.limits.caption_length),
+            ("steps", self.limits.steps),
+        ):
             expect_at_most(name, options.get(name), most)
         if options["seed"] is not None and not 0 <= options["seed"] < 2**63:
             raise ValueError(f"expected seed from 0 to 2**63 - 1, got {options['seed']}")

@@ -38,7 +38,7 @@ class RegionJob:
     task = "captions"
 
     @classmethod
-    def build(cls, image, masks: Sequence, instruction: str | None = None) -> "RegionJob":
+    def build(cls, image, masks: Sequence, instruction: str | None = None) -> RegionJob:
         """Loads the picture and its masks; ValueError where they do not fit."""
         picture = load_image(image)
         if not masks:
@@ -80,7 +80,7 @@ class RegionJob:
         return tokens
 
     @staticmethod
-    def generate(captioner: RegionCaptioner, jobs: list["RegionJob"], options: dict, callback):
+    def generate(captioner: RegionCaptioner, jobs: list[RegionJob], options: dict, callback):
         """One run for all `jobs`."""
         default = captioner.processor.region_instruction
         return captioner.model.diffusion_generate(
@@ -119,7 +119,7 @@ class ChatJob:
     task = "answers"
 
     @classmethod
-    def ask(cls, image, question: str) -> "ChatJob":
+    def ask(cls, image, question: str) -> ChatJob:
         """One question about one picture."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
         return cls([{"role": "user", "content": content}], (load_image(image),))
@@ -161,7 +161,7 @@ class ChatJob:
         return processor.apply_chat_template(self.messages, add_generation_prompt=True)
 
     @staticmethod
-    def generate(captioner: RegionCaptioner, jobs: list["ChatJob"], options: dict, callback):
+    def generate(captioner: RegionCaptioner, jobs: list[ChatJob], options: dict, callback):
         """One run for all `jobs`."""
         options = dict(options)
         options.pop("batch_size")  # the inputs are one batch already

@@ -20,8 +20,13 @@ DATA_URL = re.compile(r"data:(?P<kind>[\w.+/-]*)(?:;[\w=.+-]+)*?(?P<base64>;base
 MAX_NUMBER = 10**9  # of a coordinate or run length
 # What people send as a picture that is none: first bytes, and what to call it.
 NOT_PICTURES = (
-    (b"<svg", "SVG"), (b"<!doctype html", "HTML"), (b"<html", "HTML"), (b"<?xml", "XML or SVG"),
-    (b"%pdf", "PDF"), (b"pk\x03\x04", "a ZIP archive"), (b"{", "JSON"),
+    (b"<svg", "SVG"),
+    (b"<!doctype html", "HTML"),
+    (b"<html", "HTML"),
+    (b"<?xml", "XML or SVG"),
+    (b"%pdf", "PDF"),
+    (b"pk\x03\x04", "a ZIP archive"),
+    (b"{", "JSON"),
 )
 
 
@@ -158,7 +163,9 @@ def read_mask(item, size: tuple[int, int], limits: Limits) -> Image.Image:
     """A region mask from JSON: COCO RLE, `{"box": ...}`, `{"polygons": ...}`, a plain box or
     polygons, a COCO annotation, or a mask image as data URL; as `load_mask` gives it."""
     if isinstance(item, str):
-        return load_mask(decode_mask(decode_data_url(item, "a mask", limits), "a mask", limits), size)
+        return load_mask(
+            decode_mask(decode_data_url(item, "a mask", limits), "a mask", limits), size
+        )
     if not isinstance(item, (dict, list)):
         raise ValueError(f"expected an object, a list or a data URL, got {item!r:.80}")
     mask = annotation_mask(item, "a mask")

@@ -178,12 +178,18 @@ def _expect_small(value, depth: int = 6):
     """Refuses objects and lists so large that there would be an error for each of millions."""
     if isinstance(value, dict):
         if len(value) > MAX_KEYS:
-            raise ApiError(400, f"expected objects of at most {MAX_KEYS} keys, got {len(value)}",
-                           code="invalid_request")
+            raise ApiError(
+                400,
+                f"expected objects of at most {MAX_KEYS} keys, got {len(value)}",
+                code="invalid_request",
+            )
         value = [item for key, item in value.items() if key not in ("masks", "mask")]
     elif isinstance(value, list) and len(value) > MAX_ITEMS:
-        raise ApiError(400, f"expected lists of at most {MAX_ITEMS} items, got {len(value)}",
-                       code="invalid_request")
+        raise ApiError(
+            400,
+            f"expected lists of at most {MAX_ITEMS} items, got {len(value)}",
+            code="invalid_request",
+        )
     if isinstance(value, list) and depth:
         for item in value:
             _expect_small(item, depth - 1)

@@ -21,10 +21,18 @@ class ChatWriter:
         message = {"role": "assistant", "content": content_of(completion), "refusal": None}
         if isinstance(completion.result, RegionCaptions):
             message["regions"] = _regions(completion)
-        choice = {"index": 0, "message": message, "logprobs": None,
-                  "finish_reason": _reason(completion)}
-        return {**self._head("chat.completion"), "choices": [choice],
-                "usage": usage_of(completion), "perceptiondlm": cost_of(completion)}
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": _reason(completion),
+        }
+        return {
+            **self._head("chat.completion"),
+            "choices": [choice],
+            "usage": usage_of(completion),
+            "perceptiondlm": cost_of(completion),
+        }
 
     def start(self) -> dict:
         """The first chunk."""
@@ -46,8 +54,13 @@ class ChatWriter:
         last["perceptiondlm"] = cost_of(completion)
         chunks = [self._chunk(delta), last]
         if include_usage:
-            chunks.append({**self._head("chat.completion.chunk"), "choices": [],
-                           "usage": usage_of(completion)})
+            chunks.append(
+                {
+                    **self._head("chat.completion.chunk"),
+                    "choices": [],
+                    "usage": usage_of(completion),
+                }
+            )
         return chunks
 
     def _chunk(self, delta: dict, reason: str | None = None) -> dict:

@@ -50,9 +50,7 @@ def read_payload(text: str | None, limits: Limits) -> tuple[Image.Image | None, 
     return load_image(decode_picture(data, PICTURE, limits)), content["regions"]
 
 
-def region_masks(
-    regions: list, size: tuple[int, int], limits: Limits
-) -> list[Image.Image]:
+def region_masks(regions: list, size: tuple[int, int], limits: Limits) -> list[Image.Image]:
     """The masks of `read_payload`'s regions, of the picture's size (width, height)."""
     expect_masks(len(regions), size, limits)
     return each_numbered("region", regions, lambda region: _mask(region, size, limits))
@@ -61,7 +59,7 @@ def region_masks(
 def _mask(region, size: tuple[int, int], limits: Limits):
     if not isinstance(region, dict) or len(region) != 1:
         raise ValueError(f"expected one of painted, exact and box, got {str(region)[:60]}")
-    (kind, content), = region.items()
+    ((kind, content),) = region.items()
     if kind == "painted" and isinstance(content, str):
         mask = decode_mask(decode_data_url(content, "mask", limits), "mask", limits)
         return load_mask(fit_mask(mask.convert("RGBA").getchannel("A"), size), size)

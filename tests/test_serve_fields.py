@@ -18,36 +18,74 @@ TOOL = {"type": "function", "function": {"name": "look"}}
 # What OpenAI documents, and whose every field has to be known here.
 DOCUMENTED = {
     own.ChatRequest: (
-        params.CompletionCreateParamsNonStreaming, params.CompletionCreateParamsStreaming,
+        params.CompletionCreateParamsNonStreaming,
+        params.CompletionCreateParamsStreaming,
     ),
     own.Message: (
-        chat.ChatCompletionUserMessageParam, chat.ChatCompletionSystemMessageParam,
-        chat.ChatCompletionDeveloperMessageParam, chat.ChatCompletionAssistantMessageParam,
+        chat.ChatCompletionUserMessageParam,
+        chat.ChatCompletionSystemMessageParam,
+        chat.ChatCompletionDeveloperMessageParam,
+        chat.ChatCompletionAssistantMessageParam,
     ),
     own.TextPart: (chat.ChatCompletionContentPartTextParam,),
     own.ImagePart: (chat.ChatCompletionContentPartImageParam,),
     own.StreamOptions: (chat.ChatCompletionStreamOptionsParam,),
 }
 NEUTRAL = {
-    "store": [False], "tools": [[]], "tool_choice": ["none", "auto"], "logit_bias": [{}],
-    "top_logprobs": [0], "logprobs": [False], "service_tier": ["auto", "default"],
-    "parallel_tool_calls": [True, False], "reasoning_effort": ["none", "low", "medium"],
-    "functions": [[]], "function_call": ["none", "auto"], "frequency_penalty": [0, 0.0],
-    "presence_penalty": [0, 0.0], "n": [1], "modalities": [["text"]], "user": ["a"],
-    "metadata": [{"a": "b"}, {}], "response_format": [{"type": "text"}], "verbosity": ["medium"],
-    "prompt_cache_key": ["a"], "prompt_cache_retention": ["24h", "in_memory"],
-    "prompt_cache_options": [{"mode": "implicit"}], "safety_identifier": ["a"],
-    "stream": [False], "stop": [[]], "stream_options": [{"include_usage": True}, {}],
-    "temperature": [0], "top_p": [1], "seed": [3], "max_tokens": [5],
+    "store": [False],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "logit_bias": [{}],
+    "top_logprobs": [0],
+    "logprobs": [False],
+    "service_tier": ["auto", "default"],
+    "parallel_tool_calls": [True, False],
+    "reasoning_effort": ["none", "low", "medium"],
+    "functions": [[]],
+    "function_call": ["none", "auto"],
+    "frequency_penalty": [0, 0.0],
+    "presence_penalty": [0, 0.0],
+    "n": [1],
+    "modalities": [["text"]],
+    "user": ["a"],
+    "metadata": [{"a": "b"}, {}],
+    "response_format": [{"type": "text"}],
+    "verbosity": ["medium"],
+    "prompt_cache_key": ["a"],
+    "prompt_cache_retention": ["24h", "in_memory"],
+    "prompt_cache_options": [{"mode": "implicit"}],
+    "safety_identifier": ["a"],
+    "stream": [False],
+    "stop": [[]],
+    "stream_options": [{"include_usage": True}, {}],
+    "temperature": [0],
+    "top_p": [1],
+    "seed": [3],
+    "max_tokens": [5],
 }
 MEANINGFUL = {
-    "store": True, "tools": [TOOL], "tool_choice": "required", "logit_bias": {"5": 100},
-    "top_logprobs": 3, "logprobs": True, "service_tier": "flex", "reasoning_effort": "high",
-    "functions": [{"name": "look"}], "function_call": {"name": "look"}, "frequency_penalty": 0.5,
-    "presence_penalty": -1, "n": 2, "modalities": ["text", "audio"], "verbosity": "low",
-    "audio": {"format": "wav", "voice": "a"}, "response_format": {"type": "json_object"},
-    "prediction": {"type": "content", "content": "a"}, "web_search_options": {},
-    "moderation": {"model": "omni-moderation-latest"}, "max_tokens": 0, "colour": None,
+    "store": True,
+    "tools": [TOOL],
+    "tool_choice": "required",
+    "logit_bias": {"5": 100},
+    "top_logprobs": 3,
+    "logprobs": True,
+    "service_tier": "flex",
+    "reasoning_effort": "high",
+    "functions": [{"name": "look"}],
+    "function_call": {"name": "look"},
+    "frequency_penalty": 0.5,
+    "presence_penalty": -1,
+    "n": 2,
+    "modalities": ["text", "audio"],
+    "verbosity": "low",
+    "audio": {"format": "wav", "voice": "a"},
+    "response_format": {"type": "json_object"},
+    "prediction": {"type": "content", "content": "a"},
+    "web_search_options": {},
+    "moderation": {"model": "omni-moderation-latest"},
+    "max_tokens": 0,
+    "colour": None,
 }
 
 
@@ -83,8 +121,14 @@ def test_a_meaningful_value_is_refused_by_name(name):
 @pytest.mark.parametrize(
     "extra",
     [
-        {"refusal": None}, {"tool_calls": None}, {"tool_calls": []}, {"function_call": None},
-        {"audio": None}, {"annotations": []}, {"name": "model"}, {"regions": [{"region": 1}]},
+        {"refusal": None},
+        {"tool_calls": None},
+        {"tool_calls": []},
+        {"function_call": None},
+        {"audio": None},
+        {"annotations": []},
+        {"name": "model"},
+        {"regions": [{"region": 1}]},
     ],
     ids=str,
 )
@@ -105,8 +149,11 @@ def test_hints_of_parts_are_taken_and_other_kinds_of_parts_refused():
     hint = {"prompt_cache_breakpoint": {"mode": "explicit"}}
     detailed = {"type": "image_url", "image_url": IMAGE["image_url"] | {"detail": "original"}}
     read(messages=[{"role": "user", "content": [IMAGE | hint, detailed]}])
-    for part in ({"type": "input_audio", "input_audio": {}}, {"type": "file", "file": {}},
-                 {"type": "refusal", "refusal": "No."}):
+    for part in (
+        {"type": "input_audio", "input_audio": {}},
+        {"type": "file", "file": {}},
+        {"type": "refusal", "refusal": "No."},
+    ):
         with pytest.raises(ApiError, match=part["type"]):
             read(messages=[{"role": "user", "content": [part]}])
 

@@ -38,9 +38,24 @@ def server(converted, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "perceptiondlm.apps.cli", "serve", "--port", str(port),
-               "--model", str(converted("released-region")), "--name", "tester",
-               "--max-queue", "40", "--max-batch", "16", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "perceptiondlm.apps.cli",
+        "serve",
+        "--port",
+        str(port),
+        "--model",
+        str(converted("released-region")),
+        "--name",
+        "tester",
+        "--max-queue",
+        "40",
+        "--max-batch",
+        "16",
+        "--device",
+        "cpu",
+    ]
     log = (tmp_path_factory.mktemp("server") / "log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ))
     address = f"http://127.0.0.1:{port}"
@@ -67,8 +82,11 @@ def resident_mib(process: subprocess.Popen) -> float:
 
 def request_of(index: int) -> dict:
     image, masks = region_files(index % 3)
-    return {"model": "tester", "messages": user(image_part(image), *map(image_part, masks)),
-            "extra_body": REGIONS}
+    return {
+        "model": "tester",
+        "messages": user(image_part(image), *map(image_part, masks)),
+        "extra_body": REGIONS,
+    }
 
 
 async def ask_all(address: str, retries: int) -> list:
@@ -83,7 +101,10 @@ async def ask_all(address: str, retries: int) -> list:
         return [region["caption"] for region in answer.choices[0].message.regions]
 
     async with openai.AsyncOpenAI(
-        base_url=f"{address}/v1", api_key="none", max_retries=retries, timeout=300,
+        base_url=f"{address}/v1",
+        api_key="none",
+        max_retries=retries,
+        timeout=300,
         http_client=openai.DefaultAsyncHttpxClient(limits=httpx.Limits(max_connections=CLIENTS)),
     ) as client:
         return await asyncio.gather(*(ask(client, i) for i in range(CLIENTS)))

@@ -75,11 +75,13 @@ MASK_FORMS = {
         None,
     ),
     "mask_parts": lambda: (
-        user(image_part(PICTURE), *(mask_part(data_url(m)) for m in MASKS)), None,
+        user(image_part(PICTURE), *(mask_part(data_url(m)) for m in MASKS)),
+        None,
     ),
     "image_parts": lambda: (user(image_part(PICTURE), *map(image_part, MASKS)), "regions"),
     "alpha_parts": lambda: (
-        user(image_part(PICTURE), *(image_part(with_alpha(m)) for m in mask_arrays())), "regions",
+        user(image_part(PICTURE), *(image_part(with_alpha(m)) for m in mask_arrays())),
+        "regions",
     ),
 }
 
@@ -234,7 +236,10 @@ def test_usage_counts_the_processors_tokens(client, captioner):
 
 def test_a_stream_shows_states_and_ends_with_the_whole_text(client, captioner):
     stream = ask(
-        client, user(image_part(PICTURE), *map(image_part, MASKS)), extra=REGIONS, stream=True,
+        client,
+        user(image_part(PICTURE), *map(image_part, MASKS)),
+        extra=REGIONS,
+        stream=True,
         stream_options={"include_usage": True},
     )
     chunks = list(stream)
@@ -302,8 +307,12 @@ def test_a_client_that_leaves_frees_its_place(captioner):
 
 def test_a_full_queue_answers_429_with_retry_after(captioner):
     with served(captioner, engine={"window": 1.0, "max_queue": 1}) as (address, engine):
-        body = {"model": "tester", "messages": user(image_part(PICTURE)),
-                "masks": [[5, 5, 30, 30]], **SHORT}
+        body = {
+            "model": "tester",
+            "messages": user(image_part(PICTURE)),
+            "masks": [[5, 5, 30, 30]],
+            **SHORT,
+        }
         answers = []
         thread = threading.Thread(
             target=lambda: answers.append(
