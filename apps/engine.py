@@ -9,6 +9,7 @@ Jobs are checked in the caller's thread, before they are queued; one thread runs
 the same kind and options that arrive within a short window become one `diffusion_generate` call.
 """
 
+import bisect
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from torch import OutOfMemoryError
 
 from ..generation_options import DiffusionOptions, options_for
 from .captioner import RegionCaptioner, Step
-from .serving_jobs import ChatJob, Completion, ForwardCounter, RegionJob, completions
+from .serving_jobs import ChatJob, Completion, ForwardCounter, RegionJob, TooLong, completions
 from .serving_metrics import Metrics
 
 OWN_OPTIONS = ("generator", "batch_size", "return_history", "compile")  # not for a job to set
@@ -159,6 +160,7 @@ class Engine:
         *,
         on_step: Callable[[Step], None] | None = None,
         follow: bool = False,
+        shorten: str | None = None,
         **options,
     ) -> Ticket:
         """Checks a job and queues it.
@@ -167,12 +169,17 @@ class Engine:
             job: what to caption or answer.
             on_step: called in the engine's thread with a `Step` after each denoising step.
             follow: the ticket's `follow` will be read.
+            shorten: the option among them, a response's length, that is only an upper bound: it is
+                lowered where there is not so much room, and an answer longer than the checkpoint's
+                usual one is decoded no further than to its end of turn.
             options: decoding options over the captioner's (see `DiffusionOptions`).
 
         Raises ValueError for a job or option that does not fit, `QueueFull`, `EngineClosed`.
         """
         options = options_for(job.task, self.captioner.options) | options
         try:
+            if shorten is not None:
+                options = self._bounded(job, options, shorten)
             prompt_tokens = job.check(self.captioner, self._checked(options, job.task))
         except ValueError:
             self.metrics.count("invalid")
@@ -199,6 +206,32 @@ class Engine:
                 f"{len(waiting)} requests are waiting already: try again later",
                 self.metrics.seconds_until_free(len(waiting)),
             )
+
+    def _bounded(self, job, options: dict, name: str) -> dict:
+        """Options under which `options[name]` is the most that a response may take."""
+        captioner = self.captioner
+        options = options | {name: self._room(job, options, name)}
+        usual = self._checked(options_for(job.task, captioner.options), job.task)
+        if name != "max_new_tokens" or options[name] <= usual.max_new_tokens:
+            return options
+        end = captioner.processor.tokenizer.convert_ids_to_tokens(captioner.processor.eot_token_id)
+        return options | {"stop_strings": [*(options.get("stop_strings") or ()), end]}
+
+    def _room(self, job, options: dict, name: str) -> int:
+        """The largest length up to `options[name]` that fits: whole blocks, and 1 at least."""
+
+        def is_too_long(blocks: int) -> bool:
+            try:
+                job.check(self.captioner, self._checked(options | {name: blocks * block}, job.task))
+            except TooLong:
+                return True
+            return False
+
+        block = options.get("block_length") or 1
+        most = options[name] // block
+        if most < 1 or not is_too_long(most):
+            return options[name]
+        return block * max(1, bisect.bisect_left(range(1, most), True, key=is_too_long))
 
     def _key(self, job, options: dict):
         """What jobs of one batch have in common; a job whose chance is seeded stays alone."""
@@ -354,4 +387,3 @@ class Engine:
 
 def _frozen(value):
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
-

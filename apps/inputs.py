@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from PIL import Image
 
 from ..common.json_text import parse_json
-from ..image_processing_perceptiondlm import load_image
+from ..image_loading import load_image
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
 READ_SUFFIXES = frozenset(

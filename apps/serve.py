@@ -17,10 +17,12 @@ a request, with OpenAI's own client:
   )
   answer.choices[0].message.regions     # [{"region": 1, "caption": "...", "box": [...], ...}]
 
-regions, the first of these that a request has:
+regions, where a request says so:
   masks in the body: COCO RLE, {"box": [x0, y0, x1, y1]}, {"polygons": [[x, y, ...]]}, data URLs
-  {"masks": [...]} as a text part; further image parts, each a mask; the picture's alpha channel
-Without regions the conversation is answered ("task": "question" or "regions" insists on one).
+  parts {"type": "mask", "mask": ...} of the message, or a text part {"masks": [...]}
+  "task": "regions": further image parts are masks, or the image's alpha channel is one
+Every other request is a question, whatever images it holds. max_tokens is an upper bound: it is
+lowered to the limits. /docs and /openapi.json list the fields; see also docs/serving.md.
 
 PERCEPTIONDLM_API_KEY in the environment asks clients for that key. GET /health, /metrics
 (Prometheus), /v1/models.
@@ -41,10 +43,16 @@ def configure(parser: argparse.ArgumentParser):
     add_queue_arguments(parser, host_port=8000)
     parser.add_argument("--name", help="what the model is called (default: by its folder or id)")
     urls = parser.add_argument_group("pictures behind URLs, which are refused by default")
-    urls.add_argument("--allow-url-host", action="append", default=[], metavar="HOST",
-                      help="fetch from this host, host:port, or '*' for every host; repeatable")
-    urls.add_argument("--allow-private-urls", action="store_true",
-                      help="also from loopback and private addresses")
+    urls.add_argument(
+        "--allow-url-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch from this host, host:port, or '*' for every host; repeatable",
+    )
+    urls.add_argument(
+        "--allow-private-urls", action="store_true", help="also from loopback and private addresses"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,12 +73,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"perceptiondlm serve: {error}", file=sys.stderr)
         return 2
     app = create_app(
-        engine, name=args.name or model_name(args), limits=limits, policy=policy,
+        engine,
+        name=args.name or model_name(args),
+        limits=limits,
+        policy=policy,
         api_key=os.environ.get(API_KEY),
     )
     config = uvicorn.Config(
-        app, host=args.host, port=args.port, http=PatientProtocol.within(limits.header_seconds),
-        ws="none", timeout_graceful_shutdown=GRACE_SECONDS, proxy_headers=False,
+        app,
+        host=args.host,
+        port=args.port,
+        http=PatientProtocol.within(limits.header_seconds),
+        ws="none",
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        proxy_headers=False,
         server_header=False,
     )
     try:

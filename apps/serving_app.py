@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from .captioner import Step
 from .engine import Engine, EngineClosed, JobFailed, QueueFull, Ticket
-from .serving_chat import ChatRequest, ChatWriter, JobReader, read_request
+from .serving_chat import Asked, RequestReader
 from .serving_fetch import UrlPolicy, fetch
 from .serving_http import (
     ApiError,
@@ -23,8 +23,10 @@ from .serving_http import (
     read_body,
     until_disconnected,
 )
-from .serving_jobs import Completion
+from .serving_jobs import Completion, job_of
 from .serving_limits import Limits
+from .serving_request import read_request, request_schema
+from .serving_writer import ChatWriter
 
 DECODERS = 8  # threads that read pictures
 UPLOAD_BYTES = 512 << 20  # of all bodies in the making
@@ -59,17 +61,25 @@ def create_app(
     async def authorised(request: Request):
         given = request.headers.get("authorization", "").encode()
         if api_key and not secrets.compare_digest(given, f"Bearer {api_key}".encode()):
-            raise ApiError(401, "expected the right API key as bearer token",
-                           code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(
+                401,
+                "expected the right API key as bearer token",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
 
-    app = FastAPI(title="PerceptionDLM", lifespan=lifespan, openapi_url=None)
+    app = FastAPI(title="PerceptionDLM", lifespan=lifespan, redoc_url=None)
     app.add_middleware(SendTimeout, seconds=endpoint.limits.send_seconds)
     install_errors(app)
 
     @app.get("/health")
     async def health():
-        status = {"status": "ok" if engine.alive else "stopping", "model": name,
-                  "queue_length": engine.queue_length, "running": engine.running}
+        status = {
+            "status": "ok" if engine.alive else "stopping",
+            "model": name,
+            "queue_length": engine.queue_length,
+            "running": engine.running,
+        }
         return JSONResponse(status, 200 if engine.alive else 503)
 
     @app.get("/metrics")
@@ -88,7 +98,14 @@ def create_app(
         endpoint.expect_model(wanted)
         return endpoint.card()
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(authorised)])
+    described = {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": request_schema()}},
+        }
+    }
+
+    @app.post("/v1/chat/completions", dependencies=[Depends(authorised)], openapi_extra=described)
     async def chat(request: Request):
         return await endpoint.chat(request)
 
@@ -98,14 +115,12 @@ def create_app(
 class Endpoint:
     """Chat completions over an engine."""
 
-    def __init__(
-        self, engine: Engine, name: str, limits: Limits | None, policy: UrlPolicy | None
-    ):
+    def __init__(self, engine: Engine, name: str, limits: Limits | None, policy: UrlPolicy | None):
         self.engine = engine
         self.name = name
         self.limits = limits or Limits()
         policy = policy or UrlPolicy()
-        self.read_job = JobReader(self.limits, lambda url: fetch(url, policy, self.limits))
+        self.read = RequestReader(self.limits, lambda url: fetch(url, policy, self.limits))
         self.uploads = ByteBudget(max(UPLOAD_BYTES, self.limits.body_bytes))
         self.decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="perceptiondlm-decode")
 
@@ -122,8 +137,12 @@ class Endpoint:
     def expect_model(self, name: str):
         """Refuses another model's name."""
         if name != self.name:
-            raise ApiError(404, f"expected the model {self.name!r}, got {name[:200]!r}",
-                           code="model_not_found", param="model")
+            raise ApiError(
+                404,
+                f"expected the model {self.name!r}, got {name[:200]!r}",
+                code="model_not_found",
+                param="model",
+            )
 
     async def chat(self, request: Request):
         """Answers one request, or raises ApiError."""
@@ -137,23 +156,26 @@ class Endpoint:
             self.uploads.give(len(body))
         writer = ChatWriter(self.name)
         if asked.stream:
-            usage = asked.stream_options is not None and asked.stream_options.include_usage
+            events = self._events(ticket, mailbox, writer, asked.include_usage)
             return StreamingResponse(
-                self._events(ticket, mailbox, writer, usage), media_type="text/event-stream",
+                events,
+                media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )
         completion = await self._outcome(request, ticket)
         return JSONResponse(writer.whole(completion))
 
-    def _submit(self, body: bytearray, mailbox: "Mailbox") -> tuple[ChatRequest, Ticket]:
+    def _submit(self, body: bytearray, mailbox: "Mailbox") -> tuple[Asked, Ticket]:
         """Parses, decodes, checks and queues; runs in a decoder thread."""
         try:
             self.engine.expect_room()  # before any work is done
-            asked = read_request(body)
-            self.expect_model(asked.model)
-            job, options = self.read_job(asked)
+            request = read_request(body)
+            self.expect_model(request.model)
+            asked = self.read(request)
             listener = mailbox.put if asked.stream else None
-            ticket = self.engine.submit(job, on_step=listener, **options)
+            ticket = self.engine.submit(
+                job_of(asked), on_step=listener, shorten=asked.shorten, **asked.options
+            )
         except ValueError as error:
             raise ApiError(400, str(error), code="invalid_input") from error
         except QueueFull as error:
@@ -169,8 +191,11 @@ class Endpoint:
         done = asyncio.wrap_future(ticket.future)
         gone = asyncio.create_task(until_disconnected(request))
         try:
-            await asyncio.wait({done, gone}, timeout=self.limits.request_seconds,
-                               return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {done, gone},
+                timeout=self.limits.request_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
             if done.done():
                 return _result(ticket)
             if gone.done():
@@ -182,8 +207,11 @@ class Endpoint:
             ticket.cancel()  # nothing, once it is done
 
     def _timeout(self) -> ApiError:
-        return ApiError(504, f"expected an answer within {self.limits.request_seconds:g} seconds",
-                        code="timeout")
+        return ApiError(
+            504,
+            f"expected an answer within {self.limits.request_seconds:g} seconds",
+            code="timeout",
+        )
 
     async def _events(
         self, ticket: Ticket, mailbox: "Mailbox", writer: ChatWriter, include_usage: bool

@@ -16,7 +16,9 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     model.add_argument("--revision", help="branch, tag or commit on the Hub")
     model.add_argument("--device", help="say cpu or cuda:1 (default: a GPU if there is one)")
     model.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
         help="default: as saved",
     )
     decoding = parser.add_argument_group("decoding, unless a request says otherwise")
@@ -24,7 +26,8 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         if name != "batch_size":
             decoding.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
     decoding.add_argument(
-        "--adaptive", choices=("threshold", "factor", "entropy_bound"),
+        "--adaptive",
+        choices=("threshold", "factor", "entropy_bound"),
         help="commit what is sure enough at each step instead of a fixed number: faster",
     )
     decoding.add_argument("--remasking", choices=("low_confidence", "random"))
@@ -41,30 +44,80 @@ def add_queue_arguments(parser: argparse.ArgumentParser, *, host_port: int):
     """Where to listen, how much to queue, how much one request may ask for."""
     default = Limits()
     place = parser.add_argument_group("where")
-    place.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for every interface"
-                       " (default: %(default)s)")
-    place.add_argument("--port", type=port_number, default=host_port, help="0 for any that is free"
-                       " (default: %(default)s)")
+    place.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 for every interface (default: %(default)s)"
+    )
+    place.add_argument(
+        "--port",
+        type=port_number,
+        default=host_port,
+        help="0 for any that is free (default: %(default)s)",
+    )
     queue = parser.add_argument_group("queue")
-    queue.add_argument("--max-queue", type=int, default=64, metavar="N",
-                       help="most requests waiting; more are refused (default: %(default)s)")
-    queue.add_argument("--max-batch", type=int, default=8, metavar="N",
-                       help="most passes run together (default: %(default)s)")
-    queue.add_argument("--window-ms", type=float, default=20, metavar="MS",
-                       help="how long a request waits for company (default: %(default)s)")
+    queue.add_argument(
+        "--max-queue",
+        type=int,
+        default=64,
+        metavar="N",
+        help="most requests waiting; more are refused (default: %(default)s)",
+    )
+    queue.add_argument(
+        "--max-batch",
+        type=int,
+        default=8,
+        metavar="N",
+        help="most passes run together (default: %(default)s)",
+    )
+    queue.add_argument(
+        "--window-ms",
+        type=float,
+        default=20,
+        metavar="MS",
+        help="how long a request waits for company (default: %(default)s)",
+    )
     limits = parser.add_argument_group("limits of a request")
-    limits.add_argument("--max-mib", type=float, default=default.body_bytes / BYTES_OF_MIB,
-                        metavar="MIB", help="size of what is uploaded (default: %(default)g)")
-    limits.add_argument("--max-pixels", type=int, default=default.pixels, metavar="N",
-                        help="of a picture (default: %(default)s)")
-    limits.add_argument("--max-masks", type=int, default=default.masks, metavar="N",
-                        help="of a picture (default: %(default)s)")
-    limits.add_argument("--max-caption-length", type=int, default=default.caption_length,
-                        metavar="N", help="tokens (default: %(default)s)")
-    limits.add_argument("--max-answer-length", type=int, default=default.new_tokens,
-                        metavar="N", help="tokens (default: %(default)s)")
-    limits.add_argument("--request-seconds", type=float, default=default.request_seconds,
-                        metavar="S", help="until it is given up (default: %(default)g)")
+    limits.add_argument(
+        "--max-mib",
+        type=float,
+        default=default.body_bytes / BYTES_OF_MIB,
+        metavar="MIB",
+        help="size of what is uploaded (default: %(default)g)",
+    )
+    limits.add_argument(
+        "--max-pixels",
+        type=int,
+        default=default.pixels,
+        metavar="N",
+        help="of a picture (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--max-masks",
+        type=int,
+        default=default.masks,
+        metavar="N",
+        help="of a picture (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--max-caption-length",
+        type=int,
+        default=default.caption_length,
+        metavar="N",
+        help="tokens (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--max-answer-length",
+        type=int,
+        default=default.new_tokens,
+        metavar="N",
+        help="tokens (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--request-seconds",
+        type=float,
+        default=default.request_seconds,
+        metavar="S",
+        help="until it is given up (default: %(default)g)",
+    )
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
@@ -89,11 +142,16 @@ def load_engine(args: argparse.Namespace):
     names = [name for name, *_ in DECODING if name != "batch_size"] + ["adaptive", "remasking"]
     options = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     captioner = RegionCaptioner.from_pretrained(
-        args.model, subfolder=args.subfolder, revision=args.revision, device=args.device,
-        dtype=args.dtype, **options,
+        args.model,
+        subfolder=args.subfolder,
+        revision=args.revision,
+        device=args.device,
+        dtype=args.dtype,
+        **options,
     )
-    return Engine(captioner, max_queue=args.max_queue, max_batch=args.max_batch,
-                  window=args.window_ms / 1000)
+    return Engine(
+        captioner, max_queue=args.max_queue, max_batch=args.max_batch, window=args.window_ms / 1000
+    )
 
 
 def model_name(args: argparse.Namespace) -> str:
@@ -101,5 +159,8 @@ def model_name(args: argparse.Namespace) -> str:
     if args.model is None:
         return "perceptiondlm-tiny"
     name = args.model.rstrip("/")
-    return name if name.count("/") == 1 and not name.startswith((".", "/")) \
+    return (
+        name
+        if name.count("/") == 1 and not name.startswith((".", "/"))
         else name.rsplit("/", 1)[-1]
+    )

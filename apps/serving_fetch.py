@@ -42,9 +42,7 @@ class UrlPolicy:
         except ValueError as error:
             raise ValueError(f"expected a URL, got {url[:80]!r}: {error}") from error
         if parts.scheme not in PORTS or not host:
-            raise ValueError(
-                f"expected a picture as data URL or from http(s), got {url[:60]!r}"
-            )
+            raise ValueError(f"expected a picture as data URL or from http(s), got {url[:60]!r}")
         if parts.username is not None or parts.password is not None:
             raise ValueError("expected a URL without a user name or password")
         if not self.hosts:
@@ -111,8 +109,11 @@ def _fetch_once(client, url: str, policy: UrlPolicy, limits: Limits, deadline: f
     request = client.build_request(
         "GET",
         pinned,
-        headers={"Host": shown if usual else f"{shown}:{port}", "Accept": "image/*",
-                 "Accept-Encoding": "identity"},
+        headers={
+            "Host": shown if usual else f"{shown}:{port}",
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+        },
         timeout=_left(deadline),
         extensions={"sni_hostname": host, "timeout": _timeouts(deadline)},
     )

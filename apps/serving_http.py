@@ -15,8 +15,12 @@ from .serving_limits import Limits
 log = logging.getLogger(__name__)
 
 DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 5.0  # read and dropped, so that a refusal is heard
-KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large",
-         429: "rate_limit_error"}
+KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
 
 
 class ApiError(Exception):
@@ -32,8 +36,12 @@ class ApiError(Exception):
     def body(self) -> dict:
         """The `error` object."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": str(self), "type": KINDS.get(self.status, kind),
-                 "param": self.param, "code": self.code}
+        error = {
+            "message": str(self),
+            "type": KINDS.get(self.status, kind),
+            "param": self.param,
+            "code": self.code,
+        }
         return {"error": error}
 
     def response(self) -> JSONResponse:
@@ -68,8 +76,12 @@ class ByteBudget:
     def take(self, count: int):
         """Raises 429 where there is no more."""
         if self.taken + count > self.most:
-            raise ApiError(429, "too much is being uploaded: try again later",
-                           code="overloaded", headers={"Retry-After": "2"})
+            raise ApiError(
+                429,
+                "too much is being uploaded: try again later",
+                code="overloaded",
+                headers={"Retry-After": "2"},
+            )
         self.taken += count
 
     def give(self, count: int):
@@ -91,8 +103,12 @@ async def read_body(request: Request, limits: Limits, budget: ByteBudget) -> byt
             await _drain(request)
             raise
         except asyncio.TimeoutError as error:  # not yet the built-in one in Python 3.10
-            raise ApiError(408, f"expected the body within {limits.body_seconds:g} seconds",
-                           code="request_timeout", headers={"Connection": "close"}) from error
+            raise ApiError(
+                408,
+                f"expected the body within {limits.body_seconds:g} seconds",
+                code="request_timeout",
+                headers={"Connection": "close"},
+            ) from error
         unless_whole.pop_all()
     return data
 
@@ -106,8 +122,12 @@ async def _receive(request: Request, data: bytearray, limits: Limits, budget: By
 
 
 def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"expected a body of at most {most / (1 << 20):g} MiB, got more",
-                    code="request_too_large", headers={"Connection": "close"})
+    return ApiError(
+        413,
+        f"expected a body of at most {most / (1 << 20):g} MiB, got more",
+        code="request_too_large",
+        headers={"Connection": "close"},
+    )
 
 
 async def _drain(request: Request):

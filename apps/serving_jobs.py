@@ -4,16 +4,27 @@ Both kinds of job offer the same few methods, so that the engine need not tell t
 before queueing, `passes` and `nbytes` for its limits, `generate` for a whole batch, `result_of`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
 from ..generation_diffusion import DiffusionOutput
 from ..generation_options import DiffusionOptions
-from ..image_processing_perceptiondlm import load_image, load_mask
+from ..image_loading import load_image, load_mask
 from .captioner import Answers, Region, RegionCaptioner, RegionCaptions
+from .serving_limits import each_numbered
+
+if TYPE_CHECKING:
+    from .serving_chat import Asked
+
+
+class TooLong(ValueError):
+    """A job that would fit if its response were shorter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,17 +38,12 @@ class RegionJob:
     task = "captions"
 
     @classmethod
-    def build(cls, image, masks: Sequence, instruction: str | None = None) -> "RegionJob":
+    def build(cls, image, masks: Sequence, instruction: str | None = None) -> RegionJob:
         """Loads the picture and its masks; ValueError where they do not fit."""
         picture = load_image(image)
         if not masks:
             raise ValueError("expected at least one mask, got none")
-        regions = []
-        for k, mask in enumerate(masks, 1):
-            try:
-                regions.append(load_mask(mask, picture.size))
-            except ValueError as error:
-                raise ValueError(f"mask {k}: {error}") from error
+        regions = each_numbered("mask", masks, lambda mask: load_mask(mask, picture.size))
         return cls(picture, tuple(regions), instruction)
 
     @property
@@ -74,7 +80,7 @@ class RegionJob:
         return tokens
 
     @staticmethod
-    def generate(captioner: RegionCaptioner, jobs: list["RegionJob"], options: dict, callback):
+    def generate(captioner: RegionCaptioner, jobs: list[RegionJob], options: dict, callback):
         """One run for all `jobs`."""
         default = captioner.processor.region_instruction
         return captioner.model.diffusion_generate(
@@ -113,7 +119,7 @@ class ChatJob:
     task = "answers"
 
     @classmethod
-    def ask(cls, image, question: str) -> "ChatJob":
+    def ask(cls, image, question: str) -> ChatJob:
         """One question about one picture."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
         return cls([{"role": "user", "content": content}], (load_image(image),))
@@ -155,7 +161,7 @@ class ChatJob:
         return processor.apply_chat_template(self.messages, add_generation_prompt=True)
 
     @staticmethod
-    def generate(captioner: RegionCaptioner, jobs: list["ChatJob"], options: dict, callback):
+    def generate(captioner: RegionCaptioner, jobs: list[ChatJob], options: dict, callback):
         """One run for all `jobs`."""
         options = dict(options)
         options.pop("batch_size")  # the inputs are one batch already
@@ -175,6 +181,13 @@ class ChatJob:
         """The result as `RegionCaptioner` gives it."""
         image = self.images[0] if self.images else None
         return Answers(image=image, questions=[self.question], answers=texts, **cost)
+
+
+def job_of(asked: Asked) -> RegionJob | ChatJob:
+    """The job that a request asks for."""
+    if asked.masks:
+        return RegionJob(asked.images[0], asked.masks, asked.instruction)
+    return ChatJob(asked.messages, asked.images)
 
 
 @dataclass(frozen=True)
@@ -286,7 +299,7 @@ def expect_fitting(sequence, config):
     most = config.text_config.max_position_embeddings
     length = max(sequence.positions) + 1
     if length > most:
-        raise ValueError(
+        raise TooLong(
             f"expected at most {most} tokens of picture, text and answer, got {length}:"
             " shorten the text or the answer"
         )

@@ -8,18 +8,25 @@ import base64
 import binascii
 import io
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
+from ..image_loading import load_mask
 from .inputs import MASK_FORMATS, PICTURE_FORMATS, annotation_mask
 
 DATA_URL = re.compile(r"data:(?P<kind>[\w.+/-]*)(?:;[\w=.+-]+)*?(?P<base64>;base64)?,", re.ASCII)
 MAX_NUMBER = 10**9  # of a coordinate or run length
 # What people send as a picture that is none: first bytes, and what to call it.
 NOT_PICTURES = (
-    (b"<svg", "SVG"), (b"<!doctype html", "HTML"), (b"<html", "HTML"), (b"<?xml", "XML or SVG"),
-    (b"%pdf", "PDF"), (b"pk\x03\x04", "a ZIP archive"), (b"{", "JSON"),
+    (b"<svg", "SVG"),
+    (b"<!doctype html", "HTML"),
+    (b"<html", "HTML"),
+    (b"<?xml", "XML or SVG"),
+    (b"%pdf", "PDF"),
+    (b"pk\x03\x04", "a ZIP archive"),
+    (b"{", "JSON"),
 )
 
 
@@ -33,7 +40,8 @@ class Limits:
         masks: regions of a picture.
         mask_pixels: of all masks of a picture together, a byte of memory each.
         images: pictures of a conversation.
-        text: characters of a message's text.
+        text: characters of all messages' texts.
+        stop_characters: of one stop string.
         caption_length, new_tokens, steps: of decoding.
         header_seconds, body_seconds: to receive a request's head, and its body.
         request_seconds: from received to answered.
@@ -46,6 +54,7 @@ class Limits:
     mask_pixels: int = 400_000_000
     images: int = 8
     text: int = 20_000
+    stop_characters: int = 500
     caption_length: int = 256
     new_tokens: int = 1024
     steps: int = 1024
@@ -139,34 +148,47 @@ def alpha_mask(picture: Image.Image) -> Image.Image | None:
     return alpha if alpha.getextrema()[0] == 0 else None
 
 
-def read_mask(item, size: tuple[int, int], name: str, limits: Limits):
-    """A mask as `load_mask` takes it, from JSON: COCO RLE, `{"box": ...}`, `{"polygons": ...}`, a
-    plain box or polygons, a COCO annotation, or a mask picture as data URL."""
+def each_numbered(kind: str, items: Sequence, load: Callable) -> list:
+    """Loads each item; a ValueError says the number, from 1, of the item that it belongs to."""
+    loaded = []
+    for k, item in enumerate(items, 1):
+        try:
+            loaded.append(load(item))
+        except ValueError as error:
+            raise ValueError(f"{kind} {k}: {error}") from error
+    return loaded
+
+
+def read_mask(item, size: tuple[int, int], limits: Limits) -> Image.Image:
+    """A region mask from JSON: COCO RLE, `{"box": ...}`, `{"polygons": ...}`, a plain box or
+    polygons, a COCO annotation, or a mask image as data URL; as `load_mask` gives it."""
     if isinstance(item, str):
-        return decode_mask(decode_data_url(item, name, limits), name, limits)
+        return load_mask(
+            decode_mask(decode_data_url(item, "a mask", limits), "a mask", limits), size
+        )
     if not isinstance(item, (dict, list)):
-        raise ValueError(f"expected {name} as an object, a list or a data URL, got {item!r:.80}")
-    mask = annotation_mask(item, name)
+        raise ValueError(f"expected an object, a list or a data URL, got {item!r:.80}")
+    mask = annotation_mask(item, "a mask")
     if isinstance(mask, dict) and "size" in mask and mask["size"] != [size[1], size[0]]:
         raise ValueError(
-            f"expected {name} with the picture's size [height, width] {[size[1], size[0]]},"
+            f"expected the image's size [height, width] {[size[1], size[0]]},"
             f" got {str(mask['size'])[:60]}"
         )
     for part in mask.values() if isinstance(mask, dict) else [mask]:
-        _expect_numbers(part, name)
-    return mask
+        _expect_numbers(part)
+    return load_mask(mask, size)
 
 
-def _expect_numbers(values, name: str, depth: int = 3):
+def _expect_numbers(values, depth: int = 3):
     """Refuses what is no number a picture could need in a list of lists of them; a text is left to
     whom it is meant for."""
     if not isinstance(values, list):
         return
     for value in values:
         if isinstance(value, list) and depth:
-            _expect_numbers(value, name, depth - 1)
+            _expect_numbers(value, depth - 1)
         elif not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
-            raise ValueError(f"expected {name} of finite numbers, got {str(value)[:40]!r} in it")
+            raise ValueError(f"expected finite numbers, got {str(value)[:40]!r}")
 
 
 def expect_masks(count: int, size: tuple[int, int], limits: Limits):

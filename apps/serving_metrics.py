@@ -97,8 +97,11 @@ class Metrics:
         with self._lock:
             buckets = [(f'_bucket{{le="{b}"}}', n) for b, n in self._batches.items()]
             jobs, latency_sum = self._batched_jobs, self._latency_sum
-        buckets += [('_bucket{le="+Inf"}', now["batches"]), ("_sum", jobs),
-                    ("_count", now["batches"])]
+        buckets += [
+            ('_bucket{le="+Inf"}', now["batches"]),
+            ("_sum", jobs),
+            ("_count", now["batches"]),
+        ]
         lines += _metric("batch_size", "histogram", "requests of a batch", buckets)
         quantiles = [(f'{{quantile="{q}"}}', value) for q, value in now["latency"].items()]
         quantiles += [("_sum", latency_sum), ("_count", now["completed"])]
@@ -115,5 +118,7 @@ def percentile(ordered: list[float], q: float) -> float:
 def _metric(name: str, kind: str, text: str, samples: list[tuple[str, float]]) -> list[str]:
     full = f"perceptiondlm_{name}"
     head = [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
-    return head + [f"{full}{suffix} {value:.6g}" if isinstance(value, float)
-                   else f"{full}{suffix} {value}" for suffix, value in samples]
+    return head + [
+        f"{full}{suffix} {value:.6g}" if isinstance(value, float) else f"{full}{suffix} {value}"
+        for suffix, value in samples
+    ]

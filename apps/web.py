@@ -21,9 +21,12 @@ def configure(parser: argparse.ArgumentParser):
     add_model_arguments(parser)
     add_queue_arguments(parser, host_port=7860)
     parser.add_argument("--open", action="store_true", help="open a browser")
-    parser.add_argument("--sam", metavar="MODEL",
-                        help="folder or cached Hub id of a SAM checkpoint, for masks from clicks"
-                        " (default: facebook/sam-vit-base where it is cached)")
+    parser.add_argument(
+        "--sam",
+        metavar="MODEL",
+        help="folder or cached Hub id of a SAM checkpoint, for masks from clicks"
+        " (default: facebook/sam-vit-base where it is cached)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,8 +45,15 @@ def run(args: argparse.Namespace) -> int:
         return 2
     with engine:
         try:
-            launch(engine, model_name(args), limits=limits, sam=sam, host=args.host,
-                   port=args.port, open_browser=args.open)
+            launch(
+                engine,
+                model_name(args),
+                limits=limits,
+                sam=sam,
+                host=args.host,
+                port=args.port,
+                open_browser=args.open,
+            )
         except OSError as error:  # the port is taken
             print(f"perceptiondlm web: {error}", file=sys.stderr)
             return 2

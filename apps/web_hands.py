@@ -115,31 +115,46 @@ function repaint() {
   requestAnimationFrame(() => { due = false; paint(); });
 }
 
+function chipOf(region, i) {
+  const chip = document.createElement('span');
+  const [number, cross] = ['button', 'button'].map((kind) => document.createElement(kind));
+  chip.className = 'pd-chip';
+  chip.style.setProperty('--own', colourOf(i).fill);
+  chip.style.setProperty('--ink', colourOf(i).ink);
+  number.dataset.chip = number.dataset.region = cross.dataset.region = i + 1;
+  number.setAttribute('aria-pressed', i === chosen);
+  [number.textContent, number.title] = [i + 1, `region ${i + 1}: paint on; Delete removes it`];
+  [cross.textContent, cross.title, cross.dataset.drop] = ['×', `remove region ${i + 1}`, i];
+  cross.setAttribute('aria-label', cross.title);
+  chip.append(number, cross);
+  return chip;
+}
+
 function refresh() {
-  const chips = find('.pd-chips');
-  chips.replaceChildren(...regions.map((region, i) => {
-    const chip = document.createElement('button');
-    chip.className = 'pd-chip';
-    chip.dataset.chip = chip.dataset.region = i + 1;
-    chip.setAttribute('aria-pressed', i === chosen);
-    chip.style.setProperty('--own', colourOf(i).fill);
-    chip.style.setProperty('--ink', colourOf(i).ink);
-    chip.title = `region ${i + 1}: paint on`;
-    chip.append(String(i + 1));
-    const cross = document.createElement('i');
-    [cross.textContent, cross.title, cross.dataset.drop] = ['×', `remove region ${i + 1}`, i];
-    chip.append(cross);
-    return chip;
-  }));
+  const chips = find('.pd-chips'), held = chips.contains(document.activeElement)
+    && [...chips.querySelectorAll('button')].indexOf(document.activeElement);
   const more = document.createElement('button');
   [more.textContent, more.dataset.act] = ['+ region', 'more'];
   more.disabled = regions.length > 0 && isEmpty(regions[regions.length - 1]);
-  chips.append(more);
+  chips.replaceChildren(...regions.map(chipOf), more);
+  if (held !== false) chips.querySelectorAll('button')[held]?.focus();
   for (const button of root.querySelectorAll('[data-tool]'))
     button.setAttribute('aria-pressed', button.dataset.tool === tool);
   find('[data-act=undo]').disabled = !past.length;
+  find('[data-act=redo]').disabled = !future.length;
   find('[data-act=clear]').disabled = !regions.length;
   repaint();
+}
+
+function drop(index) {
+  const hadFocus = find('.pd-chips').contains(document.activeElement);
+  remember(null);
+  regions = regions.filter((_, i) => i !== index);
+  chosen = Math.min(chosen, regions.length - 1);
+  refresh();
+  if (!hadFocus) return;
+  const next = find(`[data-chip="${Math.min(index + 1, regions.length)}"]`);
+  (next ?? find('[data-act=more]')).focus();
 }
 
 // Hands.
@@ -268,6 +283,7 @@ document.addEventListener('click', (event) => {
 
 const acts = {
   undo,
+  redo,
   clear() { remember(null); [regions, chosen] = [[], -1]; refresh(); },
   close,
   more() { remember(null); newRegion(); tool = 'brush'; refresh(); },
@@ -276,13 +292,8 @@ const acts = {
 
 root.addEventListener('click', (event) => {
   const button = event.target.closest('button');
-  if (event.target.dataset.drop !== undefined) {
-    remember(null);
-    const index = +event.target.dataset.drop;
-    regions = regions.filter((_, i) => i !== index);
-    chosen = Math.min(chosen, regions.length - 1);
-    refresh();
-  } else if (button?.dataset.tool) { tool = button.dataset.tool; refresh(); }
+  if (button?.dataset.drop) drop(+button.dataset.drop);
+  else if (button?.dataset.tool) { tool = button.dataset.tool; refresh(); }
   else if (button?.dataset.chip) { chosen = button.dataset.chip - 1; refresh(); }
   else if (button?.dataset.act) acts[button.dataset.act]();
   else if (button?.dataset.example) {
@@ -320,10 +331,16 @@ document.addEventListener('paste', (event) => {
   if (file) choose(file);
 });
 document.addEventListener('keydown', (event) => {
-  const typing = event.target.closest?.('input:not([type=range]), textarea');
-  if ((event.ctrlKey || event.metaKey) && event.key === 'z' && picture && !typing) {
-    event.preventDefault();
-    undo();
+  if (!picture || event.target.closest?.('input:not([type=range]), textarea')) return;
+  const key = event.key.toLowerCase();
+  if (event.ctrlKey || event.metaKey) {
+    const act = key === 'y' || (key === 'z' && event.shiftKey) ? redo : key === 'z' ? undo : null;
+    if (act) { event.preventDefault(); act(); }
+  } else if (key === 'delete' || key === 'backspace') {
+    const chip = event.target.closest?.('.pd-chips [data-region]');
+    const ours = event.target === document.body || root.contains(event.target);
+    const index = chip ? chip.dataset.region - 1 : ours && setup.regions ? chosen : -1;
+    if (index >= 0) { event.preventDefault(); drop(index); }
   }
 });
 setup.examples.forEach((example, i) => {

@@ -15,6 +15,7 @@ from .serving_limits import (
     decode_data_url,
     decode_mask,
     decode_picture,
+    each_numbered,
     expect_masks,
     read_mask,
 )
@@ -49,31 +50,23 @@ def read_payload(text: str | None, limits: Limits) -> tuple[Image.Image | None, 
     return load_image(decode_picture(data, PICTURE, limits)), content["regions"]
 
 
-def region_masks(
-    regions: list, size: tuple[int, int], limits: Limits
-) -> list[Image.Image]:
+def region_masks(regions: list, size: tuple[int, int], limits: Limits) -> list[Image.Image]:
     """The masks of `read_payload`'s regions, of the picture's size (width, height)."""
     expect_masks(len(regions), size, limits)
-    masks = []
-    for k, region in enumerate(regions, 1):
-        try:
-            masks.append(load_mask(_mask(region, size, limits), size))
-        except ValueError as error:
-            raise ValueError(f"region {k}: {error}") from error
-    return masks
+    return each_numbered("region", regions, lambda region: _mask(region, size, limits))
 
 
 def _mask(region, size: tuple[int, int], limits: Limits):
     if not isinstance(region, dict) or len(region) != 1:
         raise ValueError(f"expected one of painted, exact and box, got {str(region)[:60]}")
-    (kind, content), = region.items()
+    ((kind, content),) = region.items()
     if kind == "painted" and isinstance(content, str):
         mask = decode_mask(decode_data_url(content, "mask", limits), "mask", limits)
-        return fit_mask(mask.convert("RGBA").getchannel("A"), size)
+        return load_mask(fit_mask(mask.convert("RGBA").getchannel("A"), size), size)
     if kind == "exact":
-        return read_mask(content, size, "mask", limits)
+        return read_mask(content, size, limits)
     if kind == "box":
-        return read_mask({"box": content}, size, "box", limits)
+        return read_mask({"box": content}, size, limits)
     raise ValueError(f"expected one of painted, exact and box, got {str(kind)[:60]!r}")
 
 

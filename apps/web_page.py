@@ -3,6 +3,7 @@
 import contextlib
 import html
 import json
+import logging
 import os
 import socket
 import time
@@ -29,14 +30,20 @@ from .web_script import REGIONS_SCRIPT  # noqa: E402
 
 TITLE = "PerceptionDLM"
 LEAD = "Paint regions of a picture: they are described together, in one denoising process."
-PACES = {"fixed": None, "by threshold": "threshold", "by factor": "factor",
-         "by entropy": "entropy_bound"}
+PACES = {
+    "fixed": None,
+    "by threshold": "threshold",
+    "by factor": "factor",
+    "by entropy": "entropy_bound",
+}
 CONCURRENT = 16  # people whose requests are with the engine at the same time
 SESSIONS = 200  # whose state is kept
 # Puts what is painted in the place of an event's first input.
 HAND_OVER = "(sent, ...others) => [window.pdPainter.payload(), ...others]"
 SUGGEST = "(typed) => window.pdPainter.question(typed)"
 BLANK = " ".join([MASKED] * 8)  # a text of which nothing is known
+
+log = logging.getLogger(__name__)
 
 
 class Page:
@@ -58,9 +65,7 @@ class Page:
         with shown_errors():
             picture, regions = self._read(payload)
             if not regions:
-                raise gr.Error(
-                    "Paint at least one region, drag a box, or add a mask.", title="No region"
-                )
+                raise refusal("Paint at least one region, drag a box, or add a mask.", "No region")
             masks = region_masks(regions, picture.size, self.limits)
             options = {"caption_length": int(length), "steps": int(steps)}
             if PACES[pace] is not None:
@@ -83,7 +88,7 @@ class Page:
         with shown_errors():
             picture, _ = self._read(payload)
             if not question:
-                raise gr.Error("Write a question first.", title="No question")
+                raise refusal("Write a question first.", "No question")
             expect_at_most("characters", len(question), self.limits.text)
             job = ChatJob.ask(picture, question)
             ticket = self.engine.submit(job, follow=True, max_new_tokens=int(length))
@@ -111,7 +116,7 @@ class Page:
     def _read(self, payload: str) -> tuple[Image.Image, list]:
         picture, regions = read_payload(payload, self.limits)
         if picture is None:
-            raise gr.Error("Choose a picture or one of the examples first.", title="No picture")
+            raise refusal("Choose a picture or one of the examples first.", "No picture")
         return picture, regions
 
     def _rounds(self, job: RegionJob) -> int:
@@ -131,9 +136,12 @@ class Page:
     def defaults(self) -> DiffusionOptions:
         """How the checkpoint decodes unless told otherwise."""
         captioner = self.engine.captioner
-        return DiffusionOptions.build(
-            captioner.model.config.generation_defaults, captioner.options
-        )
+        return DiffusionOptions.build(captioner.model.config.generation_defaults, captioner.options)
+
+
+def refusal(message: str, title: str) -> gr.Error:
+    """What a person sees, and nothing of it in the server's log."""
+    return gr.Error(html.escape(message, quote=False), title=title, print_exception=False)
 
 
 @contextlib.contextmanager
@@ -144,28 +152,34 @@ def shown_errors():
     except gr.Error:  # a ValueError of gradio's, to be shown as it is
         raise
     except QueueFull as error:
-        raise gr.Error(f"{error}.", title="Too many at once") from error
+        raise refusal(f"{error}.", "Too many at once") from error
     except (EngineClosed, CancelledError) as error:
-        raise gr.Error("The server is shutting down.", title="Closing") from error
-    except (ValueError, JobFailed) as error:
-        message = html.escape(str(error), quote=False)
-        raise gr.Error(f"{message}.", title="That does not work") from error
+        raise refusal("The server is shutting down.", "Closing") from error
+    except JobFailed as error:
+        log.error("a request failed: %s", error)
+        raise refusal(f"{error}.", "That does not work") from error
+    except ValueError as error:
+        raise refusal(f"{error}.", "That does not work") from error
 
 
 def build(page: Page) -> gr.Blocks:
     """Lays the page out."""
     has_regions = page.engine.captioner.model.config.num_region_prompts > 0
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as demo:
-        gr.HTML(f"<h1>{TITLE}</h1><p>{LEAD} Model: <code>{html.escape(page.name)}</code></p>",
-                elem_id="pd-head")
+        gr.HTML(
+            f"<h1>{TITLE}</h1><p>{LEAD} Model: <code>{html.escape(page.name)}</code></p>",
+            elem_id="pd-head",
+        )
         sent = gr.Textbox(visible=False)  # takes what the painter's script hands over
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=360):
                 shown = [example.to_dict() for example in examples()]
                 gr.HTML(
-                    painter.markup(page.limits, shown, regions=has_regions,
-                                   sam=page.sam is not None),
-                    js_on_load=REGIONS_SCRIPT + HANDS_SCRIPT, elem_id="pd-painter",
+                    painter.markup(
+                        page.limits, shown, regions=has_regions, sam=page.sam is not None
+                    ),
+                    js_on_load=REGIONS_SCRIPT + HANDS_SCRIPT,
+                    elem_id="pd-painter",
                     server_functions=[page.outline] if page.sam is not None else None,
                 )
             with gr.Column(scale=1, min_width=360), gr.Tabs():
@@ -185,21 +199,43 @@ def _region_tab(page: Page, sent: gr.Textbox):
         stop = gr.Button("Stop", elem_id="pd-stop", scale=1, min_width=80)
     captions = gr.HTML(view.EMPTY, elem_id="pd-list")
     with gr.Accordion("JSON", open=False, elem_id="pd-json"):
-        code = gr.Code(language="json", buttons=["copy", "download"], max_lines=18,
-                       show_label=False)
+        code = gr.Code(
+            language="json", buttons=["copy", "download"], max_lines=18, show_label=False
+        )
     with gr.Accordion("Decoding", open=False), gr.Row():
-        length = gr.Slider(1, min(128, limits.caption_length), defaults.caption_length, step=1,
-                           label="Tokens of a caption")
-        steps = gr.Slider(1, min(128, limits.steps), defaults.steps or defaults.caption_length,
-                          step=1, label="Steps", info="fewer are faster")
-        pace = gr.Dropdown(list(PACES), value=_pace_of(defaults.adaptive), label="Pace",
-                           info="tokens committed at a step")
+        length = gr.Slider(
+            1,
+            min(128, limits.caption_length),
+            defaults.caption_length,
+            step=1,
+            label="Tokens of a caption",
+        )
+        steps = gr.Slider(
+            1,
+            min(128, limits.steps),
+            defaults.steps or defaults.caption_length,
+            step=1,
+            label="Steps",
+            info="fewer are faster",
+        )
+        pace = gr.Dropdown(
+            list(PACES),
+            value=_pace_of(defaults.adaptive),
+            label="Pace",
+            info="tokens committed at a step",
+        )
     running = go.click(
-        page.caption, [sent, length, steps, pace], [captions, code], js=HAND_OVER,
-        show_progress="hidden", concurrency_limit=CONCURRENT, concurrency_id="model",
+        page.caption,
+        [sent, length, steps, pace],
+        [captions, code],
+        js=HAND_OVER,
+        show_progress="hidden",
+        concurrency_limit=CONCURRENT,
+        concurrency_id="model",
         api_visibility="private",
     )
     stop.click(None, cancels=[running], api_visibility="private")
+    forgets("captions", {captions: view.EMPTY, code: ""}, running)
 
 
 def _pace_of(adaptive: str | None) -> str:
@@ -208,24 +244,55 @@ def _pace_of(adaptive: str | None) -> str:
 
 def _question_tab(page: Page, sent: gr.Textbox) -> gr.Textbox:
     defaults = page.defaults
-    question = gr.Textbox(label="Question about the whole picture", lines=2, max_lines=6,
-                          placeholder="What is in the picture?", elem_id="pd-question",
-                          max_length=page.limits.text)
+    # one line at first, so that Enter asks; Shift+Enter begins another
+    question = gr.Textbox(
+        label="Question about the whole picture",
+        lines=1,
+        max_lines=6,
+        placeholder="What is in the picture?",
+        elem_id="pd-question",
+        max_length=page.limits.text,
+    )
     ask = gr.Button("Ask", variant="primary", elem_id="pd-ask")
     answer = gr.HTML(elem_id="pd-answer")
     with gr.Accordion("Decoding", open=False):
-        length = gr.Slider(1, min(512, page.limits.new_tokens), defaults.max_new_tokens, step=1,
-                           label="Tokens of the answer")
-    gr.on([ask.click, question.submit], page.answer, [sent, question, length],
-          answer, js=HAND_OVER, show_progress="hidden",
-          concurrency_limit=CONCURRENT, concurrency_id="model", api_visibility="private")
+        length = gr.Slider(
+            1,
+            min(512, page.limits.new_tokens),
+            defaults.max_new_tokens,
+            step=1,
+            label="Tokens of the answer",
+        )
+    running = gr.on(
+        [ask.click, question.submit],
+        page.answer,
+        [sent, question, length],
+        answer,
+        js=HAND_OVER,
+        show_progress="hidden",
+        concurrency_limit=CONCURRENT,
+        concurrency_id="model",
+        api_visibility="private",
+    )
+    forgets("answer", {answer: ""}, running)
     return question
+
+
+def forgets(kind: str, blank: dict, running):
+    """A hidden button by which the painter's script ends a run and blanks what it has shown."""
+    button = gr.Button(elem_id=f"pd-forget-{kind}", visible="hidden")
+    values = json.dumps(list(blank.values()))
+    button.click(
+        None, None, list(blank), js=f"() => {values}", cancels=[running], api_visibility="private"
+    )
 
 
 def theme() -> gr.Theme:
     """Fonts that are on the reader's machine: nothing is fetched."""
     return gr.themes.Soft(
-        primary_hue="blue", neutral_hue="slate", radius_size="lg",
+        primary_hue="blue",
+        neutral_hue="slate",
+        radius_size="lg",
         font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "monospace"],
     )
@@ -250,10 +317,21 @@ def launch(
     demo = build(Page(engine, name, limits, sam))
     demo.queue(max_size=engine.max_queue, default_concurrency_limit=CONCURRENT)
     demo.launch(
-        server_name=host, server_port=port or free_port(host), inbrowser=open_browser, share=False,
-        quiet=True, prevent_thread_lock=True, max_file_size=limits.body_bytes, theme=theme(),
-        css=view.CSS + painter.STYLE, footer_links=[], enable_monitoring=False, ssr_mode=False,
-        state_session_capacity=SESSIONS, show_error=True, strict_cors=True,
+        server_name=host,
+        server_port=port or free_port(host),
+        inbrowser=open_browser,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        max_file_size=limits.body_bytes,
+        theme=theme(),
+        css=view.CSS + painter.STYLE,
+        footer_links=[],
+        enable_monitoring=False,
+        ssr_mode=False,
+        state_session_capacity=SESSIONS,
+        show_error=True,
+        strict_cors=True,
         app_kwargs={"middleware": [Middleware(MaxBody, most=body_limit(limits))]},
     )
     if block:

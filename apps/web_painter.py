@@ -32,6 +32,7 @@ MARKUP = """
       <input type="range" min="2" max="120" value="36" aria-label="brush size"></label>
     <span class="pd-space"></span>
     <button data-act="undo" class="pd-regional" title="take the last change back">Undo</button>
+    <button data-act="redo" class="pd-regional" title="do it again (Ctrl+Y)">Redo</button>
     <button data-act="clear" class="pd-regional" title="remove all regions">Clear</button>
     <button data-act="close" title="choose another picture">New</button>
   </div>
@@ -66,9 +67,9 @@ STYLE = """
 .pd-stage:has(input:focus-visible), .pd-stage.pd-over {outline: 2px solid var(--color-accent)}
 .pd-alert {margin: 0; padding: .5rem .75rem; border-radius: 8px; color: #7a1c1c;
   background: #fde8e8; border: 1px solid #f5b5b5}
-.pd-tools, .pd-chips, .pd-group {display: flex; flex-wrap: wrap; gap: .35rem; align-items: center}
+.pd-tools, .pd-chips, .pd-group {display: flex; flex-wrap: wrap; gap: .25rem; align-items: center}
 .pd-space {flex: 1}
-.pd-painter button {margin: 0 !important; padding: .22rem .6rem; border-radius: 8px;
+.pd-painter button {margin: 0 !important; padding: .22rem .5rem; border-radius: 8px;
   font-size: .84rem; cursor: pointer; border: 1px solid var(--border-color-primary);
   background: var(--background-fill-primary);
   color: var(--body-text-color)}
@@ -77,14 +78,17 @@ STYLE = """
 .pd-painter button[aria-pressed=true] {background: var(--color-accent); color: #fff;
   border-color: var(--color-accent)}
 .pd-size {display: flex; align-items: center; gap: .4rem; font-size: .88rem}
-.pd-size input {width: 5rem; accent-color: var(--color-accent)}
-.pd-chips .pd-chip {display: flex; gap: .45rem; align-items: center;
-  padding: .2rem .3rem .2rem .6rem; background: var(--own); color: var(--ink); border: 0;
+.pd-size input {width: 3rem; accent-color: var(--color-accent)}
+.pd-chips .pd-chip {display: flex; background: var(--own); color: var(--ink); border-radius: 8px;
   font-weight: 650}
-.pd-chips .pd-chip[aria-pressed=true] {background: var(--own); color: var(--ink);
+.pd-chips .pd-chip:has([aria-pressed=true]) {
   box-shadow: 0 0 0 2px var(--background-fill-primary), 0 0 0 4px var(--own)}
-.pd-chips .pd-chip i {font-style: normal; padding: 0 .3rem; border-radius: 5px; opacity: .75}
-.pd-chips .pd-chip i:hover {opacity: 1; background: rgba(0, 0, 0, .25)}
+.pd-chips .pd-chip button {padding: .2rem .35rem .2rem .6rem; border: 0; color: inherit;
+  background: none}
+.pd-chips .pd-chip [data-drop] {padding: .2rem .55rem .2rem .35rem; opacity: .75}
+.pd-chips .pd-chip [data-drop]:is(:hover, :focus-visible) {opacity: 1;
+  background: rgba(0, 0, 0, .25)}
+.pd-painter button:focus-visible {outline: 2px solid var(--body-text-color); outline-offset: 1px}
 .pd-exact summary {cursor: pointer; font-size: .88rem; color: var(--body-text-color-subdued)}
 .pd-exact div {display: flex; gap: .5rem; align-items: start; margin-top: .4rem}
 .pd-exact textarea {flex: 1; font: .85rem ui-monospace, monospace; padding: .4rem;
@@ -96,6 +100,7 @@ STYLE = """
 .pd-painter .pd-examples button {padding: 0; line-height: 0; overflow: hidden}
 .pd-examples img {height: 4.6rem; width: auto; margin: 0}
 """
+
 
 def markup(limits: Limits, examples: list[dict], *, regions: bool, sam: bool) -> str:
     """The painter's HTML.

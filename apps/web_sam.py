@@ -26,7 +26,8 @@ class ClickMasks:
         with self._lock:
             output = self.model(**inputs.to(self.model.device))
         masks = self.processor.image_processor.post_process_masks(
-            output.pred_masks.cpu(), inputs["original_sizes"].cpu(),
+            output.pred_masks.cpu(),
+            inputs["original_sizes"].cpu(),
             inputs["reshaped_input_sizes"].cpu(),
         )[0][0]  # (candidates, H, W)
         best = int(output.iou_scores[0, 0].argmax())

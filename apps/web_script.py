@@ -15,7 +15,8 @@ const KEPT = 24;                       // changes that can be taken back
 let picture = null, source = null;     // the picture, and its file as data URL
 let width = 0, height = 0;             // of the picture in pixels
 let hint = '', suggested = '';         // the example's question, and the one that was put in
-let regions = [], chosen = -1, tool = 'brush', lit = null, past = [], drag = null;
+let regions = [], chosen = -1, tool = 'brush', lit = null, drag = null;
+let past = [], future = [];            // states to go back to, and forth again
 
 function tell(text) {
   find('.pd-alert').textContent = text;
@@ -66,7 +67,8 @@ async function open(url, masks, question = '') {
       ` at most ${setup.pixels / 1e6} megapixels.`);
   tell('');
   [picture, source, width, height] = [image, url, image.naturalWidth, image.naturalHeight];
-  [regions, chosen, past, hint] = [[], -1, [], question];
+  [regions, chosen, past, future, hint] = [[], -1, [], [], question];
+  forget('captions', 'answer');
   for (const mask of masks) await addMask(mask);
   chosen = regions.length ? 0 : -1;
   stage.classList.add('pd-open');
@@ -76,7 +78,8 @@ async function open(url, masks, question = '') {
 }
 
 function close() {
-  [picture, source, regions, chosen, past] = [null, null, [], -1, []];
+  [picture, source, regions, chosen, past, future] = [null, null, [], -1, [], []];
+  forget('captions', 'answer');
   stage.classList.remove('pd-open');
   for (const part of root.querySelectorAll('.pd-tools, .pd-chips, .pd-exact')) part.hidden = true;
   find('.pd-picture').value = '';
@@ -151,27 +154,41 @@ function addBoxes(text) {
   refresh();
 }
 
-// Taking back.
+// Taking back, and doing again.
 
-function remember(region) {
+function snapshot(region) {
   const own = region?.canvas;
-  past.push({
+  return {
     list: [...regions], chosen, region,
     kept: region && {exact: region.exact, box: region.box},
     pixels: own?.getContext('2d').getImageData(0, 0, own.width, own.height),
-  });
-  if (past.length > KEPT) past.shift();
+  };
 }
 
-function undo() {
-  const last = past.pop();
+function remember(region) {
+  past.push(snapshot(region));
+  if (past.length > KEPT) past.shift();
+  future = [];
+  forget('captions');
+}
+
+function goBack(from, to) {
+  const last = from.pop();
   if (!last) return;
+  to.push(snapshot(last.region));
   [regions, chosen] = [last.list, last.chosen];
   if (last.region) {
     Object.assign(last.region, last.kept, {view: null});
     last.region.canvas.getContext('2d').putImageData(last.pixels, 0, 0);
   }
+  forget('captions');
   refresh();
+}
+const undo = () => goBack(past, future), redo = () => goBack(future, past);
+
+// What was said of what has changed since: hidden buttons of the page take it away.
+function forget(...kinds) {
+  for (const kind of kinds) document.querySelector(`#pd-forget-${kind}`)?.click();
 }
 
 window.pdPainter = {

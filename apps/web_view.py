@@ -46,6 +46,7 @@ footer {display: none !important}
 EMPTY = """<div class="pd-empty"><div>Choose a picture, paint its regions, and press
 <b>Describe regions</b>.<br>The captions will appear here, all at once.</div></div>"""
 
+
 def captions_view(texts: Sequence[str]) -> str:
     """HTML list of captions, finished or not, each in its region's colour."""
     items = []
@@ -69,8 +70,10 @@ def text_view(text: str) -> str:
 
 def answer_view(question: str, text: str) -> str:
     """HTML of a question and what there is of its answer."""
-    return (f'<div class="pd-answer"><p class="pd-question">{html.escape(question)}</p>'
-            f'<p class="pd-text">{text_view(text)}</p></div>')
+    return (
+        f'<div class="pd-answer"><p class="pd-question">{html.escape(question)}</p>'
+        f'<p class="pd-text">{text_view(text)}</p></div>'
+    )
 
 
 def waiting_view(waiting: int) -> str:
@@ -83,9 +86,11 @@ def waiting_view(waiting: int) -> str:
 def progress_view(step: Step, steps: int, seconds: float) -> str:
     """A bar and where denoising is."""
     share = min(100, round(100 * step.number / max(1, steps)))
-    return (f'<div class="pd-bar"><i style="width: {share}%"></i></div><div class="pd-facts">'
-            f"<span>step <b>{step.number}</b> of {steps}</span><span><b>{seconds:.1f}</b> s</span>"
-            "</div>")
+    return (
+        f'<div class="pd-bar"><i style="width: {share}%"></i></div><div class="pd-facts">'
+        f"<span>step <b>{step.number}</b> of {steps}</span><span><b>{seconds:.1f}</b> s</span>"
+        "</div>"
+    )
 
 
 def facts_view(result: RegionCaptions | Answers, link: str = "") -> str:
@@ -98,8 +103,10 @@ def facts_view(result: RegionCaptions | Answers, link: str = "") -> str:
     if isinstance(result, RegionCaptions):
         facts.insert(0, f"<b>{len(result.regions)}</b> region{'s' * (len(result.regions) != 1)}")
     spans = "".join(f"<span>{fact}</span>" for fact in facts)
-    return ('<div class="pd-bar"><i style="width: 100%"></i></div>'
-            f'<div class="pd-facts">{spans}{link}</div>')
+    return (
+        '<div class="pd-bar"><i style="width: 100%"></i></div>'
+        f'<div class="pd-facts">{spans}{link}</div>'
+    )
 
 
 def drawing_link(result: RegionCaptions) -> str:

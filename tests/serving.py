@@ -53,6 +53,11 @@ def image_part(content, kind: str = "image/png") -> dict:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+def mask_part(mask) -> dict:
+    """A mask part of a message, this server's own."""
+    return {"type": "mask", "mask": mask}
+
+
 def text_part(text: str) -> dict:
     """A text part of a message."""
     return {"type": "text", "text": text}

@@ -25,8 +25,13 @@ VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 PICTURE = VECTORS / "region_0.png"
 BOX = {"box": [5, 5, 30, 30]}
 LIMITS = Limits(
-    body_bytes=2 << 20, pixels=1_000_000, masks=16, caption_length=64, text=5_000,
-    header_seconds=1.0, body_seconds=1.5,
+    body_bytes=2 << 20,
+    pixels=1_000_000,
+    masks=16,
+    caption_length=64,
+    text=5_000,
+    header_seconds=1.0,
+    body_seconds=1.5,
 )
 
 
@@ -44,8 +49,14 @@ def post(server: str, content, **options) -> httpx.Response:
 
 
 def regions(masks=(BOX,), picture=PICTURE, **extra) -> dict:
-    return {"model": "tester", "messages": user(image_part(picture)), "masks": list(masks),
-            "caption_length": 4, "steps": 1, **extra}
+    return {
+        "model": "tester",
+        "messages": user(image_part(picture)),
+        "masks": list(masks),
+        "caption_length": 4,
+        "steps": 1,
+        **extra,
+    }
 
 
 def expect_alive(server: str):
@@ -120,13 +131,15 @@ ABUSES = {
     "empty mask": (lambda: regions([data_url(Image.new("L", (WIDTH, HEIGHT)))]), "empty mask"),
     "RLE of another size": (lambda: regions([{"size": [3, 3], "counts": [0, 9]}]), "size"),
     "RLE of a huge size": (
-        lambda: regions([{"size": [10**6, 10**6], "counts": [0, 10**12]}]), "size",
+        lambda: regions([{"size": [10**6, 10**6], "counts": [0, 10**12]}]),
+        "size",
     ),
     "RLE too short": (lambda: regions([{"size": [HEIGHT, WIDTH], "counts": [0, 9]}]), "add up"),
     "RLE with garbage": (lambda: regions([{"size": [HEIGHT, WIDTH], "counts": "~~~~"}]), "RLE"),
     "RLE unfinished": (lambda: regions([{"size": [HEIGHT, WIDTH], "counts": "ooooo"}]), "mask 1"),
     "RLE negative": (
-        lambda: regions([{"size": [HEIGHT, WIDTH], "counts": [-5, PIXELS + 5]}]), "add up",
+        lambda: regions([{"size": [HEIGHT, WIDTH], "counts": [-5, PIXELS + 5]}]),
+        "add up",
     ),
     "RLE of text": (lambda: regions([{"size": [HEIGHT, WIDTH], "counts": ["a"]}]), "mask 1"),
     "RLE of an object": (lambda: regions([{"size": [HEIGHT, WIDTH], "counts": {}}]), "RLE"),
@@ -143,7 +156,8 @@ ABUSES = {
     "no masks": (lambda: regions([]), "at least one mask"),
     "too many masks": (lambda: regions([BOX] * 17), "at most 16 masks"),
     "masks without a picture": (
-        lambda: {"model": "tester", "messages": user(text_part("?")), "masks": [BOX]}, "picture",
+        lambda: {"model": "tester", "messages": user(text_part("?")), "masks": [BOX]},
+        "image",
     ),
     "mask of null": (lambda: regions([None]), "mask 1"),
     "masks as text": (lambda: regions() | {"masks": "all"}, "masks"),
@@ -166,15 +180,18 @@ ABUSES = {
     "NaN temperature": (lambda: regions(temperature=float("nan")), "temperature"),
     "two answers": (lambda: regions(n=2), "n: "),
     "text over the limit": (
-        lambda: {"model": "tester", "messages": user(text_part("a" * 5001))}, "at most 5000",
+        lambda: {"model": "tester", "messages": user(text_part("a" * 5001))},
+        "at most 5000",
     ),
     "special tokens": (
-        lambda: {"model": "tester", "messages": user(text_part("a<|eot_id|>b"))}, "special token",
+        lambda: {"model": "tester", "messages": user(text_part("a<|eot_id|>b"))},
+        "special token",
     ),
     "no message": (lambda: {"model": "tester", "messages": []}, "messages"),
     "no model": (lambda: {"messages": user(text_part("?"))}, "model"),
     "an unknown part": (
-        lambda: {"model": "tester", "messages": user({"type": "audio", "audio": {}})}, "type",
+        lambda: {"model": "tester", "messages": user({"type": "audio", "audio": {}})},
+        "type",
     ),
     "not JSON": (lambda: b"\x00\xff not JSON", "JSON"),
     "JSON of a list": (lambda: b"[1, 2]", ""),
@@ -220,7 +237,7 @@ def test_a_thin_picture_is_a_picture_like_any_other(server):
 def test_unknown_routes_and_methods_get_error_bodies(server):
     assert httpx.get(f"{server}/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert httpx.get(f"{server}/v1/chat/completions").status_code == 405
-    assert httpx.get(f"{server}/docs").status_code == 404
+    assert httpx.get(f"{server}/redoc").status_code == 404
 
 
 def connection(server: str) -> socket.socket:
@@ -269,8 +286,12 @@ def test_a_client_that_dribbles_its_body_gets_408(server):
 
 
 def test_half_a_request_and_garbage_do_no_harm(server):
-    for content in (b"\x16\x03\x01\x02\x00" * 50, b"POST /v1/chat/completions HTTP/1.1\r\n\r\n",
-                    b"GET / HTTP/9.9\r\n\r\n", b"A" * 100_000):
+    for content in (
+        b"\x16\x03\x01\x02\x00" * 50,
+        b"POST /v1/chat/completions HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"A" * 100_000,
+    ):
         with connection(server) as client:
             client.sendall(content)
     expect_alive(server)
@@ -281,9 +302,24 @@ def test_half_a_request_and_garbage_do_no_harm(server):
 
 @pytest.mark.parametrize(
     "address",
-    ["127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "::1",
-     "fe80::1", "fc00::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "224.0.0.1",
-     "100.64.0.1", "255.255.255.255", "::"],
+    [
+        "127.0.0.1",
+        "10.0.0.1",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",
+        "0.0.0.0",
+        "::1",
+        "fe80::1",
+        "fc00::1",
+        "::ffff:127.0.0.1",
+        "64:ff9b::7f00:1",
+        "2002:7f00:1::",
+        "224.0.0.1",
+        "100.64.0.1",
+        "255.255.255.255",
+        "::",
+    ],
 )
 def test_addresses_inside_are_not_public(address):
     assert not is_public(address)
@@ -344,9 +380,13 @@ def test_an_allowed_url_is_fetched_redirects_included(site):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/endless", "bytes"), ("/slow", "too long|timed out"), ("/missing", "404"),
-        ("/zipped", "compressed"), ("/to//to//to//to//to//a.png", "redirects"),
-        ("/to/file:///etc/passwd", r"http\(s\)"), ("/to/gopher://127.0.0.1/", r"http\(s\)"),
+        ("/endless", "bytes"),
+        ("/slow", "too long|timed out"),
+        ("/missing", "404"),
+        ("/zipped", "compressed"),
+        ("/to//to//to//to//to//a.png", "redirects"),
+        ("/to/file:///etc/passwd", r"http\(s\)"),
+        ("/to/gopher://127.0.0.1/", r"http\(s\)"),
     ],
 )
 def test_a_url_that_misbehaves_is_refused(site, path, message):
@@ -380,9 +420,11 @@ def test_a_name_is_looked_up_once_and_its_checked_address_used(site, monkeypatch
     policy = UrlPolicy(frozenset({f"rebinding.example:{port}"}), allow_private=True)
     real = socket.getaddrinfo
     monkeypatch.setattr(
-        socket, "getaddrinfo",
-        lambda host, *a, **k: lookup(host, *a, **k) if host == "rebinding.example"
-        else real(host, *a, **k),
+        socket,
+        "getaddrinfo",
+        lambda host, *a, **k: (
+            lookup(host, *a, **k) if host == "rebinding.example" else real(host, *a, **k)
+        ),
     )
     assert fetch(f"http://rebinding.example:{port}/a.png", policy, LIMITS)
 

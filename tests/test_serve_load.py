@@ -23,6 +23,7 @@ from serving import image_part, user  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 SHORT = {"caption_length": 8, "steps": 4}
+REGIONS = SHORT | {"task": "regions"}
 CLIENTS = 100
 
 
@@ -37,9 +38,24 @@ def server(converted, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "perceptiondlm.apps.cli", "serve", "--port", str(port),
-               "--model", str(converted("released-region")), "--name", "tester",
-               "--max-queue", "40", "--max-batch", "16", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "perceptiondlm.apps.cli",
+        "serve",
+        "--port",
+        str(port),
+        "--model",
+        str(converted("released-region")),
+        "--name",
+        "tester",
+        "--max-queue",
+        "40",
+        "--max-batch",
+        "16",
+        "--device",
+        "cpu",
+    ]
     log = (tmp_path_factory.mktemp("server") / "log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ))
     address = f"http://127.0.0.1:{port}"
@@ -66,8 +82,11 @@ def resident_mib(process: subprocess.Popen) -> float:
 
 def request_of(index: int) -> dict:
     image, masks = region_files(index % 3)
-    return {"model": "tester", "messages": user(image_part(image), *map(image_part, masks)),
-            "extra_body": SHORT}
+    return {
+        "model": "tester",
+        "messages": user(image_part(image), *map(image_part, masks)),
+        "extra_body": REGIONS,
+    }
 
 
 async def ask_all(address: str, retries: int) -> list:
@@ -82,7 +101,10 @@ async def ask_all(address: str, retries: int) -> list:
         return [region["caption"] for region in answer.choices[0].message.regions]
 
     async with openai.AsyncOpenAI(
-        base_url=f"{address}/v1", api_key="none", max_retries=retries, timeout=300,
+        base_url=f"{address}/v1",
+        api_key="none",
+        max_retries=retries,
+        timeout=300,
         http_client=openai.DefaultAsyncHttpxClient(limits=httpx.Limits(max_connections=CLIENTS)),
     ) as client:
         return await asyncio.gather(*(ask(client, i) for i in range(CLIENTS)))
@@ -120,7 +142,7 @@ def test_of_a_hundred_that_come_again_all_are_answered(server):
 
 def test_told_to_stop_the_server_answers_what_it_has_and_ends(server):
     address, process = server
-    body = {**request_of(0), "caption_length": 128}
+    body = {**request_of(0), "task": "regions", "caption_length": 128}
     body.pop("extra_body")
     with httpx.stream(
         "POST", f"{address}/v1/chat/completions", json=body | {"stream": True}, timeout=120

@@ -14,13 +14,17 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="the endpoint needs the package's apps extra")
 
 from perceptiondlm.apps.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.engine import Engine  # noqa: E402
 from perceptiondlm.apps.outputs import encode_mask  # noqa: E402
-from serving import data_url, image_part, served, text_part, user  # noqa: E402
+from perceptiondlm.apps.serving_jobs import ChatJob  # noqa: E402
+from perceptiondlm.apps.serving_limits import Limits  # noqa: E402
+from serving import data_url, image_part, mask_part, served, text_part, user  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 PICTURE = VECTORS / "region_0.png"
 MASKS = [VECTORS / f"region_0_mask_{i}.png" for i in range(3)]
 SHORT = {"caption_length": 8}
+REGIONS = SHORT | {"task": "regions"}
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +74,22 @@ MASK_FORMS = {
         ),
         None,
     ),
-    "image_parts": lambda: (user(image_part(PICTURE), *map(image_part, MASKS)), None),
+    "mask_parts": lambda: (
+        user(image_part(PICTURE), *(mask_part(data_url(m)) for m in MASKS)),
+        None,
+    ),
+    "image_parts": lambda: (user(image_part(PICTURE), *map(image_part, MASKS)), "regions"),
     "alpha_parts": lambda: (
-        user(image_part(PICTURE), *(image_part(with_alpha(m)) for m in mask_arrays())), None,
+        user(image_part(PICTURE), *(image_part(with_alpha(m)) for m in mask_arrays())),
+        "regions",
     ),
 }
 
 
 @pytest.mark.parametrize("form", MASK_FORMS)
 def test_captions_equal_the_librarys_however_masks_are_sent(client, captioner, form):
-    messages, masks = MASK_FORMS[form]()
-    extra = SHORT | ({"masks": masks} if masks is not None else {})
+    messages, said = MASK_FORMS[form]()
+    extra = SHORT | ({} if said is None else {"task" if said == "regions" else "masks": said})
     answer = ask(client, messages, extra=extra)
     expected = captioner(PICTURE, MASKS, **SHORT)
     if form != "alpha_parts":  # a black pixel inside the region is none of its mask
@@ -91,9 +100,9 @@ def test_captions_equal_the_librarys_however_masks_are_sent(client, captioner, f
     }
 
 
-def test_the_pictures_own_alpha_is_a_region(client, captioner):
+def test_the_images_own_alpha_is_a_region_when_regions_are_asked_for(client, captioner):
     mask = mask_arrays()[0]
-    answer = ask(client, user(image_part(with_alpha(mask))))
+    answer = ask(client, user(image_part(with_alpha(mask))), extra=REGIONS)
     assert captions_of(answer) == captioner(PICTURE, [mask], **SHORT).captions
 
 
@@ -134,10 +143,78 @@ def test_a_conversation_goes_through_the_chat_template(client, captioner):
     assert answer.usage.prompt_tokens == inputs["input_ids"].shape[1] - 8
 
 
-def test_the_task_decides_what_an_alpha_channel_means(client):
-    parts = [image_part(with_alpha(mask_arrays()[0])), text_part("What is it?")]
-    answer = ask(client, user(*parts), extra={"task": "question"}, max_tokens=8)
-    assert not hasattr(answer.choices[0].message, "regions")
+def test_a_question_about_an_image_with_one_transparent_pixel_is_a_question(client, captioner):
+    mask = np.ones(Image.open(PICTURE).size[::-1], bool)
+    mask[0, 0] = False
+    parts = [image_part(with_alpha(mask)), text_part("What is it?")]
+    answer = ask(client, user(*parts), extra=None, max_tokens=8)
+    expected = captioner.ask(with_alpha(mask), "What is it?", max_new_tokens=8)
+    assert answer.choices[0].message.content == expected.answers[0]
+
+
+def test_a_question_about_two_images_is_a_question(client, captioner):
+    files = [PICTURE, VECTORS / "region_1.png"]
+    images = [Image.open(file).convert("RGB") for file in files]
+    output = captioner.model.diffusion_generate(
+        images=[images], prompts=["Which is it?"], processor=captioner.processor, max_new_tokens=8
+    )
+    parts = [*map(image_part, files), text_part("Which is it?")]
+    answer = ask(client, user(*parts), extra=None, max_tokens=8)
+    assert answer.choices[0].message.content == output.texts[0][0]
+
+
+def test_an_answer_of_the_servers_own_is_taken_as_history(client):
+    parts = [image_part(PICTURE), text_part("What is it?")]
+    first = ask(client, user(*parts), extra=None, max_tokens=4).choices[0].message
+    masks = [mask_part({"box": [5, 5, 30, 30]})]
+    captions = ask(client, user(image_part(PICTURE), *masks)).choices[0].message
+    for asked, own in ((user(*parts), first), (user(image_part(PICTURE), *masks), captions)):
+        for said in (own, own.model_dump(), own.model_dump(exclude_none=True)):
+            messages = [*asked, said, {"role": "user", "content": "Sure?"}]
+            assert ask(client, messages, extra=None, max_tokens=2).choices[0].message.content
+
+
+def test_a_max_tokens_beyond_the_limit_is_the_limit_and_the_reason_says_length(captioner):
+    limits = Limits(new_tokens=8, caption_length=4)
+    with (
+        served(captioner, limits=limits) as (address, _),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        parts = [image_part(PICTURE), text_part("What is it?")]
+        answer = ask(client, user(*parts), extra=None, max_tokens=2048)
+        expected = captioner.ask(PICTURE, "What is it?", max_new_tokens=8)
+        assert answer.choices[0].message.content == expected.answers[0]
+        assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 8)
+        masks = {"masks": [[5, 5, 30, 30]]}
+        answer = ask(client, user(image_part(PICTURE)), extra=masks, max_completion_tokens=10**9)
+        assert captions_of(answer) == captioner(PICTURE, **masks, caption_length=4).captions
+
+
+def test_a_max_tokens_beyond_the_models_positions_is_what_they_leave(captioner):
+    with Engine(captioner) as engine:
+        job = ChatJob.ask(PICTURE, "What is it?")
+        options = {"steps": 1, "max_new_tokens": 10**6}
+        with pytest.raises(ValueError, match="at most 4096 tokens"):
+            engine.submit(job, **options)
+        ticket = engine.submit(job, shorten="max_new_tokens", **options)
+        assert ticket.prompt_tokens + ticket.options["max_new_tokens"] == 4096
+        ticket.cancel()
+
+
+def test_an_answer_with_far_more_room_than_it_needs_costs_few_forward_passes():
+    with Engine(RegionCaptioner.from_pretrained()) as engine:  # the embedded model's own are short
+        job = ChatJob.ask(PICTURE, "What color is it?")
+        done = engine.submit(job, shorten="max_new_tokens", max_new_tokens=256).result(60)
+    assert done.ended and done.result.num_forwards < 32
+    assert len(done.result.answers[0].split()) == done.completion_tokens == 1
+
+
+def test_the_endpoint_describes_itself(address):
+    assert "openapi.json" in httpx.get(f"{address}/docs").text
+    described = httpx.get(f"{address}/openapi.json").json()["paths"]["/v1/chat/completions"]
+    schema = described["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"messages", "masks", "task", "tools"} <= set(schema["properties"])
+    assert "$ref" not in json.dumps(schema)
 
 
 def test_decoding_options_change_the_result_as_in_the_library(client, captioner):
@@ -151,7 +228,7 @@ def test_decoding_options_change_the_result_as_in_the_library(client, captioner)
 
 
 def test_usage_counts_the_processors_tokens(client, captioner):
-    answer = ask(client, user(image_part(PICTURE), *map(image_part, MASKS)))
+    answer = ask(client, user(image_part(PICTURE), *map(image_part, MASKS)), extra=REGIONS)
     inputs = captioner.processor(PICTURE, masks=MASKS, **SHORT)
     markers = 3 + 2 + 1  # one a caption, newlines between, the end of turn
     assert answer.usage.prompt_tokens == inputs["input_ids"].shape[1] - 3 * 8 - markers
@@ -159,7 +236,10 @@ def test_usage_counts_the_processors_tokens(client, captioner):
 
 def test_a_stream_shows_states_and_ends_with_the_whole_text(client, captioner):
     stream = ask(
-        client, user(image_part(PICTURE), *map(image_part, MASKS)), stream=True,
+        client,
+        user(image_part(PICTURE), *map(image_part, MASKS)),
+        extra=REGIONS,
+        stream=True,
         stream_options={"include_usage": True},
     )
     chunks = list(stream)
@@ -227,8 +307,12 @@ def test_a_client_that_leaves_frees_its_place(captioner):
 
 def test_a_full_queue_answers_429_with_retry_after(captioner):
     with served(captioner, engine={"window": 1.0, "max_queue": 1}) as (address, engine):
-        body = {"model": "tester", "messages": user(image_part(PICTURE)),
-                "masks": [[5, 5, 30, 30]], **SHORT}
+        body = {
+            "model": "tester",
+            "messages": user(image_part(PICTURE)),
+            "masks": [[5, 5, 30, 30]],
+            **SHORT,
+        }
         answers = []
         thread = threading.Thread(
             target=lambda: answers.append(
@@ -252,8 +336,6 @@ def test_a_full_queue_answers_429_with_retry_after(captioner):
 
 
 def test_a_request_that_takes_too_long_is_given_up(captioner):
-    from perceptiondlm.apps.serving_limits import Limits
-
     limits = Limits(request_seconds=0.5)
     with served(captioner, limits=limits, engine={"window": 20.0}) as (address, engine):
         body = {"model": "tester", "messages": user(image_part(PICTURE)), "masks": [[5, 5, 30, 30]]}

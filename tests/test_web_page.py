@@ -28,8 +28,13 @@ PICTURE = VECTORS / "region_0.png"
 MASKS = [VECTORS / f"region_0_mask_{i}.png" for i in range(3)]
 SHORT = {"caption_length": 12, "steps": 12}
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
 ]
 PATIENCE = 60_000  # ms
 
@@ -99,8 +104,9 @@ def describe(page) -> list[str]:
 
 def alike(shown: list[str], captions: list[str]) -> bool:
     """Whether texts are the same but for white space, which a browser folds."""
-    return [" ".join(s.split()) for s in shown] == [" ".join(c.split()) or "(nothing)"
-                                                    for c in captions]
+    return [" ".join(s.split()) for s in shown] == [
+        " ".join(c.split()) or "(nothing)" for c in captions
+    ]
 
 
 def toast(page) -> str:
@@ -135,6 +141,7 @@ def test_from_a_picture_and_mask_files_to_the_librarys_captions(page, captioner)
     page.locator("#pd-json button").first.click()
     page.wait_for_selector("#pd-json .cm-content >> text=regions")
     assert page.broken == []
+
 
 def test_nothing_is_asked_of_the_outside(page, address):
     page.wait_for_load_state("networkidle")
@@ -230,6 +237,86 @@ def test_a_question_is_answered_as_by_the_library(page, captioner):
     page.wait_for_selector("#pd-answer .pd-facts:has-text('forward passes')")
     shown = page.locator("#pd-answer .pd-text").all_inner_texts()
     assert alike(shown, captioner.ask(PICTURE, "What is it?", steps=12).answers)
+
+
+def test_captions_of_an_earlier_run_disappear_when_a_region_changes(page):
+    choose(page)
+    page.click("[data-tool=box]")
+    drag(page, (0.1, 0.1), (0.4, 0.4))
+    changes = [
+        lambda: drag(page, (0.6, 0.6), (0.9, 0.9)),
+        lambda: page.click("[data-act=undo]"),
+        lambda: page.click("[data-act=redo]"),
+        lambda: page.locator("[data-drop='1']").click(),
+        lambda: page.click("[data-act=close]"),
+    ]
+    for change in changes:
+        describe(page)
+        change()
+        page.wait_for_selector("#pd-list .pd-empty")
+        assert page.locator(".pd-captions").count() == 0
+    assert page.broken == []
+
+
+def test_an_answer_disappears_with_its_image(page):
+    choose(page)
+    page.get_by_role("tab", name="Ask a question").click()
+    page.fill("#pd-question textarea", "What is it?")
+    page.press("#pd-question textarea", "Enter")  # asks
+    page.wait_for_selector("#pd-answer .pd-facts:has-text('forward passes')")
+    page.click("[data-act=close]")
+    page.wait_for_function("!document.querySelector('#pd-answer .pd-answer')")
+
+
+def test_regions_are_removed_with_the_keyboard(page):
+    choose(page)
+    page.click("[data-tool=box]")
+    for x in (0.05, 0.35, 0.65):
+        drag(page, (x, 0.1), (x + 0.2, 0.4))
+    first, second, third = payload(page)["regions"]
+    page.focus(".pd-chips [data-chip='2']")
+    page.keyboard.press("Delete")
+    assert payload(page)["regions"] == [first, third]
+    assert page.evaluate("document.activeElement.dataset.chip") == "2"
+    page.keyboard.press("Tab")  # to the cross beside it
+    page.keyboard.press("Enter")
+    assert payload(page)["regions"] == [first]
+    drag(page, (0.35, 0.1), (0.55, 0.4))
+    page.keyboard.press("Backspace")  # the chosen one, right after it was drawn
+    assert payload(page)["regions"] == [first]
+    page.evaluate("document.querySelector('.pd-exact').open = true")
+    page.fill(".pd-exact textarea", "1, 2")
+    page.press(".pd-exact textarea", "Backspace")  # who types means the text
+    assert payload(page)["regions"] == [first]
+
+
+def test_what_was_taken_back_can_be_done_again(page):
+    choose(page)
+    drag(page, (0.1, 0.1), (0.4, 0.1))
+    once = payload(page)["regions"]
+    drag(page, (0.1, 0.4), (0.4, 0.4))  # more of the same region
+    twice = payload(page)["regions"]
+    page.click("[data-act=undo]")
+    page.keyboard.press("Control+z")
+    assert payload(page)["regions"] == []
+    page.click("[data-act=redo]")
+    assert payload(page)["regions"] == once
+    page.keyboard.press("Control+Shift+Z")
+    assert payload(page)["regions"] == twice
+    assert page.locator("[data-act=redo]").is_disabled()
+    page.keyboard.press("Control+z")
+    page.click("[data-tool=box]")
+    drag(page, (0.6, 0.6), (0.9, 0.9))  # another way on: there is nothing to do again
+    assert page.locator("[data-act=redo]").is_disabled()
+
+
+def test_refusals_leave_no_traceback_in_the_servers_output(page, capfd):
+    page.click("#pd-go")
+    assert "Choose a picture" in toast(page)
+    choose(page)
+    page.click("#pd-go")
+    page.wait_for_selector(".toast-body:has-text('Paint at least one region')")
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_without_a_picture_or_a_region_the_page_says_so(page):

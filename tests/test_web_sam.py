@@ -19,21 +19,32 @@ def folder(tmp_path_factory):
     size = {"image_size": 64, "patch_size": 8}
     config = SamConfig(
         vision_config={
-            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16,
-            "output_channels": 16, "num_pos_feats": 8, "global_attn_indexes": [0],
-            "window_size": 2, **size,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "mlp_dim": 16,
+            "output_channels": 16,
+            "num_pos_feats": 8,
+            "global_attn_indexes": [0],
+            "window_size": 2,
+            **size,
         },
         prompt_encoder_config={"hidden_size": 16, "mask_input_channels": 4, **size},
         mask_decoder_config={
-            "hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "hidden_size": 16,
+            "mlp_dim": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
             "iou_head_hidden_dim": 16,
         },
     )
     path = tmp_path_factory.mktemp("sam")
     SamModel(config).save_pretrained(path)
     processor = kind.SamImageProcessorPil(
-        size={"longest_edge": 64}, mask_size={"longest_edge": 16},
-        pad_size={"height": 64, "width": 64}, mask_pad_size={"height": 16, "width": 16},
+        size={"longest_edge": 64},
+        mask_size={"longest_edge": 16},
+        pad_size={"height": 64, "width": 64},
+        mask_pad_size={"height": 16, "width": 16},
     )
     SamProcessor(processor).save_pretrained(path)
     return path
@@ -59,6 +70,11 @@ def test_the_pages_outline_answers_with_a_mask_or_says_why_not(folder):
     page = Page(None, "tester", Limits(), find_sam(str(folder)))
     answer = page.outline(data_url(PICTURE), 20, 30)
     assert set(answer) in ({"url"}, {"problem"})
-    for arguments in ((data_url(PICTURE), -1, 3), ("/etc/passwd", 1, 1), (None, 1, 1),
-                      (data_url(PICTURE), "a", 1), (data_url(PICTURE), None, None)):
+    for arguments in (
+        (data_url(PICTURE), -1, 3),
+        ("/etc/passwd", 1, 1),
+        (None, 1, 1),
+        (data_url(PICTURE), "a", 1),
+        (data_url(PICTURE), None, None),
+    ):
         assert set(json.loads(json.dumps(page.outline(*arguments)))) == {"problem"}
