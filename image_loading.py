@@ -236,7 +236,7 @@ def load_mask(mask, size: tuple[int, int]) -> Image.Image:
 def _open_mask(mask, size: tuple[int, int]) -> np.ndarray:
     """The region, bool (H, W)."""
     if isinstance(mask, (str, os.PathLike, bytes, bytearray, Image.Image)):
-        return region_of_values(_levels(open_lossless(mask)), size)
+        return region_of_values(_levels(_open_lossless(mask)), size)
     if isinstance(mask, torch.Tensor):
         return region_of_values(_to_numpy(mask), size)
     if isinstance(mask, np.ndarray):
@@ -257,18 +257,23 @@ def _open_mask(mask, size: tuple[int, int]) -> np.ndarray:
     )
 
 
-def open_lossless(image, name: str = "a mask") -> Image.Image:
-    """Opens a mask or label map upright, not converted.
-
-    Raises ValueError for a lossy format: near an edge its pixels are no longer zero.
-    """
+def _open_lossless(image, name: str = "a mask") -> Image.Image:
+    """Opens a mask or label map upright, not converted."""
     image = _open(image)
+    expect_lossless(image, name)
+    return turn_upright(image)
+
+
+def expect_lossless(image: Image.Image, name: str):
+    """Refuses a mask from a lossy format: near an edge its pixels are no longer zero.
+
+    What is to be asked has to be as opened: of WebP, decoding leaves no trace of the format.
+    """
     if (kind := _loss_of(image)) is not None:
         raise ValueError(
             f"expected {name} without loss, say as PNG, got {kind}, which changes the pixels near"
             " an edge"
         )
-    return turn_upright(image)
 
 
 def _loss_of(image: Image.Image) -> str | None:
@@ -359,7 +364,7 @@ def read_labels(labels, void: int | None = VOID) -> tuple[np.ndarray, dict[int, 
         labels = _to_numpy(labels)
     if isinstance(labels, np.ndarray):
         return labels_of_values(labels, void)
-    image = open_lossless(labels, "a label map")
+    image = _open_lossless(labels, "a label map")
     if image.mode == "P":
         return _palette_labels(image, void)
     if image.mode in ("1", "L", "F") or image.mode.startswith("I"):

@@ -9,7 +9,8 @@ import numpy as np
 
 HALF = 0.5  # above it a pixel of a float mask belongs to the region
 VOID = 255  # "no label" in VOC, Cityscapes and their kind
-VOID_COLOR = (224, 224, 192)  # VOC's for it
+COLOR_CODE = np.array([1 << 16, 1 << 8, 1])  # times a color: 0xrrggbb
+VOID_COLOR = np.array([224, 224, 192])  # VOC's for it
 MIN_TOP = 128  # a soft edge leads up to a high value; labels are small ones
 MAX_FILLED = 0.5  # share of an edge's pixels that may lie in an area of one value
 MIN_MIDDLE = 0.1  # share of an edge's pixels that are neither dark nor bright
@@ -113,7 +114,8 @@ def levels_of_colors(colors: np.ndarray, alpha: np.ndarray | None) -> np.ndarray
 
     Args:
         colors: uint8 (H, W, 3); black is outside, and the rest has one hue.
-        alpha: uint8 (H, W), 0 outside, or None.
+        alpha: uint8 (H, W), 0 outside, or None. Where it hides what is around a photograph's
+            object, so that no color fills an area, it is the mask alone.
 
     Raises ValueError for several colors.
     """
@@ -125,13 +127,17 @@ def levels_of_colors(colors: np.ndarray, alpha: np.ndarray | None) -> np.ndarray
         return levels
 
     inside = colors[levels > 0].astype(np.int32)
-    if len(inside):
-        brightest = inside[inside.max(-1).argmax()]
-        expected = inside.max(-1, keepdims=True) * brightest / brightest.max()
-        if np.abs(inside - expected).max() > 2:  # rounded, twice
-            found = np.unique(inside @ [1 << 16, 1 << 8, 1]).tolist()
-            raise ValueError(_several(f"colors {_listed([f'#{c:06x}' for c in found])}"))
-    return levels
+    brightest = inside[inside.max(-1).argmax()]
+    expected = inside.max(-1, keepdims=True) * brightest / brightest.max()
+    if np.abs(inside - expected).max() <= 2:  # rounded, twice
+        return levels
+
+    codes = colors @ COLOR_CODE
+    opaque = np.ones(levels.shape, bool) if alpha is None else alpha > 0
+    if not opaque.all() and np.count_nonzero(_filled(codes) & opaque) <= MAX_FILLED * opaque.sum():
+        return opaque.astype(np.uint8)
+    found = np.unique(codes[levels > 0]).tolist()
+    raise ValueError(_several(f"colors {_listed([f'#{code:06x}' for code in found])}"))
 
 
 def labels_of_values(values: np.ndarray, void: int | None) -> tuple[np.ndarray, dict[int, str]]:
@@ -155,10 +161,9 @@ def labels_of_colors(
     colors: np.ndarray, outside: np.ndarray, void: int | None
 ) -> tuple[np.ndarray, dict[int, str]]:
     """The same of (H, W, 3) colors: each but black, and but VOC's void, is a label."""
-    codes = colors.astype(np.int64) @ [1 << 16, 1 << 8, 1]
-    codes = np.where(outside, 0, codes)
+    codes = np.where(outside, 0, colors @ COLOR_CODE)
     found = [code for code in np.unique(codes).tolist() if code]
-    void_code = int(np.dot(VOID_COLOR, [1 << 16, 1 << 8, 1]))
+    void_code = int(VOID_COLOR @ COLOR_CODE)
     if void is not None and len(found) > 1 and void_code in found:
         codes = np.where(codes == void_code, 0, codes)
         found.remove(void_code)

@@ -216,17 +216,18 @@ def _steep_rows(x, y, dx, dy, column) -> np.ndarray:
 
 def expect_size(got: tuple[int, int], size: tuple[int, int], name: str = "a mask"):
     """Refuses a mask that has not the image's size, both (width, height)."""
-    if tuple(got) == tuple(size):
-        return
-    turned = (
-        ": the image is turned upright by its EXIF orientation, so its mask has to be, too"
-        if tuple(got) == tuple(size)[::-1]
-        else ""
-    )
-    raise ValueError(
-        f"expected {name} with the picture's size"
-        f" {size[0]}x{size[1]} (width x height), got {got[0]}x{got[1]}{turned}"
-    )
+    if tuple(got) != tuple(size):
+        raise ValueError(
+            f"expected {name} with the picture's size {size[0]}x{size[1]} (width x height),"
+            f" got {got[0]}x{got[1]}{turned_hint(got, size)}"
+        )
+
+
+def turned_hint(got: tuple[int, int], size: tuple[int, int]) -> str:
+    """Says what is likely wrong with a mask that lies on its side."""
+    if tuple(got) != tuple(size)[::-1]:
+        return ""
+    return ": an image is turned upright by its EXIF orientation, and its mask has to be, too"
 
 
 def _numbers(name: str, values, count: int) -> list:

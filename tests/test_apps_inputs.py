@@ -166,7 +166,7 @@ def test_an_endless_download_is_cut_off(address, monkeypatch):
 
 
 def test_a_server_that_is_not_there_is_a_value_error():
-    with pytest.raises(ValueError, match="expected a picture from"):
+    with pytest.raises(ValueError, match="expected a picture at"):
         open_picture("http://127.0.0.1:9/a.png")
 
 
