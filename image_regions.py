@@ -70,7 +70,8 @@ def _one_region(levels: np.ndarray) -> np.ndarray:
     """The non-zero pixels, where those below the highest value are a soft edge.
 
     An edge leads from 0 to a high value by way of the middle, and no value of it fills an area.
-    Labels fill areas; what a lossy format adds lies close to 0 and to the highest value.
+    Labels fill areas, a sigmoid is never 0, and what a lossy format adds lies close to 0 and to
+    the highest value.
     """
     region, top = levels > 0, int(levels.max())
     edge = region & (levels < top)
@@ -78,7 +79,8 @@ def _one_region(levels: np.ndarray) -> np.ndarray:
     if count:
         middle = (levels >= top / 8) & (levels <= top * 7 / 8)
         if (
-            top < MIN_TOP
+            region.all()
+            or top < MIN_TOP
             or np.count_nonzero(edge & _filled(levels)) > MAX_FILLED * count
             or np.count_nonzero(middle) < MIN_MIDDLE * count
         ):
