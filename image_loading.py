@@ -1,29 +1,53 @@
-"""Opening what users give: pictures in any form, and region masks in any form."""
+"""Opening what users give: images in any form, and region masks in any form."""
 
 import io
 import os
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageOps
-from transformers.image_utils import load_image as fetch_image
+from PIL import ExifTags, Image
 
-FARTHEST = 2**20  # pixels from the corner; PIL draws with 32-bit integers
-LARGEST = 2**53  # beyond it floats are no longer exact
+from .image_regions import (
+    VOID,
+    VOID_COLOR,
+    labels_of_colors,
+    labels_of_values,
+    levels_of_colors,
+    region_of_values,
+)
+from .image_shapes import decode_rle, describe, expect_size, fill_box, fill_polygons, is_box
+from .image_sources import decode_base64, decode_data_url, fetch_image, is_data_url, is_url
+
+# How formats that change pixels, or may, call themselves. WebP is both, see `_webp_lossless`.
+LOSSY_FORMATS = frozenset(["JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"])
+LOSSY_COMPRESSION = frozenset(["jpeg", "tiff_jpeg", "webp"])  # in TIFF
+LONGEST_PATH = 4096  # characters; a longer text is no path but base64
+PNG_START = b"\x89PNG\r\n\x1a\n"
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(image) -> Image.Image:
-    """Opens a picture as RGB, upright.
+    """Opens an image as RGB, upright.
 
-    Accepts a PIL image, a path, an http(s) URL, encoded bytes, a numpy array (H, W) or (H, W, C),
-    or a torch tensor (H, W) or (C, H, W); arrays are uint8, uint16, or floats in [0, 1]; C is 1, 3
-    or 4 (alpha is dropped). EXIF orientation is applied; 16-bit grey is scaled to 8.
+    Accepts a PIL image, a path, an http(s) URL, a `data:` URL, base64 text, encoded bytes, a numpy
+    array (H, W) or (H, W, C), or a torch tensor (H, W) or (C, H, W); arrays are uint8, uint16, or
+    floats in [0, 1]; C is 1, 3 or 4 (alpha is dropped). EXIF orientation is applied; 16-bit gray is
+    scaled to 8.
 
     Raises ValueError for anything else, FileNotFoundError for a path that is not there.
     """
     with _damage_as_value_error("picture", image):
-        return _to_rgb(_upright(_open(image)))
+        return _to_rgb(turn_upright(_open(image)))
 
 
 @contextmanager
@@ -40,22 +64,17 @@ def _damage_as_value_error(name: str, given):
 def _open(image) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
-    if isinstance(image, bytes):
-        return Image.open(io.BytesIO(image))
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return _fetch(image)
+    if isinstance(image, (bytes, bytearray)):
+        return open_encoded(io.BytesIO(image))
+    if isinstance(image, str) and is_url(image):
+        return _open(fetch_image(image))
+    if isinstance(image, str) and is_data_url(image):
+        return _open(decode_data_url(image))
     if isinstance(image, (str, os.PathLike)):
-        if not os.path.isfile(image):
-            raise FileNotFoundError(
-                f"expected an image file, got {os.fspath(image)!r}: no such file"
-            )
-        return Image.open(image)
+        return _open_path(image)
     if isinstance(image, torch.Tensor):
-        array = image.detach().cpu()
-        array = array.float() if array.dtype == torch.bfloat16 else array
-        return _from_array(
-            (array.permute(1, 2, 0) if array.ndim == 3 else array).numpy(), "(C, H, W)"
-        )
+        array = _to_numpy(image)
+        return _from_array(array.transpose(1, 2, 0) if array.ndim == 3 else array, "(C, H, W)")
     if isinstance(image, np.ndarray):
         return _from_array(image, "(H, W, C)")
     raise ValueError(
@@ -64,13 +83,57 @@ def _open(image) -> Image.Image:
     )
 
 
-def _fetch(url: str) -> Image.Image:
-    import httpx  # what huggingface_hub, and so transformers, fetches with
+def _open_path(path: str | os.PathLike) -> Image.Image:
+    """Opens a file or, as transformers does where there is none, base64 text."""
+    if os.path.isfile(path):
+        return open_encoded(path)
+    if isinstance(path, str):
+        try:
+            return Image.open(io.BytesIO(decode_base64(path)))
+        except (ValueError, OSError, SyntaxError):
+            if len(path) > LONGEST_PATH:
+                raise ValueError(
+                    f"expected an image as path, URL or base64, got {describe(path)}..."
+                ) from None
+    raise FileNotFoundError(f"expected an image file, got {os.fspath(path)!r}: no such file")
 
+
+def open_encoded(source, formats: Sequence[str] | None = None) -> Image.Image:
+    """Opens an encoded image, a path or binary file, as PIL does: lazily, not converted.
+
+    A PNG whose EXIF has a wrong checksum, which PIL refuses, is opened without it.
+    """
     try:
-        return fetch_image(url)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(f"expected a picture at {url}, got: {error}") from error
+        return Image.open(source, formats=formats)
+    except (OSError, SyntaxError):
+        data = _read_all(source)
+        if not data.startswith(PNG_START):
+            raise
+        return Image.open(io.BytesIO(_without_exif(data)), formats=formats)
+
+
+def _read_all(source) -> bytes:
+    if hasattr(source, "seek"):
+        source.seek(0)
+        return source.read()
+    with open(source, "rb") as file:
+        return file.read()
+
+
+def _without_exif(data: bytes) -> bytes:
+    """Drops a PNG's EXIF chunks."""
+    kept, start = [PNG_START], len(PNG_START)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")  # length, name, checksum
+        if data[start + 4 : start + 8] != b"eXIf":
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _from_array(array: np.ndarray, layout: str) -> Image.Image:
@@ -108,218 +171,218 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
 
 
 def _from_16_bit(array: np.ndarray) -> np.ndarray:
+    """Scales 16-bit gray to 8; values that all fit 8 bits would turn black, and are refused."""
+    low, high = array.min(), array.max()
+    if low < 0 or high > 65535 or 0 < high < 256:
+        raise ValueError(
+            f"expected 16-bit grey values, got [{low}, {high}]: give 8-bit values as uint8"
+        )
     return np.rint(array / 257.0).astype(np.uint8)  # 65535 / 257 = 255
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as its EXIF says; itself, not a copy, where nothing is to turn."""
-    picture.load()
-    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return ImageOps.exif_transpose(picture) if turned else picture
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turns an image as its EXIF says; itself, not a copy, where nothing is to turn.
+
+    EXIF that cannot be read says nothing: the pixels do not depend on it.
+    """
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # PIL's parser fails in many ways on damaged EXIF
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if 0 in picture.size:
-        raise ValueError(f"expected a picture with at least one pixel, got size {picture.size}")
-    if picture.mode == "RGB":
-        return picture
-    if picture.mode.startswith("I"):  # 16-bit grey, which PIL may open as 32-bit integers
-        values = np.asarray(picture)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"expected 16-bit grey values, got [{values.min()}, {values.max()}]")
-        picture = Image.fromarray(_from_16_bit(values))
-    elif picture.mode == "F":
-        picture = Image.fromarray(_to_uint8(np.asarray(picture)))
-    return picture.convert("RGB")
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError(f"expected a picture with at least one pixel, got size {image.size}")
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16-bit gray, which PIL may open as 32-bit integers
+        values = np.asarray(image)
+        image = Image.fromarray(_from_16_bit(values))
+    elif image.mode == "F":
+        image = Image.fromarray(_to_uint8(np.asarray(image)))
+    elif image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    return image.convert("RGB")
 
 
 def load_mask(mask, size: tuple[int, int]) -> Image.Image:
-    """Opens a region mask as an 8-bit PIL image in which non-zero pixels are the region.
+    """Opens a region mask as an 8-bit PIL image: 255 inside the region, 0 outside.
+
+    Of pixels the region is what is neither zero, black nor transparent, by color whatever the
+    mode, soft edges included; of floats, in [0, 1], what exceeds 0.5. EXIF orientation is applied.
 
     Args:
-        mask: a PIL image (RGB: any channel non-zero; with alpha: and not transparent), a bool,
-            integer or non-negative float array or tensor (H, W), a path, a COCO RLE dict
-            (`size`, `counts`), a box `{"box": [x0, y0, x1, y1]}` or polygons
+        mask: pixels, as a PIL image, a bool, integer or float array or tensor (H, W), a path, an
+            http(s) URL, a `data:` URL, base64 text or encoded bytes, in no lossy format; or a COCO
+            RLE dict (`size`, `counts`), a box `{"box": [x0, y0, x1, y1]}` or polygons
             `{"polygons": [[x0, y0, x1, y1, ...], ...]}`, both in pixels; a plain list of four
             numbers is a box and a list of lists is polygons.
-        size: (width, height) of the picture.
+        size: (width, height) of the image.
 
-    Raises ValueError for a mask that is empty, of another size, or of no known form.
+    Raises ValueError for a mask that is empty, of another size, of several regions (see
+    `split_label_map`), or of no known form.
     """
     with _damage_as_value_error("mask", mask):
         region = _open_mask(mask, size)
-    _expect_size(region.size, size)
-    if region.getbbox() is None:
+    expect_size(region.shape[::-1], size)
+    if not region.any():
         raise ValueError("expected a mask with at least one non-zero pixel, got an empty mask")
-    return region
+    return Image.fromarray(region.astype(np.uint8) * 255)
 
 
-def _expect_size(got: tuple[int, int], size: tuple[int, int]):
-    if tuple(got) != tuple(size):
-        raise ValueError(
-            "expected a mask with the picture's size"
-            f" {size[0]}x{size[1]} (width x height), got {got[0]}x{got[1]}"
-        )
-
-
-def _open_mask(mask, size: tuple[int, int]) -> Image.Image:
-    if isinstance(mask, (str, os.PathLike)):
-        mask = _open(mask)
-    if isinstance(mask, Image.Image):
-        return _mask_from_image(mask)
+def _open_mask(mask, size: tuple[int, int]) -> np.ndarray:
+    """The region, bool (H, W)."""
+    if isinstance(mask, (str, os.PathLike, bytes, bytearray, Image.Image)):
+        return region_of_values(_levels(_open_lossless(mask)), size)
     if isinstance(mask, torch.Tensor):
-        mask = mask.detach().cpu()
-        mask = mask.float() if mask.dtype == torch.bfloat16 else mask
-        return _mask_from_array(mask.numpy())
+        return region_of_values(_to_numpy(mask), size)
     if isinstance(mask, np.ndarray):
-        return _mask_from_array(mask)
+        return region_of_values(mask, size)
     if isinstance(mask, dict) and {"size", "counts"} <= set(mask):
-        return _mask_from_rle(mask, size)
+        return decode_rle(mask, size)
     if isinstance(mask, dict) and set(mask) == {"box"}:
-        return _mask_from_box(mask["box"], size)
+        return fill_box(mask["box"], size)
     if isinstance(mask, dict) and set(mask) == {"polygons"}:
-        return _mask_from_polygons(mask["polygons"], size)
-    if isinstance(mask, (list, tuple)) and len(mask) == 4 and all(map(_is_number, mask)):
-        return _mask_from_box(mask, size)
+        return fill_polygons(mask["polygons"], size)
+    if is_box(mask):
+        return fill_box(mask, size)
     if isinstance(mask, (list, tuple)) and mask and all(isinstance(p, (list, tuple)) for p in mask):
-        return _mask_from_polygons(mask, size)
+        return fill_polygons(mask, size)
     raise ValueError(
         "expected a mask as PIL image, path, (H, W) array or tensor, COCO RLE, box or polygons,"
         f" got {describe(mask)}"
     )
 
 
-def _mask_from_image(mask: Image.Image) -> Image.Image:
-    if mask.mode == "L":
-        return mask
-    values = np.asarray(mask)
-    if mask.mode in ("LA", "RGBA", "PA"):
-        values = values[..., :-1].any(-1) & (values[..., -1] > 0)
-    elif values.ndim == 3:
-        values = values.any(-1)
-    return _mask_from_array(values)
+def _open_lossless(image, name: str = "a mask") -> Image.Image:
+    """Opens a mask or label map upright, not converted."""
+    image = _open(image)
+    expect_lossless(image, name)
+    return turn_upright(image)
 
 
-def _mask_from_array(mask: np.ndarray) -> Image.Image:
-    values = mask.squeeze() if mask.ndim == 3 and 1 in (mask.shape[0], mask.shape[2]) else mask
-    if values.ndim != 2 or 0 in values.shape:
-        raise ValueError(f"expected a mask array of shape (H, W), got {mask.shape}")
-    if values.dtype.kind not in "buif":
-        raise ValueError(f"expected a bool, integer or float mask, got {values.dtype}")
-    if values.dtype.kind in "if" and not values.min() >= 0:  # NaN fails this too
-        raise ValueError(f"expected mask values of 0 or more, got a minimum of {values.min()}")
-    if values.dtype in (np.uint8, np.bool_):
-        return Image.fromarray(np.ascontiguousarray(values).view(np.uint8))
-    return Image.fromarray((values != 0).astype(np.uint8))
+def expect_lossless(image: Image.Image, name: str):
+    """Refuses a mask from a lossy format: near an edge its pixels are no longer zero.
 
-
-def _mask_from_rle(rle: dict, size: tuple[int, int]) -> Image.Image:
-    from pycocotools import mask as coco
-
-    height, width = _integers("COCO RLE size [height, width]", rle["size"], 2)
-    _expect_size((width, height), size)
-    counts = rle["counts"]
-    if isinstance(counts, (list, tuple)):
-        runs = _integers("COCO RLE counts", counts, len(counts))
-        _expect_runs(runs, height * width)
-        encoded = coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)
-    elif isinstance(counts, (str, bytes)):
-        data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
-        _expect_runs(_compressed_runs(data), height * width)
-        encoded = {"size": [height, width], "counts": data}
-    else:
-        raise ValueError(f"expected COCO RLE counts as str, bytes or list, got {describe(counts)}")
-    return Image.fromarray(coco.decode(encoded))
-
-
-def _expect_runs(runs: list[int], pixels: int):
-    """COCO's decoder trusts its input, so run lengths are checked first."""
-    if any(run < 0 for run in runs) or sum(runs) != pixels:
+    What is to be asked has to be as opened: of WebP, decoding leaves no trace of the format.
+    """
+    if (kind := _loss_of(image)) is not None:
         raise ValueError(
-            f"expected COCO RLE counts that add up to {pixels} pixels, got {sum(runs)}"
+            f"expected {name} without loss, say as PNG, got {kind}, which changes the pixels near"
+            " an edge"
         )
 
 
-def _compressed_runs(data: bytes) -> list[int]:
-    """Run lengths of compressed counts: 5 bits a character, lowest first, in two's complement,
-    each from the third on relative to the one two before."""
-    runs, value, shift = [], 0, 0
-    for byte in data:
-        chunk = byte - 48
-        if not 0 <= chunk < 64 or shift > 30:
-            raise ValueError(
-                f"expected COCO RLE counts, got {chr(byte)!r} in them after {runs[-3:]}"
-            )
-        value |= (chunk & 31) << shift
-        shift += 5
-        if chunk & 32:
-            continue
-        if chunk & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value, shift = 0, 0
-    if shift:
-        raise ValueError(f"expected COCO RLE counts, got them cut off after {runs[-3:]}")
-    return runs
+def _loss_of(image: Image.Image) -> str | None:
+    """Names what has changed, or may have changed, the pixels of an image that was encoded."""
+    if image.format in LOSSY_FORMATS:
+        return image.format
+    if image.format == "TIFF" and image.info.get("compression") in LOSSY_COMPRESSION:
+        return f"TIFF with {image.info['compression']} compression"
+    if image.format == "WEBP" and not _webp_lossless(_webp_data(image)):
+        two_colors = image.convert("RGBA").getcolors(2) is not None  # nothing has changed
+        return None if two_colors else "WebP that is not known to be lossless"
+    return None
 
 
-def _mask_from_box(box, size: tuple[int, int]) -> Image.Image:
-    left, top, right, bottom = _numbers("box [x0, y0, x1, y1]", box, 4)
-    if not (left < right and top < bottom):
-        raise ValueError(f"expected a box with x0 < x1 and y0 < y1, got {list(box)}")
-    mask = Image.new("L", size)
-    inside = (
-        max(0, round(left)),
-        max(0, round(top)),
-        min(size[0], max(round(right), round(left) + 1)),
-        min(size[1], max(round(bottom), round(top) + 1)),
-    )
-    if inside[0] >= size[0] or inside[1] >= size[1] or inside[2] <= 0 or inside[3] <= 0:
-        raise ValueError(f"expected a box inside the {size[0]}x{size[1]} picture, got {list(box)}")
-    mask.paste(1, inside)
-    return mask
+def _webp_data(image: Image.Image) -> bytes:
+    """The encoded file, or nothing where it was in memory and is decoded by now."""
+    for source in (image.fp, image.filename):
+        if hasattr(source, "seek") or (source and os.path.isfile(source)):
+            data = _read_all(source)
+            if data.startswith(b"RIFF"):
+                return data
+    return b""
 
 
-def _mask_from_polygons(polygons, size: tuple[int, int]) -> Image.Image:
-    if not isinstance(polygons, (list, tuple)):
-        raise ValueError(f"expected a list of polygons, got {describe(polygons)}")
-    mask = Image.new("L", size)
-    draw = ImageDraw.Draw(mask)
-    for polygon in polygons:
-        if not isinstance(polygon, (list, tuple)) or len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(
-                "expected a polygon as [x0, y0, x1, y1, x2, y2, ...], three points or more,"
-                f" got {describe(polygon)}"
-            )
-        points = _numbers("polygon", polygon, len(polygon))
-        if max(map(abs, points)) > FARTHEST:
-            raise ValueError(f"expected polygon points near the picture, got {describe(polygon)}")
-        draw.polygon(points, fill=1)
-    return mask
+def _webp_lossless(data: bytes) -> bool:
+    """Whether the first frame is a lossless one."""
+    start = 12
+    while start + 8 <= len(data):
+        kind, length = (
+            data[start : start + 4],
+            int.from_bytes(data[start + 4 : start + 8], "little"),
+        )
+        if kind in (b"VP8 ", b"VP8L"):
+            return kind == b"VP8L"
+        start += 24 if kind == b"ANMF" else 8 + length + length % 2  # a frame holds chunks
+    return False
 
 
-def _numbers(name: str, values, count: int) -> list:
-    if (
-        not isinstance(values, (list, tuple, np.ndarray))
-        or len(values) != count
-        or not all(map(_is_number, values))
-    ):
-        raise ValueError(f"expected {name} of {count} finite numbers, got {describe(values)}")
-    return list(values)
+def _levels(image: Image.Image) -> np.ndarray:
+    """A mask's bools, integers or floats (H, W), 0 where it is transparent or black."""
+    if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
+        return _gray_values(image)
+    return levels_of_colors(*_colors(image))
 
 
-def _integers(name: str, values, count: int) -> list[int]:
-    numbers = _numbers(name, values, count)
-    if any(number != int(number) for number in numbers):
-        raise ValueError(f"expected {name} of whole numbers, got {describe(values)}")
-    return [int(number) for number in numbers]
+def _gray_values(image: Image.Image) -> np.ndarray:
+    """The values of a mode of one channel, 0 where a PNG says that a value is transparent."""
+    values, hidden = np.asarray(image), image.info.get("transparency")
+    if not isinstance(hidden, int):
+        return values
+    return np.where(values == (bool(hidden) if image.mode == "1" else hidden), 0, values)
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and abs(value) <= LARGEST
+def _colors(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+    """Colors (H, W, 3) and alpha (H, W), or None, of any other mode."""
+    if "transparency" not in image.info and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
+        return np.asarray(image.convert("RGB")), None
+    image = image.convert("LA") if image.mode == "La" else image
+    rgba = np.asarray(image.convert("RGBA"))
+    return rgba[..., :3], rgba[..., 3]
 
 
-def describe(value) -> str:
-    """Type and, for plain values, beginning of a value, for messages."""
-    text = repr(value) if isinstance(value, (str, os.PathLike, dict, list, tuple)) else ""
-    return f"{type(value).__name__} {text[:80]}".strip()
+def split_label_map(labels, void: int | None = VOID) -> dict[str, Image.Image]:
+    """Splits a label map into the masks of its labels, as `load_mask` takes them.
+
+    Args:
+        labels: as the pixels of a mask, but bools or integers, or colors. Zero, black and
+            transparent pixels have no label; in a palette image without black, index 0 has none.
+        void: the value that says "no label" where it is the highest of several, as in VOC and
+            Cityscapes; where it is not None, VOC's color for it is no label either.
+
+    Returns 8-bit masks by label: a value, an index of the palette, or a color `#rrggbb`, in the
+    order of the values. Raises ValueError for a lossy format and for a map without labels.
+    """
+    with _damage_as_value_error("label map", labels):
+        codes, names = read_labels(labels, void)
+    if not names:
+        raise ValueError("expected a label map with at least one label, got none")
+    return {
+        name: Image.fromarray((codes == code).astype(np.uint8) * 255)
+        for code, name in names.items()
+    }
+
+
+def read_labels(labels, void: int | None = VOID) -> tuple[np.ndarray, dict[int, str]]:
+    """Reads a label map as integers (H, W), 0 without a label, and the names of the others."""
+    if isinstance(labels, torch.Tensor):
+        labels = _to_numpy(labels)
+    if isinstance(labels, np.ndarray):
+        return labels_of_values(labels, void)
+    image = _open_lossless(labels, "a label map")
+    if image.mode == "P":
+        return _palette_labels(image, void)
+    if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
+        return labels_of_values(_gray_values(image), void)
+    colors, alpha = _colors(image)
+    return labels_of_colors(colors, alpha == 0 if alpha is not None else False, void)
+
+
+def _palette_labels(image: Image.Image, void: int | None) -> tuple[np.ndarray, dict[int, str]]:
+    """The labels of a palette image are its indices, but what is none goes by its color."""
+    indices = np.asarray(image).astype(np.int32)
+    colors, alpha = _colors(image)
+    outside = ~colors.any(-1)
+    if not outside.any():
+        outside = indices == 0
+    if alpha is not None:
+        outside |= alpha == 0
+    if void is not None and (~outside & (indices != void)).any():
+        outside |= (indices == void) | (colors == VOID_COLOR).all(-1)
+    found = np.unique(indices[~outside]).tolist()
+    return np.where(outside, 0, indices + 1), {index + 1: str(index) for index in found}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature
 
-from .image_loading import describe, load_image, load_mask
+from .image_loading import describe, load_image, load_mask, split_label_map
 from .neutral_arguments import expect_neutral
 
 OUTSIDE = 255  # value of a region image's pixels that lie outside the mask
@@ -198,6 +198,7 @@ class PerceptionDLMImageProcessor(BaseImageProcessor):
         roi_convention: "released" (inclusive box maxima) or "aligned" (half-open boxes).
     """
 
+    split_label_map = staticmethod(split_label_map)
     model_input_names = [
         "pixel_values",
         "image_grids",

@@ -9,17 +9,16 @@ import functools
 import glob
 import io
 import math
-import urllib.request
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from PIL import Image
 
 from ..common.json_text import parse_json
-from ..image_loading import load_image
+from ..image_loading import expect_lossless, load_image, open_encoded
+from ..image_sources import fetch_image, is_url
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
 READ_SUFFIXES = frozenset(
@@ -30,7 +29,6 @@ OTHER_SUFFIXES = frozenset(  # pictures, but of no kind that is read: named as s
     ".jxl .jp2 .j2k .svg .psd .ico .tga .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .avifs".split()
 )
 PICTURE_SUFFIXES = READ_SUFFIXES | HEIF_SUFFIXES | OTHER_SUFFIXES
-MASK_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # JPEG would blur a mask's edge
 MASK_SUFFIXES = frozenset(".png .webp .gif .bmp .tif .tiff .pgm".split())
 
 MAX_PIXELS = 80_000_000
@@ -63,11 +61,6 @@ class PictureSource:
     def stem(self) -> str:
         """The file's name without its suffix."""
         return PurePosixPath(self.path).stem if is_url(self.path) else Path(self.path).stem
-
-
-def is_url(path: str) -> bool:
-    """Whether a picture is to be fetched from the web."""
-    return path.startswith(("http://", "https://"))
 
 
 def find_pictures(arguments: Sequence[str], recursive: bool = False) -> list[PictureSource]:
@@ -105,12 +98,12 @@ def _expand(argument: str, recursive: bool) -> list[PictureSource]:
 def open_picture(path: str) -> Image.Image:
     """A picture as upright RGB, from a file or URL."""
     if is_url(path):
-        source = _download(path)
+        source = io.BytesIO(fetch_image(path, MAX_PICTURE_BYTES, DOWNLOAD_SECONDS))
     else:
         _check_file(Path(path), MAX_PICTURE_BYTES, "picture")
         source = path
     with _decoding("picture", path):
-        return load_image(_open_checked(source, path, PICTURE_FORMATS))
+        return load_image(_open_checked(source, path))
 
 
 @contextmanager
@@ -127,18 +120,17 @@ def _decoding(kind: str, name: str):
 
 def open_mask_file(path: Path) -> Image.Image:
     """A mask or label map as stored, not yet converted."""
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        raise ValueError(f"expected a mask without loss, say PNG, got the JPEG file {path}")
     _check_file(path, MAX_PICTURE_BYTES, "mask")
     with _decoding("mask", str(path)):
-        mask = _open_checked(path, str(path), MASK_FORMATS)
+        mask = _open_checked(path, str(path))
+        expect_lossless(mask, f"the mask {path}")
         mask.load()
         return mask
 
 
 @functools.cache
-def _readable(formats: Sequence[str]) -> list[str]:
-    """Those of the formats that can be opened: AVIF is not in every Pillow, HEIF in none."""
+def readable_formats() -> list[str]:
+    """Those of `PICTURE_FORMATS` that can be opened: AVIF is not in every Pillow, HEIF in none."""
     Image.init()
     try:
         from pillow_heif import register_heif_opener
@@ -146,13 +138,13 @@ def _readable(formats: Sequence[str]) -> list[str]:
         pass
     else:
         register_heif_opener()
-    return [kind for kind in formats if kind in Image.OPEN]
+    return [kind for kind in PICTURE_FORMATS if kind in Image.OPEN]
 
 
-def _open_checked(source, name: str, formats: Sequence[str]) -> Image.Image:
-    readable = _readable(tuple(formats))
+def _open_checked(source, name: str) -> Image.Image:
+    readable = readable_formats()
     try:
-        picture = Image.open(source, formats=readable)
+        picture = open_encoded(source, readable)
     except Image.DecompressionBombError as error:
         raise ValueError(f"expected {MAX_PIXELS:,} pixels at most in {name}: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
@@ -177,19 +169,6 @@ def _check_file(path: Path, most: int, kind: str):
         raise ValueError(
             f"expected a {kind} of at most {most >> 20} MiB in {path}, got {size >> 20} MiB"
         )
-
-
-def _download(url: str) -> io.BytesIO:
-    """The bytes behind a URL, no more of them than a picture may have."""
-    request = urllib.request.Request(url, headers={"User-Agent": "perceptiondlm"})
-    try:
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
-            data = response.read(MAX_PICTURE_BYTES + 1)
-    except (OSError, HTTPException, ValueError) as error:
-        raise ValueError(f"expected a picture from {url}, got: {error}") from error
-    if len(data) > MAX_PICTURE_BYTES:
-        raise ValueError(f"expected at most {MAX_PICTURE_BYTES >> 20} MiB from {url}, got more")
-    return io.BytesIO(data)
 
 
 def read_annotations(path: Path):

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..common.files import GrowingFile
 from ..common.json_text import ascii_json, encode_json
-from ..extras import extra
+from ..image_shapes import encode_rle
 from .captioner import Answers, RegionCaptions
 from .inputs import RegionSource
 
@@ -116,8 +116,6 @@ class CaptionWriter:
 
     def __init__(self, kind: str, path: Path | None):
         self.kind = kind
-        if kind == "coco":
-            _coco_codec()  # before any image is captioned
         self.file = None if path is None else GrowingFile(path)
         self.streams = path is None and kind in STREAMED
         self.place: Path | None = None
@@ -182,17 +180,9 @@ def format_of(path: Path | None, kind: str | None) -> str:
     return SUFFIXES[path.suffix.lower()]
 
 
-def _coco_codec():
-    with extra("apps"):
-        from pycocotools import mask
-    return mask
-
-
 def encode_mask(mask) -> dict:
     """A mask, non-zero inside, as compressed COCO RLE."""
-    array = np.asfortranarray(np.asarray(mask) != 0, dtype=np.uint8)
-    rle = _coco_codec().encode(array)
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+    return encode_rle(np.asarray(mask))
 
 
 def _coco_region(region: dict) -> dict:

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from ..image_processing_perceptiondlm import load_mask
+from ..image_loading import load_mask, read_labels
+from ..image_shapes import turned_hint
 from .annotation_files import AnnotationList, CocoFile, Maker, Source
 from .inputs import (
     MASK_SUFFIXES,
@@ -266,23 +266,13 @@ def _check_count(count: int, size: tuple[int, int], name: str):
 
 
 def split_labels(labels: Image.Image, name: str) -> list[RegionSource]:
-    """A region for each value or colour of a label map but zero, black or transparent."""
-    if labels.mode in ("RGBA", "LA", "PA"):
-        labels = labels.convert("RGBA")
-    elif labels.mode not in ("1", "L", "P", "RGB") and not labels.mode.startswith("I"):
-        raise ValueError(f"expected colours or integers as labels in {name}, got {labels.mode}")
-    values = np.asarray(labels)
-    if values.ndim == 3:  # each colour as one integer
-        opaque = values[..., 3] > 0 if values.shape[2] == 4 else True
-        colours = values[..., :3].astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
-        values = colours * opaque
-    found = [int(v) for v in np.unique(values) if v != 0]
-    _check_count(len(found), labels.size, name)  # smooth edges, say, make thousands of labels
-    return [RegionSource(values == v, f"{name} label {_label_name(v, labels)}") for v in found]
-
-
-def _label_name(value: int, labels: Image.Image) -> str:
-    return f"#{value:06x}" if labels.mode in ("RGB", "RGBA") else str(value)
+    """A region for each label of a label map, see `split_label_map`."""
+    try:
+        codes, names = read_labels(labels)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    _check_count(len(names), labels.size, name)  # smooth edges, say, make thousands of labels
+    return [RegionSource(codes == code, f"{name} label {label}") for code, label in names.items()]
 
 
 def _is_mask_file(path: Path) -> bool:
@@ -293,7 +283,7 @@ def _sized(mask: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:
     if mask.size != size:
         raise ValueError(
             f"expected {path.name} to have the picture's size {size[0]}x{size[1]},"
-            f" got {mask.width}x{mask.height}"
+            f" got {mask.width}x{mask.height}{turned_hint(mask.size, size)}"
         )
     return mask
 

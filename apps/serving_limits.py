@@ -4,19 +4,17 @@ Everything here raises ValueError with what was expected and what came. No strin
 ever taken for a path.
 """
 
-import base64
-import binascii
 import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
-from ..image_loading import load_mask
-from .inputs import MASK_FORMATS, PICTURE_FORMATS, annotation_mask
+from .. import image_sources
+from ..image_loading import expect_lossless, load_mask, open_encoded
+from .inputs import annotation_mask, readable_formats
 
-DATA_URL = re.compile(r"data:(?P<kind>[\w.+/-]*)(?:;[\w=.+-]+)*?(?P<base64>;base64)?,", re.ASCII)
 MAX_NUMBER = 10**9  # of a coordinate or run length
 # What people send as a picture that is none: first bytes, and what to call it.
 NOT_PICTURES = (
@@ -77,41 +75,56 @@ def expect_at_most(name: str, value: int | None, most: int):
 
 def decode_picture(data: bytes, name: str, limits: Limits) -> Image.Image:
     """A picture from an encoded file's bytes, as stored: not converted, fully read."""
-    return _decode(data, name, limits, PICTURE_FORMATS)
+    return _loaded(_open(data, name, limits), name)
 
 
 def decode_mask(data: bytes, name: str, limits: Limits) -> Image.Image:
-    """A mask from an encoded file's bytes; lossy kinds are refused."""
-    if data[:3] == b"\xff\xd8\xff":
-        raise ValueError(f"expected {name} without loss, say as PNG, got JPEG")
-    return _decode(data, name, limits, MASK_FORMATS)
+    """A mask from an encoded file's bytes; lossy kinds are refused.
+
+    Of a copy of the picture, in colors and transparent outside the region, the alpha is the mask.
+    """
+    mask = _open(data, name, limits)
+    expect_lossless(mask, name)
+    mask = _loaded(mask, name).copy()  # which has no format to be asked about again
+    return (alpha_mask(mask) if _is_colored(mask) else None) or mask
 
 
-def _decode(data: bytes, name: str, limits: Limits, formats) -> Image.Image:
+def _open(data: bytes, name: str, limits: Limits) -> Image.Image:
     if len(data) > limits.body_bytes:
         most = limits.body_bytes / (1 << 20)
         raise ValueError(
             f"expected {name} of at most {most:g} MiB, got {len(data) / (1 << 20):.1f} MiB"
         )
     try:
-        picture = Image.open(io.BytesIO(data), formats=formats)
+        picture = open_encoded(io.BytesIO(data), readable_formats())
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"expected at most {limits.pixels:,} pixels in {name}, got: {error}"
         ) from error
     except Exception as error:  # decoders fail in many ways on what strangers make up
-        kinds = ", ".join(formats)
+        kinds = ", ".join(readable_formats())
         raise ValueError(f"expected {name} as {kinds}, got {_kind_of(data)}") from error
     if picture.width * picture.height > limits.pixels:
         raise ValueError(
             f"expected at most {limits.pixels:,} pixels in {name},"
             f" got {picture.width}x{picture.height}"
         )
+    return picture
+
+
+def _loaded(picture: Image.Image, name: str) -> Image.Image:
     try:
         picture.load()
     except Exception as error:
         raise ValueError(f"expected {name} as a whole file, got a damaged one: {error}") from error
     return picture
+
+
+def _is_colored(mask: Image.Image) -> bool:
+    if mask.mode not in ("P", "PA", "RGB", "RGBA"):
+        return False
+    colors = np.asarray(mask.convert("RGB"))
+    return bool((colors != colors[..., :1]).any())
 
 
 def _kind_of(data: bytes) -> str:
@@ -125,19 +138,11 @@ def _kind_of(data: bytes) -> str:
 
 
 def decode_data_url(url: str, name: str, limits: Limits) -> bytes:
-    """The bytes of a `data:` URL with base64 content."""
-    match = DATA_URL.match(url[:256])
-    if match is None or match["base64"] is None:
-        raise ValueError(f"expected {name} as data:image/...;base64,..., got {url[:60]!r}")
-    if match["kind"] in ("image/svg+xml", "text/html"):
-        raise ValueError(f"expected {name} as a pixel picture, got {match['kind']}")
-    content = url[match.end() :]
-    if len(content) * 3 // 4 > limits.body_bytes + 3:
+    """The bytes of a `data:` URL, no more of them than a picture may have."""
+    data = image_sources.decode_data_url(url, name)
+    if len(data) > limits.body_bytes:
         raise ValueError(f"expected {name} of at most {limits.body_bytes:,} bytes, got more")
-    try:
-        return base64.b64decode(content, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"expected {name} in base64, got: {error}") from error
+    return data
 
 
 def alpha_mask(picture: Image.Image) -> Image.Image | None:
@@ -145,7 +150,7 @@ def alpha_mask(picture: Image.Image) -> Image.Image | None:
     if "A" not in picture.getbands() and "transparency" not in picture.info:
         return None
     alpha = picture.convert("RGBA").getchannel("A")
-    return alpha if alpha.getextrema()[0] == 0 else None
+    return alpha.point([0] + [255] * 255) if alpha.getextrema()[0] == 0 else None
 
 
 def each_numbered(kind: str, items: Sequence, load: Callable) -> list:

@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from ..evaluation.environment import versions
 from ..evaluation.files import write_json
-from ..extras import extra
+from ..image_shapes import encode_rle, fill_box
 from ..training.recipe import Recipe, load_recipe
 from ..training.run import TRAINER_DEFAULTS, assemble_trainer
 from ..training.sharding import leave_group
@@ -39,9 +39,6 @@ from .workload import (
     random_box,
     set_layout,
 )
-
-with extra("train"):
-    from pycocotools import mask as coco_mask
 
 WARM_UP = 2  # steps whose seconds do not count
 
@@ -75,10 +72,7 @@ def region_record(folder: Path, regions: int) -> dict:
     width, height = PICTURE_SIZE
     noise_picture(random).save(folder / "noise.png")
     boxes = [random_box(random, width, height)["box"] for _ in range(regions)]
-    masks = np.zeros((height, width, regions), np.uint8, order="F")
-    for k, (left, top, right, bottom) in enumerate(boxes):
-        masks[top:bottom, left:right, k] = 1
-    rles = [{**rle, "counts": rle["counts"].decode()} for rle in coco_mask.encode(masks)]
+    rles = [encode_rle(fill_box(box, (width, height))) for box in boxes]
     captions = ["a region of noise, grey on the whole"] * regions
     return {"image": "noise.png", "mask_rles": rles, "captions": captions}
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..extras import extra
+from ..image_shapes import encode_rle, fill_polygons
 from ..local_paths import path_inside
 from .files import read_json
 from .scoring import Question, parse_question
@@ -219,17 +219,10 @@ def _rle(segmentation: object, size: tuple[int, int], where: str) -> dict:
 
 
 def _polygons_to_rle(polygons: list, size: tuple[int, int], where: str) -> dict:
-    with extra("eval"):
-        from pycocotools import mask as coco
-
-    for polygon in polygons:
-        numbers = isinstance(polygon, list) and all(isinstance(v, int | float) for v in polygon)
-        if not numbers or len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(
-                f"{where}: expected polygons of three points or more, got {polygon!r:.80}"
-            )
-    rle = coco.merge(coco.frPyObjects(polygons, *size))
-    return {"size": list(size), "counts": rle["counts"].decode("ascii")}
+    try:
+        return encode_rle(fill_polygons(polygons, size[::-1]))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _read_questions(file: Path, samples: Mapping[str, RegionSample]) -> dict:

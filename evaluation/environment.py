@@ -14,7 +14,6 @@ PACKAGES = (
     "openai",
     "numpy",
     "pillow",
-    "pycocotools",
 )
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from tqdm import tqdm
 
 from ..checkpoint_output import new_folder
-from ..extras import extra
+from ..image_shapes import encode_rle
 from ..training.scenes import SPLITS, VOCABULARY, Scene, named_values, render_scene
 from .benchmarks import Benchmark, load_benchmark
 from .checkpoint import (
@@ -95,21 +95,11 @@ def _annotation(image_id: str, scene: Scene) -> dict:
             {
                 "index": index,
                 "category_name": thing.attributes["shape"],
-                "mask_rle": _mask_rle(thing.mask),
+                "mask_rle": encode_rle(thing.mask),
             }
             for index, thing in enumerate(scene.objects)
         ],
     }
-
-
-def _mask_rle(mask) -> dict:
-    import numpy as np
-
-    with extra("eval"):
-        from pycocotools import mask as coco
-
-    rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 
 def region_questions(own: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> list[dict]:

@@ -284,18 +284,6 @@ def test_a_picture_too_large_to_be_meant_is_refused(monkeypatch, picture, tmp_pa
         load_image(tmp_path / "a.png")
 
 
-def test_an_unreachable_url_is_named(monkeypatch):
-    import httpx
-    import perceptiondlm.image_loading as loading
-
-    def fail(url):
-        raise httpx.ConnectError("no route")
-
-    monkeypatch.setattr(loading, "fetch_image", fail)
-    with pytest.raises(ValueError, match="expected a picture at http://127.0.0.1:1/a.png"):
-        load_image("http://127.0.0.1:1/a.png")
-
-
 def test_a_list_of_pictures_that_holds_none_is_refused(pair):
     _, processor = pair
     with pytest.raises(ValueError, match="for each of 0 pictures, got 1"):
