@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from ..evaluation.files import write_bytes
-from ..extras import extra
 from .captioner import Answers, RegionCaptions
 from .inputs import RegionSource
 
@@ -101,8 +100,6 @@ class CaptionWriter:
     def __init__(self, kind: str, path: Path | None):
         self.render = FORMATS[kind]
         self.with_masks = kind == "coco"
-        if self.with_masks:
-            _coco_codec()  # before any image is captioned
         self.streams = path is None and kind in STREAMED
         self.path = path
         self.records: list[dict] = []
@@ -145,16 +142,12 @@ def format_of(path: Path | None, kind: str | None) -> str:
     return SUFFIXES[path.suffix.lower()]
 
 
-def _coco_codec():
-    with extra("apps"):
-        from pycocotools import mask
-    return mask
-
-
 def encode_mask(mask) -> dict:
     """A mask, non-zero inside, as compressed COCO RLE."""
+    from pycocotools import mask as coco
+
     array = np.asfortranarray(np.asarray(mask) != 0, dtype=np.uint8)
-    rle = _coco_codec().encode(array)
+    rle = coco.encode(array)
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 from transformers import TrainerCallback, TrainingArguments
 
 from ..evaluation.environment import versions
 from ..evaluation.files import write_json
-from ..extras import extra
 from ..training.recipe import Recipe, load_recipe
 from ..training.run import TRAINER_DEFAULTS, assemble_trainer
 from ..training.sharding import leave_group
@@ -39,9 +39,6 @@ from .workload import (
     random_box,
     set_layout,
 )
-
-with extra("train"):
-    from pycocotools import mask as coco_mask
 
 WARM_UP = 2  # steps whose seconds do not count
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..extras import extra
 from .files import read_json
 from .scoring import Question, parse_question
 
@@ -222,8 +221,7 @@ def _rle(segmentation: object, size: tuple[int, int], where: str) -> dict:
 
 
 def _polygons_to_rle(polygons: list, size: tuple[int, int], where: str) -> dict:
-    with extra("eval"):
-        from pycocotools import mask as coco
+    from pycocotools import mask as coco
 
     for polygon in polygons:
         numbers = isinstance(polygon, list) and all(isinstance(v, int | float) for v in polygon)

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from ..extras import extra
 from ..training.scenes import SPLITS, VOCABULARY, Scene, named_values, render_scene
 from .benchmarks import Benchmark, load_benchmark
 from .checkpoint import (
@@ -86,9 +85,7 @@ def _annotation(image_id: str, scene: Scene) -> dict:
 
 def _mask_rle(mask) -> dict:
     import numpy as np
-
-    with extra("eval"):
-        from pycocotools import mask as coco
+    from pycocotools import mask as coco
 
     rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}

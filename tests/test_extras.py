@@ -84,14 +84,14 @@ def results(tmp_path_factory, converted):
     return json.loads(done.stdout.split("RESULT")[1])
 
 
-def test_captioning_needs_no_extra(results):
-    assert results["caption"] == [0, ""]
+@pytest.mark.parametrize("command", ["caption", "caption coco"])
+def test_captioning_needs_no_extra(results, command):
+    assert results[command] == [0, ""]
 
 
 @pytest.mark.parametrize(
     ("command", "package", "name", "code"),
     [
-        ("caption coco", "pycocotools", "apps", 2),
         ("web", "gradio", "apps", 2),
         ("serve", "uvicorn", "apps", 2),
         ("train", "datasets", "train", 2),
