@@ -179,7 +179,9 @@ SOFT = {
     "WebP": lambda soft: encoded(soft.convert("RGB"), "WEBP", lossless=True),
     "RGB": lambda soft: soft.convert("RGB"),
     "alpha": lambda soft: Image.merge("LA", [Image.new("L", SIZE, 255), soft]),
-    "red": lambda soft: Image.merge("RGB", [soft, soft.point(lambda v: v // 3), Image.new("L", SIZE)]),
+    "red": lambda soft: Image.merge(
+        "RGB", [soft, soft.point(lambda v: v // 3), Image.new("L", SIZE)]
+    ),
 }
 
 
