@@ -64,15 +64,17 @@ def pad_sequences(
     with_labels: bool,
     *,
     side: str = "left",
+    min_length: int = 0,
     multiple_of: int | None = None,
 ) -> dict:
     """Stacks sequences into int64 (B, L): prompts padded on the left, answers on the right.
 
-    `side` is the prompts'; "right" is for sequences without answers. With `multiple_of`, L is the
-    next multiple of it.
+    `side` is the prompts'; "right" is for sequences without answers. L is at least `min_length`
+    and, with `multiple_of`, the next multiple of it.
     """
     left = max(s.prompt_length for s in sequences)
     right = max(len(s.ids) - s.prompt_length for s in sequences)
+    left = max(left, min_length - right)
     left += -(left + right) % (multiple_of or 1)
     if side == "right" and right:
         raise ValueError("expected padding_side 'left' with answers, got 'right'")
