@@ -157,7 +157,7 @@ def _expect_values(inputs, config: PerceptionDLMConfig):
         "position_ids": (0, config.text_config.max_position_embeddings - 1),
         "region_ids": (NO_REGION, length),
         "role_ids": (ROLE_SHARED, ROLE_CAPTION),
-        "image_grids": (1, MAX_GRID),
+        "image_grids": (0 if config.image_layout == "anyres" else 1, MAX_GRID),  # (0, 0): no canvas
         "image_sizes": (1, MAX_SIDE),
         "boxes": (0, 1),
         "box_images": (0, len(inputs.get("image_grids", ())) - 1),
