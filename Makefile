@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-floors tiny report clean
+.PHONY: demo test test-all test-transformers test-floors tiny report clean
 
 demo: .venv/.ready
 	$(BIN)/python -m perceptiondlm.apps.demo --output outputs/demo
@@ -16,6 +16,13 @@ test: .venv/.ready
 # the markers that pyproject.toml leaves out.
 test-all: .venv/.ready
 	$(BIN)/python -m pytest -m ""
+
+# transformers' own tests of models and processors; docs/transformers-suite.md has those that fail.
+test-transformers: .venv/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check parameterized
+	$(BIN)/python tests/transformers_sources.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -o addopts=-q -m transformers_suite \
+	    tests/test_transformers_suite.py
 
 # The model, conversion, training and the command line at the oldest versions allowed. On x86-64 the
 # torch that pip finds of itself brings gigabytes of CUDA: FLOOR_TORCH names another, or its file.

@@ -25,8 +25,19 @@ NEUTRAL = {
     "return_text_replacement_offsets": (False,),
     "return_metadata": (False,),
     "sanitize_control_tokens": (False,),
-    "verbose": (False, True),
 }
+
+# Of video and sound, of which there is none here.
+WITHOUT_EFFECT = (
+    "do_sample_frames",
+    "fps",
+    "num_frames",
+    "video_metadata",
+    "sampling_rate",
+    "raw_speech",
+    "load_audio_backend",
+    "verbose",
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,8 @@ class CallArguments:
 
     Attributes:
         add_special_tokens: let the tokenizer add its own (templates already hold theirs).
-        padding: True or "longest"; False where nothing is to be padded.
+        padding: True or "longest"; "max_length" with `max_length`; False where nothing is to be
+            padded.
         padding_side: of prompts, "left"; "right" where no answer follows them.
         pad_to_multiple_of: pads on to a multiple of so many tokens.
         truncation, max_length: sequences beyond `max_length` are refused, never cut, unless
@@ -64,13 +76,13 @@ class CallArguments:
             if not isinstance(own, dict):
                 raise ValueError(f"expected {group} as a dict, got {own!r}")
             twice = sorted(own.keys() & flat.keys())
-            if twice:
+            if twice and group != "common_kwargs":  # which are defaults, in transformers too
                 raise ValueError(f"expected {twice} by name or in {group}, got both")
             merged |= own
         merged |= flat
 
         names = {field.name for field in fields(cls)}
-        rest = {k: v for k, v in merged.items() if k not in names}
+        rest = {k: v for k, v in merged.items() if k not in {*names, *WITHOUT_EFFECT}}
         pixels = {k: v for k, v in rest.items() if k not in NEUTRAL}
         expect_neutral({k: v for k, v in rest.items() if k in NEUTRAL}, NEUTRAL)
         image_processor.expect_neutral(pixels)
@@ -79,13 +91,20 @@ class CallArguments:
     def __post_init__(self):
         truncation = (False, "do_not_truncate", True, "longest_first", "only_first")
         _expect_one_of("add_special_tokens", self.add_special_tokens, (True, False))
-        _expect_one_of("padding", self.padding, (True, "longest", False, "do_not_pad"))
+        padding = (True, "longest", False, "do_not_pad")
+        to_length = ("max_length",) if self.max_length else ()
+        _expect_one_of("padding", self.padding, padding + to_length)
         _expect_one_of("padding_side", self.padding_side, ("left", "right"))
         _expect_one_of("truncation", self.truncation, (None, *truncation))
         for name in ("pad_to_multiple_of", "max_length", "max_tiles"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"expected {name} of at least 1, got {value!r}")
+
+    @property
+    def min_length(self) -> int:
+        """Tokens to which every sequence is padded at least."""
+        return self.max_length if self.padding == "max_length" else 0
 
     def check_lengths(self, lengths: list[int], longest_known: int):
         """Refuses sequences that would have to be cut, or padded without leave."""

@@ -135,8 +135,6 @@ class PerceptionDLMProcessor(ProcessorMixin):
         captions=None,
         answers: str | list[str] | None = None,
         return_region_orders: bool = True,
-        videos=None,
-        audio=None,
         **arguments,
     ) -> BatchFeature:
         """Builds the inputs of one region pass a picture, or of one conversation a text.
@@ -155,10 +153,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
             answers: training targets, one text for each prompt.
             return_region_orders: also give `region_orders`, by which `diffusion_generate` returns
                 captions in the order of the masks; False: in that of the regions' areas.
-            videos, audio: passed as None by `apply_chat_template`; anything else is refused.
             arguments: transformers' `ProcessingKwargs`, by name or in `text_kwargs`,
                 `images_kwargs` and `common_kwargs`; see `CallArguments` for those that are
-                honored. Others may be neutral.
+                honored. Others may be neutral; `videos` and `audio` may be None.
 
         Returns:
             int64 (B, L): `input_ids`, `attention_mask`, `position_ids`, `region_ids`, `role_ids`,
@@ -168,8 +165,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
         Raises ValueError for inputs that do not fit together.
         """
+        _expect_none(videos=arguments.pop("videos", None), audio=arguments.pop("audio", None))
         call = CallArguments.read(arguments, self.image_processor)
-        _expect_none(videos=videos, audio=audio)
         if masks is not None:
             _expect_none(text=text, max_new_tokens=max_new_tokens, answers=answers)
             data, sequences = self._regions(images, masks, prompts, caption_length, captions, call)
@@ -184,6 +181,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             self.tokenizer.pad_token_id,
             has_targets,
             side=call.padding_side,
+            min_length=call.min_length,
             multiple_of=call.pad_to_multiple_of,
         )
         data = {**padded, **data}

@@ -64,15 +64,17 @@ def pad_sequences(
     with_labels: bool,
     *,
     side: str = "left",
+    min_length: int = 0,
     multiple_of: int | None = None,
 ) -> dict:
     """Stacks sequences into int64 (B, L): prompts padded on the left, answers on the right.
 
-    `side` is the prompts'; "right" is for sequences without answers. With `multiple_of`, L is the
-    next multiple of it.
+    `side` is the prompts'; "right" is for sequences without answers. L is at least `min_length`
+    and, with `multiple_of`, the next multiple of it.
     """
     left = max(s.prompt_length for s in sequences)
     right = max(len(s.ids) - s.prompt_length for s in sequences)
+    left = max(left, min_length - right)
     left += -(left + right) % (multiple_of or 1)
     if side == "right" and right:
         raise ValueError("expected padding_side 'left' with answers, got 'right'")
@@ -155,7 +157,7 @@ def _expect_values(inputs, config: PerceptionDLMConfig):
         "position_ids": (0, config.text_config.max_position_embeddings - 1),
         "region_ids": (NO_REGION, length),
         "role_ids": (ROLE_SHARED, ROLE_CAPTION),
-        "image_grids": (1, MAX_GRID),
+        "image_grids": (0 if config.image_layout == "anyres" else 1, MAX_GRID),  # (0, 0): no canvas
         "image_sizes": (1, MAX_SIDE),
         "boxes": (0, 1),
         "box_images": (0, len(inputs.get("image_grids", ())) - 1),

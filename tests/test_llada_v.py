@@ -158,6 +158,8 @@ def test_several_pictures_of_a_prompt_are_a_padded_tile_and_a_newline_each(llava
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 3 * 65
     text = plain.prompt_of([("user", "<image>\n<image>\n<image>\nCompare.")])
     assert logits_equal(model, processor, text, pictures, inputs) < 1e-4
+    out = model.diffusion_generate(inputs=inputs, processor=processor)
+    assert [len(ids) for ids in out.token_ids[0]] == [4]
 
 
 def test_only_one_tile_can_be_asked_of_an_anyres_picture(llava, picture):

@@ -99,6 +99,8 @@ def test_neutral_values_change_nothing(ask, processor):
         {"size": {"height": side, "width": side}, "device": "cpu", "disable_grouping": True},
         {"text_kwargs": {"padding": True}, "images_kwargs": {"do_pad": False}},
         {"common_kwargs": {"return_tensors": "pt"}, "videos_kwargs": {}, "audio_kwargs": None},
+        {"return_tensors": "pt", "common_kwargs": {"return_tensors": "pt"}},
+        {"do_sample_frames": False, "fps": 2, "sampling_rate": None, "verbose": True},
         {"return_attention_mask": True, "return_offsets_mapping": False, "verbose": False},
     ]
     for options in neutral:
@@ -143,6 +145,15 @@ def test_a_batch_is_padded_to_a_multiple(processor, side):
     start = width - plain.shape[1] if side == "left" else 0
     assert torch.equal(batch["input_ids"][:, start : start + plain.shape[1]], plain)
     assert all(tensor.shape[1] == width for tensor in batch.values())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_is_padded_to_a_length(processor, side):
+    plain = processor(text=QUESTIONS, padding_side=side)["input_ids"]
+    batch = processor(text=QUESTIONS, padding_side=side, padding="max_length", max_length=90)
+    start = 90 - plain.shape[1] if side == "left" else 0
+    assert all(tensor.shape == (2, 90) for tensor in batch.values())
+    assert torch.equal(batch["input_ids"][:, start : start + plain.shape[1]], plain)
 
 
 def test_an_answer_still_starts_in_one_column_when_padded_to_a_multiple(processor):
