@@ -116,13 +116,13 @@ def test_an_adapter_is_named_as_one_also_with_a_config_beside_it(door, tmp_path,
         MODEL_DOORS[door](adapter, tmp_path)
 
 
-@pytest.mark.parametrize("door", MODEL_DOORS.keys() - {"publishing"})
+@pytest.mark.parametrize("door", sorted(MODEL_DOORS.keys() - {"publishing"}))
 def test_a_released_checkpoint_is_to_be_converted_first(door, tmp_path):
     with pytest.raises(ValueError, match="got 'pdmllm': convert other layouts"):
         MODEL_DOORS[door](REGION, tmp_path)
 
 
-@pytest.mark.parametrize("door", MODEL_DOORS.keys() - {"publishing"})
+@pytest.mark.parametrize("door", sorted(MODEL_DOORS.keys() - {"publishing"}))
 def test_a_folder_without_a_config_is_said_to_have_none(door, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="with a config.json in .*empty, got none"):

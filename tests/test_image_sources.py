@@ -191,7 +191,7 @@ def closed_port() -> int:
 @pytest.mark.parametrize(
     "url",
     [
-        f"http://127.0.0.1:{closed_port()}/x.png",
+        "http://127.0.0.1:{closed_port}/x.png",
         "https://127.0.0.1:1/x.png",
         "http://nothing.invalid/x.png",
         "http://",
@@ -203,6 +203,7 @@ def closed_port() -> int:
     ],
 )
 def test_a_url_that_leads_nowhere_is_a_value_error_that_names_it(url):
+    url = url.replace("{closed_port}", str(closed_port()))
     for load in (load_image, lambda url: load_mask(url, (4, 4))):
         with pytest.raises(ValueError, match="expected a picture at http"):
             load(url)
