@@ -7,6 +7,8 @@ import sys
 from ..extras import MissingExtra
 from .streams import escape_what_streams_lack, silence_stdout
 
+INTERRUPTED = 130  # as a shell says of a command that Ctrl-C ended
+
 # name: (module with `configure(parser)` and `run(args) -> exit code`, one line of help)
 COMMANDS = {
     "caption": ("perceptiondlm.apps.caption", "caption regions of pictures, or ask about pictures"),
@@ -45,7 +47,11 @@ def _run(arguments: list[str]) -> int:
             implementation.configure(command)
             command.set_defaults(run=implementation.run)
     args = parser.parse_args(arguments)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt as error:  # with what was kept, where a command says it
+        print(f"perceptiondlm {args.command}: {error or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":
