@@ -60,10 +60,10 @@ class Journal:
             self._end += len(line)
             self.records.append(record)
 
-    def refresh(self) -> list[dict]:
-        """Reads and returns what others have appended since."""
+    def refresh(self):
+        """Adds to `records` what others have appended since."""
         with self._lock:
-            return self._read_on()
+            self._read_on()
 
     def claim(self, key: str):
         """Takes the work of this name, unless another process or journal has it: a context of
@@ -89,7 +89,7 @@ class Journal:
     def __exit__(self, *_):
         self.close()
 
-    def _read_on(self) -> list[dict]:
+    def _read_on(self):
         self._file.seek(self._end)
         data = self._file.read()
         lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
@@ -97,7 +97,6 @@ class Journal:
         found = [_parse_line(self.path, first + i, line) for i, line in enumerate(lines)]
         self._end += sum(map(len, lines))
         self.records += found
-        return found
 
 
 def read_journal(path: str | Path) -> list[dict]:

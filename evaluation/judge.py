@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,20 +95,27 @@ class _JudgeRun:
         self.prompt_version = prompt_version
         self.known: dict[str, str] = {}
         self.own: set[str] = set()  # keys that this run paid for
-        self._learn(cache.records)
+        self._learned = 0  # records of the cache that `known` has
         self.failures: list[dict] = []
         self.stopped: str | None = None
         self._in_a_row = 0
         self._lock = threading.Lock()
+        self._learn()
 
-    def _learn(self, records: Iterable[dict]):
-        self.known |= {r["key"]: r["answer"] for r in records if "answer" in r}
+    def _learn(self):
+        """Takes in what the cache holds by now. One thread at a time, so that none looks at `known`
+        while another has read an answer and not yet put it there."""
+        with self._lock:
+            self.cache.refresh()
+            records = self.cache.records[self._learned :]
+            self._learned += len(records)
+            self.known |= {r["key"]: r["answer"] for r in records if "answer" in r}
 
     def answer(self, call: JudgeCall):
         """Asks one question, unless another run that shares the cache does, or has done."""
         while not self.endpoint.stop.is_set():
             with self.cache.claim(call.key) as is_mine:
-                self._learn(self.cache.refresh())
+                self._learn()
                 if call.key in self.known:
                     return
                 if is_mine:

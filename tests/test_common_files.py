@@ -237,7 +237,8 @@ def test_two_journals_of_one_file_keep_every_record_and_see_each_others(tmp_path
         for k in range(5):
             one.append({"one": k})
             two.append({"two": k})
-        assert one.refresh() == [{"two": 4}] and one.records == two.records
+        one.refresh()
+        assert one.records == two.records
     expected = [{name: k} for k in range(5) for name in ("one", "two")]
     assert read_journal(path) == expected
 
