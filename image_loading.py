@@ -24,6 +24,7 @@ from .image_sources import decode_base64, decode_data_url, fetch_image, is_data_
 LOSSY_FORMATS = frozenset(["JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"])
 LOSSY_COMPRESSION = frozenset(["jpeg", "tiff_jpeg", "webp"])  # in TIFF
 LONGEST_PATH = 4096  # characters; a longer text is no path but base64
+EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # PIL's
 PNG_START = b"\x89PNG\r\n\x1a\n"
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -190,7 +191,13 @@ def turn_upright(image: Image.Image) -> Image.Image:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # PIL's parser fails in many ways on damaged EXIF
         turn = None
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+
+    turned = image.transpose(turn)
+    for key in EXIF_KEYS:  # else it would be turned again when it is opened again
+        turned.info.pop(key, None)
+    return turned
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

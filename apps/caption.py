@@ -85,7 +85,8 @@ def _add_regions(group):
         action="extend",
         default=[],
         metavar="PATH",
-        help="pictures in which every value or colour is a region, or a folder of them by name",
+        help="pictures in which every value or color is a region, but black and the void label"
+        " 255, or a folder of them by name",
     )
     group.add_argument(
         "--box",

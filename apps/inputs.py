@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from PIL import Image
 
 from ..common.json_text import parse_json
-from ..image_loading import expect_lossless, load_image, open_encoded
+from ..image_loading import expect_lossless, load_image, open_encoded, turn_upright
 from ..image_sources import fetch_image, is_url
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
@@ -119,13 +119,12 @@ def _decoding(kind: str, name: str):
 
 
 def open_mask_file(path: Path) -> Image.Image:
-    """A mask or label map as stored, not yet converted."""
+    """A mask or label map, upright, not yet converted."""
     _check_file(path, MAX_PICTURE_BYTES, "mask")
     with _decoding("mask", str(path)):
         mask = _open_checked(path, str(path))
         expect_lossless(mask, f"the mask {path}")
-        mask.load()
-        return mask
+        return turn_upright(mask)
 
 
 @functools.cache

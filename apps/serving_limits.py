@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .. import image_sources
-from ..image_loading import expect_lossless, load_mask, open_encoded
+from ..image_loading import expect_lossless, load_mask, open_encoded, turn_upright
 from .inputs import annotation_mask, readable_formats
 
 MAX_NUMBER = 10**9  # of a coordinate or run length
@@ -74,7 +74,7 @@ def expect_at_most(name: str, value: int | None, most: int):
 
 
 def decode_picture(data: bytes, name: str, limits: Limits) -> Image.Image:
-    """A picture from an encoded file's bytes, as stored: not converted, fully read."""
+    """A picture from an encoded file's bytes: upright, not converted, fully read."""
     return _loaded(_open(data, name, limits), name)
 
 
@@ -114,10 +114,9 @@ def _open(data: bytes, name: str, limits: Limits) -> Image.Image:
 
 def _loaded(picture: Image.Image, name: str) -> Image.Image:
     try:
-        picture.load()
+        return turn_upright(picture)
     except Exception as error:
         raise ValueError(f"expected {name} as a whole file, got a damaged one: {error}") from error
-    return picture
 
 
 def _is_colored(mask: Image.Image) -> bool:
@@ -174,11 +173,6 @@ def read_mask(item, size: tuple[int, int], limits: Limits) -> Image.Image:
     if not isinstance(item, (dict, list)):
         raise ValueError(f"expected an object, a list or a data URL, got {item!r:.80}")
     mask = annotation_mask(item, "a mask")
-    if isinstance(mask, dict) and "size" in mask and mask["size"] != [size[1], size[0]]:
-        raise ValueError(
-            f"expected the image's size [height, width] {[size[1], size[0]]},"
-            f" got {str(mask['size'])[:60]}"
-        )
     for part in mask.values() if isinstance(mask, dict) else [mask]:
         _expect_numbers(part)
     return load_mask(mask, size)

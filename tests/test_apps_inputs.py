@@ -211,6 +211,39 @@ def test_a_jpeg_mask_is_refused(tmp_path):
         source.regions(cat, SIZE)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("mask.png", "JPEG"), ("mask.webp", "WEBP")])
+def test_a_lossy_mask_is_refused_whatever_its_name(tmp_path, name, kind):
+    (cat,) = pictures(tmp_path, "cat.png")
+    Image.fromarray(block(3, 3, 9, 9)).rotate(20).save(tmp_path / name, kind)
+    (source,) = open_sources([str(tmp_path / name)], [cat])
+    with pytest.raises(ValueError, match=f"{name} without loss"):
+        source.regions(cat, SIZE)
+
+
+def test_a_palette_mask_is_its_colors(tmp_path):
+    (cat,) = pictures(tmp_path, "cat.png")
+    Image.fromarray(block(3, 3, 9, 9)).quantize(2).save(tmp_path / "mask.png")
+    (source,) = open_sources([str(tmp_path / "mask.png")], [cat])
+    assert boxes(source, cat) == [(3, 3, 9, 9)]
+
+
+def test_a_mask_with_an_orientation_is_turned_once(tmp_path):
+    (cat,) = pictures(tmp_path, "cat.png")
+    exif = Image.Exif()
+    exif[0x0112] = 8  # a quarter to the left makes it upright
+    stored = Image.fromarray(np.ascontiguousarray(np.rot90(block(3, 2, 9, 5), -1)))
+    stored.save(tmp_path / "mask.png", exif=exif)
+    (source,) = open_sources([str(tmp_path / "mask.png")], [cat])
+    assert boxes(source, cat) == boxes(LabelMaps(tmp_path / "mask.png"), cat) == [(3, 2, 9, 5)]
+
+
+def test_a_mask_of_the_unrotated_size_is_told_of_the_orientation(tmp_path):
+    (cat,) = pictures(tmp_path, "cat.png")
+    (source,) = open_sources([str(save(tmp_path / "mask.png", block(0, 0, 5, 5).T))], [cat])
+    with pytest.raises(ValueError, match="got 12x20: .*EXIF orientation"):
+        source.regions(cat, SIZE)
+
+
 # Label maps.
 
 
@@ -236,6 +269,22 @@ def test_every_value_of_a_grey_or_palette_label_map_is_a_region(mode):
         labels.putpalette(list(range(256)) * 3)
     found = [load_mask(r.mask, SIZE).getbbox() for r in split_labels(labels, "labels")]
     assert found == [(0, 0, 5, 3), (8, 6, 20, 12)]
+
+
+def test_voids_and_the_black_of_any_index_are_no_regions(tmp_path):
+    values = np.full(SIZE[::-1], 9, np.uint8)  # black
+    values[2:9, 1:9] = values[2:9, 11:19] = 255
+    values[3:8, 2:8], values[3:8, 12:18] = 0, 4
+    labels = Image.fromarray(values).convert("P")
+    palette = np.random.default_rng(0).integers(1, 256, (256, 3), dtype=np.uint8)
+    palette[9], palette[255] = 0, (224, 224, 192)
+    labels.putpalette(palette.tobytes())
+    labels.save(tmp_path / "index.png")
+    labels.convert("RGB").save(tmp_path / "colors.png")
+    (cat,) = pictures(tmp_path, "cat.png")
+    objects = [(2, 3, 8, 8), (12, 3, 18, 8)]
+    assert boxes(LabelMaps(tmp_path / "index.png"), cat) == objects
+    assert sorted(boxes(LabelMaps(tmp_path / "colors.png"), cat)) == objects
 
 
 def test_a_photograph_is_no_label_map():

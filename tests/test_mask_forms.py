@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from perceptiondlm.image_loading import load_image, load_mask, split_label_map
+from perceptiondlm.image_loading import load_image, load_mask, split_label_map, turn_upright
 from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = (46, 34)
@@ -179,7 +179,7 @@ SOFT = {
     "WebP": lambda soft: encoded(soft.convert("RGB"), "WEBP", lossless=True),
     "RGB": lambda soft: soft.convert("RGB"),
     "alpha": lambda soft: Image.merge("LA", [Image.new("L", SIZE, 255), soft]),
-    "red": lambda soft: Image.merge(
+    "orange": lambda soft: Image.merge(
         "RGB", [soft, soft.point(lambda v: v // 3), Image.new("L", SIZE)]
     ),
 }
@@ -325,6 +325,8 @@ LABEL_MAPS = {
     "array": lambda v: v,
     "int64": lambda v: torch.from_numpy(v.astype(np.int64)),
 }
+
+
 @pytest.mark.parametrize("form", LABEL_MAPS)
 def test_a_label_map_as_one_mask_is_refused_with_what_to_do(labels, form):
     for values in (labels, np.where(labels == 255, 0, labels), np.where(labels == 2, 0, labels)):
@@ -415,6 +417,8 @@ def test_a_mask_is_turned_upright_as_its_image_is():
     pixels, mask = turned()
     image = load_image(encoded(Image.fromarray(pixels), "PNG", exif=exif(6)))
     assert np.array_equal(image, np.rot90(pixels, -1))
+    opened = Image.open(io.BytesIO(encoded(Image.fromarray(pixels), "PNG", exif=exif(6))))
+    assert np.array_equal(load_image(turn_upright(opened)), image)
     for kind in ("PNG", "TIFF"):
         region = load_mask(encoded(Image.fromarray(mask), kind, exif=exif(6)), image.size)
         assert np.array_equal(region, np.rot90(mask, -1))

@@ -35,6 +35,17 @@ def rle(mask: np.ndarray) -> dict:
     return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
 
 
+def test_polygons_of_a_record_are_cocos(processor, folder):
+    polygon = [3.0, 4.0, 41.3, 7.2, 35.1, 40.9, 8.4, 30.0]
+    (encoded,) = coco.frPyObjects([polygon], 48, 48)
+    as_rle = {"size": [48, 48], "counts": encoded["counts"].decode("ascii")}
+    boxes = []
+    for mask in ([polygon], {"polygons": [polygon]}, as_rle):
+        made = processor.image_processor([str(folder / "0.jpg")], [[mask]])
+        boxes.append((made["boxes"].tolist(), made["region_patches"].tolist()))
+    assert boxes[0] == boxes[1] == boxes[2]
+
+
 def squares(count: int, size: int = 48) -> list[np.ndarray]:
     """Squares of distinct areas, the smallest first."""
     masks = []
@@ -75,8 +86,9 @@ def captions_of(processor, sample) -> list[str]:
     labels = np.array(sample.sequence.labels)
     regions = np.array(sample.sequence.regions)
     chosen = [labels[(regions == k) & (labels >= 0)] for k in range(max(regions) + 1)]
-    return [processor.decode_answer([t for t in ids if t not in markers(processor)])
-            for ids in chosen]
+    return [
+        processor.decode_answer([t for t in ids if t not in markers(processor)]) for ids in chosen
+    ]
 
 
 def markers(processor) -> list[int]:
@@ -134,8 +146,11 @@ def test_prompts_are_permuted_and_boxes_are_not(folder, processor):
         features = dataset[epoch].features
         assert torch.equal(features["boxes"], fixed["boxes"])
         order = tuple(
-            next(p for p in range(3) if torch.equal(features["region_patches"][:, p],
-                                                    fixed["region_patches"][:, k]))
+            next(
+                p
+                for p in range(3)
+                if torch.equal(features["region_patches"][:, p], fixed["region_patches"][:, k])
+            )
             for k in range(3)
         )
         seen.add(order)
@@ -254,8 +269,9 @@ def test_a_broken_conversation_is_reported_by_line(folder, processor, caplog, ki
 
 
 def test_more_broken_records_than_the_share_stop_the_run(folder, processor):
-    records = [region_record("none.jpg", 1) if k < 2 else region_record("0.jpg", 1)
-               for k in range(10)]
+    records = [
+        region_record("none.jpg", 1) if k < 2 else region_record("0.jpg", 1) for k in range(10)
+    ]
     file = write_lines(folder / "a.jsonl", records)
     enough = region_set(processor, [file], share=0.2)
     assert [enough[i] for i in range(10)]
@@ -298,11 +314,15 @@ def test_every_assistant_turn_is_a_target_after_the_turns_before_it(folder, proc
     image = "<img>{}</img>\n"
     first = header.format("user") + image + "one<|eot_id|>" + header.format("assistant")
     second = (
-        first + "two<|eot_id|>" + header.format("user") + "three<|eot_id|>"
+        first
+        + "two<|eot_id|>"
+        + header.format("user")
+        + "three<|eot_id|>"
         + header.format("assistant")
     )
-    for sample, context, answer in zip((dataset[0], dataset[1]), (first, second), ("two", "four"),
-                                       strict=True):
+    for sample, context, answer in zip(
+        (dataset[0], dataset[1]), (first, second), ("two", "four"), strict=True
+    ):
         tokens = sample.sequence.ids.count(processor.image_token_id)
         context = context.format(processor.image_token * tokens)
         assert processor.tokenizer.decode(sample.sequence.ids) == context + answer + "<|eot_id|>"
@@ -312,8 +332,12 @@ def test_every_assistant_turn_is_a_target_after_the_turns_before_it(folder, proc
 
 def test_messages_with_embedded_pictures_equal_conversations_with_paths(folder, processor):
     turns = [("user", "<image>\nwhat?"), ("assistant", "this")]
-    named = {"image": "1.jpg", "conversations": [
-        {"from": "human" if r == "user" else "gpt", "value": t} for r, t in turns]}
+    named = {
+        "image": "1.jpg",
+        "conversations": [
+            {"from": "human" if r == "user" else "gpt", "value": t} for r, t in turns
+        ],
+    }
     embedded = {
         "images": [{"bytes": (folder / "1.jpg").read_bytes(), "path": None}],
         "messages": [{"role": r, "content": t} for r, t in turns],

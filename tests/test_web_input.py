@@ -1,15 +1,18 @@
 """What the page's painter may send, and what the page shows of a model's words."""
 
+import io
 import json
 from pathlib import Path
+from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pytest
 from perceptiondlm.apps.captioner import MASKED
-from perceptiondlm.apps.serving_limits import Limits
+from perceptiondlm.apps.serving_limits import Limits, decode_picture, read_mask
 from perceptiondlm.apps.web_input import examples, fit_mask, read_payload, region_masks
 from perceptiondlm.apps.web_painter import markup
 from perceptiondlm.apps.web_view import answer_view, captions_view
+from perceptiondlm.image_loading import load_image
 from PIL import Image
 from serving import data_url
 
@@ -39,6 +42,53 @@ def test_a_payload_is_a_picture_and_masks_of_its_size():
     assert picture.tobytes() == Image.open(PICTURE).convert("RGB").tobytes()
     assert masks[0].getbbox() == (1, 2, 30, 40)
     assert masks[1].tobytes() == Image.open(exact).convert("L").tobytes()
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda url: url.replace("data:", "DATA:").replace("base64", "BASE64"),
+        lambda url: url.replace(";base64", ";charset=utf-8;base64"),
+        lambda url: url[:40] + "\r\n" + url[40:],
+        lambda url: url.rstrip("=").replace("+", "-").replace("/", "_").replace("_", "/", 1),
+        lambda url: "data:image/png," + quote_from_bytes(PICTURE.read_bytes()),
+    ],
+)
+def test_a_data_url_is_read_however_it_is_written(way):
+    picture, _ = read_payload(sent(way(data_url(PICTURE))), LIMITS)
+    assert picture.tobytes() == Image.open(PICTURE).convert("RGB").tobytes()
+
+
+def test_an_image_with_an_orientation_is_turned_once_and_masks_have_its_upright_size():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(np.arange(12 * 8, dtype=np.uint8).reshape(8, 12) * 2)
+    buffer = io.BytesIO()
+    stored.save(buffer, "PNG", exif=exif)
+    opened = decode_picture(buffer.getvalue(), "the picture", LIMITS)
+    rle = {"size": [12, 8], "counts": [5, 30, 61]}
+    assert opened.size == (8, 12)
+    assert np.count_nonzero(read_mask(rle, opened.size, LIMITS)) == 30
+    with pytest.raises(ValueError, match="EXIF orientation"):
+        read_mask(rle, stored.size, LIMITS)
+    assert np.array_equal(np.asarray(load_image(opened))[..., 0], np.rot90(stored, -1))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_a_lossy_mask_is_refused(kind):
+    buffer = io.BytesIO()
+    Image.open(VECTORS / "region_0_mask_0.png").rotate(10).convert("RGB").save(buffer, kind)
+    with pytest.raises(ValueError, match="region 1: expected .*mask without loss, say as PNG"):
+        region_masks([{"exact": data_url(buffer.getvalue())}], SIZE, LIMITS)
+
+
+def test_a_lossless_mask_with_a_soft_edge_is_read_of_any_format():
+    mask = Image.open(VECTORS / "region_0_mask_0.png").resize((75, 70)).resize(SIZE)
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
+        buffer = io.BytesIO()
+        mask.save(buffer, kind, **options)
+        (got,) = region_masks([{"exact": data_url(buffer.getvalue())}], SIZE, LIMITS)
+        assert np.array_equal(np.asarray(got) > 0, np.asarray(mask) > 0)
 
 
 @pytest.mark.parametrize("scale", [0.25, 1, 4])
