@@ -99,9 +99,13 @@ def expect_checkpoint(source: str | Path, subfolder: str | None = None, **place)
     where = source if path is None else path / place["subfolder"]
     if path is not None and not where.is_dir():
         raise MissingSource(f"expected a checkpoint's folder, got {where}, which is none")
-    settings, _ = PreTrainedConfig.get_config_dict(source, **place)
-    if cached_file(source, ADAPTER_FILE, **NO_ERRORS, **place) is not None:
+    # A cached adapter is known without a network; one on the Hub once its config was looked for.
+    if cached_file(source, ADAPTER_FILE, local_files_only=True, **NO_ERRORS, **place):
         raise adapter_error(where)
+    settings, _ = PreTrainedConfig.get_config_dict(source, **place)
+    if cached_file(source, ADAPTER_FILE, **NO_ERRORS, **place):
+        raise adapter_error(where)
+
     if not settings:
         raise MissingFile(f"expected a checkpoint with a config.json in {where}, got none")
     if settings.get("model_type") != PerceptionDLMConfig.model_type:

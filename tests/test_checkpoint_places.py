@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from clean_rooms import write_hub_cache
 from perceptiondlm import convert_checkpoint
 from perceptiondlm.apps.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
@@ -133,6 +134,17 @@ def test_a_folder_without_a_config_is_said_to_have_none(door, tmp_path):
 def test_a_subfolder_that_is_none_is_named(subfolder, converted):
     with pytest.raises(FileNotFoundError, match=f"{subfolder}, which is none"):
         RegionCaptioner.from_pretrained(converted("released-region"), subfolder=subfolder)
+
+
+def test_an_adapter_on_the_hub_is_named_as_one_and_a_checkpoint_is_taken(
+    tmp_path, converted, monkeypatch
+):
+    write_hub_cache(adapter_in(tmp_path), tmp_path, "owner/adapter")
+    write_hub_cache(converted("released-region"), tmp_path, "owner/whole")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(ValueError, match="the adapter in owner/adapter: .*--base"):
+        RegionCaptioner.from_pretrained("owner/adapter")
+    assert RegionCaptioner.from_pretrained("owner/whole").model.config.num_region_prompts
 
 
 def test_the_converter_ends_with_its_code_for_a_source_that_is_not_there(tmp_path, capsys):
