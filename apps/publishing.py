@@ -5,6 +5,7 @@ leaves the branch as it was, and trying again sends only what is not there yet.
 """
 
 import argparse
+import glob
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from ..checkpoint_files import ADAPTER_FILE, adapter_error
 from ..common.json_text import read_json as read_report
 from ..evaluation.checkpoint import folder_fingerprint
 from ..model_card import (
+    CARD,
     LICENCE,
     PROVENANCE,
     STALE,
@@ -35,8 +37,26 @@ from ..model_card import (
 logger = logging.getLogger(__name__)
 
 CLASSES = ("AutoConfig", "AutoModel", "AutoProcessor")
-KEPT_AWAY = ["__pycache__/*", "*.pyc", ".*", "*/.*", "*.tmp", "optimizer*", "*.pt", "*.pth"]
 MAIN = "main"
+
+# What belongs to a model, beside its weights and modules; nothing else of a folder is sent.
+MODEL_FILES = (
+    "LICENSE",
+    CARD,
+    PROVENANCE,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+CONVERTER = "convert_checkpoint.py"
 
 
 def push_folder(
@@ -84,6 +104,10 @@ def push_folder(
         base_model=base_model,
         licence=licence,
     )
+    files = model_files(folder)
+    left = sorted(path.name for path in folder.iterdir() if path.name not in files)
+    if left:
+        logger.warning("not sent, as no part of a model: %s", ", ".join(left))
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if branch != MAIN:
@@ -93,7 +117,7 @@ def push_folder(
         folder_path=folder,
         revision=branch,
         commit_message=message or f"Upload {repo_id.split('/')[-1]}",
-        ignore_patterns=KEPT_AWAY,
+        allow_patterns=[glob.escape(name) for name in files],
         delete_patterns=STALE,
     )
 
@@ -141,17 +165,56 @@ def expect_report_of(folder: Path, report: Mapping):
 
 def missing_files(folder: Path) -> list[str]:
     """Names of what a self-contained checkpoint lacks."""
-    auto_map = {
-        **read_json(folder / "processor_config.json").get("auto_map", {}),
-        **read_json(folder / "config.json").get("auto_map", {}),
-    }
+    auto_map = _auto_map(folder)
     needed = ["config.json", "processor_config.json", "tokenizer.json", "LICENSE"]
     if auto_map:
         needed += [f"auto_map entry for {name}" for name in CLASSES if name not in auto_map]
-    needed += sorted(_modules(folder, {f"{name.split('.')[0]}.py" for name in auto_map.values()}))
-    index = read_json(folder / "model.safetensors.index.json")
-    needed += sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
+    needed += sorted(_modules(folder, _entry_modules(folder)))
+    needed += weight_names(folder)
     return [name for name in needed if not (folder / name).is_file()]
+
+
+def model_files(folder: Path) -> list[str]:
+    """Names of the files of a folder that belong to its model.
+
+    Raises ValueError for one that is a link to a place outside the folder, which would publish
+    what lies there; the links of the Hub's own cache are taken.
+    """
+    names = {*MODEL_FILES, *weight_names(folder), *_modules(folder, _entry_modules(folder))}
+    if (folder / CONVERTER).is_file():
+        names |= _modules(folder, {CONVERTER})
+    present = sorted(name for name in names if (folder / name).is_file())
+    if (folder / INDEX).is_file():
+        present.append(INDEX)
+
+    home = folder.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    for name in present:
+        target = (folder / name).resolve()
+        if target.parent not in (home, blobs):
+            raise ValueError(f"expected only files of {folder}, got {name}, a link to {target}")
+    return present
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Names of the files that hold a folder's weights."""
+    index = read_json(folder / INDEX)
+    return sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
+
+
+def _auto_map(folder: Path) -> dict[str, str]:
+    return {
+        **read_json(folder / "processor_config.json").get("auto_map", {}),
+        **read_json(folder / "config.json").get("auto_map", {}),
+    }
+
+
+def _entry_modules(folder: Path) -> set[str]:
+    """Names of the modules that a folder's auto classes are in."""
+    return {f"{name.split('.')[0]}.py" for name in _auto_map(folder).values()}
 
 
 def _modules(folder: Path, named: set[str]) -> set[str]:

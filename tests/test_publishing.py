@@ -171,6 +171,41 @@ def test_a_repository_is_published_in_one_commit(hub, checkpoint):
     assert hub.files(REPO) == expected
 
 
+def test_only_what_belongs_to_the_model_is_sent(hub, checkpoint, caplog):
+    """What training, an editor or a careless copy leaves in a folder stays there."""
+    strangers = ["training_args.bin", "optimizer.pt", "id_rsa", "secrets.json", "notes.py", ".env"]
+    for name in [*strangers, "checkpoint-10/model.safetensors", "data/train.jsonl"]:
+        path = checkpoint / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("private")
+    push_folder(checkpoint, REPO)
+    sent = set(hub.files(REPO))
+    assert {"config.json", "LICENSE", "README.md", "modeling_perceptiondlm.py"} <= sent
+    assert not sent & {*strangers, "checkpoint-10/model.safetensors", "data/train.jsonl"}
+    assert "secrets.json" in caplog.text and "checkpoint-10" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "LICENSE"])
+def test_a_link_out_of_the_folder_is_not_followed(hub, checkpoint, tmp_path, name):
+    secret = tmp_path / "secret"
+    secret.write_text("private")
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"got {name}, a link to .*secret"):
+        push_folder(checkpoint, REPO)
+
+
+def test_a_snapshot_of_the_hubs_cache_is_published_through_its_links(hub, checkpoint, tmp_path):
+    snapshot, blobs = tmp_path / "repo" / "snapshots" / "abc", tmp_path / "repo" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in checkpoint.iterdir():
+        (blobs / path.name).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    push_folder(snapshot, REPO)
+    assert {"config.json", "LICENSE"} <= set(hub.files(REPO))
+
+
 def test_an_upload_that_fails_half_way_leaves_main_untouched(hub, checkpoint):
     push_folder(checkpoint, REPO)
     before = hub.repositories[REPO].branches["main"]
