@@ -57,6 +57,8 @@ class PerceptionDLMTextConfig(LlamaConfig):
 
     model_type = "llada"
     base_config_key = "text_config"
+    # the embeddings too: transformers 5.18 would split a tied head without them
+    base_model_tp_plan = {"embed_tokens": "embedding_rowwise", **LlamaConfig.base_model_tp_plan}
     base_model_pp_plan = None  # the network does not pass through the layers alone
 
     vocab_size: int = 126464

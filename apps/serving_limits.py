@@ -15,7 +15,6 @@ from .. import image_sources
 from ..image_loading import expect_lossless, load_mask, open_encoded, turn_upright
 from .inputs import annotation_mask, readable_formats
 
-MAX_NUMBER = 10**9  # of a coordinate or run length
 # What people send as a picture that is none: first bytes, and what to call it.
 NOT_PICTURES = (
     (b"<svg", "SVG"),
@@ -172,22 +171,7 @@ def read_mask(item, size: tuple[int, int], limits: Limits) -> Image.Image:
         )
     if not isinstance(item, (dict, list)):
         raise ValueError(f"expected an object, a list or a data URL, got {item!r:.80}")
-    mask = annotation_mask(item, "a mask")
-    for part in mask.values() if isinstance(mask, dict) else [mask]:
-        _expect_numbers(part)
-    return load_mask(mask, size)
-
-
-def _expect_numbers(values, depth: int = 3):
-    """Refuses what is no number a picture could need in a list of lists of them; a text is left to
-    whom it is meant for."""
-    if not isinstance(values, list):
-        return
-    for value in values:
-        if isinstance(value, list) and depth:
-            _expect_numbers(value, depth - 1)
-        elif not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
-            raise ValueError(f"expected finite numbers, got {str(value)[:40]!r}")
+    return load_mask(annotation_mask(item, "a mask"), size)
 
 
 def expect_masks(count: int, size: tuple[int, int], limits: Limits):

@@ -59,23 +59,25 @@ def run_placed(func, args, kwargs: dict):
 class SimulatedDevices(TorchDispatchMode):
     """Inside it `FIRST`, `SECOND` and `THIRD` are devices.
 
-    `torch.tensor` and generators do not pass through a mode, so they are replaced meanwhile.
+    `torch.tensor` and generators do not pass through a mode, so they are replaced meanwhile, and
+    autocast is off, which would ask the device's driver.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return run_placed(func, args, kwargs or {})
 
     def __enter__(self):
-        self.replaced = torch.tensor, torch.Generator
-        tensor, generator = self.replaced
+        self.replaced = torch.tensor, torch.Generator, torch.is_autocast_enabled
+        tensor, generator, _ = self.replaced
 
         def placed_tensor(data, *args, device=None, **kwargs):
             made = tensor(data, *args, **kwargs)
             return made if device is None else made.to(device)
 
         torch.tensor, torch.Generator = placed_tensor, lambda device=None: generator()
+        torch.is_autocast_enabled = lambda *device: False
         return super().__enter__()
 
     def __exit__(self, *raised):
-        torch.tensor, torch.Generator = self.replaced
+        torch.tensor, torch.Generator, torch.is_autocast_enabled = self.replaced
         return super().__exit__(*raised)

@@ -130,6 +130,23 @@ def test_a_part_in_memory_and_the_rest_on_disk_changes_nothing(
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_model_that_does_not_fit_in_memory_gives_the_same(
+    make, saved, results, expected, setting, share, tmp_path
+):
+    """`device_map="auto"` with memory for a share of the weights."""
+    size = sum(p.numel() * p.element_size() for p in make(**SETTINGS[setting])[0].parameters())
+    loaded = PerceptionDLMForConditionalGeneration.from_pretrained(
+        saved(setting),
+        device_map="auto",
+        max_memory={"cpu": int(share * size)},
+        offload_folder=tmp_path,
+    )
+    assert "disk" in loaded.hf_device_map.values()
+    assert results(loaded.eval(), setting) == expected(setting)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_a_whole_model_offloaded_by_accelerate_gives_the_same(
     make, results, expected, setting, tmp_path
 ):
