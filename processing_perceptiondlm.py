@@ -22,6 +22,7 @@ from .configuration_perceptiondlm import (
 from .image_loading import describe
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from .processing_arguments import CallArguments
+from .processing_text import encode_prompt, encode_text, escape, settle
 from .token_sequence import TokenSequence, pad_sequences
 
 CHAT_TEMPLATE = """\
@@ -142,10 +143,13 @@ class PerceptionDLMProcessor(ProcessorMixin):
         Args:
             images: for regions, one picture or a list of them; for text, pictures in the order of
                 their placeholders (flat or a list for each text), or None.
-            text: rendered prompt or prompts holding an image token for each picture.
+            text: rendered prompt or prompts holding an image token for each picture; control
+                tokens that are spelled in it are control tokens, as in transformers, but for those
+                that `apply_chat_template` has escaped.
             masks: a list of masks for one picture, or a list of such lists; see `load_mask`.
             prompts: with masks, the instruction (default `region_instruction`); without, plain
-                questions, rendered through the chat template after their pictures.
+                questions, rendered through the chat template after their pictures. Like captions
+                and answers they are text: nothing in them becomes a control token.
             caption_length: masked tokens for each region (32 when neither this nor `captions` is
                 given); with `captions`, the slot that each is padded to with end-of-turn.
             max_new_tokens: masked tokens of an answer; with `answers`, the padded slot.
@@ -189,6 +193,20 @@ class PerceptionDLMProcessor(ProcessorMixin):
             rows = [torch.tensor(order) for order in orders]
             data["region_orders"] = pad_sequence(rows, batch_first=True, padding_value=-1)
         return BatchFeature(data)
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As transformers' `ProcessorMixin.apply_chat_template`, but what messages say stays text:
+        a control token that is spelled in one is escaped in the rendered prompt, and the processor
+        encodes it as text."""
+        if not isinstance(conversation, (list, tuple)):
+            conversation = getattr(conversation, "messages", conversation)
+        conversation = escape(self.tokenizer, conversation)
+        prompt = super().apply_chat_template(conversation, *args, **kwargs)
+        if isinstance(prompt, str):
+            return settle(self.tokenizer, prompt)
+        if isinstance(prompt, list) and all(isinstance(one, str) for one in prompt):
+            return [settle(self.tokenizer, one) for one in prompt]
+        return prompt
 
     def _regions(self, images, masks, prompts, caption_length, captions, call):
         images, masks, captions = _as_region_batch(images, masks, captions)
@@ -234,7 +252,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         total = max(self.image_processor.num_region_prompts, len(slots))
         roi = [self._token_id(self.roi_token.format(k)) for k in range(total)]
         prompt = self._region_prompt(instruction, placeholders)
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = encode_prompt(self.tokenizer, prompt)
         _expect_count(ids, roi, placeholders, "RoI placeholders", self.roi_token)
         _expect_count(ids, [self.image_token_id], 1, "picture placeholders", self.image_token)
         sequence = self._add_prompt(ids, [image_tokens], roi)
@@ -246,8 +264,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     def _region_prompt(self, instruction: str, placeholders: int) -> str:
         roi = "\n".join(self.roi_token.format(k) for k in range(placeholders))
+        system, instruction = escape(self.tokenizer, [self.system_prompt, instruction])
         return (
-            f"<|start_header_id|>system<|end_header_id|>\n{self.system_prompt}{self.eot_token}\n"
+            f"<|start_header_id|>system<|end_header_id|>\n{system}{self.eot_token}\n"
             f"<|start_header_id|>user<|end_header_id|>\n<img>{self.image_token}</img>{roi}\n"
             f"{instruction}{self.eot_token}\n<|start_header_id|>assistant<|end_header_id|>\n"
         )
@@ -304,7 +323,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         answers = None if answers is None else _broadcast(answers, len(texts))
         batch_ids = [
-            self.tokenizer(t, add_special_tokens=call.add_special_tokens)["input_ids"]
+            encode_prompt(self.tokenizer, t, add_special_tokens=call.add_special_tokens)
             for t in texts
         ]
         pictures = _flatten(images)
@@ -331,7 +350,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
     ) -> TokenSequence:
         """The sequence of one rendered conversation, whose pictures are those of the image
         processor's `features` ({}: none)."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode_prompt(self.tokenizer, text)
         pictures = len(features["image_grids"]) if features else 0
         _expect_count(
             ids, [self.image_token_id], pictures, "picture placeholders", self.image_token
@@ -373,7 +392,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     def _target_ids(self, text: str, length: int | None, end: bool = False) -> list[int]:
         """A caption's or answer's ids; with `length`, or `end`, closed by end-of-turn."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode_text(self.tokenizer, text)
         if length is None:
             return ids + [self.eot_token_id] if end or self.region_layout == "independent" else ids
         if len(ids) > length:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..extras import extra
 from ..generation_options import DiffusionOptions
+from ..processing_text import encode_text
 from ..token_sequence import IGNORED_LABEL
 from .checkpoint import load_model
 from .likelihood import AnswerLogits, log_likelihood_bound
@@ -165,7 +166,7 @@ class PerceptionDLMForLMMSEval(lmms):
 
     def _masked_answer(self, context: str, text: str, pictures: list) -> tuple[dict, torch.Tensor]:
         """The network's inputs with the answer masked, and the answer's ids."""
-        length = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        length = len(encode_text(self.processor.tokenizer, text))
         slot = self.answer_length if length < (self.answer_length or 0) else None
         inputs = dict(
             self.processor([pictures], prompts=[context], answers=[text], max_new_tokens=slot)

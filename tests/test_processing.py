@@ -288,13 +288,11 @@ def test_special_tokens_decode_to_nothing(processor):
         ({"images": 1, "text": "a", "prompts": "b"}, "exactly one of `text` and `prompts`"),
         ({"images": 1, "text": "no placeholder"}, "for each of 1 pictures, got 0"),
         ({"text": "<IMG_CONTEXT>"}, "for each of 0 pictures, got 1"),
-        ({"prompts": "<IMG_CONTEXT>"}, "for each of 0 pictures, got 1"),
         ({"images": 2, "prompts": ["a", "b", "c"]}, "pictures for each of 3 questions, got 2"),
         ({"prompts": "a", "max_new_tokens": 0}, "max_new_tokens of at least 1, got 0"),
         ({"prompts": "a", "caption_length": 3}, "expected no caption_length"),
         ({"prompts": "a", "answers": ["x", "y"]}, "expected 1 texts, one for each sample, got 2"),
         ({"prompts": "a", "videos": [1]}, "expected no videos"),
-        ({"images": 1, "masks": 1, "prompts": "<IMG_CONTEXT>"}, "1 picture placeholders"),
     ],
 )
 def test_inputs_that_do_not_fit_together_are_refused(processor, image, masks, arguments, message):

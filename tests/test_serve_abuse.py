@@ -183,10 +183,6 @@ ABUSES = {
         lambda: {"model": "tester", "messages": user(text_part("a" * 5001))},
         "at most 5000",
     ),
-    "special tokens": (
-        lambda: {"model": "tester", "messages": user(text_part("a<|eot_id|>b"))},
-        "special token",
-    ),
     "no message": (lambda: {"model": "tester", "messages": []}, "messages"),
     "no model": (lambda: {"messages": user(text_part("?"))}, "model"),
     "an unknown part": (

@@ -169,15 +169,6 @@ def test_an_option_that_does_not_fit_is_refused_before_the_queue(engine, options
     assert engine.metrics.snapshot()["invalid"] == 1
 
 
-def test_the_prompts_own_special_tokens_are_refused_in_text(engine):
-    image, masks = region_files(0)
-    for text in ("<|reserved_token_0|>", "a <|eot_id|> b", "<IMG_CONTEXT>"):
-        with pytest.raises(ValueError, match="special token"):
-            engine.submit(RegionJob.build(image, masks, text))
-        with pytest.raises(ValueError, match="special token"):
-            engine.submit(ChatJob.ask(image, text))
-
-
 def test_a_cancelled_job_leaves_the_queue_and_a_running_one_stops(captioner):
     with Engine(captioner) as engine:
         gate = Gate(engine)

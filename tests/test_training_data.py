@@ -229,11 +229,6 @@ BROKEN_TURNS = {
         {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "y"}]},
         "each of 0 pictures",
     ),
-    "a special token": (
-        {"conversations": [{"from": "human", "value": "<|mdm_mask|>"},
-                           {"from": "gpt", "value": "y"}]},
-        "no special token",
-    ),
     "a text too long": (
         {"conversations": [{"from": "human", "value": "x" * 99}, {"from": "gpt", "value": "y"}]},
         "at most 60 text tokens",

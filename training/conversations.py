@@ -32,8 +32,16 @@ def turns_of(record: Record) -> list[tuple[str, str]]:
     return found
 
 
+def placeholders_of(turn: tuple[str, str]) -> int:
+    """Counts a turn's placeholders of images; what the assistant says holds none."""
+    role, text = turn
+    return 0 if role == "assistant" else text.count(PLACEHOLDER)
+
+
 def message_of(role: str, text: str) -> dict:
     """A turn as the chat template takes it; the newline after a placeholder is the template's."""
+    if role == "assistant":
+        return {"role": role, "content": [{"type": "text", "text": text}]}
     before, *after = text.split(PLACEHOLDER)
     content = [{"type": "text", "text": before}] if before else []
     for part in after:
@@ -48,8 +56,6 @@ class ConversationSamples:
     def __init__(self, processor: PerceptionDLMProcessor, data: ConversationData):
         self.processor = processor
         self.data = data
-        special = {processor.image_token, processor.mask_token}
-        self.reserved = special - {PLACEHOLDER}  # LLaDA-V's image token is the placeholder
 
     count = staticmethod(count_answers)
 
@@ -72,7 +78,7 @@ class ConversationSamples:
         context, answer = turns[: targets[number]], turns[targets[number]][1].strip()
         if not answer:
             raise ValueError("expected an answer with text in it, got an empty one")
-        used = sum(text.count(PLACEHOLDER) for _, text in context)
+        used = sum(map(placeholders_of, context))
         features = {}
         if used:
             limits = [1 if used > 1 else None] * used
@@ -94,11 +100,7 @@ class ConversationSamples:
 
     def _with_placeholders(self, turns: list, pictures: int) -> list:
         """The turns, pictures without a placeholder put before the first user turn."""
-        for _, text in turns:
-            for token in self.reserved:
-                if token in text:
-                    raise ValueError(f"expected no special token in a turn, got {token!r}")
-        placed = sum(text.count(PLACEHOLDER) for _, text in turns)
+        placed = sum(map(placeholders_of, turns))
         if placed not in (0, pictures):
             raise ValueError(
                 f"expected {PLACEHOLDER!r} for each of {pictures} pictures, got {placed}"
