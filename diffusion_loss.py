@@ -24,6 +24,20 @@ def draw_masked(labels: torch.Tensor, rate: torch.Tensor, noise: torch.Tensor | 
     return (noise < rate[:, None]) & (labels >= 0)
 
 
+def expect_masked(input_ids: torch.Tensor, responses: torch.Tensor, mask_token_id: int):
+    """Refuses to train on responses, bool (B, L), of which nothing is masked.
+
+    So do options of transformers' Trainer that keep the labels from the model, which draws from
+    them what is masked.
+    """
+    if responses.any() and not (responses & (input_ids == mask_token_id)).any():
+        raise ValueError(
+            "expected labels in training, or masked tokens in the responses, got neither: the"
+            " diffusion loss knows no label_smoothing_factor and no compute_loss_func, which keep"
+            " the labels from the model"
+        )
+
+
 def inverse_rate_loss(losses, labels, masked, rate) -> torch.Tensor:
     """LLaDA's bound: each loss over its sample's p and label count, over the batch size."""
     counts = (labels >= 0).sum(1).clamp(min=1)

@@ -31,7 +31,7 @@ from .configuration_perceptiondlm import (
     SHARED_REGION,
     PerceptionDLMConfig,
 )
-from .diffusion_loss import draw_masked, mask_rate, masked_loss
+from .diffusion_loss import draw_masked, expect_masked, mask_rate, masked_loss
 from .generation_diffusion import DiffusionGenerationMixin
 from .generation_options import DiffusionOptions
 from .language_model import (
@@ -390,6 +390,10 @@ class PerceptionDLMForConditionalGeneration(
             rate = mask_rate(timesteps, labels)
             masked = draw_masked(labels, rate, noise)
             input_ids = input_ids.masked_fill(masked, self.config.mask_token_id)
+        elif timesteps is not None or noise is not None:
+            raise ValueError("expected timesteps and noise only with labels, got no labels")
+        elif self.training and torch.is_grad_enabled():
+            expect_masked(input_ids, role_ids == ROLE_CAPTION, self.config.mask_token_id)
         embeds = self._embed(
             input_ids,
             role_ids,

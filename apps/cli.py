@@ -7,6 +7,8 @@ import sys
 from ..extras import MissingExtra
 from .streams import escape_what_streams_lack, silence_stdout
 
+INTERRUPTED = 130  # as a shell says of a command that Ctrl-C ended
+
 # name: (module with `configure(parser)` and `run(args) -> exit code`, one line of help)
 COMMANDS = {
     "caption": ("perceptiondlm.apps.caption", "caption regions of pictures, or ask about pictures"),
@@ -33,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     except MissingExtra as error:
         print(f"perceptiondlm {arguments[0]}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:  # whose message, if any, says what was kept
+        print(f"perceptiondlm {arguments[0]}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _run(arguments: list[str]) -> int:

@@ -212,7 +212,8 @@ def test_the_evaluation_loss_repeats_and_has_the_levels_asked_for(recipe_of):
     trainer = build_trainer(recipe, arguments(recipe))
     one, other = trainer.evaluate(), trainer.evaluate()
     names = {name for name in one if name.endswith("_loss")}
-    assert names == {"eval_t50_loss", "eval_t100_loss"}
+    assert names == {"eval_t50_loss", "eval_t100_loss", "eval_loss"}
+    assert one["eval_loss"] == pytest.approx((one["eval_t50_loss"] + one["eval_t100_loss"]) / 2)
     assert all(one[name] == other[name] for name in names)
     assert one["eval_t50_loss"] != one["eval_t100_loss"]
 
@@ -381,10 +382,11 @@ def test_a_run_on_files_resumes_exactly(files, tmp_path, kind, streaming):
 
 
 def test_a_run_stops_with_the_reason_when_too_many_records_are_broken(files, tmp_path):
-    (files / "0.png").unlink()
+    for name in ("0.png", "1.png"):
+        (files / name).unlink()
     values = recipe_values(tmp_path / "run")
     data = {"kind": "regions", "files": [str(files / "regions.jsonl")], "max_broken_share": 0.1}
-    with pytest.raises(ValueError, match="1 of 6.*line 1"):
+    with pytest.raises(ValueError, match=r"data\.max_broken_share.*2 of 6.*line \d"):
         train(build_recipe({**values, "data": data}))
 
 

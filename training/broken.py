@@ -16,7 +16,8 @@ class BrokenRecords:
     """Counts shared by all the workers of a process.
 
     Args:
-        most_share: share of broken records beyond which `report` raises `TooManyBroken`.
+        most_share: share of broken records beyond which `report` raises `TooManyBroken`; unless it
+            is 0, the first one is always allowed: of few records one is more than a small share.
         total: how many records there are; None for a stream, of which `seen` are counted.
     """
 
@@ -48,8 +49,8 @@ class BrokenRecords:
             broken, seen = self._counts[0], self._counts[1]
         logger.warning("skipped a broken record, %s: %s", where, reason)
         of = self.total if self.total is not None else max(seen, LEAST_SEEN)
-        if broken > self.most_share * of:
+        if broken > max(self.most_share * of, bool(self.most_share)):
             raise TooManyBroken(
-                f"expected at most {self.most_share:.2%} broken records, got {broken} of {of};"
-                f" the last one, {where}: {reason}"
+                f"expected at most {self.most_share:.2%} broken records (data.max_broken_share),"
+                f" got {broken} of {of}; the last one, {where}: {reason}"
             )

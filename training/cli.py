@@ -30,11 +30,12 @@ def run(args: argparse.Namespace) -> int:
     from .recipe import load_recipe
     from .run import train
     from .sharding import leave_group
+    from .stopping import plain_message
 
     try:
         train(load_recipe(args.recipe, args.overrides), resume=args.resume)
         leave_group()
     except (ValueError, OSError) as error:  # transformers' for a checkpoint that is not there
-        print(f"perceptiondlm train: {error}", file=sys.stderr)
+        print(f"perceptiondlm train: {plain_message(error)}", file=sys.stderr)
         return 2
     return 0

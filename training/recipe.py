@@ -1,19 +1,28 @@
 """Recipes: a YAML file and `key=value` overrides to typed options; an unknown key raises."""
 
-import dataclasses
 import os
 import re
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from transformers import TrainingArguments
 
 from ..common.json_text import read_text
 from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..diffusion_loss import LOSS_WEIGHTINGS
+from .options import (
+    build,
+    coerce,
+    expect_defaults,
+    expect_known,
+    expect_one_of,
+    expect_positive,
+    expect_share,
+    field_names,
+)
+from .trainer_options import check_trainer
 
 CONFIGS = Path(os.path.abspath(__file__)).parents[1] / "configs"
 
@@ -50,14 +59,11 @@ class ModelRecipe:
     attn_implementation: str | None = None
 
     def __post_init__(self):
-        _expect_known("model.config", self.config, _field_names(PerceptionDLMConfig))
-        _expect_one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        for name in ("zero_residuals", "local_layers"):
-            if getattr(self, name) and self.checkpoint is not None:
-                raise ValueError(
-                    f"expected model.{name} only without model.checkpoint, got both: it sets"
-                    " starting values"
-                )
+        expect_known("model.config", self.config, field_names(PerceptionDLMConfig))
+        expect_one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        if self.checkpoint is not None:
+            needs = "without model.checkpoint: it sets starting values"
+            expect_defaults(self, "model", ("zero_residuals", "local_layers"), needs)
 
 
 @dataclass(frozen=True)
@@ -96,15 +102,19 @@ class SyntheticData:
     eval_first_seed: int = 0
 
     def __post_init__(self):
-        _expect_positive("data.scenes", self.scenes)
-        _expect_positive("data.scene_sets", self.scene_sets)
-        _expect_positive("data.questions_per_sample", self.questions_per_sample)
-        _expect_share("data.region_share", self.region_share)
+        expect_positive("data.scenes", self.scenes)
+        expect_positive("data.scene_sets", self.scene_sets)
+        expect_positive("data.questions_per_sample", self.questions_per_sample)
+        expect_share("data.region_share", self.region_share)
         if self.first_region_share is not None:
-            _expect_share("data.first_region_share", self.first_region_share)
+            expect_share("data.first_region_share", self.first_region_share)
         if self.fresh and (self.cache or self.scene_sets > 1):
             given = "data.cache" if self.cache else f"data.scene_sets of {self.scene_sets}"
             raise ValueError(f"expected {given} only without data.fresh, got both")
+        if not self.cache:
+            expect_defaults(self, "data", ("cache_workers",), "with data.cache")
+        if not self.eval_scenes:
+            expect_defaults(self, "data", ("eval_first_seed",), "with data.eval_scenes")
 
 
 @dataclass(frozen=True)
@@ -195,15 +205,15 @@ class MaskingRecipe:
     eval_levels: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
 
     def __post_init__(self):
-        _expect_share("masking.full_mask_share", self.full_mask_share)
+        expect_share("masking.full_mask_share", self.full_mask_share)
         if not 0 <= self.t_low <= self.t_high <= 1:
             raise ValueError(
                 "expected 0 <= masking.t_low <= masking.t_high <= 1,"
                 f" got {self.t_low} and {self.t_high}"
             )
-        _expect_one_of("masking.loss_weighting", self.loss_weighting, tuple(LOSS_WEIGHTINGS))
+        expect_one_of("masking.loss_weighting", self.loss_weighting, tuple(LOSS_WEIGHTINGS))
         for level in self.eval_levels:
-            _expect_share("masking.eval_levels", level)
+            expect_share("masking.eval_levels", level)
 
 
 @dataclass(frozen=True)
@@ -292,8 +302,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def build_recipe(values: dict) -> Recipe:
     """A recipe from nested plain values."""
-    known = {f.name for f in dataclasses.fields(Recipe)}
-    _expect_known("the recipe", values, known)
+    expect_known("the recipe", values, field_names(Recipe), dotted=_dotted_names())
     sections = {name: build(cls, values.get(name), name) for name, cls in SECTIONS.items()}
     lora = None if values.get("lora") is None else build(LoraRecipe, values["lora"], "lora")
     if lora is not None and sections["model"].checkpoint and sections["model"].config:
@@ -301,72 +310,64 @@ def build_recipe(values: dict) -> Recipe:
             "expected no model.config with lora, since an adapter is loaded on its checkpoint as"
             f" that is, got {sections['model'].config}"
         )
-    trainer = dict(values.get("trainer") or {})
-    return Recipe(
+    recipe = Recipe(
         data=_build_data(values.get("data")),
         lora=lora,
-        trainer=check_trainer(trainer),
-        save_code=values.get("save_code", True),
+        trainer=check_trainer(values.get("trainer")),
+        save_code=coerce(values.get("save_code", True), bool, "save_code"),
         **sections,
     )
+    _check_sections(recipe)
+    return recipe
+
+
+def _dotted_names() -> list[str]:
+    """Every key of every section, as an override names it."""
+    sections = {**SECTIONS, "lora": LoraRecipe, "trainer": TrainingArguments}
+    names = [f"{section}.{name}" for section, cls in sections.items() for name in field_names(cls)]
+    kinds = {name for cls in DATA_KINDS.values() for name in field_names(cls)}
+    return [*names, *(f"data.{name}" for name in kinds)]
+
+
+def _check_sections(recipe: Recipe):
+    """Refuses options that those of another section leave without effect."""
+    data, trainer, model = recipe.data, recipe.trainer, recipe.model
+    tokenizer = ("vocab_size", "tokenizer_scenes")
+    if model.checkpoint is not None:
+        needs = "without model.checkpoint, which has its own tokenizer"
+        expect_defaults(model, "model", ("tokenizer", *tokenizer), needs)
+    else:
+        expect_defaults(model, "model", ("subfolder",), "with model.checkpoint")
+    if model.tokenizer is not None:
+        expect_defaults(model, "model", tokenizer, "without model.tokenizer: one is trained")
+    if isinstance(data, ConversationData):
+        needs = "with region captions: conversations have no region prompts"
+        expect_defaults(recipe.parameters, "parameters", ("permute_prompts",), needs)
+    has_evaluation = bool(getattr(data, "eval_files", None) or getattr(data, "eval_scenes", 0))
+    evaluates = trainer.get("eval_strategy", "no") != "no" or trainer.get("eval_on_start")
+    if evaluates and not has_evaluation:
+        raise ValueError(
+            "expected data.eval_files, or data.eval_scenes of synthetic data, for"
+            " trainer.eval_strategy, got neither"
+        )
+    if not has_evaluation:
+        expect_defaults(recipe.masking, "masking", ("eval_levels",), "with data for evaluation")
+    if getattr(data, "streaming", False):
+        for name in ("train_sampling_strategy", "dataloader_drop_last"):
+            if name in trainer:
+                raise ValueError(
+                    f"expected no trainer.{name} with data.streaming, which has its own order and"
+                    f" only whole batches, got {trainer[name]!r}"
+                )
 
 
 def _build_data(values: dict | None):
+    if not isinstance(values, dict | None):
+        raise ValueError(f"expected options in section 'data', got {values!r}")
     values = dict(values or {})
     kind = values.pop("kind", None)
-    _expect_one_of("data.kind", kind, tuple(DATA_KINDS))
+    expect_one_of("data.kind", kind, tuple(DATA_KINDS))
     return build(DATA_KINDS[kind], values, "data")
-
-
-def check_trainer(values: dict) -> dict:
-    """The values of `TrainingArguments` fields, checked by name."""
-    from transformers import TrainingArguments
-
-    _expect_known("trainer", values, _field_names(TrainingArguments))
-    if "output_dir" not in values:
-        raise ValueError("expected trainer.output_dir, got none")
-    return values
-
-
-def build(cls, values: dict | None, where: str):
-    """An options dataclass from plain values, by name and type."""
-    values = values or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"expected options in section {where!r}, got {values!r}")
-    _expect_known(where, values, _field_names(cls))
-    hints = typing.get_type_hints(cls)
-    return cls(**{k: _coerce(v, hints[k], f"{where}.{k}") for k, v in values.items()})
-
-
-def _coerce(value, hint, name: str):
-    """The value as the type says: an int is a float too, nothing else changes."""
-    if isinstance(hint, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        for option in options:
-            if _fits(value, option):
-                return _coerce(value, option, name)
-        raise ValueError(f"expected {name} as {hint}, got {value!r}")
-    if not _fits(value, hint):
-        raise ValueError(f"expected {name} as {getattr(hint, '__name__', hint)}, got {value!r}")
-    if hint is float:
-        return float(value)
-    items = typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return [_coerce(v, items[0], f"{name}[{i}]") for i, v in enumerate(value)]
-    if typing.get_origin(hint) is dict:
-        return {k: _coerce(v, items[1], f"{name}.{k}") for k, v in value.items()}
-    return value
-
-
-def _fits(value, hint) -> bool:
-    base = typing.get_origin(hint) or hint
-    if base is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if base is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, base)
 
 
 class _Loader(yaml.SafeLoader):
@@ -407,32 +408,9 @@ def _override(values: dict, override: str):
     values[last] = _parse(text, override)
 
 
-def _field_names(cls) -> set[str]:
-    return {f.name for f in dataclasses.fields(cls) if f.init}
-
-
-def _expect_known(where: str, values: dict, known: set[str]):
-    unknown = sorted(map(str, set(values) - known))
-    if unknown:
-        raise ValueError(f"expected keys of {where} among {sorted(known)}, got {unknown}")
-
-
-def _expect_one_of(name: str, value, allowed: tuple):
-    if value not in allowed:
-        raise ValueError(f"expected {name} to be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _expect_positive(name: str, value: int):
-    if value < 1:
-        raise ValueError(f"expected {name} of at least 1, got {value}")
-
-
-def _expect_share(name: str, value: float):
-    if not 0 <= value <= 1:
-        raise ValueError(f"expected {name} between 0 and 1, got {value}")
-
-
 def _check_files(data):
     if not data.files:
         raise ValueError("expected at least one file in data.files, got none")
-    _expect_share("data.max_broken_share", data.max_broken_share)
+    expect_share("data.max_broken_share", data.max_broken_share)
+    if not data.streaming:
+        expect_defaults(data, "data", ("shuffle_buffer",), "with data.streaming")

@@ -1,43 +1,37 @@
 """One run: build, train, save a folder that `from_pretrained` loads."""
 
-import json
 import logging
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..common.files import write_bytes
 from .build import build_model
+from .checkpoints import choose_checkpoint, has_final, read_state
 from .conversations import ConversationSamples
 from .lora import add_adapter
 from .parameters import choose_trainable, keep_masters
 from .recipe import Recipe, RegionData, SyntheticData
 from .regions import RegionSamples
 from .sources import FileDataset, StreamDataset
+from .stopping import RunStopped
 from .synthetic import SceneDataset
 from .trainer import DiffusionTrainer
+from .trainer_options import TRAINER_DEFAULTS
 
 logger = logging.getLogger(__name__)
-
-# over transformers' defaults, under the recipe's own
-TRAINER_DEFAULTS = {
-    "remove_unused_columns": False,
-    "prediction_loss_only": True,
-    "train_sampling_strategy": "group_by_length",
-    "report_to": "none",
-    "dataloader_drop_last": True,
-    "label_names": ["labels"],
-}
 
 
 def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
     """Runs a recipe and saves the result in its `output_dir`.
 
     Args:
-        resume: a Trainer checkpoint to go on from, or True for the last one.
+        resume: a checkpoint to go on from, or True for the newest whole one.
+
+    Raises `RunStopped` where the run ends before its last step, and KeyboardInterrupt with what
+    there is to go on from.
     """
+    expect_evaluation(recipe)
     args = TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
     if args.n_gpu > 1:
         raise ValueError(
@@ -55,12 +49,32 @@ def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
         raise ValueError(
             f"expected samples for a batch, {batch} over all processes, got {len(data)}"
         )
-    if resume and is_finished(args, resume):
-        logger.warning("nothing is left to train after %s; nothing is saved", resume)
-        return trainer
-    trainer.train(resume_from_checkpoint=resume)
-    save_final(trainer, recipe)
+    checkpoint = None
+    if resume:
+        checkpoint = choose_checkpoint(args.output_dir, resume)
+        if is_finished(args, checkpoint) and has_final(args.output_dir, checkpoint):
+            logger.warning("nothing is left to train after %s; nothing is saved", checkpoint)
+            return trainer
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.state.global_step < trainer.state.max_steps:  # by trainer.enable_jit_checkpoint
+            raise RunStopped(f"stopped before the last step; {trainer.describe_saved()}")
+        trainer.save_whole(save_code=recipe.save_code)
+    except KeyboardInterrupt:
+        step = trainer.state.global_step
+        raise KeyboardInterrupt(
+            f"interrupted after step {step}; {trainer.describe_saved()}"
+        ) from None
     return trainer
+
+
+def expect_evaluation(recipe: Recipe):
+    """Refuses data for evaluation that no option asks to be evaluated."""
+    trainer, data = recipe.trainer, recipe.data
+    asked = trainer.get("eval_strategy", "no") != "no" or trainer.get("eval_on_start")
+    given = "data.eval_scenes" if isinstance(data, SyntheticData) else "data.eval_files"
+    if getattr(data, given.removeprefix("data.")) and not asked:
+        raise ValueError(f"expected trainer.eval_strategy with {given}, got none")
 
 
 def is_emulated(device: torch.device) -> bool:
@@ -68,13 +82,9 @@ def is_emulated(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def is_finished(args: TrainingArguments, resume: str | bool) -> bool:
-    """Whether a checkpoint is of the run's last step: the Trainer would go one step further."""
-    folder = get_last_checkpoint(args.output_dir) if resume is True else resume
-    file = Path(folder or "") / "trainer_state.json"
-    if not file.is_file():
-        return False  # the Trainer says what is wrong with it
-    state = json.loads(file.read_text(encoding="utf-8"))
+def is_finished(args: TrainingArguments, checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the run's last step."""
+    state = read_state(checkpoint)
     if args.max_steps > 0:
         return state["global_step"] >= args.max_steps
     return state["epoch"] >= args.num_train_epochs
@@ -125,16 +135,3 @@ def file_datasets(recipe: Recipe, processor, args: TrainingArguments):
     else:
         train_set = FileDataset(data.files, **options)
     return train_set, FileDataset(data.eval_files, **options) if data.eval_files else None
-
-
-def save_final(trainer: DiffusionTrainer, recipe: Recipe):
-    """Weights, config, processor and tokenizer; the code beside them if the recipe says so."""
-    folder = Path(trainer.args.output_dir)
-    theirs = {path: path.read_bytes() for path in folder.glob("*.py")}
-    trainer.save_whole()
-    if trainer.args.should_save and not recipe.save_code:
-        for module in folder.glob("*.py"):
-            if module not in theirs:
-                module.unlink()
-            elif module.read_bytes() != theirs[module]:
-                write_bytes(module, theirs[module])

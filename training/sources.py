@@ -29,17 +29,21 @@ class SampleMaker(Protocol):
     def make(
         self, record: Record, number: int, rng: np.random.Generator, key: tuple, epoch: int
     ) -> Sample:
-        """Sample `number` of a record; ValueError or FileNotFoundError for a broken one."""
+        """Sample `number` of a record; whatever it raises is the record's fault."""
+
+
+class BrokenRecord(Exception):
+    """A record of which no sample could be made, and why."""
 
 
 def make_checked(maker: SampleMaker, record: Record, number: int, rng, key, epoch: int) -> Sample:
-    """As `make`; a record that could not be read is broken too."""
+    """As `make`; raises `BrokenRecord` whatever is wrong, also for one that could not be read."""
     if record.values is None:
-        raise ValueError(record.error)
-    return maker.make(record, number, rng, key, epoch)
-
-
-BROKEN = (ValueError, FileNotFoundError)
+        raise BrokenRecord(record.error)
+    try:
+        return maker.make(record, number, rng, key, epoch)
+    except Exception as error:  # files hold anything, and decoders raise anything
+        raise BrokenRecord(describe(error)) from error
 
 
 class FileDataset(Dataset):
@@ -82,8 +86,8 @@ class FileDataset(Dataset):
             rng = generator_of(self.seed, CONTENT_STREAM, epoch, i)
             try:
                 return make_checked(self.maker, record, number, rng, (epoch, i), epoch)
-            except BROKEN as error:
-                self.broken.report(row, record.where, describe(error))
+            except BrokenRecord as error:
+                self.broken.report(row, record.where, str(error))
         raise ValueError(f"expected a record that is not broken in {', '.join(self.files)}")
 
 
@@ -142,11 +146,15 @@ class StreamDataset(IterableDataset):
                 rng = generator_of(self.seed, CONTENT_STREAM, *key)
                 try:
                     yield make_checked(self.maker, record, number, rng, key, epoch)
-                except BROKEN as error:
-                    self.broken.report(record.key[1], record.where, describe(error))
+                except BrokenRecord as error:
+                    self.broken.report(record.key[1], record.where, str(error))
                     break
 
 
 def describe(error: Exception) -> str:
-    """One line that says what is wrong with a record."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Says in one line what is wrong with a record; of an error that is none of our own words, with
+    its type."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,6 +1,7 @@
 """Training samples from synthetic scenes: region captions, or questions and answers."""
 
 import multiprocessing
+import signal
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,7 +157,8 @@ class SceneDataset(Dataset):
         image_processor = self.processor.image_processor
         numbers = range(self.count * self.sets)
         jobs = [(image_processor, self.first_seed + number, self.split) for number in numbers]
-        with multiprocessing.get_context("fork").Pool(self.data.cache_workers) as pool:
+        workers = self.data.cache_workers
+        with multiprocessing.get_context("fork").Pool(workers, _ignore_interrupts) as pool:
             encoded = pool.imap(_encode_job, jobs, chunksize=64)
             return list(tqdm(encoded, total=len(jobs), desc="rendering scenes", mininterval=10))
 
@@ -187,6 +189,11 @@ class SceneDataset(Dataset):
         return self.processor.chat_sequence(
             text, features, answer=question.answer, max_new_tokens=self.data.max_new_tokens
         )
+
+
+def _ignore_interrupts():
+    """Leaves Ctrl-C, which every process of a terminal gets, to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _encode_job(job) -> EncodedScene:

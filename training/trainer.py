@@ -1,18 +1,47 @@
 """transformers' Trainer with the diffusion loss, this package's sample order and its groups."""
 
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+from .checkpoints import (
+    STATE,
+    checkpoint_folders,
+    move_checkpoint,
+    move_final,
+    saving_folder,
+    wait_for_others,
+)
 from .muon import WithMuon, takes_muon
 from .order import EpochSampler
 from .parameters import parameter_groups
 from .recipe import Recipe
 from .samples import DiffusionCollator
 from .sharding import gather_weights, keep_precise, shard_on_cpu
+from .stopping import RunStopped, any_process, plain_message
 
 GROUPED = "group_by_length"
+
+
+@contextmanager
+def _named(folder, part: str):
+    """Says which part of which checkpoint could not be read, whatever the error."""
+    try:
+        yield
+    except Exception as error:  # files hold anything, and their readers raise anything
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"expected the {part} of this run in {folder}, got: {message}") from error
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded parameter that this process holds."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class EvaluationLevel(Dataset):
@@ -60,6 +89,7 @@ class DiffusionTrainer(Trainer):
         self.loss_weighting = recipe.masking.loss_weighting
         self.processor = processor
         self.sampler = None
+        self._saving = None  # the folder that a checkpoint is being written to
         super().__init__(
             model=model,
             args=args,
@@ -87,6 +117,9 @@ class DiffusionTrainer(Trainer):
     def _run_epoch(self, *args, epoch: int, **kwargs):
         # when a run of several processes goes on within an epoch, the skipping loader hides the
         # sampler from the Trainer's own notice of the epoch
+        if self.state.global_step >= self.state.max_steps:  # a finished run, whose result is saved
+            self.control.should_training_stop = True
+            return None
         if self.sampler is not None:
             self.sampler.set_epoch(epoch)
         return super()._run_epoch(*args, epoch=epoch, **kwargs)
@@ -99,10 +132,8 @@ class DiffusionTrainer(Trainer):
             self.train_dataset,
             batch_size=self.args.train_batch_size,
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
             drop_last=True,
+            **self._loader_options(),
         )
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -116,16 +147,129 @@ class DiffusionTrainer(Trainer):
             eval_dataset,
             batch_size=self.args.eval_batch_size,
             collate_fn=collate,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            **self._loader_options(),
         )
         return self.accelerator.prepare(loader)
+
+    def _loader_options(self) -> dict:
+        """The trainer's options of a loader's workers."""
+        names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context")
+        options = {name: getattr(self.args, f"dataloader_{name}") for name in names}
+        return options | {"in_order": self.args.dataloader_in_order}
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As the Trainer's, with the mean loss over all noise levels, by which checkpoints are
+        compared, beside the loss of each. Draws are the same at every call."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None:
+            losses = [metrics[f"{metric_key_prefix}_{name}_loss"] for name in self.eval_dataset]
+            mean = {f"{metric_key_prefix}_loss": sum(losses) / len(losses)}
+            self.log(mean)
+            metrics |= mean
+        return metrics
+
+    def get_batch_samples(self, *args, **kwargs):
+        """As the Trainer's. Where data ends the run, say by too many broken records, what has been
+        learned is saved first; raises `RunStopped` in every process."""
+        problem = batches = None
+        try:
+            batches = super().get_batch_samples(*args, **kwargs)
+        except Exception as error:
+            problem = error
+        if any_process(problem is not None, self.args.device):
+            self.save_now()
+            why = "another process has stopped" if problem is None else plain_message(problem)
+            raise RunStopped(f"{why}; {self.describe_saved()}") from problem
+        return batches
+
+    def training_step(self, *args, **kwargs):
+        """As the Trainer's; raises `RunStopped` for a loss that is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        self._expect_finite("loss", loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.args.fp16:  # whose scaler leaves such a step out, and goes on
+            self._expect_finite("gradient", torch.as_tensor(norm))
+        return norm
+
+    def _expect_finite(self, name: str, value: torch.Tensor):
+        """Stops before the optimizer's step, so that the last checkpoint holds what was learned."""
+        if any_process(not bool(torch.isfinite(value).all()), self.args.device):
+            raise RunStopped(
+                f"expected a finite {name}, got {float(value)} after step"
+                f" {self.state.global_step}: try a lower trainer.learning_rate;"
+                f" {self.describe_saved()}"
+            )
+
+    def expect_finite_weights(self):
+        """Refuses to save weights that are not finite."""
+        finite = (bool(torch.isfinite(_local(p)).all()) for p in self.model.parameters())
+        if any_process(not all(finite), self.args.device):
+            raise RunStopped(
+                f"expected finite weights, got others after step {self.state.global_step}: try a"
+                f" lower trainer.learning_rate; {self.describe_saved()}"
+            )
+
+    def describe_saved(self) -> str:
+        """Says what there is to go on from."""
+        folders = checkpoint_folders(self.args.output_dir)
+        if not folders:
+            return "no checkpoint was saved"
+        return f"the last checkpoint is {folders[0]}, from which --resume goes on"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The recipe's weighting in training, the plain mean at a fixed noise level."""
         weighting = self.loss_weighting if model.training else "none"
         outputs = model(**inputs, loss_weighting=weighting)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _save_checkpoint(self, model, trial):
+        """As the Trainer's, whole or not at all, and of finite weights only."""
+        self.expect_finite_weights()
+        step, args = self.state.global_step, self.args
+        name = f"checkpoint-{step}"
+        target = Path(args.output_dir) / name
+        with saving_folder(args.output_dir, is_main=args.process_index == 0) as self._saving:
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                folder, self._saving = self._saving / name, None
+            if args.process_index == 0:
+                if self.state.best_global_step == step:
+                    self.state.best_model_checkpoint = str(target)
+                    self.state.save_to_json(str(folder / STATE))
+                move_checkpoint(folder, target)
+            wait_for_others()
+            if args.local_process_index == 0 and folder.exists():  # on a disk of its own
+                move_checkpoint(folder, target)
+        if self.state.best_global_step == step:
+            self.state.best_model_checkpoint = str(target)
+        if args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(args.output_dir, args.save_total_limit, best, use_mtime=True)
+
+    def _get_output_dir(self, trial):
+        return str(self._saving or super()._get_output_dir(trial))
+
+    def save_now(self):
+        """Saves a checkpoint of the present step, unless there is one, or nothing to save."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.state.global_step and not folder.is_dir():
+            self._save_checkpoint(self.model, trial=None)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with _named(resume_from_checkpoint, "weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _named(checkpoint, "optimizer and scheduler"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _named(checkpoint, "random state"):
+            super()._load_rng_state(checkpoint)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """As the Trainer's; a sharded checkpoint too holds the config, the processor and, of a LoRA
@@ -141,13 +285,21 @@ class DiffusionTrainer(Trainer):
         else:
             self._save_gathered(folder)
 
-    def save_whole(self):
-        """The weights in one piece, config, processor and code in `output_dir`; called by every
-        process of a run."""
-        if self.is_fsdp_enabled:
-            self._save_gathered(self.args.output_dir)
-        else:
-            self.save_model()
+    def save_whole(self, save_code: bool = True):
+        """Saves the weights in one piece, config, processor and, unless told not to, code in
+        `output_dir`: all of them or none. Called by every process of a run."""
+        self.expect_finite_weights()
+        is_main = self.args.process_index == 0
+        with saving_folder(self.args.output_dir, is_main=is_main) as folder:
+            if self.is_fsdp_enabled:
+                self._save_gathered(str(folder))
+            else:
+                self.save_model(str(folder))
+            if is_main:
+                for module in [] if save_code else folder.glob("*.py"):
+                    module.unlink()
+                move_final(folder, Path(self.args.output_dir))
+            wait_for_others()
 
     def _save_gathered(self, folder: str):
         model = self.model
@@ -179,10 +331,21 @@ class DiffusionTrainer(Trainer):
             rates, decay = recipe.learning_rates, self.args.weight_decay
             return parameter_groups(parameters, decayed, rates, decay)
 
-        self.optimizer = cls(groups(others), **options)
+        try:
+            self.optimizer = cls(groups(others), **options)
+        except TypeError as error:
+            raise ValueError(f"expected trainer.optim_args of {cls.__name__}, {error}") from error
         if matrices:
             if self.is_fsdp_enabled:
                 raise ValueError("expected no parameters.muon in sharded training, got some")
             muon_groups = [{"lr": self.args.learning_rate, **group} for group in groups(matrices)]
             self.optimizer = WithMuon(muon_groups, self.optimizer)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """As the Trainer's; ValueError for options that the scheduler does not take."""
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:
+            kind = self.args.lr_scheduler_type.value
+            raise ValueError(f"expected trainer.lr_scheduler_kwargs of {kind}, {error}") from error
