@@ -174,17 +174,19 @@ def _check_combinations(values: dict):
 
 
 def _uses(values: dict, optim: str) -> dict[str, bool]:
-    """Whether other options let one have its effect, for each that depends on others."""
+    """Whether other options let one have its effect, for each that depends on others. A strategy
+    of "no" is a switch, beside which the steps may stay.
+    """
     saves, logs = values.get("save_strategy", "steps"), values.get("logging_strategy", "steps")
-    evaluates = values.get("eval_strategy", "no")
+    evaluates = values.get("eval_strategy")  # not given is not switched off
     ranks = values.get("load_best_model_at_end") or saves == "best"
     ranks = ranks or values.get("lr_scheduler_type") in PLATEAU
     is_adam = not any(name in optim for name in NOT_ADAM)
     return {
-        "eval_steps": evaluates == "steps",
-        "eval_delay": evaluates != "no",
-        "save_steps": saves == "steps",
-        "logging_steps": "steps" in (logs, evaluates),
+        "eval_steps": evaluates in ("steps", "no"),
+        "eval_delay": evaluates is not None,
+        "save_steps": saves in ("steps", "no"),
+        "logging_steps": logs in ("steps", "no") or evaluates == "steps",
         "metric_for_best_model": ranks,
         "greater_is_better": ranks,
         **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), is_adam),
