@@ -28,8 +28,8 @@ from ..evaluation.files import write_json
 from ..image_shapes import encode_rle, fill_box
 from ..training.recipe import Recipe, load_recipe
 from ..training.run import assemble_trainer
-from ..training.trainer_options import TRAINER_DEFAULTS
 from ..training.sharding import leave_group
+from ..training.trainer_options import TRAINER_DEFAULTS
 from .denoising import describe_machine
 from .workload import (
     PICTURE_SIZE,

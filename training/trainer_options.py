@@ -179,8 +179,8 @@ def _uses(values: dict, optim: str) -> dict[str, bool]:
     """
     saves, logs = values.get("save_strategy", "steps"), values.get("logging_strategy", "steps")
     evaluates = values.get("eval_strategy")  # not given is not switched off
-    ranks = values.get("load_best_model_at_end") or saves == "best"
-    ranks = ranks or values.get("lr_scheduler_type") in PLATEAU
+    scheduler = values.get("lr_scheduler_type", "linear")
+    ranks = values.get("load_best_model_at_end") or saves == "best" or scheduler in PLATEAU
     is_adam = not any(name in optim for name in NOT_ADAM)
     return {
         "eval_steps": evaluates in ("steps", "no"),
@@ -189,6 +189,8 @@ def _uses(values: dict, optim: str) -> dict[str, bool]:
         "logging_steps": logs in ("steps", "no") or evaluates == "steps",
         "metric_for_best_model": ranks,
         "greater_is_better": ranks,
+        "warmup_steps": scheduler not in ("constant", *PLATEAU),
+        "lr_scheduler_kwargs": scheduler not in ("constant", "constant_with_warmup"),
         **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), is_adam),
         **{f"{name}_kwargs": values.get(name) for pair in CHECKPOINTING.items() for name in pair},
     }
