@@ -25,6 +25,7 @@ LOSSY_FORMATS = frozenset(["JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"])
 LOSSY_COMPRESSION = frozenset(["jpeg", "tiff_jpeg", "webp"])  # in TIFF
 LONGEST_PATH = 4096  # characters; a longer text is no path but base64
 EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # PIL's
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 PNG_START = b"\x89PNG\r\n\x1a\n"
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -102,15 +103,29 @@ def _open_path(path: str | os.PathLike) -> Image.Image:
 def open_encoded(source, formats: Sequence[str] | None = None) -> Image.Image:
     """Opens an encoded image, a path or binary file, as PIL does: lazily, not converted.
 
-    A PNG whose EXIF has a wrong checksum, which PIL refuses, is opened without it.
+    A PNG whose EXIF has a wrong checksum, which PIL refuses, is opened without it; HEIC with
+    pillow-heif, where any format may be opened. Raises ValueError for HEIC without it.
     """
     try:
         return Image.open(source, formats=formats)
     except (OSError, SyntaxError):
         data = _read_all(source)
+        if formats is None and data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
+            _register_heif()
+            return Image.open(io.BytesIO(data))
         if not data.startswith(PNG_START):
             raise
         return Image.open(io.BytesIO(_without_exif(data)), formats=formats)
+
+
+def _register_heif():
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ValueError(
+            "expected pillow-heif for HEIC, got none: pip install pillow-heif"
+        ) from None
+    register_heif_opener()
 
 
 def _read_all(source) -> bytes:

@@ -35,6 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     except MissingExtra as error:
         print(f"perceptiondlm {arguments[0]}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:  # whose message, if any, says what was kept
+        from tqdm import tqdm  # which writes above a progress bar that is left
+
+        line = f"perceptiondlm {arguments[0]}: {str(error) or 'interrupted'}"
+        tqdm.write(line, file=sys.stderr)
+        return INTERRUPTED
 
 
 def _run(arguments: list[str]) -> int:

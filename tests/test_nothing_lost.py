@@ -16,7 +16,6 @@ from perceptiondlm.evaluation import sweep
 from perceptiondlm.evaluation.files import read_json
 from perceptiondlm.evaluation.predict import predict
 from perceptiondlm.evaluation.synthetic import write_scenes
-from perceptiondlm.training.run import save_final
 from test_apps_streams import BOX, model, photos, run
 from test_common_files import die, kill_in, names
 from test_evaluation_predict import IMAGES, REGIONS, FakeModel, output, samples
@@ -247,20 +246,3 @@ def test_what_a_dead_judge_was_asking_another_asks(folder):
         assert main(command(folder, server.url)) == 0
         assert server.answered == CALLS
 
-
-# train.
-
-
-def test_without_code_only_the_code_that_was_written_goes(tmp_path):
-    (tmp_path / "train_mine.py").write_text("mine")
-    (tmp_path / "modeling_perceptiondlm.py").write_text("my own version")
-
-    def save_whole():
-        for name in ("modeling_perceptiondlm.py", "configuration_perceptiondlm.py"):
-            (tmp_path / name).write_text("the package's")
-
-    arguments = SimpleNamespace(output_dir=str(tmp_path), should_save=True)
-    trainer = SimpleNamespace(args=arguments, save_whole=save_whole)
-    save_final(trainer, SimpleNamespace(save_code=False))
-    assert names(tmp_path) == ["modeling_perceptiondlm.py", "train_mine.py"]
-    assert (tmp_path / "modeling_perceptiondlm.py").read_text() == "my own version"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 
 import datasets
 import numpy as np
@@ -174,6 +175,65 @@ def test_coco_annotations_make_the_same_samples_as_records(folder, processor):
     assert torch.equal(one.features["boxes"], other.features["boxes"])
 
 
+BROKEN_ANNOTATIONS = {
+    "no segmentation": {"image_id": 2, "caption": "x"},
+    "an image there is none of": {"image_id": 77, "segmentation": [], "caption": "x"},
+    "no image": {"segmentation": [], "caption": "x"},
+    "a list as image": {"image_id": [2], "segmentation": [], "caption": "x"},
+    "no object": "x",
+    "no caption": {"image_id": 2, "segmentation": rle(squares(1)[0])},
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_ANNOTATIONS)
+def test_a_broken_annotation_of_coco_breaks_its_image_alone(folder, processor, caplog, kind):
+    mask = rle(squares(1)[0])
+    good = [{"image_id": k, "segmentation": mask, "caption": f"region {k}"} for k in (0, 1, 2)]
+    images = [{"id": k, "file_name": f"{k}.jpg"} for k in range(3)]
+    content = {"images": images, "annotations": [*good, BROKEN_ANNOTATIONS[kind]]}
+    (folder / "coco.json").write_text(json.dumps(content))
+    dataset = region_set(processor, [str(folder / "coco.json")], share=0.5)
+    texts = {text for i in range(len(dataset)) for text in captions_of(processor, dataset[i])}
+    assert {"region 0", "region 1"} <= texts
+    assert dataset.broken.count == 1
+    (line,) = [r.getMessage() for r in caplog.records if "broken record" in r.getMessage()]
+    assert "coco.json, record " in line
+    assert "annotations[3]" in line or "a caption for each of 2 masks" in line
+
+
+@pytest.mark.parametrize("image", [{}, {"id": 9}, {"file_name": "x.jpg"}, None, {"id": [1]}])
+def test_a_broken_image_of_coco_is_a_broken_record(folder, processor, image):
+    good = {"id": 0, "file_name": "0.jpg"}
+    annotation = {"image_id": 0, "segmentation": rle(squares(1)[0]), "caption": "region 0"}
+    content = {"images": [good, image], "annotations": [annotation]}
+    (folder / "coco.json").write_text(json.dumps(content))
+    dataset = region_set(processor, [str(folder / "coco.json")], share=0.5)
+    assert [captions_of(processor, dataset[i]) for i in range(2)] == [["region 0"]] * 2
+    assert dataset.broken.count == 1
+
+
+def test_whatever_a_record_raises_is_its_own_fault(folder, processor, caplog, monkeypatch):
+    file = write_lines(folder / "a.jsonl", [region_record(f"{k}.jpg", 1) for k in range(3)])
+    dataset = region_set(processor, [file], share=0.5)
+    make = dataset.maker.make
+
+    def fail(record, *args):
+        if record.key[1] == 2:
+            raise ZeroDivisionError("division by zero")
+        return make(record, *args)
+
+    monkeypatch.setattr(dataset.maker, "make", fail)
+    assert len([dataset[i] for i in range(3)]) == 3
+    (line,) = [r.getMessage() for r in caplog.records if "broken record" in r.getMessage()]
+    assert f"{file}, line 2: ZeroDivisionError: division by zero" in line
+
+
+def test_a_damaged_table_is_named(folder, processor):
+    (folder / "a.parquet").write_bytes(b"PAR1 not a table PAR1")
+    with pytest.raises(ValueError, match="readable data files, got .*a.parquet"):
+        region_set(processor, [str(folder / "a.parquet")])
+
+
 def test_an_arrow_table_with_picture_bytes_makes_the_same_samples(folder, processor):
     record = region_record("0.jpg", 3)
     files = [write_lines(folder / "a.jsonl", [record])]
@@ -209,15 +269,31 @@ BROKEN_REGIONS = {
     "masks that are no list": ({"image": "0.jpg", "mask_rles": 3, "captions": []}, "as list"),
     "no masks": ({"image": "0.jpg", "captions": ["x"]}, "mask_rles or masks"),
     "malformed JSON": ('{"image": "0.jpg", ', "expected a JSON object"),
+    "a damaged AVIF": (region_record("damaged.avif", 1), "damaged.avif"),
+    "HEIC without its reader": (region_record("photo.heic", 1), "pip install pillow-heif"),
+    "a folder as picture": (region_record(".", 1), "'"),
+    "masks that are numbers": ({**region_record("0.jpg", 1), "mask_rles": [7]}, "mask"),
+    "a mask of nested lists": ({**region_record("0.jpg", 1), "mask_rles": [[[["x"]]]]}, "got"),
+    "a caption that is a list": ({**region_record("0.jpg", 1), "captions": [["x"]]}, "with text"),
+    "a size of words": (
+        {**region_record("0.jpg", 1), "mask_rles": [{"size": ["a", None], "counts": "x"}]}, "size",
+    ),
+    "JSON of great depth": ("[" * 100_000, "expected a JSON object"),
     "a record that is no object": ("[1, 2]", "got list"),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN_REGIONS)
-def test_a_broken_record_is_reported_by_line_and_the_rest_trains(folder, processor, caplog, kind):
+def test_a_broken_record_is_reported_by_line_and_the_rest_trains(
+    folder, processor, caplog, monkeypatch, kind
+):
     broken, reason = BROKEN_REGIONS[kind]
     whole = (folder / "0.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    header = bytes.fromhex("0000001c66747970") + b"%s" + bytes(16)
+    (folder / "damaged.avif").write_bytes(header % b"avif" + whole)
+    (folder / "photo.heic").write_bytes(header % b"heic" + whole)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
     good = [region_record(f"{k}.jpg", 1) for k in range(3)]
     file = write_lines(folder / "a.jsonl", [good[0], good[1], broken, good[2]])
     dataset = region_set(processor, [file], share=0.5)
@@ -229,6 +305,7 @@ def test_a_broken_record_is_reported_by_line_and_the_rest_trains(folder, process
     assert f"{file}, line 3: " in line and reason in line
 
 
+GOOD = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 BROKEN_TURNS = {
     "no turns": ({"image": "0.jpg"}, "conversations or messages"),
     "an unknown speaker": (
@@ -244,6 +321,16 @@ BROKEN_TURNS = {
         {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "y"}]},
         "each of 0 pictures",
     ),
+    "an assistant who begins": (
+        {"conversations": [{"from": "gpt", "value": "y"}, {"from": "human", "value": "x"}]},
+        "before the first of the assistant",
+    ),
+    "a list as role": (
+        {"conversations": [{"from": ["human"], "value": "x"}, {"from": "gpt", "value": "y"}]},
+        r"got ['human']",
+    ),
+    "a number as an image": ({"image": 3, "conversations": GOOD}, "as a path, got 3"),
+    "a NUL in a path": ({"image": "a\0b.jpg", "conversations": GOOD}, "the name of a file"),
     "a text too long": (
         {"conversations": [{"from": "human", "value": "x" * 99}, {"from": "gpt", "value": "y"}]},
         "at most 60 text tokens",

@@ -24,11 +24,13 @@ def turns_of(record: Record) -> list[tuple[str, str]]:
             raise ValueError(f"expected a turn with a role and text, got {turn!r}")
         role = turn.get("from", turn.get("role"))
         text = turn.get("value", turn.get("content"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"expected a turn from one of {', '.join(ROLES)}, got {role!r}")
         if not isinstance(text, str):
             raise ValueError(f"expected a turn's text, got {type(text).__name__}")
         found.append((ROLES[role], text))
+    if found and next((role for role, _ in found if role != "system"), None) == "assistant":
+        raise ValueError("expected a turn of the user before the first of the assistant, got none")
     return found
 
 

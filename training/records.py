@@ -103,9 +103,11 @@ def open_records(files: list[str], count: Callable[[dict], int], streaming: bool
             },
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):  # a file of another form than its name says
-            raise error.__cause__ from error
-        raise
+        cause = error.__cause__ or error
+        if type(cause) is ValueError:  # a file of another form than its name says
+            raise cause from error
+        names = ", ".join(files)
+        raise ValueError(f"expected readable data files, got {names}: {cause}") from error
 
 
 def record_of(row: dict, files: list[str]) -> Record:
@@ -132,14 +134,19 @@ def _check_path(name: str) -> Path:
 def _rows(paths: list[tuple[int, str]], count: Callable, stamps: tuple = ()) -> Iterator[dict]:
     for file, name in paths:
         for number, values, error, pictures in _read(Path(name)):
-            text = None if values is None else json.dumps(values)
+            text, items = None, 1
+            if values is not None:
+                try:
+                    text, items = json.dumps(values), count(values)
+                except Exception as problem:  # a record holds anything
+                    text, error = None, f"{type(problem).__name__}: {problem}"
             yield {
                 "record": text,
                 "error": error,
                 "pictures": pictures,
                 "file": file,
                 "number": number,
-                "count": 1 if values is None else count(values),
+                "count": items,
             }
 
 
@@ -172,7 +179,13 @@ def _checked(values) -> tuple[dict | None, str | None]:
 def _read_json(path: Path) -> Iterator[tuple]:
     content = read_json(path)
     if isinstance(content, dict) and "annotations" in content:
-        content = coco_records(content)
+        try:
+            records = coco_records(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        for number, (values, error) in enumerate(records, 1):
+            yield number, values, error, []
+        return
     if not isinstance(content, list):
         raise ValueError(
             f"expected a list of records, or COCO's images and annotations, in {path},"
@@ -189,16 +202,26 @@ def _read_table(path: Path) -> Iterator[tuple]:
     for name in names:
         table = _undecoded(table, name)
     for number, row in enumerate(table, 1):
-        pictures = []
-        for name in names:
-            value = row[name]
-            for picture in value if isinstance(value, list) else [value]:
-                data = picture.get("bytes") if isinstance(picture, dict) else picture
-                if isinstance(data, bytes):
-                    pictures.append(data)
-            if pictures:
-                row = {k: v for k, v in row.items() if k != name}
-        yield number, json.loads(json.dumps(row, default=_plain)), None, pictures
+        try:
+            values, pictures = _row(row, names)
+        except Exception as error:  # a row holds anything
+            yield number, None, f"expected plain values in a row, got: {error}", []
+            continue
+        yield number, values, None, pictures
+
+
+def _row(row: dict, names: list[str]) -> tuple[dict, list[bytes]]:
+    """A row's plain values, and the pictures in the fields that are named."""
+    pictures = []
+    for name in names:
+        value = row[name]
+        for picture in value if isinstance(value, list) else [value]:
+            data = picture.get("bytes") if isinstance(picture, dict) else picture
+            if isinstance(data, bytes):
+                pictures.append(data)
+        if pictures:
+            row = {k: v for k, v in row.items() if k != name}
+    return json.loads(json.dumps(row, default=_plain)), pictures
 
 
 def _undecoded(table, name: str):
@@ -215,23 +238,48 @@ def _plain(value):
     return value.decode("ascii") if isinstance(value, bytes) else str(value)
 
 
-def coco_records(content: dict) -> list[dict]:
-    """COCO's images and annotations as records of one picture each, in the order of the images;
-    an image without annotations makes none."""
-    records = {
-        image["id"]: {"image": image["file_name"], "mask_rles": [], "captions": []}
-        for image in content.get("images", [])
-    }
-    for annotation in content["annotations"]:
-        record = records.get(annotation["image_id"])
-        if record is None:
-            name = f"missing image id {annotation['image_id']}"
-            record = records[annotation["image_id"]] = {
-                "image": name,
-                "mask_rles": [],
-                "captions": [],
-            }
-        record["mask_rles"].append(annotation["segmentation"])
-        if "caption" in annotation:
-            record["captions"].append(annotation["caption"])
-    return [record for record in records.values() if record["mask_rles"]]
+def coco_records(content: dict) -> list[tuple[dict | None, str | None]]:
+    """COCO's images and annotations as records of one image each, in the order of the images, or
+    what is wrong with each; an image without annotations makes none.
+
+    Raises ValueError for content that holds no lists of them.
+    """
+    images, annotations = content.get("images", []), content["annotations"]
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        raise ValueError("expected COCO's images and annotations as lists, got others")
+    records: dict[object, dict] = {}
+    errors: dict[object, str] = {}
+    for i, image in enumerate(images):
+        key = _coco_id(image, "id")
+        if key is None or not isinstance(image.get("file_name"), str):
+            key = ("images", i) if key is None else key
+            errors[key] = f"expected images[{i}] with id and file_name, got {str(image)[:80]}"
+            records[key] = {}
+        else:
+            records[key] = {"image": image["file_name"], "mask_rles": [], "captions": []}
+
+    for i, annotation in enumerate(annotations):
+        key, problem = _coco_id(annotation, "image_id"), None
+        if key not in records:
+            key = ("annotations", i) if key is None else key
+            problem = "with the id of an image"
+        elif "segmentation" not in annotation:
+            problem = "with a segmentation"
+        if problem is not None:
+            records.setdefault(key, {})
+            where = f"annotations[{i}] {problem}"
+            errors.setdefault(key, f"expected {where}, got {str(annotation)[:80]}")
+        elif key not in errors:
+            records[key]["mask_rles"].append(annotation["segmentation"])
+            records[key]["captions"] += [annotation["caption"]] if "caption" in annotation else []
+    return [
+        (None, errors[key]) if key in errors else (record, None)
+        for key, record in records.items()
+        if key in errors or record["mask_rles"]
+    ]
+
+
+def _coco_id(item, name: str):
+    """The id in an image or annotation; None where there is none."""
+    found = item.get(name) if isinstance(item, dict) else None
+    return found if isinstance(found, (int, str)) else None

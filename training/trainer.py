@@ -24,7 +24,7 @@ from .parameters import parameter_groups
 from .recipe import Recipe
 from .samples import DiffusionCollator
 from .sharding import gather_weights, keep_precise, shard_on_cpu
-from .stopping import RunStopped, any_process, plain_message
+from .stopping import RunStopped, any_process, is_distributed, plain_message
 
 GROUPED = "group_by_length"
 
@@ -160,7 +160,12 @@ class DiffusionTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As the Trainer's, with the mean loss over all noise levels, by which checkpoints are
         compared, beside the loss of each. Draws are the same at every call."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        except Exception as error:
+            if self.is_in_train and not isinstance(error, RunStopped) and not is_distributed():
+                self._save_and_stop(error)
+            raise
         if eval_dataset is None:
             losses = [metrics[f"{metric_key_prefix}_{name}_loss"] for name in self.eval_dataset]
             mean = {f"{metric_key_prefix}_loss": sum(losses) / len(losses)}
@@ -177,10 +182,13 @@ class DiffusionTrainer(Trainer):
         except Exception as error:
             problem = error
         if any_process(problem is not None, self.args.device):
-            self.save_now()
-            why = "another process has stopped" if problem is None else plain_message(problem)
-            raise RunStopped(f"{why}; {self.describe_saved()}") from problem
+            self._save_and_stop(problem)
         return batches
+
+    def _save_and_stop(self, problem: Exception | None):
+        self.save_now()
+        why = "another process has stopped" if problem is None else plain_message(problem)
+        raise RunStopped(f"{why}; {self.describe_saved()}") from problem
 
     def training_step(self, *args, **kwargs):
         """As the Trainer's; raises `RunStopped` for a loss that is not finite."""

@@ -174,19 +174,23 @@ def _check_combinations(values: dict):
 
 
 def _uses(values: dict, optim: str) -> dict[str, bool]:
-    """Whether other options let one have its effect, for each that depends on others."""
+    """Whether other options let one have its effect, for each that depends on others. A strategy
+    of "no" is a switch, beside which the steps may stay.
+    """
     saves, logs = values.get("save_strategy", "steps"), values.get("logging_strategy", "steps")
-    evaluates = values.get("eval_strategy", "no")
-    ranks = values.get("load_best_model_at_end") or saves == "best"
-    ranks = ranks or values.get("lr_scheduler_type") in PLATEAU
+    evaluates = values.get("eval_strategy")  # not given is not switched off
+    scheduler = values.get("lr_scheduler_type", "linear")
+    ranks = values.get("load_best_model_at_end") or saves == "best" or scheduler in PLATEAU
     is_adam = not any(name in optim for name in NOT_ADAM)
     return {
-        "eval_steps": evaluates == "steps",
-        "eval_delay": evaluates != "no",
-        "save_steps": saves == "steps",
-        "logging_steps": "steps" in (logs, evaluates),
+        "eval_steps": evaluates in ("steps", "no"),
+        "eval_delay": evaluates is not None,
+        "save_steps": saves in ("steps", "no"),
+        "logging_steps": logs in ("steps", "no") or evaluates == "steps",
         "metric_for_best_model": ranks,
         "greater_is_better": ranks,
+        "warmup_steps": scheduler not in ("constant", *PLATEAU),
+        "lr_scheduler_kwargs": scheduler not in ("constant", "constant_with_warmup"),
         **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), is_adam),
         **{f"{name}_kwargs": values.get(name) for pair in CHECKPOINTING.items() for name in pair},
     }
