@@ -24,7 +24,9 @@ PICTURE = VECTORS / "region_0.png"
 
 
 def train_from(checkpoint, folder: Path):
-    train(small_recipe(folder, model={"checkpoint": str(checkpoint), "config": {}}))
+    train(
+        small_recipe(folder, model={"checkpoint": str(checkpoint), "config": {}, "tokenizer": None})
+    )
 
 
 def train_with_tokenizer(tokenizer, folder: Path):
