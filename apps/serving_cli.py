@@ -126,7 +126,7 @@ def limits_of(args: argparse.Namespace) -> Limits:
         body_bytes=int(args.max_mib * BYTES_OF_MIB),
         pixels=args.max_pixels,
         masks=args.max_masks,
-        mask_pixels=max(Limits.mask_pixels, args.max_pixels),
+        decoded_bytes=max(Limits.decoded_bytes, 6 * args.max_pixels),
         caption_length=args.max_caption_length,
         new_tokens=args.max_answer_length,
         steps=max(args.max_caption_length, args.max_answer_length),

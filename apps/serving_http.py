@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import ipaddress
 import logging
 
 from fastapi import FastAPI, Request
@@ -10,43 +11,16 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .serving_errors import ApiError
 from .serving_limits import Limits
 
 log = logging.getLogger(__name__)
 
 DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 5.0  # read and dropped, so that a refusal is heard
-KINDS = {
-    401: "authentication_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-}
 
-
-class ApiError(Exception):
-    """A refusal, sent as OpenAI's clients expect one."""
-
-    def __init__(self, status: int, message: str, *, code=None, param=None, headers=None):
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.param = param
-        self.headers = headers or {}
-
-    def body(self) -> dict:
-        """The `error` object."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {
-            "message": str(self),
-            "type": KINDS.get(self.status, kind),
-            "param": self.param,
-            "code": self.code,
-        }
-        return {"error": error}
-
-    def response(self) -> JSONResponse:
-        """The whole answer."""
-        return JSONResponse(self.body(), self.status, self.headers)
+def response_of(error: ApiError) -> JSONResponse:
+    """The whole answer."""
+    return JSONResponse(error.body(), error.status, error.headers)
 
 
 def install_errors(app: FastAPI):
@@ -54,16 +28,16 @@ def install_errors(app: FastAPI):
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError):
-        return error.response()
+        return response_of(error)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException):
         message = f"{error.detail}: {request.method} {request.url.path[:200]}"
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        return response_of(ApiError(error.status_code, message, headers=error.headers))
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception):
-        return ApiError(500, "internal error, see the server's log").response()
+        return response_of(ApiError(500, "internal error, see the server's log"))
 
 
 class ByteBudget:
@@ -147,6 +121,18 @@ async def _drain(request: Request):
         pass
 
 
+def client_of(request: Request) -> str:
+    """Whose request it is, by address: of IPv6, the network that one customer has."""
+    host = request.client.host if request.client else ""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if address.version == 4:
+        return host
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
 async def until_disconnected(request: Request):
     """Returns when the client has gone; to be called after the body was read."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -180,7 +166,7 @@ class MaxBody:
         headers = dict(scope["headers"])
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.most:
-            return await _too_large(self.most).response()(scope, receive, send)
+            return await response_of(_too_large(self.most))(scope, receive, send)
         received = 0
 
         async def counted():

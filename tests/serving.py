@@ -1,7 +1,9 @@
 """A server on loopback for tests: an application run by the real uvicorn, in a thread."""
 
+import atexit
 import base64
 import contextlib
+import functools
 import io
 import threading
 import time
@@ -11,6 +13,15 @@ from perceptiondlm.apps.engine import Engine
 from perceptiondlm.apps.serving_app import create_app
 from perceptiondlm.apps.serving_http import PatientProtocol
 from perceptiondlm.apps.serving_limits import Limits
+from perceptiondlm.apps.serving_pool import WorkerPool
+
+
+@functools.cache
+def workers() -> WorkerPool:
+    """The worker processes of all tests, which take seconds to start."""
+    pool = WorkerPool()
+    atexit.register(pool.close)
+    return pool
 
 
 @contextlib.contextmanager
@@ -18,7 +29,7 @@ def served(captioner, *, limits: Limits | None = None, engine: dict | None = Non
     """Serves a captioner; gives the address, http://127.0.0.1:port, and the engine."""
     limits = limits or Limits()
     own = Engine(captioner, **(engine or {}))
-    app = create_app(own, name="tester", limits=limits, **options)
+    app = create_app(own, name="tester", limits=limits, pool=workers(), **options)
     http = PatientProtocol.within(limits.header_seconds)
     config = uvicorn.Config(app, port=0, log_level="error", ws="none", http=http)
     server = uvicorn.Server(config)

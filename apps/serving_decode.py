@@ -1,0 +1,197 @@
+"""Strangers' images and region masks, decoded within a request's limits.
+
+Everything here raises ValueError with what was expected and what came. Sizes are compared in a
+file's header, before it is decoded. No string from outside is ever taken for a path.
+"""
+
+import base64
+import binascii
+import io
+import re
+
+from PIL import Image
+
+from ..image_loading import load_mask
+from .inputs import MASK_FORMATS, PICTURE_FORMATS, annotation_mask
+from .serving_limits import Limits, expect_at_most
+
+DATA_URL = re.compile(r"data:(?P<kind>[\w.+/-]*)(?:;[\w=.+-]+)*?(?P<base64>;base64)?,", re.ASCII)
+MAX_NUMBER = 10**9  # of a coordinate or run length
+MAX_CROSSINGS = 50_000_000  # polygon points times rows or columns, of one mask
+IMAGE_BYTES, MASK_BYTES = 4, 1  # of a pixel, once decoded
+JPEG_SCAN = b"\xff\xda"  # a marker that no scan has inside
+# What people send as a picture that is none: first bytes, and what to call it.
+NOT_PICTURES = (
+    (b"<svg", "SVG"),
+    (b"<!doctype html", "HTML"),
+    (b"<html", "HTML"),
+    (b"<?xml", "XML or SVG"),
+    (b"%pdf", "PDF"),
+    (b"pk\x03\x04", "a ZIP archive"),
+    (b"{", "JSON"),
+)
+
+
+class Decoder:
+    """Decodes one request's images and masks, all of them within one budget of bytes."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.bytes_left = limits.decoded_bytes
+        self.points_left = limits.points
+
+    def image(self, data: bytes, name: str) -> Image.Image:
+        """An image from an encoded file's bytes, as stored: not converted, fully read."""
+        image = self._open(data, name, PICTURE_FORMATS)
+        self.spend(image.width * image.height * IMAGE_BYTES)
+        return _loaded(image, name)
+
+    def mask_image(self, data: bytes, size: tuple[int, int] | None) -> Image.Image:
+        """A region mask from an encoded file's bytes, as stored; lossy kinds are refused, and so
+        are those of another size (width, height) than the image's."""
+        if data[:3] == b"\xff\xd8\xff":
+            raise ValueError("expected a mask without loss, say as PNG, got JPEG")
+        mask = self._open(data, "the mask", MASK_FORMATS)
+        if size is not None and mask.size not in (size, size[::-1]):  # it may lie on its side
+            raise ValueError(
+                f"expected a mask with the picture's size {size[0]}x{size[1]} (width x height),"
+                f" got {mask.width}x{mask.height}"
+            )
+        self.spend(mask.width * mask.height * MASK_BYTES)
+        return _loaded(mask, "the mask")
+
+    def mask(self, item, size: tuple[int, int]) -> Image.Image:
+        """A region mask from JSON: COCO RLE, `{"box": ...}`, `{"polygons": ...}`, a plain box or
+        polygons, a COCO annotation, or a mask image as data URL; as `load_mask` gives it."""
+        if isinstance(item, str):
+            return load_mask(self.mask_image(self.data_url(item, "the mask"), size), size)
+        if not isinstance(item, (dict, list)):
+            raise ValueError(f"expected an object, a list or a data URL, got {item!r:.80}")
+        mask = annotation_mask(item, "a mask")
+        if isinstance(mask, dict) and "size" in mask and mask["size"] != [size[1], size[0]]:
+            raise ValueError(
+                f"expected the image's size [height, width] {[size[1], size[0]]},"
+                f" got {str(mask['size'])[:60]}"
+            )
+        for part in mask.values() if isinstance(mask, dict) else [mask]:
+            _expect_numbers(part)
+        self._spend_points(mask, size)
+        self.spend(size[0] * size[1] * MASK_BYTES)
+        return load_mask(mask, size)
+
+    def expect_masks(self, count: int, size: tuple[int, int]):
+        """Refuses more masks than a request may have, or more memory than they may take."""
+        if count > self.limits.masks:
+            raise ValueError(
+                f"expected at most {self.limits.masks} masks for an image, got {count}"
+            )
+        if (needed := size[0] * size[1] * count * MASK_BYTES) > self.bytes_left:
+            raise self._too_much(needed)
+
+    def spend(self, count: int):
+        """Takes so many bytes of the request's budget."""
+        if count > self.bytes_left:
+            raise self._too_much(count)
+        self.bytes_left -= count
+
+    def _too_much(self, count: int) -> ValueError:
+        return ValueError(
+            f"expected at most {self.limits.decoded_bytes:,} bytes of decoded images and masks in"
+            f" a request, {self.bytes_left:,} of them left, got {count:,} more:"
+            " send a smaller image or fewer masks"
+        )
+
+    def _spend_points(self, mask, size: tuple[int, int]):
+        polygons = mask.get("polygons", []) if isinstance(mask, dict) else mask
+        if not isinstance(polygons, list):
+            return
+        points = sum(len(polygon) // 2 for polygon in polygons if isinstance(polygon, list))
+        expect_at_most("polygon points in a request", points, self.points_left)
+        expect_at_most(
+            "polygon points times rows or columns", points * max(size), MAX_CROSSINGS
+        )
+        self.points_left -= points
+
+    def data_url(self, url: str, name: str) -> bytes:
+        """The bytes of a `data:` URL with base64 content."""
+        match = DATA_URL.match(url[:256])
+        if match is None or match["base64"] is None:
+            raise ValueError(f"expected {name} as data:image/...;base64,..., got {url[:60]!r}")
+        if match["kind"] in ("image/svg+xml", "text/html"):
+            raise ValueError(f"expected {name} as a pixel picture, got {match['kind']}")
+        content = url[match.end() :]
+        if len(content) * 3 // 4 > self.limits.body_bytes + 3:
+            raise ValueError(f"expected {name} of at most {self.limits.body_bytes:,} bytes, got more")
+        try:
+            return base64.b64decode(content, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"expected {name} in base64, got: {error}") from error
+
+    def _open(self, data: bytes, name: str, formats) -> Image.Image:
+        """Opens a file within the limits: its header is read, no pixel decoded."""
+        limits = self.limits
+        if len(data) > limits.body_bytes:
+            most = limits.body_bytes / (1 << 20)
+            raise ValueError(
+                f"expected {name} of at most {most:g} MiB, got {len(data) / (1 << 20):.1f} MiB"
+            )
+        try:
+            image = Image.open(io.BytesIO(data), formats=formats)
+        except Image.DecompressionBombError as error:
+            raise ValueError(
+                f"expected at most {limits.pixels:,} pixels in {name}, got: {error}"
+            ) from error
+        except Exception as error:  # decoders fail in many ways on what strangers make up
+            kinds = ", ".join(formats)
+            raise ValueError(f"expected {name} as {kinds}, got {_kind_of(data)}") from error
+        self._check(image, data, name)
+        return image
+
+    def _check(self, image: Image.Image, data: bytes, name: str):
+        width, height = image.size
+        if width * height > self.limits.pixels:
+            raise ValueError(
+                f"expected at most {self.limits.pixels:,} pixels in {name}, got {width}x{height}"
+            )
+        expect_at_most(f"pixels along a side of {name}", max(width, height), self.limits.side)
+        if "jpeg" in (str(image.format).lower(), image.info.get("compression")):
+            scans = data.count(JPEG_SCAN)
+            expect_at_most(f"scans in the JPEG of {name}", scans, self.limits.scans)
+
+
+def _loaded(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+    except Exception as error:
+        raise ValueError(f"expected {name} as a whole file, got a damaged one: {error}") from error
+    return image
+
+
+def _kind_of(data: bytes) -> str:
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for start, kind in NOT_PICTURES:
+        if head.startswith(start):
+            return kind
+    if not data:
+        return "nothing"
+    return f"something that starts with {data[:12]!r}"
+
+
+def alpha_mask(picture: Image.Image) -> Image.Image | None:
+    """The region that a picture's alpha channel shows: not transparent, where some of it is."""
+    if "A" not in picture.getbands() and "transparency" not in picture.info:
+        return None
+    alpha = picture.convert("RGBA").getchannel("A")
+    return alpha if alpha.getextrema()[0] == 0 else None
+
+
+def _expect_numbers(values, depth: int = 3):
+    """Refuses what is no number a picture could need in a list of lists of them; a text is left to
+    whom it is meant for."""
+    if not isinstance(values, list):
+        return
+    for value in values:
+        if isinstance(value, list) and depth:
+            _expect_numbers(value, depth - 1)
+        elif not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
+            raise ValueError(f"expected finite numbers, got {str(value)[:40]!r}")
