@@ -19,7 +19,6 @@ from .serving_errors import ApiError
 from .serving_fetch import UrlPolicy
 from .serving_http import (
     ByteBudget,
-    SendTimeout,
     client_of,
     install_errors,
     read_body,
@@ -27,7 +26,7 @@ from .serving_http import (
 )
 from .serving_jobs import Completion, job_of
 from .serving_limits import Limits
-from .serving_pool import WorkerPool
+from .serving_pool import shared_pool
 from .serving_request import expect_model, request_schema
 from .serving_writer import ChatWriter
 
@@ -47,7 +46,6 @@ def create_app(
     limits: Limits | None = None,
     policy: UrlPolicy | None = None,
     api_key: str | None = None,
-    pool: WorkerPool | None = None,
 ) -> FastAPI:
     """The endpoint as an ASGI application, which closes the engine when it ends.
 
@@ -57,9 +55,8 @@ def create_app(
         engine: an `Engine`; name: what clients call the model.
         limits: a `Limits`; policy: a `UrlPolicy`, by default one that fetches nothing.
         api_key: what clients must send as bearer token; None or "": nothing.
-        pool: reads requests, and is not closed; None: one of the endpoint's own.
     """
-    endpoint = Endpoint(engine, name, limits, policy, pool)
+    endpoint = Endpoint(engine, name, limits, policy)
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
@@ -78,18 +75,18 @@ def create_app(
 
     app = FastAPI(title="PerceptionDLM", lifespan=lifespan, redoc_url=None)
     app.state.endpoint = endpoint
-    app.add_middleware(SendTimeout, seconds=endpoint.limits.send_seconds)
     install_errors(app)
 
     @app.get("/health")
     async def health():
+        ready = engine.alive and not endpoint.stopping.is_set()
         status = {
-            "status": "ok" if engine.alive else "stopping",
+            "status": "ok" if ready else "stopping",
             "model": name,
             "queue_length": engine.queue_length,
             "running": engine.running,
         }
-        return JSONResponse(status, 200 if engine.alive else 503)
+        return JSONResponse(status, 200 if ready else 503)
 
     @app.get("/metrics")
     async def metrics():
@@ -124,20 +121,12 @@ def create_app(
 class Endpoint:
     """Chat completions over an engine."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        name: str,
-        limits: Limits | None,
-        policy: UrlPolicy | None,
-        pool: WorkerPool | None = None,
-    ):
+    def __init__(self, engine: Engine, name: str, limits: Limits | None, policy: UrlPolicy | None):
         self.engine = engine
         self.name = name
         self.limits = limits or Limits()
         self.policy = policy or UrlPolicy()
-        self.pool = pool or WorkerPool()
-        self.owns_pool = pool is None
+        self.pool = shared_pool()
         self.uploads = ByteBudget(max(UPLOAD_BYTES, self.limits.body_bytes))
         self.submitters = ThreadPoolExecutor(SUBMITTERS, thread_name_prefix="perceptiondlm-read")
         self.stopping = asyncio.Event()  # nothing new is taken
@@ -156,8 +145,6 @@ class Endpoint:
         """Ends the engine; what was under way has been answered by now."""
         self.engine.close(drain=False, timeout=CLOSE_SECONDS)
         self.submitters.shutdown(wait=False, cancel_futures=True)
-        if self.owns_pool:
-            self.pool.close()
 
     def card(self) -> dict:
         """The model as OpenAI lists one."""
@@ -238,6 +225,7 @@ class Endpoint:
             if done.done():
                 return _result(ticket)
             if gone.done():
+                log.info("a client went away before it was answered")
                 raise ApiError(499, "the client has gone")
             raise _shutting_down() if stopped.done() else self._timeout()
         finally:
@@ -280,9 +268,13 @@ class Endpoint:
                 yield _event(chunk)
         except ApiError as error:
             yield _event(error.body())
+        except (asyncio.CancelledError, GeneratorExit):
+            log.info("a client went away while it was answered")
+            raise
         finally:
             stopped.cancel()
-            ticket.cancel()
+            if not ticket.future.done():
+                ticket.cancel()
         yield "data: [DONE]\n\n"
 
 

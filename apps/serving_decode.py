@@ -107,9 +107,7 @@ class Decoder:
             return
         points = sum(len(polygon) // 2 for polygon in polygons if isinstance(polygon, list))
         expect_at_most("polygon points in a request", points, self.points_left)
-        expect_at_most(
-            "polygon points times rows or columns", points * max(size), MAX_CROSSINGS
-        )
+        expect_at_most("polygon points times rows or columns", points * max(size), MAX_CROSSINGS)
         self.points_left -= points
 
     def data_url(self, url: str, name: str) -> bytes:
@@ -121,7 +119,9 @@ class Decoder:
             raise ValueError(f"expected {name} as a pixel picture, got {match['kind']}")
         content = url[match.end() :]
         if len(content) * 3 // 4 > self.limits.body_bytes + 3:
-            raise ValueError(f"expected {name} of at most {self.limits.body_bytes:,} bytes, got more")
+            raise ValueError(
+                f"expected {name} of at most {self.limits.body_bytes:,} bytes, got more"
+            )
         try:
             return base64.b64decode(content, validate=True)
         except (binascii.Error, ValueError) as error:

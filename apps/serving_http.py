@@ -1,15 +1,15 @@
-"""HTTP beneath the endpoint: OpenAI's error bodies, bodies within limits, patience with an end."""
+"""HTTP beneath the endpoint: OpenAI's error bodies, and bodies within limits."""
 
 import asyncio
 import contextlib
-import functools
 import ipaddress
 import logging
+import re
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.requests import ClientDisconnect
 
 from .serving_errors import ApiError
 from .serving_limits import Limits
@@ -17,6 +17,7 @@ from .serving_limits import Limits
 log = logging.getLogger(__name__)
 
 DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 5.0  # read and dropped, so that a refusal is heard
+
 
 def response_of(error: ApiError) -> JSONResponse:
     """The whole answer."""
@@ -72,7 +73,11 @@ async def read_body(request: Request, limits: Limits, budget: ByteBudget) -> byt
         try:
             if declared.isdigit() and int(declared) > limits.body_bytes:
                 raise _too_large(limits.body_bytes)
-            await asyncio.wait_for(_receive(request, data, limits, budget), limits.body_seconds)
+            seconds = min(limits.body_seconds, limits.request_seconds)
+            await asyncio.wait_for(_receive(request, data, limits, budget), seconds)
+        except ClientDisconnect as error:
+            log.info("a client went away before its request was whole")
+            raise ApiError(499, "the client has gone") from error
         except ApiError:
             await _drain(request)
             raise
@@ -139,26 +144,14 @@ async def until_disconnected(request: Request):
         pass
 
 
-class SendTimeout:
-    """ASGI middleware: a client that takes nothing for so long is given up."""
-
-    def __init__(self, app, seconds: float):
-        self.app = app
-        self.seconds = seconds
-
-    async def __call__(self, scope, receive, send):
-        async def timed(message):
-            await asyncio.wait_for(send(message), self.seconds)
-
-        await self.app(scope, receive, timed if scope["type"] == "http" else send)
-
-
 class MaxBody:
-    """ASGI middleware: a body of more than `most` bytes is refused with 413."""
+    """ASGI middleware: a body of more than `most` bytes is refused with 413, and a path in which
+    the pattern `refused` is found with 404."""
 
-    def __init__(self, app, most: int):
+    def __init__(self, app, most: int, refused: str):
         self.app = app
         self.most = most
+        self.refused = re.compile(refused)
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -177,34 +170,11 @@ class MaxBody:
                 raise HTTPException(413, f"expected a body of at most {self.most} bytes, got more")
             return message
 
-        await self.app(scope, counted, send)
-
-
-class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, but a connection without a whole request head in time is closed."""
-
-    def __init__(self, *args, header_seconds: float, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.header_seconds = header_seconds
-
-    @classmethod
-    def within(cls, seconds: float):
-        """What uvicorn takes as `http`."""
-        return functools.partial(cls, header_seconds=seconds)
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self._arm()
-
-    def on_response_complete(self):
-        super().on_response_complete()
-        self._arm()
-
-    def _arm(self):
-        self.loop.call_later(self.header_seconds, self._close_if_idle, self.cycle)
-
-    def _close_if_idle(self, cycle):
-        idle = cycle is None or cycle.response_complete
-        if self.cycle is cycle and idle and not self.transport.is_closing():
-            log.debug("no request within %g seconds: connection closed", self.header_seconds)
-            self.transport.close()
+        if self.refused.search(scope["path"]):
+            return await response_of(ApiError(404, "there are no uploads here"))(
+                scope, receive, send
+            )
+        try:
+            await self.app(scope, counted, send)
+        except ClientDisconnect:
+            log.info("a client went away before its request was whole")

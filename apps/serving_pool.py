@@ -3,7 +3,9 @@
 Threads of the server wait for a worker; they hold no interpreter lock while it decodes.
 """
 
+import atexit
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -75,7 +77,7 @@ class Worker:
 class WorkerPool:
     """Reads requests and pages in `count` worker processes.
 
-    `close` it, or use it as a context manager; the processes end with this one in any case.
+    The processes end with this one in any case.
     """
 
     def __init__(self, count: int = WORKERS):
@@ -151,11 +153,13 @@ class WorkerPool:
             if worker is not None:
                 worker.close()
 
-    def __enter__(self) -> "WorkerPool":
-        return self
 
-    def __exit__(self, *_):
-        self.close()
+@functools.cache
+def shared_pool() -> WorkerPool:
+    """The pool of this process, whose workers are started when they are needed."""
+    pool = WorkerPool()
+    atexit.register(pool.close)
+    return pool
 
 
 def _failure(error: dict) -> ApiError:

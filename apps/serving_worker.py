@@ -33,8 +33,9 @@ def send(stream: BinaryIO, header: dict, blobs=()):
 def receive(stream: BinaryIO) -> tuple[dict, list[bytes]]:
     """Reads a message; EOFError where the other side has gone."""
     (count,) = HEAD.unpack(_exactly(stream, HEAD.size))
-    header, *blobs = (_exactly(stream, *SIZE.unpack(_exactly(stream, SIZE.size)))
-                      for _ in range(count))
+    header, *blobs = (
+        _exactly(stream, *SIZE.unpack(_exactly(stream, SIZE.size))) for _ in range(count)
+    )
     return json.loads(header), blobs
 
 

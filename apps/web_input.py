@@ -13,7 +13,6 @@ from .serving_decode import MASK_BYTES, Decoder
 from .serving_limits import Limits, each_numbered
 
 PICTURE = "the picture"
-ENCODED = 1.4  # base64's bytes a byte, and a little
 EXAMPLE_SEEDS = (7, 11, 23, 42)
 
 
@@ -35,7 +34,7 @@ def read_payload(
     """
     if not text:
         return None, []
-    if len(text) > ENCODED * 2 * limits.body_bytes:
+    if len(text) > 2 * limits.body_bytes:
         raise ValueError(f"expected at most {limits.body_bytes >> 20} MiB of picture and masks")
     try:
         content = json.loads(text)
