@@ -20,6 +20,7 @@ from .serving_fetch import UrlPolicy
 from .serving_http import (
     ByteBudget,
     client_of,
+    drain,
     install_errors,
     read_body,
     until_disconnected,
@@ -155,6 +156,7 @@ class Endpoint:
         """Answers one request, or raises ApiError."""
         deadline = time.monotonic() + self.limits.request_seconds
         if self.stopping.is_set():
+            await drain(request)
             raise _shutting_down()
         body = await read_body(request, self.limits, self.uploads)
         mailbox = Mailbox()
@@ -325,7 +327,7 @@ def _shutting_down() -> ApiError:
         503,
         "the server is shutting down: try again later",
         code="shutting_down",
-        headers={"Retry-After": str(RETRY_SECONDS), "Connection": "close"},
+        headers={"Retry-After": str(RETRY_SECONDS)},
     )
 
 

@@ -79,7 +79,7 @@ async def read_body(request: Request, limits: Limits, budget: ByteBudget) -> byt
             log.info("a client went away before its request was whole")
             raise ApiError(499, "the client has gone") from error
         except ApiError:
-            await _drain(request)
+            await drain(request)
             raise
         except asyncio.TimeoutError as error:  # not yet the built-in one in Python 3.10
             raise ApiError(
@@ -109,7 +109,7 @@ def _too_large(most: int) -> ApiError:
     )
 
 
-async def _drain(request: Request):
+async def drain(request: Request):
     """Drops what a client is still sending: one whose connection breaks hears no refusal."""
 
     async def drop():

@@ -11,7 +11,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 GRACE_SECONDS = 25.0  # from being told to stop to the end; orchestrators kill after 30
 ANSWER_SECONDS = 4.0  # of these, the last, for what is given up to be told so
-LINGER_SECONDS = 1.0  # for a request that is on its way on a connection that seems idle
+LINGER_SECONDS = 2.0  # for a request that is on its way on a connection that seems idle
+CLOSE = (b"connection", b"close")
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport):
         super().connection_made(transport)
         self._give_up = None
-        self._arm()
+        self._arm(self.header_seconds)
 
     def connection_lost(self, exc):
         super().connection_lost(exc)
@@ -46,12 +47,11 @@ class PatientProtocol(H11Protocol):
 
     def handle_events(self):
         super().handle_events()
-        if self.is_last and self.cycle is not None:
-            self.cycle.keep_alive = False
+        self._say_last()
 
     def on_response_complete(self):
         super().on_response_complete()
-        self._arm()
+        self._arm(LINGER_SECONDS if self.is_last else self.header_seconds)
 
     def pause_writing(self):
         super().pause_writing()
@@ -63,10 +63,14 @@ class PatientProtocol(H11Protocol):
 
     def shutdown(self):
         self.is_last = True
-        if self.cycle is None or self.cycle.response_complete:
-            self.loop.call_later(LINGER_SECONDS, self._close_if_idle, self.cycle)
-        else:
-            self.cycle.keep_alive = False
+        self._say_last()
+        self._arm(LINGER_SECONDS)
+
+    def _say_last(self):
+        cycle = self.cycle
+        if self.is_last and cycle is not None and not cycle.response_started:
+            if CLOSE not in cycle.default_headers:
+                cycle.default_headers = [*cycle.default_headers, CLOSE]
 
     def _calm(self):
         if self._give_up is not None:
@@ -77,8 +81,8 @@ class PatientProtocol(H11Protocol):
         log.info("a client took nothing for %g seconds: given up", self.send_seconds)
         self.transport.abort()
 
-    def _arm(self):
-        self.loop.call_later(self.header_seconds, self._close_if_idle, self.cycle)
+    def _arm(self, seconds: float):
+        self.loop.call_later(seconds, self._close_if_idle, self.cycle)
 
     def _close_if_idle(self, cycle):
         idle = cycle is None or cycle.response_complete
@@ -114,12 +118,15 @@ class GracefulServer(uvicorn.Server):
     async def _stop_accepting(self):
         """Closes the listening sockets, and takes over the connections that wait in them: those
         were made already, and closing a socket resets what nobody has accepted."""
-        waiting = []
-        for server in self.servers:
-            for listening in server.sockets:
-                waiting += _accept_all(listening)
-            server.close()
         loop = asyncio.get_running_loop()
+        listening = [each for server in self.servers for each in server.sockets]
+        for each in listening:
+            loop.remove_reader(each.fileno())
+        for _ in range(3):
+            await asyncio.sleep(0)  # what the loop has accepted gets its protocol
+        waiting = [connection for each in listening for connection in _accept_all(each)]
+        for server in self.servers:
+            server.close()
         for connection in waiting:
             await loop.connect_accepted_socket(self._protocol, connection)
 
