@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from ..image_loading import load_image, load_mask
+from ..image_sources import is_data_url
 from .serving_decode import Decoder, alpha_mask
 from .serving_limits import Limits, each_numbered, expect_at_most
 from .serving_request import ChatRequest, ImagePart, MaskPart, Message, TextPart
@@ -141,7 +142,7 @@ class RequestReader:
         return load_image(self.decoder.image(self._bytes(url, "the image"), "the image"))
 
     def _bytes(self, url: str, name: str) -> bytes:
-        if url[:5].lower() == "data:":
+        if is_data_url(url):
             return self.decoder.data_url(url, name)
         return self.fetch(url)
 

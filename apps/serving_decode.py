@@ -4,18 +4,17 @@ Everything here raises ValueError with what was expected and what came. Sizes ar
 file's header, before it is decoded. No string from outside is ever taken for a path.
 """
 
-import base64
-import binascii
 import io
-import re
 
+import numpy as np
 from PIL import Image
 
-from ..image_loading import load_mask
-from .inputs import MASK_FORMATS, PICTURE_FORMATS, annotation_mask
+from .. import image_sources
+from ..image_loading import expect_lossless, load_mask, open_encoded, turn_upright
+from ..image_shapes import expect_size
+from .inputs import annotation_mask, readable_formats
 from .serving_limits import Limits, expect_at_most
 
-DATA_URL = re.compile(r"data:(?P<kind>[\w.+/-]*)(?:;[\w=.+-]+)*?(?P<base64>;base64)?,", re.ASCII)
 MAX_NUMBER = 10**9  # of a coordinate or run length
 MAX_CROSSINGS = 50_000_000  # polygon points times rows or columns, of one mask
 IMAGE_BYTES, MASK_BYTES = 4, 1  # of a pixel, once decoded
@@ -41,24 +40,24 @@ class Decoder:
         self.points_left = limits.points
 
     def image(self, data: bytes, name: str) -> Image.Image:
-        """An image from an encoded file's bytes, as stored: not converted, fully read."""
-        image = self._open(data, name, PICTURE_FORMATS)
+        """An image from an encoded file's bytes: upright, not converted, fully read."""
+        image = self._open(data, name)
         self.spend(image.width * image.height * IMAGE_BYTES)
         return _loaded(image, name)
 
     def mask_image(self, data: bytes, size: tuple[int, int] | None) -> Image.Image:
-        """A region mask from an encoded file's bytes, as stored; lossy kinds are refused, and so
-        are those of another size (width, height) than the image's."""
-        if data[:3] == b"\xff\xd8\xff":
-            raise ValueError("expected a mask without loss, say as PNG, got JPEG")
-        mask = self._open(data, "the mask", MASK_FORMATS)
+        """A region mask from an encoded file's bytes; lossy kinds are refused, and so are those of
+        another size (width, height) than the image's.
+
+        Of a copy of the image, in colors and transparent outside the region, the alpha is the mask.
+        """
+        mask = self._open(data, "the mask")
+        expect_lossless(mask, "the mask")
         if size is not None and mask.size not in (size, size[::-1]):  # it may lie on its side
-            raise ValueError(
-                f"expected a mask with the picture's size {size[0]}x{size[1]} (width x height),"
-                f" got {mask.width}x{mask.height}"
-            )
+            expect_size(mask.size, size)
         self.spend(mask.width * mask.height * MASK_BYTES)
-        return _loaded(mask, "the mask")
+        mask = _loaded(mask, "the mask").copy()  # which has no format to be asked about again
+        return (alpha_mask(mask) if _is_colored(mask) else None) or mask
 
     def mask(self, item, size: tuple[int, int]) -> Image.Image:
         """A region mask from JSON: COCO RLE, `{"box": ...}`, `{"polygons": ...}`, a plain box or
@@ -68,11 +67,9 @@ class Decoder:
         if not isinstance(item, (dict, list)):
             raise ValueError(f"expected an object, a list or a data URL, got {item!r:.80}")
         mask = annotation_mask(item, "a mask")
-        if isinstance(mask, dict) and "size" in mask and mask["size"] != [size[1], size[0]]:
-            raise ValueError(
-                f"expected the image's size [height, width] {[size[1], size[0]]},"
-                f" got {str(mask['size'])[:60]}"
-            )
+        said = mask.get("size") if isinstance(mask, dict) else None
+        if isinstance(said, list) and len(said) == 2:
+            expect_size(said[::-1], size)
         for part in mask.values() if isinstance(mask, dict) else [mask]:
             _expect_numbers(part)
         self._spend_points(mask, size)
@@ -111,23 +108,15 @@ class Decoder:
         self.points_left -= points
 
     def data_url(self, url: str, name: str) -> bytes:
-        """The bytes of a `data:` URL with base64 content."""
-        match = DATA_URL.match(url[:256])
-        if match is None or match["base64"] is None:
-            raise ValueError(f"expected {name} as data:image/...;base64,..., got {url[:60]!r}")
-        if match["kind"] in ("image/svg+xml", "text/html"):
-            raise ValueError(f"expected {name} as a pixel picture, got {match['kind']}")
-        content = url[match.end() :]
-        if len(content) * 3 // 4 > self.limits.body_bytes + 3:
+        """The bytes of a `data:` URL, no more of them than an image may have."""
+        data = image_sources.decode_data_url(url, name)
+        if len(data) > self.limits.body_bytes:
             raise ValueError(
                 f"expected {name} of at most {self.limits.body_bytes:,} bytes, got more"
             )
-        try:
-            return base64.b64decode(content, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ValueError(f"expected {name} in base64, got: {error}") from error
+        return data
 
-    def _open(self, data: bytes, name: str, formats) -> Image.Image:
+    def _open(self, data: bytes, name: str) -> Image.Image:
         """Opens a file within the limits: its header is read, no pixel decoded."""
         limits = self.limits
         if len(data) > limits.body_bytes:
@@ -136,13 +125,13 @@ class Decoder:
                 f"expected {name} of at most {most:g} MiB, got {len(data) / (1 << 20):.1f} MiB"
             )
         try:
-            image = Image.open(io.BytesIO(data), formats=formats)
+            image = open_encoded(io.BytesIO(data), readable_formats())
         except Image.DecompressionBombError as error:
             raise ValueError(
                 f"expected at most {limits.pixels:,} pixels in {name}, got: {error}"
             ) from error
         except Exception as error:  # decoders fail in many ways on what strangers make up
-            kinds = ", ".join(formats)
+            kinds = ", ".join(readable_formats())
             raise ValueError(f"expected {name} as {kinds}, got {_kind_of(data)}") from error
         self._check(image, data, name)
         return image
@@ -161,10 +150,16 @@ class Decoder:
 
 def _loaded(image: Image.Image, name: str) -> Image.Image:
     try:
-        image.load()
+        return turn_upright(image)
     except Exception as error:
         raise ValueError(f"expected {name} as a whole file, got a damaged one: {error}") from error
-    return image
+
+
+def _is_colored(mask: Image.Image) -> bool:
+    if mask.mode not in ("P", "PA", "RGB", "RGBA"):
+        return False
+    colors = np.asarray(mask.convert("RGB"))
+    return bool((colors != colors[..., :1]).any())
 
 
 def _kind_of(data: bytes) -> str:
@@ -182,7 +177,7 @@ def alpha_mask(picture: Image.Image) -> Image.Image | None:
     if "A" not in picture.getbands() and "transparency" not in picture.info:
         return None
     alpha = picture.convert("RGBA").getchannel("A")
-    return alpha if alpha.getextrema()[0] == 0 else None
+    return alpha.point([0] + [255] * 255) if alpha.getextrema()[0] == 0 else None
 
 
 def _expect_numbers(values, depth: int = 3):
