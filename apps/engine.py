@@ -12,109 +12,25 @@ the same kind and options that arrive within a short window become one `diffusio
 import bisect
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 
 from torch import OutOfMemoryError
 
 from ..generation_options import DiffusionOptions, options_for
 from .captioner import RegionCaptioner, Step
-from .serving_jobs import ChatJob, Completion, ForwardCounter, RegionJob, TooLong, completions
+from .serving_jobs import ChatJob, ForwardCounter, RegionJob, TooLong, completions
 from .serving_metrics import Metrics
+from .serving_tickets import EngineClosed, JobFailed, QueueFull, Ticket
 
 OWN_OPTIONS = ("generator", "batch_size", "return_history", "compile")  # not for a job to set
 RANDOM_OPTIONS = {"temperature": 0.0, "remasking": "low_confidence"}  # what decodes without chance
-STREAM_SECONDS = 0.5  # how often a reader without news looks whether the job is done
-
-
-class QueueFull(Exception):
-    """There are as many jobs waiting as may; `retry_after` guesses when a place is free (s)."""
-
-    def __init__(self, message: str, retry_after: float):
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class EngineClosed(Exception):
-    """The engine takes no more jobs."""
-
-
-class JobFailed(Exception):
-    """The model failed on a job that had passed every check, say for want of memory."""
+FAR_SHORTER = 8  # times cheaper: a job that need not wait for the end of the running batch
 
 
 class _AllCancelled(Exception):
     """Nobody waits for the running batch any more."""
-
-
-class Ticket:
-    """A job's place in the queue, and its result.
-
-    `wait` for it, `result` for it, `follow` its steps, or `cancel` it.
-    """
-
-    def __init__(
-        self, job: RegionJob | ChatJob, options: dict, key, prompt_tokens: int, on_step, follow
-    ):
-        self.job = job
-        self.options = options
-        self.key = key
-        self.prompt_tokens = prompt_tokens
-        self.wants_steps = follow or on_step is not None
-        self.future: Future[Completion] = Future()
-        self.submitted = time.monotonic()
-        self.started: float | None = None
-        self._on_step = on_step
-        self._cancelled = threading.Event()
-        self._news = threading.Condition()
-        self._latest: Step | None = None
-        self.future.add_done_callback(self._wake)
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether nobody wants the result any more."""
-        return self._cancelled.is_set()
-
-    def result(self, timeout: float | None = None) -> Completion:
-        """Waits for the result; raises TimeoutError, CancelledError or the job's own error."""
-        return self.future.result(timeout)
-
-    def cancel(self):
-        """Drops the job: at once while it waits, after the current step when it runs."""
-        self._cancelled.set()
-        self.future.cancel()
-
-    def follow(self) -> Iterator[Step]:
-        """Yields the latest step whenever there is news, until the job is done; steps that a slow
-        reader missed are left out. Closing the iterator does not cancel the job."""
-        seen = 0
-        while True:
-            with self._news:
-                fresh = self._news.wait_for(
-                    lambda seen=seen: self.future.done() or self._number() > seen, STREAM_SECONDS
-                )
-                latest = self._latest
-            if latest is not None and latest.number > seen:
-                seen = latest.number
-                yield latest
-            elif fresh and self.future.done():
-                return
-
-    def _number(self) -> int:
-        return self._latest.number if self._latest is not None else 0
-
-    def tell(self, step: Step):
-        """Takes a step's texts from the engine's thread."""
-        with self._news:
-            self._latest = step
-            self._news.notify_all()
-        if self._on_step is not None:
-            self._on_step(step)
-
-    def _wake(self, _):
-        with self._news:
-            self._news.notify_all()
 
 
 class Engine:
@@ -124,6 +40,10 @@ class Engine:
         captioner: the model, its processor and default options.
         max_queue: most jobs waiting; one more is refused with `QueueFull`.
         max_queue_bytes: most memory of waiting pictures and masks, likewise.
+        max_cost: most work of one job: positions times denoising steps, over all its passes, twice
+            with guidance; one that asks for more is refused with ValueError.
+        max_client_cost: most work of all jobs of one client that wait or run, refused likewise
+            with `QueueFull`.
         max_batch: most passes (a picture's regions, up to the checkpoint's prompts) run together.
         window: seconds that the first job of a batch waits for company.
     """
@@ -133,22 +53,34 @@ class Engine:
         captioner: RegionCaptioner,
         *,
         max_queue: int = 64,
-        max_queue_bytes: int = 2 << 30,
+        max_queue_bytes: int = 512 << 20,
+        max_cost: int = 2_000_000,
+        max_client_cost: int = 8_000_000,
         max_batch: int = 8,
         window: float = 0.02,
     ):
-        for name, value in (("max_queue", max_queue), ("max_batch", max_batch)):
+        counts = {
+            "max_queue": max_queue,
+            "max_batch": max_batch,
+            "max_cost": max_cost,
+            "max_client_cost": max_client_cost,
+        }
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
         captioner.check_options()
         self.captioner = captioner
         self.max_queue = max_queue
         self.max_queue_bytes = max_queue_bytes
+        self.max_cost = max_cost
+        self.max_client_cost = max_client_cost
         self.max_batch = max_batch
         self.window = window
         self.metrics = Metrics()
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
+        self._owed: Counter[str] = Counter()  # cost of each client's jobs that wait or run
+        self._turn = 0.0  # when the running batch may next be held up by a shorter one
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="perceptiondlm-engine", daemon=True)
@@ -161,6 +93,7 @@ class Engine:
         on_step: Callable[[Step], None] | None = None,
         follow: bool = False,
         shorten: str | None = None,
+        client: str | None = None,
         **options,
     ) -> Ticket:
         """Checks a job and queues it.
@@ -172,6 +105,7 @@ class Engine:
             shorten: the option among them, a response's length, that is only an upper bound: it is
                 lowered where there is not so much room, and an answer longer than the checkpoint's
                 usual one is decoded no further than to its end of turn.
+            client: whose job it is; None: nobody's in particular.
             options: decoding options over the captioner's (see `DiffusionOptions`).
 
         Raises ValueError for a job or option that does not fit, `QueueFull`, `EngineClosed`.
@@ -180,18 +114,52 @@ class Engine:
         try:
             if shorten is not None:
                 options = self._bounded(job, options, shorten)
-            prompt_tokens = job.check(self.captioner, self._checked(options, job.task))
+            prompt_tokens, cost = self._check(job, options)
         except ValueError:
             self.metrics.count("invalid")
             raise
-        ticket = Ticket(job, options, self._key(job, options), prompt_tokens, on_step, follow)
+        ticket = Ticket(
+            job,
+            options,
+            key=self._key(job, options),
+            prompt_tokens=prompt_tokens,
+            cost=cost,
+            client=client,
+            on_step=on_step,
+            follow=follow,
+        )
         with self._changed:
             self.expect_room(job.nbytes)
+            self._expect_patience(ticket)
+            self._owed[client] += cost
             self._waiting.append(ticket)
             self._changed.notify_all()
         self.metrics.count("accepted")
         ticket.future.add_done_callback(lambda _: self._forget(ticket))
         return ticket
+
+    def _check(self, job, options: dict) -> tuple[int, int]:
+        """A job's prompt tokens and its cost; ValueError for one that does not fit."""
+        checked = self._checked(options, job.task)
+        prompt_tokens = job.check(self.captioner, checked)
+        cost = job.cost(prompt_tokens, checked)
+        if cost > self.max_cost:
+            raise TooLong(
+                f"expected work of at most {self.max_cost:,} positions (tokens of prompt and"
+                f" response, times steps, times two with cfg_scale), got {cost:,}: ask for fewer"
+                " tokens, steps or regions"
+            )
+        return prompt_tokens, cost
+
+    def _expect_patience(self, ticket: Ticket):
+        """Raises `QueueFull` for a client who has as much under way as one may have."""
+        owed = self._owed[ticket.client] if ticket.client is not None else 0
+        if owed and owed + ticket.cost > self.max_client_cost:
+            self.metrics.count("refused")
+            raise QueueFull(
+                "too many requests of yours are under way already: try again later",
+                self.metrics.seconds_until_free(len(self._waiting)),
+            )
 
     def expect_room(self, nbytes: int = 0):
         """Raises `EngineClosed`, or `QueueFull` where a job of so many bytes would be refused."""
@@ -222,7 +190,7 @@ class Engine:
 
         def is_too_long(blocks: int) -> bool:
             try:
-                job.check(self.captioner, self._checked(options | {name: blocks * block}, job.task))
+                self._check(job, options | {name: blocks * block})
             except TooLong:
                 return True
             return False
@@ -282,11 +250,16 @@ class Engine:
 
     def _work(self):
         while (batch := self._next_batch()) is not None:
-            self._running = [t for t in batch if t.future.set_running_or_notify_cancel()]
-            try:
-                self._run(self._running)
-            finally:
-                self._running = []
+            self._start(batch)
+
+    def _start(self, batch: list[Ticket], beside: Sequence[Ticket] = ()):
+        """Runs a batch, while those `beside` it are held up."""
+        batch = [t for t in batch if t.future.set_running_or_notify_cancel()]
+        self._running = [*beside, *batch]
+        try:
+            self._run(batch, nested=bool(beside))
+        finally:
+            self._running = list(beside)
 
     def _next_batch(self) -> list[Ticket] | None:
         """The oldest job and those that may run beside it; None when closed and empty."""
@@ -299,15 +272,34 @@ class Engine:
                 if not self._waiting or self._passes(self._companions()) >= self.max_batch:
                     break
                 self._changed.wait(left)
-            batch = self._companions()
-            chosen = set(map(id, batch))
-            self._waiting = deque(t for t in self._waiting if id(t) not in chosen)
-            return batch
+            return self._take(self._companions())
 
-    def _companions(self) -> list[Ticket]:
-        if not self._waiting:
+    def _take(self, batch: list[Ticket]) -> list[Ticket]:
+        chosen = set(map(id, batch))
+        self._waiting = deque(t for t in self._waiting if id(t) not in chosen)
+        return batch
+
+    def _let_pass(self, batch: list[Ticket]):
+        """Runs, between two steps of a long batch, one of jobs that are far shorter.
+
+        So nobody waits for another's long request; that one gets half of the time at least.
+        """
+        if time.monotonic() < self._turn:
+            return
+        with self._changed:
+            shorter = self._take(self._companions(sum(t.cost for t in batch) / FAR_SHORTER))
+        if shorter:
+            started = time.monotonic()
+            self._start(shorter, beside=batch)
+            ended = time.monotonic()
+            self._turn = ended + (ended - started)
+
+    def _companions(self, cheapest: float = float("inf")) -> list[Ticket]:
+        """The oldest waiting job of at most so much cost, and those that may run beside it."""
+        fitting = [ticket for ticket in self._waiting if ticket.cost <= cheapest]
+        if not fitting:
             return []
-        first, *others = self._waiting
+        first, *others = fitting
         batch = [first]
         for ticket in others:
             if ticket.key == first.key and self._passes([*batch, ticket]) <= self.max_batch:
@@ -318,20 +310,20 @@ class Engine:
         most = self.captioner.model.config.num_region_prompts
         return sum(ticket.job.passes(most) for ticket in tickets)
 
-    def _run(self, batch: list[Ticket]):
+    def _run(self, batch: list[Ticket], nested: bool = False):
         """Resolves every ticket of the batch, whatever happens."""
         batch = [ticket for ticket in batch if not ticket.future.done()]
         if not batch:
             return
         try:
-            self._generate(batch)
+            self._generate(batch, nested)
         except _AllCancelled:
             for ticket in batch:
                 ticket.future.set_exception(CancelledError())
         except BaseException as error:  # nobody may wait for ever, whatever went wrong
             if len(batch) > 1:
                 for ticket in batch:
-                    self._run([ticket])
+                    self._run([ticket], nested)
             else:
                 self._fail(batch[0], error)
 
@@ -344,7 +336,7 @@ class Engine:
             error.__cause__ = cause
         ticket.future.set_exception(error)
 
-    def _generate(self, batch: list[Ticket]):
+    def _generate(self, batch: list[Ticket], nested: bool):
         started = time.monotonic()
         for ticket in batch:
             ticket.started = started
@@ -355,6 +347,8 @@ class Engine:
         def on_step(_, token_ids: list):
             if all(ticket.cancelled for ticket in batch):
                 raise _AllCancelled
+            if not nested:
+                self._let_pass(batch)
             number = counter.add(token_ids)
             for ticket, rows in zip(batch, token_ids, strict=False):
                 if ticket.wants_steps:
@@ -376,7 +370,11 @@ class Engine:
             ticket.future.set_result(completion)
 
     def _forget(self, ticket: Ticket):
-        """Frees the place in the queue of a job that was cancelled while it waited."""
+        """Frees what a job that is done held: its client's share, and its place in the queue."""
+        with self._changed:
+            self._owed[ticket.client] -= ticket.cost
+            if self._owed[ticket.client] <= 0:
+                del self._owed[ticket.client]
         if ticket.cancelled:
             self.metrics.count("cancelled")
             with self._changed:

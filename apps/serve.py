@@ -1,6 +1,7 @@
 """`perceptiondlm serve`: an OpenAI-compatible endpoint for region captions and questions."""
 
 import argparse
+import logging
 import os
 import sys
 
@@ -29,7 +30,6 @@ PERCEPTIONDLM_API_KEY in the environment asks clients for that key. GET /health,
 """
 
 API_KEY = "PERCEPTIONDLM_API_KEY"
-GRACE_SECONDS = 30  # for requests under way when the server is told to stop
 
 
 def configure(parser: argparse.ArgumentParser):
@@ -42,6 +42,13 @@ def configure(parser: argparse.ArgumentParser):
     add_model_arguments(parser)
     add_queue_arguments(parser, host_port=8000)
     parser.add_argument("--name", help="what the model is called (default: by its folder or id)")
+    parser.add_argument(
+        "--grace-seconds",
+        type=float,
+        default=25.0,
+        metavar="S",
+        help="from SIGTERM to the end, for what is under way (default: %(default)g)",
+    )
     urls = parser.add_argument_group("pictures behind URLs, which are refused by default")
     urls.add_argument(
         "--allow-url-host",
@@ -58,16 +65,16 @@ def configure(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace) -> int:
     """Serves until it is told to stop; returns an exit code."""
     with extra("apps"):
-        import uvicorn
-
         from .serving_app import create_app
-        from .serving_http import PatientProtocol
+        from .serving_pool import shared_pool
+        from .serving_server import make_server
     from .serving_cli import limits_of, load_engine, model_name
     from .serving_fetch import UrlPolicy
 
     try:
         limits = limits_of(args)
         policy = UrlPolicy(frozenset(args.allow_url_host), args.allow_private_urls)
+        shared_pool().warm_up()
         engine = load_engine(args)
     except (ValueError, OSError) as error:
         print(f"perceptiondlm serve: {error}", file=sys.stderr)
@@ -79,18 +86,13 @@ def run(args: argparse.Namespace) -> int:
         policy=policy,
         api_key=os.environ.get(API_KEY),
     )
-    config = uvicorn.Config(
-        app,
-        host=args.host,
-        port=args.port,
-        http=PatientProtocol.within(limits.header_seconds),
-        ws="none",
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        proxy_headers=False,
-        server_header=False,
+    logging.basicConfig(format="%(levelname)s:     %(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    server = make_server(
+        app, host=args.host, port=args.port, limits=limits, grace=args.grace_seconds
     )
     try:
-        uvicorn.Server(config).run()
+        server.run()
     except KeyboardInterrupt:
         pass
     return 0

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
@@ -13,25 +14,28 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from .captioner import Step
 from .engine import Engine, EngineClosed, JobFailed, QueueFull, Ticket
-from .serving_chat import Asked, RequestReader
-from .serving_fetch import UrlPolicy, fetch
+from .serving_chat import Asked
+from .serving_errors import ApiError
+from .serving_fetch import UrlPolicy
 from .serving_http import (
-    ApiError,
     ByteBudget,
-    SendTimeout,
+    client_of,
+    drain,
     install_errors,
     read_body,
     until_disconnected,
 )
 from .serving_jobs import Completion, job_of
 from .serving_limits import Limits
-from .serving_request import read_request, request_schema
+from .serving_pool import shared_pool
+from .serving_request import expect_model, request_schema
 from .serving_writer import ChatWriter
 
-DECODERS = 8  # threads that read pictures
+SUBMITTERS = 8  # threads that wait for what workers read, check it and queue it
 UPLOAD_BYTES = 512 << 20  # of all bodies in the making
 PING_SECONDS = 15  # between signs of life to a client that streams and waits
 CLOSE_SECONDS = 5  # for the running step, when the server stops
+RETRY_SECONDS = 5  # until a server that stops is likely to be back
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,8 @@ def create_app(
     api_key: str | None = None,
 ) -> FastAPI:
     """The endpoint as an ASGI application, which closes the engine when it ends.
+
+    Its `state.endpoint` is the `Endpoint`, whose `stop` answers what is still unanswered.
 
     Args:
         engine: an `Engine`; name: what clients call the model.
@@ -69,18 +75,19 @@ def create_app(
             )
 
     app = FastAPI(title="PerceptionDLM", lifespan=lifespan, redoc_url=None)
-    app.add_middleware(SendTimeout, seconds=endpoint.limits.send_seconds)
+    app.state.endpoint = endpoint
     install_errors(app)
 
     @app.get("/health")
     async def health():
+        ready = engine.alive and not endpoint.stopping.is_set()
         status = {
-            "status": "ok" if engine.alive else "stopping",
+            "status": "ok" if ready else "stopping",
             "model": name,
             "queue_length": engine.queue_length,
             "running": engine.running,
         }
-        return JSONResponse(status, 200 if engine.alive else 503)
+        return JSONResponse(status, 200 if ready else 503)
 
     @app.get("/metrics")
     async def metrics():
@@ -95,7 +102,7 @@ def create_app(
 
     @app.get("/v1/models/{wanted:path}", dependencies=[Depends(authorised)])
     async def model(wanted: str):
-        endpoint.expect_model(wanted)
+        expect_model(name, wanted)
         return endpoint.card()
 
     described = {
@@ -119,62 +126,82 @@ class Endpoint:
         self.engine = engine
         self.name = name
         self.limits = limits or Limits()
-        policy = policy or UrlPolicy()
-        self.read = RequestReader(self.limits, lambda url: fetch(url, policy, self.limits))
+        self.policy = policy or UrlPolicy()
+        self.pool = shared_pool()
         self.uploads = ByteBudget(max(UPLOAD_BYTES, self.limits.body_bytes))
-        self.decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="perceptiondlm-decode")
+        self.submitters = ThreadPoolExecutor(SUBMITTERS, thread_name_prefix="perceptiondlm-read")
+        self.stopping = asyncio.Event()  # nothing new is taken
+        self.stopped = asyncio.Event()  # nothing is waited for any more
+
+    def stop(self):
+        """Takes nothing new, and answers 503 to what comes; what is under way goes on."""
+        self.stopping.set()
+
+    def give_up(self):
+        """Answers 503 to all that is not answered yet."""
+        self.stop()
+        self.stopped.set()
 
     def close(self):
         """Ends the engine; what was under way has been answered by now."""
         self.engine.close(drain=False, timeout=CLOSE_SECONDS)
-        self.decoders.shutdown(wait=False, cancel_futures=True)
+        self.submitters.shutdown(wait=False, cancel_futures=True)
 
     def card(self) -> dict:
         """The model as OpenAI lists one."""
         created = int(self.engine.metrics.started)
         return {"id": self.name, "object": "model", "created": created, "owned_by": "perceptiondlm"}
 
-    def expect_model(self, name: str):
-        """Refuses another model's name."""
-        if name != self.name:
-            raise ApiError(
-                404,
-                f"expected the model {self.name!r}, got {name[:200]!r}",
-                code="model_not_found",
-                param="model",
-            )
-
     async def chat(self, request: Request):
         """Answers one request, or raises ApiError."""
+        deadline = time.monotonic() + self.limits.request_seconds
+        if self.stopping.is_set():
+            await drain(request)
+            raise _shutting_down()
         body = await read_body(request, self.limits, self.uploads)
         mailbox = Mailbox()
-        try:
-            asked, ticket = await asyncio.get_running_loop().run_in_executor(
-                self.decoders, self._submit, body, mailbox
-            )
-        finally:
-            self.uploads.give(len(body))
+        submit = asyncio.get_running_loop().run_in_executor(
+            self.submitters, self._submit, body, mailbox, client_of(request), deadline
+        )
+        asked, ticket = await self._submitted(submit, len(body))
+
         writer = ChatWriter(self.name)
         if asked.stream:
-            events = self._events(ticket, mailbox, writer, asked.include_usage)
+            events = self._events(ticket, mailbox, writer, asked.include_usage, deadline)
             return StreamingResponse(
                 events,
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )
-        completion = await self._outcome(request, ticket)
+        completion = await self._outcome(request, ticket, deadline)
         return JSONResponse(writer.whole(completion))
 
-    def _submit(self, body: bytearray, mailbox: "Mailbox") -> tuple[Asked, Ticket]:
-        """Parses, decodes, checks and queues; runs in a decoder thread."""
+    async def _submitted(self, submit: asyncio.Future, size: int) -> tuple[Asked, Ticket]:
+        """Waits until a request is queued, or the server gives it up."""
+        submit.add_done_callback(lambda _: self.uploads.give(size))
+        stopped = asyncio.create_task(self.stopped.wait())
+        try:
+            await asyncio.wait({submit, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if submit.done():
+                return submit.result()
+            submit.add_done_callback(_drop)
+            raise _shutting_down()
+        finally:
+            stopped.cancel()
+
+    def _submit(
+        self, body: bytearray, mailbox: "Mailbox", client: str, deadline: float
+    ) -> tuple[Asked, Ticket]:
+        """Parses, decodes, checks and queues; runs in a thread, reads in a worker process."""
         try:
             self.engine.expect_room()  # before any work is done
-            request = read_request(body)
-            self.expect_model(request.model)
-            asked = self.read(request)
-            listener = mailbox.put if asked.stream else None
+            asked = self.pool.read_chat(body, self.name, self.limits, self.policy, deadline)
             ticket = self.engine.submit(
-                job_of(asked), on_step=listener, shorten=asked.shorten, **asked.options
+                job_of(asked),
+                on_step=mailbox.put if asked.stream else None,
+                shorten=asked.shorten,
+                client=client,
+                **asked.options,
             )
         except ValueError as error:
             raise ApiError(400, str(error), code="invalid_input") from error
@@ -182,28 +209,30 @@ class Endpoint:
             wait = {"Retry-After": str(round(error.retry_after))}
             raise ApiError(429, str(error), code="queue_full", headers=wait) from error
         except EngineClosed as error:
-            raise ApiError(503, str(error), code="shutting_down") from error
+            raise _shutting_down() from error
         ticket.future.add_done_callback(lambda _: mailbox.ring())
         return asked, ticket
 
-    async def _outcome(self, request: Request, ticket: Ticket) -> Completion:
-        """Waits for the result, the client's leaving or the time to give up."""
+    async def _outcome(self, request: Request, ticket: Ticket, deadline: float) -> Completion:
+        """Waits for the result, the client's leaving, the server's end or the deadline."""
         done = asyncio.wrap_future(ticket.future)
         gone = asyncio.create_task(until_disconnected(request))
+        stopped = asyncio.create_task(self.stopped.wait())
         try:
             await asyncio.wait(
-                {done, gone},
-                timeout=self.limits.request_seconds,
+                {done, gone, stopped},
+                timeout=max(0, deadline - time.monotonic()),
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if done.done():
                 return _result(ticket)
             if gone.done():
+                log.info("a client went away before it was answered")
                 raise ApiError(499, "the client has gone")
-            raise self._timeout()
+            raise _shutting_down() if stopped.done() else self._timeout()
         finally:
-            gone.cancel()
-            done.cancel()
+            for waiting in (gone, stopped, done):
+                waiting.cancel()
             ticket.cancel()  # nothing, once it is done
 
     def _timeout(self) -> ApiError:
@@ -214,28 +243,40 @@ class Endpoint:
         )
 
     async def _events(
-        self, ticket: Ticket, mailbox: "Mailbox", writer: ChatWriter, include_usage: bool
+        self,
+        ticket: Ticket,
+        mailbox: "Mailbox",
+        writer: ChatWriter,
+        include_usage: bool,
+        deadline: float,
     ) -> AsyncIterator[str]:
         """Server-sent events: the start, states, the end; an error ends them as well."""
-
-        deadline = asyncio.get_running_loop().time() + self.limits.request_seconds
+        stopped = asyncio.create_task(self.stopped.wait())
+        stopped.add_done_callback(lambda _: mailbox.ring())
         try:
             yield _event(writer.start())
             while not ticket.future.done():
-                left = deadline - asyncio.get_running_loop().time()
+                left = deadline - time.monotonic()
+                if self.stopped.is_set():
+                    raise _shutting_down()
                 if left <= 0:
                     raise self._timeout()
                 step = await mailbox.get(min(PING_SECONDS, left))
                 if step is not None:
                     yield _event(writer.state(step))
-                elif not ticket.future.done():
+                elif not (ticket.future.done() or self.stopped.is_set()):
                     yield ": waiting\n\n"
             for chunk in writer.end(_result(ticket), include_usage):
                 yield _event(chunk)
         except ApiError as error:
             yield _event(error.body())
+        except (asyncio.CancelledError, GeneratorExit):
+            log.info("a client went away while it was answered")
+            raise
         finally:
-            ticket.cancel()
+            stopped.cancel()
+            if not ticket.future.done():
+                ticket.cancel()
         yield "data: [DONE]\n\n"
 
 
@@ -273,12 +314,27 @@ def _result(ticket: Ticket) -> Completion:
     try:
         return ticket.future.result(0)
     except CancelledError as error:
-        raise ApiError(503, "the server is shutting down", code="shutting_down") from error
+        raise _shutting_down() from error
     except ValueError as error:
         raise ApiError(400, str(error), code="invalid_input") from error
     except JobFailed as error:
         log.error("a request failed", exc_info=error)
         raise ApiError(500, str(error), code="model_failed") from error
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(
+        503,
+        "the server is shutting down: try again later",
+        code="shutting_down",
+        headers={"Retry-After": str(RETRY_SECONDS)},
+    )
+
+
+def _drop(submit: asyncio.Future):
+    """Cancels the ticket of a request that nobody waits for any more."""
+    if not submit.cancelled() and submit.exception() is None:
+        submit.result()[1].cancel()
 
 
 def _event(content: dict) -> str:

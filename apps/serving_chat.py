@@ -14,17 +14,9 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from ..image_loading import load_image, load_mask
-from .serving_limits import (
-    Limits,
-    alpha_mask,
-    decode_data_url,
-    decode_mask,
-    decode_picture,
-    each_numbered,
-    expect_at_most,
-    expect_masks,
-    read_mask,
-)
+from ..image_sources import is_data_url
+from .serving_decode import Decoder, alpha_mask
+from .serving_limits import Limits, each_numbered, expect_at_most
 from .serving_request import ChatRequest, ImagePart, MaskPart, Message, TextPart
 
 DECODING = (
@@ -71,7 +63,7 @@ class Asked:
 
 
 class RequestReader:
-    """Reads what a request asks for.
+    """Reads what one request asks for.
 
     Args:
         limits: what a request may ask for.
@@ -80,6 +72,7 @@ class RequestReader:
 
     def __init__(self, limits: Limits, fetch: Callable[[str], bytes]):
         self.limits = limits
+        self.decoder = Decoder(limits)
         self.fetch = fetch
 
     def __call__(self, request: ChatRequest) -> Asked:
@@ -113,9 +106,9 @@ class RequestReader:
         if masks is not None and len(urls) > 1:
             raise ValueError("expected masks as such or as image parts, got both")
 
-        stored = decode_picture(self._bytes(urls[0], "the image"), "the image", self.limits)
+        stored = self.decoder.image(self._bytes(urls[0], "the image"), "the image")
         image = load_image(stored)
-        expect_masks(max(len(masks or []), len(urls) - 1), image.size, self.limits)
+        self.decoder.expect_masks(max(len(masks or []), len(urls) - 1), image.size)
         regions = self._masks(masks, urls[1:], stored, image.size)
         if not regions:
             raise ValueError("expected an image with at least one mask, got none")
@@ -124,14 +117,14 @@ class RequestReader:
 
     def _masks(self, masks: list | None, urls: list[str], stored: Image.Image, size) -> list:
         if masks is not None:
-            return each_numbered("mask", masks, lambda m: read_mask(m, size, self.limits))
+            return each_numbered("mask", masks, lambda m: self.decoder.mask(m, size))
         if urls:
             return each_numbered("mask", urls, lambda url: self._mask_image(url, size))
         alpha = alpha_mask(stored)
         return [] if alpha is None else [load_mask(alpha, size)]
 
     def _mask_image(self, url: str, size) -> Image.Image:
-        return load_mask(decode_mask(self._bytes(url, "the mask"), "the mask", self.limits), size)
+        return load_mask(self.decoder.mask_image(self._bytes(url, "the mask"), size), size)
 
     def _conversation(self, request: ChatRequest) -> dict:
         """The messages and their images."""
@@ -146,12 +139,11 @@ class RequestReader:
         return {"images": tuple(images), "messages": messages}
 
     def _image(self, url: str) -> Image.Image:
-        data = self._bytes(url, "the image")
-        return load_image(decode_picture(data, "the image", self.limits))
+        return load_image(self.decoder.image(self._bytes(url, "the image"), "the image"))
 
     def _bytes(self, url: str, name: str) -> bytes:
-        if url[:5].lower() == "data:":
-            return decode_data_url(url, name, self.limits)
+        if is_data_url(url):
+            return self.decoder.data_url(url, name)
         return self.fetch(url)
 
     def _options(self, request: ChatRequest, length: str) -> tuple[dict, str | None]:

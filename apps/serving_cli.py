@@ -75,7 +75,22 @@ def add_queue_arguments(parser: argparse.ArgumentParser, *, host_port: int):
         metavar="MS",
         help="how long a request waits for company (default: %(default)s)",
     )
+    queue.add_argument(
+        "--max-client-cost",
+        type=int,
+        default=8_000_000,
+        metavar="N",
+        help="work of all requests of one address that wait or run (default: %(default)s)",
+    )
     limits = parser.add_argument_group("limits of a request")
+    limits.add_argument(
+        "--max-cost",
+        type=int,
+        default=2_000_000,
+        metavar="N",
+        help="work: tokens of prompt and response, times denoising steps, times two with cfg_scale"
+        " (default: %(default)s)",
+    )
     limits.add_argument(
         "--max-mib",
         type=float,
@@ -126,7 +141,7 @@ def limits_of(args: argparse.Namespace) -> Limits:
         body_bytes=int(args.max_mib * BYTES_OF_MIB),
         pixels=args.max_pixels,
         masks=args.max_masks,
-        mask_pixels=max(Limits.mask_pixels, args.max_pixels),
+        decoded_bytes=max(Limits.decoded_bytes, 6 * args.max_pixels),
         caption_length=args.max_caption_length,
         new_tokens=args.max_answer_length,
         steps=max(args.max_caption_length, args.max_answer_length),
@@ -150,7 +165,12 @@ def load_engine(args: argparse.Namespace):
         **options,
     )
     return Engine(
-        captioner, max_queue=args.max_queue, max_batch=args.max_batch, window=args.window_ms / 1000
+        captioner,
+        max_queue=args.max_queue,
+        max_batch=args.max_batch,
+        max_cost=args.max_cost,
+        max_client_cost=args.max_client_cost,
+        window=args.window_ms / 1000,
     )
 
 

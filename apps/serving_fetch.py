@@ -17,6 +17,21 @@ from .serving_limits import Limits
 REDIRECTS = 3
 PORTS = {"http": 80, "https": 443}
 TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # NAT64: the last 32 bits are an IPv4 address
+# Not of the public internet either, though not every version of `ipaddress` knows it.
+NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "::/96",  # once IPv4-compatible
+            "64:ff9b:1::/48",  # NAT64 of a local network
+            "192.0.0.0/24",  # protocol assignments
+            "192.88.99.0/24",  # 6to4 relays
+            "3fff::/20",  # documentation
+            "5f00::/16",  # segment routing
+            "fec0::/10",  # site-local
+        ),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,7 @@ class UrlPolicy:
         hosts: names, `name:port` for other than the usual ports, or "*" for every host; none:
             nothing is fetched.
         allow_private: also from loopback, private and link-local addresses.
-        seconds: to fetch one picture, redirects included.
+        seconds: to fetch all images of a request, redirects included.
     """
 
     hosts: frozenset[str] = frozenset()
@@ -76,15 +91,20 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast
+    listed = any(ip in network for network in NOT_PUBLIC)  # a network of another version has none
+    return ip.is_global and not ip.is_multicast and not listed
 
 
-def fetch(url: str, policy: UrlPolicy, limits: Limits) -> bytes:
-    """The bytes behind a URL; ValueError where the policy or a limit stands against it."""
+def fetch(url: str, policy: UrlPolicy, limits: Limits, deadline: float | None = None) -> bytes:
+    """The bytes behind a URL; ValueError where the policy or a limit stands against it.
+
+    `deadline`, in terms of `time.monotonic`, is by default the policy's seconds from now.
+    """
     with extra("apps"):
         import httpx
 
-    deadline = time.monotonic() + policy.seconds
+    if deadline is None:
+        deadline = time.monotonic() + policy.seconds
     with httpx.Client(trust_env=False, follow_redirects=False) as client:
         for _ in range(REDIRECTS + 1):
             try:

@@ -1,52 +1,27 @@
-"""HTTP beneath the endpoint: OpenAI's error bodies, bodies within limits, patience with an end."""
+"""HTTP beneath the endpoint: OpenAI's error bodies, and bodies within limits."""
 
 import asyncio
 import contextlib
-import functools
+import ipaddress
 import logging
+import re
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.requests import ClientDisconnect
 
+from .serving_errors import ApiError
 from .serving_limits import Limits
 
 log = logging.getLogger(__name__)
 
 DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 5.0  # read and dropped, so that a refusal is heard
-KINDS = {
-    401: "authentication_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-}
 
 
-class ApiError(Exception):
-    """A refusal, sent as OpenAI's clients expect one."""
-
-    def __init__(self, status: int, message: str, *, code=None, param=None, headers=None):
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.param = param
-        self.headers = headers or {}
-
-    def body(self) -> dict:
-        """The `error` object."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {
-            "message": str(self),
-            "type": KINDS.get(self.status, kind),
-            "param": self.param,
-            "code": self.code,
-        }
-        return {"error": error}
-
-    def response(self) -> JSONResponse:
-        """The whole answer."""
-        return JSONResponse(self.body(), self.status, self.headers)
+def response_of(error: ApiError) -> JSONResponse:
+    """The whole answer."""
+    return JSONResponse(error.body(), error.status, error.headers)
 
 
 def install_errors(app: FastAPI):
@@ -54,16 +29,16 @@ def install_errors(app: FastAPI):
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError):
-        return error.response()
+        return response_of(error)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException):
         message = f"{error.detail}: {request.method} {request.url.path[:200]}"
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        return response_of(ApiError(error.status_code, message, headers=error.headers))
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception):
-        return ApiError(500, "internal error, see the server's log").response()
+        return response_of(ApiError(500, "internal error, see the server's log"))
 
 
 class ByteBudget:
@@ -98,9 +73,13 @@ async def read_body(request: Request, limits: Limits, budget: ByteBudget) -> byt
         try:
             if declared.isdigit() and int(declared) > limits.body_bytes:
                 raise _too_large(limits.body_bytes)
-            await asyncio.wait_for(_receive(request, data, limits, budget), limits.body_seconds)
+            seconds = min(limits.body_seconds, limits.request_seconds)
+            await asyncio.wait_for(_receive(request, data, limits, budget), seconds)
+        except ClientDisconnect as error:
+            log.info("a client went away before its request was whole")
+            raise ApiError(499, "the client has gone") from error
         except ApiError:
-            await _drain(request)
+            await drain(request)
             raise
         except asyncio.TimeoutError as error:  # not yet the built-in one in Python 3.10
             raise ApiError(
@@ -130,7 +109,7 @@ def _too_large(most: int) -> ApiError:
     )
 
 
-async def _drain(request: Request):
+async def drain(request: Request):
     """Drops what a client is still sending: one whose connection breaks hears no refusal."""
 
     async def drop():
@@ -147,32 +126,32 @@ async def _drain(request: Request):
         pass
 
 
+def client_of(request: Request) -> str:
+    """Whose request it is, by address: of IPv6, the network that one customer has."""
+    host = request.client.host if request.client else ""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if address.version == 4:
+        return host
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
 async def until_disconnected(request: Request):
     """Returns when the client has gone; to be called after the body was read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-class SendTimeout:
-    """ASGI middleware: a client that takes nothing for so long is given up."""
-
-    def __init__(self, app, seconds: float):
-        self.app = app
-        self.seconds = seconds
-
-    async def __call__(self, scope, receive, send):
-        async def timed(message):
-            await asyncio.wait_for(send(message), self.seconds)
-
-        await self.app(scope, receive, timed if scope["type"] == "http" else send)
-
-
 class MaxBody:
-    """ASGI middleware: a body of more than `most` bytes is refused with 413."""
+    """ASGI middleware: a body of more than `most` bytes is refused with 413, and a path in which
+    the pattern `refused` is found with 404."""
 
-    def __init__(self, app, most: int):
+    def __init__(self, app, most: int, refused: str):
         self.app = app
         self.most = most
+        self.refused = re.compile(refused)
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -180,7 +159,7 @@ class MaxBody:
         headers = dict(scope["headers"])
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.most:
-            return await _too_large(self.most).response()(scope, receive, send)
+            return await response_of(_too_large(self.most))(scope, receive, send)
         received = 0
 
         async def counted():
@@ -191,34 +170,11 @@ class MaxBody:
                 raise HTTPException(413, f"expected a body of at most {self.most} bytes, got more")
             return message
 
-        await self.app(scope, counted, send)
-
-
-class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, but a connection without a whole request head in time is closed."""
-
-    def __init__(self, *args, header_seconds: float, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.header_seconds = header_seconds
-
-    @classmethod
-    def within(cls, seconds: float):
-        """What uvicorn takes as `http`."""
-        return functools.partial(cls, header_seconds=seconds)
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self._arm()
-
-    def on_response_complete(self):
-        super().on_response_complete()
-        self._arm()
-
-    def _arm(self):
-        self.loop.call_later(self.header_seconds, self._close_if_idle, self.cycle)
-
-    def _close_if_idle(self, cycle):
-        idle = cycle is None or cycle.response_complete
-        if self.cycle is cycle and idle and not self.transport.is_closing():
-            log.debug("no request within %g seconds: connection closed", self.header_seconds)
-            self.transport.close()
+        if self.refused.search(scope["path"]):
+            return await response_of(ApiError(404, "there are no uploads here"))(
+                scope, receive, send
+            )
+        try:
+            await self.app(scope, counted, send)
+        except ClientDisconnect:
+            log.info("a client went away before its request was whole")

@@ -78,6 +78,12 @@ class RegionJob:
             tokens += sequence.prompt_length
         return tokens
 
+    def cost(self, prompt_tokens: int, options: DiffusionOptions) -> int:
+        """Positions that are computed, all steps and passes together."""
+        length = options.caption_length
+        tokens = prompt_tokens + len(self.masks) * (length + 1)  # and what ends each caption
+        return tokens * (options.steps or length) * guidance_factor(options)
+
     @staticmethod
     def generate(captioner: RegionCaptioner, jobs: list[RegionJob], options: dict, callback):
         """One run for all `jobs`."""
@@ -154,6 +160,11 @@ class ChatJob:
     def _text(self, processor) -> str:
         return processor.apply_chat_template(self.messages, add_generation_prompt=True)
 
+    def cost(self, prompt_tokens: int, options: DiffusionOptions) -> int:
+        """Positions that are computed, all steps together."""
+        length = options.max_new_tokens
+        return (prompt_tokens + length) * (options.steps or length) * guidance_factor(options)
+
     @staticmethod
     def generate(captioner: RegionCaptioner, jobs: list[ChatJob], options: dict, callback):
         """One run for all `jobs`."""
@@ -175,6 +186,11 @@ class ChatJob:
         """The result as `RegionCaptioner` gives it."""
         image = self.images[0] if self.images else None
         return Answers(image=image, questions=[self.question], answers=texts, **cost)
+
+
+def guidance_factor(options: DiffusionOptions) -> int:
+    """Forward passes of a step: with guidance, one without the prompt as well."""
+    return 2 if options.cfg_scale else 1
 
 
 def job_of(asked: Asked) -> RegionJob | ChatJob:

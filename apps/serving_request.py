@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from .serving_http import ApiError
+from .serving_errors import ApiError
 
 MAX_KEYS, MAX_ITEMS = 64, 256  # of an object and a list in a request, masks apart
 SHOWN = 200  # characters of a client's input that an error repeats
@@ -131,6 +131,17 @@ class ChatRequest(Model):
     user: Label = None
     verbosity: Literal["medium"] | None = None
     web_search_options: Nothing = None
+
+
+def expect_model(known: str, name: str):
+    """Refuses another model's name."""
+    if name != known:
+        raise ApiError(
+            404,
+            f"expected the model {known!r}, got {name[:200]!r}",
+            code="model_not_found",
+            param="model",
+        )
 
 
 def read_request(body: bytes | bytearray) -> ChatRequest:

@@ -34,10 +34,12 @@ def run(args: argparse.Namespace) -> int:
     with extra("apps"):
         from .web_page import launch
     from .serving_cli import limits_of, load_engine, model_name
+    from .serving_pool import shared_pool
     from .web_sam import find_sam
 
     try:
         limits = limits_of(args)
+        shared_pool().warm_up()
         sam = find_sam(args.sam)
         engine = load_engine(args)
     except (ValueError, OSError) as error:

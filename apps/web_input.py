@@ -8,24 +8,24 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..image_processing_perceptiondlm import load_image, load_mask
-from .drawing import PALETTE
-from .serving_limits import (
-    Limits,
-    decode_data_url,
-    decode_mask,
-    decode_picture,
-    each_numbered,
-    expect_masks,
-    read_mask,
-)
+from ..image_loading import load_image, load_mask
+from .serving_decode import MASK_BYTES, Decoder
+from .serving_limits import Limits, each_numbered
 
 PICTURE = "the picture"
-ENCODED = 1.4  # base64's bytes a byte, and a little
 EXAMPLE_SEEDS = (7, 11, 23, 42)
 
 
-def read_payload(text: str | None, limits: Limits) -> tuple[Image.Image | None, list]:
+def read_page(text: str | None, limits: Limits) -> tuple[Image.Image | None, list[Image.Image]]:
+    """The picture, upright RGB, and its region masks, of `read_payload`'s text."""
+    decoder = Decoder(limits)
+    picture, regions = read_payload(text, limits, decoder)
+    return picture, region_masks(regions, picture.size, limits, decoder) if regions else []
+
+
+def read_payload(
+    text: str | None, limits: Limits, decoder: Decoder | None = None
+) -> tuple[Image.Image | None, list]:
     """The picture, upright RGB, and the regions as the painter describes them.
 
     `text` is JSON: `picture`, a data URL or null, and `regions`, a list of `{"painted": data URL}`
@@ -34,7 +34,7 @@ def read_payload(text: str | None, limits: Limits) -> tuple[Image.Image | None, 
     """
     if not text:
         return None, []
-    if len(text) > ENCODED * 2 * limits.body_bytes:
+    if len(text) > 2 * limits.body_bytes:
         raise ValueError(f"expected at most {limits.body_bytes >> 20} MiB of picture and masks")
     try:
         content = json.loads(text)
@@ -46,27 +46,32 @@ def read_payload(text: str | None, limits: Limits) -> tuple[Image.Image | None, 
         return None, []
     if not isinstance(content["picture"], str):
         raise ValueError("expected the picture as data URL from the page")
-    data = decode_data_url(content["picture"], PICTURE, limits)
-    return load_image(decode_picture(data, PICTURE, limits)), content["regions"]
+    decoder = decoder or Decoder(limits)
+    data = decoder.data_url(content["picture"], PICTURE)
+    return load_image(decoder.image(data, PICTURE)), content["regions"]
 
 
-def region_masks(regions: list, size: tuple[int, int], limits: Limits) -> list[Image.Image]:
+def region_masks(
+    regions: list, size: tuple[int, int], limits: Limits, decoder: Decoder | None = None
+) -> list[Image.Image]:
     """The masks of `read_payload`'s regions, of the picture's size (width, height)."""
-    expect_masks(len(regions), size, limits)
-    return each_numbered("region", regions, lambda region: _mask(region, size, limits))
+    decoder = decoder or Decoder(limits)
+    decoder.expect_masks(len(regions), size)
+    return each_numbered("region", regions, lambda region: _mask(region, size, decoder))
 
 
-def _mask(region, size: tuple[int, int], limits: Limits):
+def _mask(region, size: tuple[int, int], decoder: Decoder) -> Image.Image:
     if not isinstance(region, dict) or len(region) != 1:
         raise ValueError(f"expected one of painted, exact and box, got {str(region)[:60]}")
     ((kind, content),) = region.items()
     if kind == "painted" and isinstance(content, str):
-        mask = decode_mask(decode_data_url(content, "mask", limits), "mask", limits)
+        mask = decoder.mask_image(decoder.data_url(content, "mask"), None)
+        decoder.spend(size[0] * size[1] * MASK_BYTES)
         return load_mask(fit_mask(mask.convert("RGBA").getchannel("A"), size), size)
     if kind == "exact":
-        return read_mask(content, size, limits)
+        return decoder.mask(content, size)
     if kind == "box":
-        return read_mask({"box": content}, size, limits)
+        return decoder.mask({"box": content}, size)
     raise ValueError(f"expected one of painted, exact and box, got {str(kind)[:60]!r}")
 
 
@@ -97,6 +102,7 @@ def examples() -> list[Example]:
     """Synthetic scenes; none where the training code is not installed."""
     try:
         from ..training.scenes import render_scene
+        from .drawing import PALETTE
     except ImportError:
         return []
     made = []

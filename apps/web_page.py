@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -21,11 +22,13 @@ from . import web_painter as painter  # noqa: E402
 from . import web_view as view  # noqa: E402
 from .captioner import MASKED, Step  # noqa: E402
 from .engine import Engine, EngineClosed, JobFailed, QueueFull, Ticket  # noqa: E402
-from .serving_http import MaxBody  # noqa: E402
+from .serving_errors import ApiError  # noqa: E402
+from .serving_http import MaxBody, client_of  # noqa: E402
 from .serving_jobs import ChatJob, RegionJob  # noqa: E402
 from .serving_limits import Limits, expect_at_most  # noqa: E402
+from .serving_pool import shared_pool  # noqa: E402
 from .web_hands import HANDS_SCRIPT  # noqa: E402
-from .web_input import data_url, examples, read_payload, region_masks  # noqa: E402
+from .web_input import data_url, examples  # noqa: E402
 from .web_script import REGIONS_SCRIPT  # noqa: E402
 
 TITLE = "PerceptionDLM"
@@ -38,6 +41,8 @@ PACES = {
 }
 CONCURRENT = 16  # people whose requests are with the engine at the same time
 SESSIONS = 200  # whose state is kept
+QUEUE_BYTES = 1 << 30  # of all that is sent and waits
+UPLOADS = r"/upload(_progress)?/?$"  # routes of gradio's by which files come to its disk
 # Puts what is painted in the place of an event's first input.
 HAND_OVER = "(sent, ...others) => [window.pdPainter.payload(), ...others]"
 SUGGEST = "(typed) => window.pdPainter.question(typed)"
@@ -59,19 +64,21 @@ class Page:
         self.name = name
         self.limits = limits
         self.sam = sam
+        self.pool = shared_pool()
 
-    def caption(self, payload: str, length: int, steps: int, pace: str) -> Iterator[tuple]:
+    def caption(
+        self, payload: str, length: int, steps: int, pace: str, request: gr.Request
+    ) -> Iterator[tuple]:
         """Yields (progress and captions, JSON) until all regions are described."""
         with shown_errors():
-            picture, regions = self._read(payload)
-            if not regions:
+            picture, masks = self._read(payload)
+            if not masks:
                 raise refusal("Paint at least one region, drag a box, or add a mask.", "No region")
-            masks = region_masks(regions, picture.size, self.limits)
             options = {"caption_length": int(length), "steps": int(steps)}
             if PACES[pace] is not None:
                 options["adaptive"] = PACES[pace]
             job = RegionJob(picture, tuple(masks))
-            ticket = self.engine.submit(job, follow=True, **options)
+            ticket = self._submit(job, request, **options)
         waiting = view.waiting_view(self.engine.queue_length)
         yield waiting + view.captions_view([BLANK] * len(masks)), ""
         for step, seconds in self._follow(ticket):
@@ -82,7 +89,9 @@ class Page:
         facts = view.facts_view(result, view.drawing_link(result))
         yield facts + view.captions_view(result.captions), view.as_json(result)
 
-    def answer(self, payload: str, question: str, length: int) -> Iterator[str]:
+    def answer(
+        self, payload: str, question: str, length: int, request: gr.Request
+    ) -> Iterator[str]:
         """Yields progress and answer until the question is answered."""
         question = question.strip()
         with shown_errors():
@@ -91,7 +100,7 @@ class Page:
                 raise refusal("Write a question first.", "No question")
             expect_at_most("characters", len(question), self.limits.text)
             job = ChatJob.ask(picture, question)
-            ticket = self.engine.submit(job, follow=True, max_new_tokens=int(length))
+            ticket = self._submit(job, request, max_new_tokens=int(length))
         waiting = view.waiting_view(self.engine.queue_length)
         yield waiting + view.answer_view(question, BLANK)
         for step, seconds in self._follow(ticket):
@@ -104,20 +113,24 @@ class Page:
     def outline(self, picture: str, x: float, y: float) -> dict:
         """The mask of what lies under a point of a picture (a data URL): `url`, or `problem`."""
         try:
-            image, _ = read_payload(json.dumps({"picture": picture, "regions": []}), self.limits)
+            sent = json.dumps({"picture": picture, "regions": []})
+            image, _ = self.pool.read_page(sent, self.limits)
             inside = 0 <= x < image.width and 0 <= y < image.height
             mask = self.sam(image, x, y) if inside else None
             if mask is None or mask.getbbox() is None:
                 raise ValueError("Nothing was found there: try another point.")
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ApiError, ValueError, TypeError, AttributeError) as error:
             return {"problem": str(error)}
         return {"url": data_url(mask)}
 
-    def _read(self, payload: str) -> tuple[Image.Image, list]:
-        picture, regions = read_payload(payload, self.limits)
+    def _submit(self, job, request: gr.Request, **options) -> Ticket:
+        return self.engine.submit(job, follow=True, client=client_of(request), **options)
+
+    def _read(self, payload: str) -> tuple[Image.Image, list[Image.Image]]:
+        picture, masks = self.pool.read_page(payload or "", self.limits)
         if picture is None:
             raise refusal("Choose a picture or one of the examples first.", "No picture")
-        return picture, regions
+        return picture, masks
 
     def _rounds(self, job: RegionJob) -> int:
         """Runs, one after another, that a job of many regions takes."""
@@ -125,11 +138,14 @@ class Page:
         return -(-passes // self.engine.max_batch)
 
     def _follow(self, ticket: Ticket) -> Iterator[tuple[Step, float]]:
-        """Steps and seconds; gives the job up when its reader has gone."""
+        """Steps and seconds; gives the job up when its reader has gone, or its time is over."""
+        timer = threading.Timer(self.limits.request_seconds, ticket.cancel)
+        timer.start()
         try:
             for step in ticket.follow():
                 yield step, time.monotonic() - ticket.started
         finally:
+            timer.cancel()
             ticket.cancel()  # nothing, once it is done
 
     @property
@@ -153,12 +169,14 @@ def shown_errors():
         raise
     except QueueFull as error:
         raise refusal(f"{error}.", "Too many at once") from error
-    except (EngineClosed, CancelledError) as error:
+    except EngineClosed as error:
         raise refusal("The server is shutting down.", "Closing") from error
+    except CancelledError as error:
+        raise refusal("It took too long, or the server is shutting down.", "Given up") from error
     except JobFailed as error:
         log.error("a request failed: %s", error)
         raise refusal(f"{error}.", "That does not work") from error
-    except ValueError as error:
+    except (ApiError, ValueError) as error:
         raise refusal(f"{error}.", "That does not work") from error
 
 
@@ -315,7 +333,9 @@ def launch(
     """
     limits = limits or Limits()
     demo = build(Page(engine, name, limits, sam))
-    demo.queue(max_size=engine.max_queue, default_concurrency_limit=CONCURRENT)
+    most = body_limit(limits)
+    waiting = max(1, min(engine.max_queue, QUEUE_BYTES // most))
+    demo.queue(max_size=waiting, default_concurrency_limit=CONCURRENT)
     demo.launch(
         server_name=host,
         server_port=port or free_port(host),
@@ -332,7 +352,7 @@ def launch(
         state_session_capacity=SESSIONS,
         show_error=True,
         strict_cors=True,
-        app_kwargs={"middleware": [Middleware(MaxBody, most=body_limit(limits))]},
+        app_kwargs={"middleware": [Middleware(MaxBody, most=most, refused=UPLOADS)]},
     )
     if block:
         try:
@@ -344,8 +364,8 @@ def launch(
 
 
 def body_limit(limits: Limits) -> int:
-    """Bytes of one event: a picture and as much of masks, in base64, and what is beside them."""
-    return 3 * limits.body_bytes + (1 << 20)
+    """Bytes of one event: a picture and half as much of masks, in base64, and what is beside."""
+    return 2 * limits.body_bytes + (1 << 20)
 
 
 def free_port(host: str) -> int:

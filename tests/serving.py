@@ -6,22 +6,28 @@ import io
 import threading
 import time
 
-import uvicorn
 from perceptiondlm.apps.engine import Engine
 from perceptiondlm.apps.serving_app import create_app
-from perceptiondlm.apps.serving_http import PatientProtocol
 from perceptiondlm.apps.serving_limits import Limits
+from perceptiondlm.apps.serving_server import make_server
 
 
 @contextlib.contextmanager
-def served(captioner, *, limits: Limits | None = None, engine: dict | None = None, **options):
+def served(
+    captioner,
+    *,
+    limits: Limits | None = None,
+    engine: dict | None = None,
+    grace: float = 10,
+    **options,
+):
     """Serves a captioner; gives the address, http://127.0.0.1:port, and the engine."""
     limits = limits or Limits()
     own = Engine(captioner, **(engine or {}))
     app = create_app(own, name="tester", limits=limits, **options)
-    http = PatientProtocol.within(limits.header_seconds)
-    config = uvicorn.Config(app, port=0, log_level="error", ws="none", http=http)
-    server = uvicorn.Server(config)
+    server = make_server(
+        app, host="127.0.0.1", port=0, limits=limits, grace=grace, log_level="error"
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -203,7 +203,7 @@ def test_a_picture_of_any_kind_in_a_folder_is_not_passed_over(tmp_path, suffix):
 
 
 def test_heic_without_pillow_heif_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "_readable", lambda formats: ["PNG"])
+    monkeypatch.setattr(inputs, "readable_formats", lambda: ["PNG"])
     (tmp_path / "a.heic").write_bytes(b"pixels")
     with pytest.raises(ValueError, match="pip install pillow-heif"):
         inputs.open_picture(str(tmp_path / "a.heic"))

@@ -225,7 +225,7 @@ def test_a_single_pixel_is_a_picture_like_any_other(server):
 
 
 def test_a_thin_picture_is_a_picture_like_any_other(server):
-    thin = Image.new("RGB", (100_000, 1))
+    thin = Image.new("RGB", (60_000, 1))
     answer = post(server, regions([{"box": [0, 0, 9, 1]}], picture=data_url(thin)))
     assert answer.status_code == 200
 
@@ -315,6 +315,16 @@ def test_half_a_request_and_garbage_do_no_harm(server):
         "100.64.0.1",
         "255.255.255.255",
         "::",
+        "::8.8.8.8",
+        "fec0::1",
+        "64:ff9b:1::808:808",
+        "64:ff9b::a00:1",
+        "192.0.0.8",
+        "192.88.99.1",
+        "::ffff:192.88.99.1",
+        "5f00::1",
+        "3fff::1",
+        "3fff:fff:ffff::1",
     ],
 )
 def test_addresses_inside_are_not_public(address):
@@ -323,6 +333,7 @@ def test_addresses_inside_are_not_public(address):
 
 def test_addresses_outside_are_public():
     assert is_public("93.184.216.34") and is_public("2606:2800:220:1:248:1893:25c8:1946")
+    assert is_public("64:ff9b::808:808") and is_public("192.88.100.1") and is_public("2a00::1")
 
 
 class Site(http.server.BaseHTTPRequestHandler):

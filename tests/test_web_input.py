@@ -8,7 +8,8 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import pytest
 from perceptiondlm.apps.captioner import MASKED
-from perceptiondlm.apps.serving_limits import Limits, decode_picture, read_mask
+from perceptiondlm.apps.serving_decode import Decoder
+from perceptiondlm.apps.serving_limits import Limits
 from perceptiondlm.apps.web_input import examples, fit_mask, read_payload, region_masks
 from perceptiondlm.apps.web_painter import markup
 from perceptiondlm.apps.web_view import answer_view, captions_view
@@ -65,12 +66,12 @@ def test_an_image_with_an_orientation_is_turned_once_and_masks_have_its_upright_
     stored = Image.fromarray(np.arange(12 * 8, dtype=np.uint8).reshape(8, 12) * 2)
     buffer = io.BytesIO()
     stored.save(buffer, "PNG", exif=exif)
-    opened = decode_picture(buffer.getvalue(), "the picture", LIMITS)
+    opened = Decoder(LIMITS).image(buffer.getvalue(), "the picture")
     rle = {"size": [12, 8], "counts": [5, 30, 61]}
     assert opened.size == (8, 12)
-    assert np.count_nonzero(read_mask(rle, opened.size, LIMITS)) == 30
+    assert np.count_nonzero(Decoder(LIMITS).mask(rle, opened.size)) == 30
     with pytest.raises(ValueError, match="EXIF orientation"):
-        read_mask(rle, stored.size, LIMITS)
+        Decoder(LIMITS).mask(rle, stored.size)
     assert np.array_equal(np.asarray(load_image(opened))[..., 0], np.rot90(stored, -1))
 
 

@@ -7,6 +7,7 @@ import socket
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -316,6 +317,38 @@ def test_refusals_leave_no_traceback_in_the_servers_output(page, capfd):
     choose(page)
     page.click("#pd-go")
     page.wait_for_selector(".toast-body:has-text('Paint at least one region')")
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_nothing_can_be_uploaded_to_the_servers_disk(page, address, tmp_path, capfd):
+    before = files_of_gradio()
+    for route in ("gradio_api/upload", "upload", "gradio_api/upload/", "gradio_api//upload"):
+        answer = httpx.post(f"{address}{route}", files={"files": ("a.png", b"a" * 1000)})
+        assert answer.status_code in (404, 405), route
+    choose(page)
+    add_masks(page, MASKS)
+    describe(page)
+    assert files_of_gradio() == before
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def files_of_gradio() -> set[Path]:
+    from gradio.utils import get_upload_folder
+
+    return {path for path in Path(get_upload_folder()).rglob("*") if path.is_file()}
+
+
+def test_a_visitor_who_goes_away_and_a_body_too_large_leave_no_traceback(address, capfd):
+    host, port = address.removeprefix("http://").rstrip("/").split(":")
+    head = b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=15) as client:
+        client.sendall(head + b"Content-Length: 100000\r\n\r\n{")
+    large = httpx.post(f"{address}gradio_api/queue/join", content=b"a" * (4 << 20), timeout=30)
+    assert large.status_code == 413
+    endless = (b"a" * (1 << 16) for _ in range(64))
+    chunked = httpx.post(f"{address}gradio_api/queue/join", content=endless, timeout=30)
+    assert chunked.status_code == 413
+    time.sleep(0.5)
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
