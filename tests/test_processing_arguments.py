@@ -70,7 +70,7 @@ def same(batch, expected) -> bool:
 
 def test_every_argument_is_decided_on():
     names = {*typing.get_type_hints(TextKwargs), *typing.get_type_hints(ImagesKwargs)}
-    assert names - NOT_REFUSED == set(MEANINGFUL)
+    assert names - NOT_REFUSED <= set(MEANINGFUL)  # an older transformers has fewer
     flat = set(ProcessingKwargs.__annotations__) - {f"{g}_kwargs" for g in GROUPS}
     assert flat <= set(MEANINGFUL)
 
