@@ -24,13 +24,13 @@ test-transformers: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -o addopts=-q -m transformers_suite \
 	    tests/test_transformers_suite.py
 
-# The model, conversion, training and the command line at the oldest versions allowed. On x86-64 the
+# All but the web page and the server at the oldest versions allowed. On x86-64 the
 # torch that pip finds of itself brings gigabytes of CUDA: FLOOR_TORCH names another, or its file.
 FLOORS := .venv-floors/bin
 FLOOR_TORCH ?= $(shell grep '^torch==' requirements-floors.txt)
 test-floors: .venv-floors/.ready
 	OMP_NUM_THREADS=1 $(FLOORS)/python -m pytest -n 2 --ignore-glob='tests/test_serve_*' \
-	    --ignore-glob='tests/test_web_*' --ignore-glob='tests/test_judge_*'
+	    --ignore-glob='tests/test_web_*'
 
 # bfloat16 only where the processor computes in it: emulated, it is ten times slower than float32.
 BF16 := $(if $(shell grep -m 1 avx512_bf16 /proc/cpuinfo 2>/dev/null),true,false)

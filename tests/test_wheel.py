@@ -72,7 +72,7 @@ def test_each_named_version_is_the_one_that_is_required():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    asked = project["dependencies"] + extras["train"] + extras["dev"]
+    asked = project["dependencies"] + extras["train"] + extras["eval"] + extras["dev"]
     floors = dict(line.split(",")[0].split(">=") for line in asked)
     lines = (ROOT / "requirements-floors.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line and line[0] != "#")
