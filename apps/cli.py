@@ -53,11 +53,7 @@ def _run(arguments: list[str]) -> int:
             implementation.configure(command)
             command.set_defaults(run=implementation.run)
     args = parser.parse_args(arguments)
-    try:
-        return args.run(args)
-    except KeyboardInterrupt as error:  # with what was kept, where a command says it
-        print(f"perceptiondlm {args.command}: {error or 'interrupted'}", file=sys.stderr)
-        return INTERRUPTED
+    return args.run(args)
 
 
 if __name__ == "__main__":

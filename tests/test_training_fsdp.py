@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from perceptiondlm.convert_checkpoint import convert
+from perceptiondlm.training.checkpoints import check_whole
 from perceptiondlm.training.run import train
 from safetensors.torch import load_file
 from training_runs import losses_of, recipe_values, small_recipe
@@ -22,14 +24,19 @@ STEPS = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10}
 
 def launch(folder: Path, *arguments: str, **sections) -> list[float]:
     """Trains in two processes and gives the losses."""
+    done = start(folder, *arguments, **sections)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return recorded(folder)
+
+
+def start(folder: Path, *arguments: str, **sections) -> subprocess.CompletedProcess:
+    """Trains in two processes."""
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe_values(folder, **sections)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG),
                "--main_process_port", "0", "-m", "perceptiondlm.apps.cli", "train", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return recorded(folder)
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
 
 
 def recorded(folder: Path) -> list[float]:
@@ -69,6 +76,35 @@ def test_a_resumed_sharded_run_equals_an_uninterrupted_one(split, tmp_path):
     assert launch(tmp_path / "run", "--resume", str(checkpoint), **sharded()) == losses
     one, other = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "run"))
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_sharded_run_goes_on_from_the_newest_whole_checkpoint(split, tmp_path, caplog):
+    losses, folder = split
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    (copy / "checkpoint-20" / "optimizer_0" / "__1_0.distcp").unlink()
+    assert launch(copy, "--resume", **sharded()) == losses
+    check_whole(copy / "checkpoint-20")
+
+
+def test_an_interrupted_final_save_of_a_sharded_run_is_finished(split, tmp_path):
+    _, folder = split
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    (copy / "model.safetensors").unlink()
+    launch(copy, "--resume", **sharded())
+    one, other = (load_file(f / "model.safetensors") for f in (folder, copy))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_rate_beyond_all_bounds_stops_every_process(tmp_path):
+    folder = tmp_path / "run"
+    done = start(folder, **sharded(learning_rate=1e25, save_steps=1))
+    assert done.returncode != 0
+    assert "expected a finite" in done.stderr or "expected finite weights" in done.stderr
+    files = list(folder.rglob("*.safetensors"))
+    assert all(bool(w.isfinite().all()) for file in files for w in load_file(file).values())
+    assert not (folder / "model.safetensors").exists()
 
 
 def captions_of(folder: Path, image, masks) -> list:

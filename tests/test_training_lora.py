@@ -1,6 +1,7 @@
 """LoRA: few parameters, one adapter folder, three ways to load it, one merged model."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -137,6 +138,15 @@ def test_an_adapter_starts_the_same_from_the_same_seed(base, tmp_path):
     one, again, other = start(0), start(0), start(1)
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_adapter_trains_with_checkpointing_and_without_a_deprecation(base, tmp_path):
+    options = {"max_steps": 2, "activation_checkpointing": True}
+    plain = losses_of(train(lora_recipe(base, tmp_path / "a", max_steps=2)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        trainer = train(lora_recipe(base, tmp_path / "b", **options))
+    assert losses_of(trainer) == plain
 
 
 def test_a_changed_config_is_refused_since_the_adapter_would_not_hold_it(tmp_path):

@@ -147,16 +147,16 @@ def check_whole(folder: Path):
     for name in ("global_step", "epoch"):
         if not isinstance(state.get(name), (int, float)):
             raise ValueError(f"expected a number {name} in {folder / STATE}, got {state.get(name)}")
+    random_states = sorted(folder.glob("rng_state*.pth"))  # one of each process
+    if not random_states:
+        raise ValueError(f"expected rng_state.pth in {folder}, found none")
     if (folder / SHARDED_WEIGHTS).is_dir():
-        _check_shards(folder / SHARDED_WEIGHTS)
-        _check_shards(folder / SHARDED_OPTIMIZER)
+        _check_shards(folder / SHARDED_WEIGHTS, len(random_states))
+        _check_shards(folder / SHARDED_OPTIMIZER, len(random_states))
     else:
         _check_weights(folder)
         _check_archive(folder / "optimizer.pt")
     _check_archive(folder / "scheduler.pt")
-    random_states = sorted(folder.glob("rng_state*.pth"))
-    if not random_states:
-        raise ValueError(f"expected rng_state.pth in {folder}, found none")
     for file in [*random_states, *folder.glob("scaler.pt")]:
         _check_archive(file)
 
@@ -213,15 +213,15 @@ def _check_archive(file: Path):
         raise ValueError(f"expected a whole {file}, got damage in {damaged}")
 
 
-def _check_shards(folder: Path):
+def _check_shards(folder: Path, processes: int):
     if not folder.is_dir():
         raise ValueError(f"expected {folder}, found none; trainer.save_only_model saves none")
-    shards = list(folder.glob("*.distcp"))
-    for file in (folder / ".metadata", *shards):
+    for file in (folder / ".metadata", *folder.glob("*.distcp")):
         if not file.is_file() or not file.stat().st_size:
             raise ValueError(f"expected a whole {file}, found none or nothing in it")
-    if not shards:
-        raise ValueError(f"expected shards in {folder}, found none")
+    for rank in range(processes):
+        if not any(folder.glob(f"__{rank}_*.distcp")):
+            raise ValueError(f"expected the shard __{rank}_0.distcp in {folder}, found none")
 
 
 def has_final(output_dir: str | Path, checkpoint: Path) -> bool:

@@ -1,5 +1,7 @@
 """LoRA adapters of the language model, with the small modules trained whole beside them."""
 
+import warnings
+
 from transformers import PreTrainedModel
 
 from ..extras import extra
@@ -37,4 +39,7 @@ def add_adapter(model: PreTrainedModel, recipe: LoraRecipe):
     with extra("train"):
         from peft import get_peft_model
 
-    return get_peft_model(model, lora_config(model, recipe))
+    with warnings.catch_warnings():
+        # PEFT asks for a property by its old name; nobody here can change that
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(model, lora_config(model, recipe))

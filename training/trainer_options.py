@@ -33,7 +33,7 @@ HONORED = frozenset(
     dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context dataloader_in_order train_sampling_strategy
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
-    ddp_timeout fsdp fsdp_config debug skip_memory_metrics
+    ddp_timeout fsdp fsdp_config skip_memory_metrics
     """.split()
 )
 
@@ -75,6 +75,7 @@ REFUSED = {
     "parallelism_config": "runs are sharded by FSDP alone",
     "deepspeed": "runs are sharded by FSDP alone",
     "length_column_name": "samples know their lengths",
+    "debug": "masked attention holds the infinities that it looks for",
     "do_eval": "trainer.eval_strategy says when to evaluate",
     "do_predict": "the command trains; see `perceptiondlm evaluate predict`",
     "resume_from_checkpoint": "`--resume` says it",
