@@ -118,7 +118,7 @@ class Decoder:
                 raise ValueError(f"expected finite numbers, got {str(value)[:40]!r}")
 
     def _spend_outline(self, polygon, size: tuple[int, int]):
-        """Bounds what filling polygons costs: a step for each row or column that an edge crosses."""
+        """Bounds what filling costs: a step for each row or column that an edge crosses."""
         if not isinstance(polygon, list) or len(polygon) % 2:
             return  # no polygon, as will be said
         points = np.array(polygon, dtype=float).reshape(-1, 2)

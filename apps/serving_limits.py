@@ -31,7 +31,7 @@ class Limits:
     pixels: int = 40_000_000
     side: int = 65_535
     scans: int = 64
-    decoded_bytes: int = 256 << 20
+    decoded_bytes: int = 300 << 20
     masks: int = 64
     numbers: int = 500_000
     outline: int = 10_000_000
