@@ -141,15 +141,21 @@ class Engine:
     def _check(self, job, options: dict) -> tuple[int, int]:
         """A job's prompt tokens and its cost; ValueError for one that does not fit."""
         checked = self._checked(options, job.task)
+        positions = self.captioner.model.config.text_config.max_position_embeddings
+        if max(checked.caption_length, checked.max_new_tokens) <= positions:
+            self._expect_bounded(job.cost(0, checked))  # before long sequences are made of it
         prompt_tokens = job.check(self.captioner, checked)
         cost = job.cost(prompt_tokens, checked)
+        self._expect_bounded(cost)
+        return prompt_tokens, cost
+
+    def _expect_bounded(self, cost: int):
         if cost > self.max_cost:
             raise TooLong(
                 f"expected work of at most {self.max_cost:,} positions (tokens of prompt and"
                 f" response, times steps, times two with cfg_scale), got {cost:,}: ask for fewer"
                 " tokens, steps or regions"
             )
-        return prompt_tokens, cost
 
     def _expect_patience(self, ticket: Ticket):
         """Raises `QueueFull` for a client who has as much under way as one may have."""

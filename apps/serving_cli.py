@@ -106,6 +106,13 @@ def add_queue_arguments(parser: argparse.ArgumentParser, *, host_port: int):
         help="of a picture (default: %(default)s)",
     )
     limits.add_argument(
+        "--max-decoded-mib",
+        type=float,
+        default=default.decoded_bytes / BYTES_OF_MIB,
+        metavar="MIB",
+        help="memory of its images (4 bytes a pixel) and masks (1) together (default: %(default)g)",
+    )
+    limits.add_argument(
         "--max-masks",
         type=int,
         default=default.masks,
@@ -141,7 +148,7 @@ def limits_of(args: argparse.Namespace) -> Limits:
         body_bytes=int(args.max_mib * BYTES_OF_MIB),
         pixels=args.max_pixels,
         masks=args.max_masks,
-        decoded_bytes=max(Limits.decoded_bytes, 6 * args.max_pixels),
+        decoded_bytes=int(args.max_decoded_mib * BYTES_OF_MIB),
         caption_length=args.max_caption_length,
         new_tokens=args.max_answer_length,
         steps=max(args.max_caption_length, args.max_answer_length),

@@ -16,7 +16,6 @@ from .inputs import annotation_mask, readable_formats
 from .serving_limits import Limits, expect_at_most
 
 MAX_NUMBER = 10**9  # of a coordinate or run length
-MAX_CROSSINGS = 50_000_000  # polygon points times rows or columns, of one mask
 IMAGE_BYTES, MASK_BYTES = 4, 1  # of a pixel, once decoded
 JPEG_SCAN = b"\xff\xda"  # a marker that no scan has inside
 # What people send as a picture that is none: first bytes, and what to call it.
@@ -37,7 +36,8 @@ class Decoder:
     def __init__(self, limits: Limits):
         self.limits = limits
         self.bytes_left = limits.decoded_bytes
-        self.points_left = limits.points
+        self.numbers_left = limits.numbers
+        self.outline_left = limits.outline
 
     def image(self, data: bytes, name: str) -> Image.Image:
         """An image from an encoded file's bytes: upright, not converted, fully read."""
@@ -71,8 +71,10 @@ class Decoder:
         if isinstance(said, list) and len(said) == 2:
             expect_size(said[::-1], size)
         for part in mask.values() if isinstance(mask, dict) else [mask]:
-            _expect_numbers(part)
-        self._spend_points(mask, size)
+            self._spend_numbers(part)
+        polygons = mask.get("polygons") if isinstance(mask, dict) else mask
+        for polygon in polygons if isinstance(polygons, list) else []:
+            self._spend_outline(polygon, size)
         self.spend(size[0] * size[1] * MASK_BYTES)
         return load_mask(mask, size)
 
@@ -98,14 +100,35 @@ class Decoder:
             " send a smaller image or fewer masks"
         )
 
-    def _spend_points(self, mask, size: tuple[int, int]):
-        polygons = mask.get("polygons", []) if isinstance(mask, dict) else mask
-        if not isinstance(polygons, list):
+    def _spend_numbers(self, values, depth: int = 3):
+        """Refuses too many numbers, and what is no number an image could need, in a list of lists
+        of them; a text is left to whom it is meant for."""
+        if not isinstance(values, list):
             return
-        points = sum(len(polygon) // 2 for polygon in polygons if isinstance(polygon, list))
-        expect_at_most("polygon points in a request", points, self.points_left)
-        expect_at_most("polygon points times rows or columns", points * max(size), MAX_CROSSINGS)
-        self.points_left -= points
+        self.numbers_left -= len(values)
+        if self.numbers_left < 0:
+            raise ValueError(
+                f"expected at most {self.limits.numbers:,} numbers in the masks of a request,"
+                " got more: send masks as compressed COCO RLE or as images"
+            )
+        for value in values:
+            if isinstance(value, list) and depth:
+                self._spend_numbers(value, depth - 1)
+            elif not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
+                raise ValueError(f"expected finite numbers, got {str(value)[:40]!r}")
+
+    def _spend_outline(self, polygon, size: tuple[int, int]):
+        """Bounds what filling costs: a step for each row or column that an edge crosses."""
+        if not isinstance(polygon, list) or len(polygon) % 2:
+            return  # no polygon, as will be said
+        points = np.array(polygon, dtype=float).reshape(-1, 2)
+        edges = np.abs(points - np.roll(points, -1, axis=0))  # (N, 2)
+        self.outline_left -= int(np.minimum(edges, size).sum())
+        if self.outline_left < 0:
+            raise ValueError(
+                f"expected polygons of at most {self.limits.outline:,} pixels of outline in a"
+                " request, got more: send masks as COCO RLE or as images"
+            )
 
     def data_url(self, url: str, name: str) -> bytes:
         """The bytes of a `data:` URL, no more of them than an image may have."""
@@ -178,15 +201,3 @@ def alpha_mask(picture: Image.Image) -> Image.Image | None:
         return None
     alpha = picture.convert("RGBA").getchannel("A")
     return alpha.point([0] + [255] * 255) if alpha.getextrema()[0] == 0 else None
-
-
-def _expect_numbers(values, depth: int = 3):
-    """Refuses what is no number a picture could need in a list of lists of them; a text is left to
-    whom it is meant for."""
-    if not isinstance(values, list):
-        return
-    for value in values:
-        if isinstance(value, list) and depth:
-            _expect_numbers(value, depth - 1)
-        elif not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
-            raise ValueError(f"expected finite numbers, got {str(value)[:40]!r}")

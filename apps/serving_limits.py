@@ -15,7 +15,8 @@ class Limits:
         scans: of a progressive JPEG, each of which is a pass over the whole image.
         decoded_bytes: of all images and region masks of a request together, once decoded.
         masks: regions of an image.
-        points: of all polygons of a request.
+        numbers: in all masks of a request that come as numbers.
+        outline: pixels that all polygons of a request are long.
         images: of a conversation.
         text: characters of all messages' texts.
         stop_characters: of one stop string.
@@ -30,9 +31,10 @@ class Limits:
     pixels: int = 40_000_000
     side: int = 65_535
     scans: int = 64
-    decoded_bytes: int = 320 << 20
+    decoded_bytes: int = 300 << 20
     masks: int = 64
-    points: int = 50_000
+    numbers: int = 500_000
+    outline: int = 10_000_000
     images: int = 8
     text: int = 20_000
     stop_characters: int = 500

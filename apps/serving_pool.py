@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import queue
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from .serving_limits import Limits
 from .serving_tasks import unpack_asked
 from .serving_worker import receive, send, unpack_images
 
-WORKERS = max(2, min(4, os.cpu_count() or 1))
+WORKERS = 2  # a quarter of a GiB each
 START_SECONDS = 60.0  # for a worker to import what it needs
 PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {} import main; main()"
 

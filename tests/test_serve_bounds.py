@@ -91,15 +91,21 @@ def test_many_large_masks_of_a_small_image_are_refused_at_once(captioner):
 
 
 @pytest.mark.parametrize(
-    ("size", "points"), [((2, 40_000), 20_000), ((40_000, 2), 20_000), ((100, 100), 60_000)]
+    ("size", "points"), [((2, 40_000), 20_000), ((40_000, 2), 20_000), ((100, 100), 300_000)]
 )
 def test_a_polygon_of_many_points_is_refused_at_once(size, points):
     rng = np.random.default_rng(0)
     polygon = (rng.random((points, 2)) * size).ravel().tolist()
     started = time.monotonic()
-    with pytest.raises(ValueError, match="polygon points"):
+    with pytest.raises(ValueError, match="pixels of outline|numbers"):
         Decoder(Limits()).mask({"polygons": [polygon]}, size)
     assert time.monotonic() - started < 2
+
+
+def test_run_lengths_of_a_request_share_one_budget_of_numbers():
+    rle = {"size": [HEIGHT, WIDTH], "counts": [1] * (WIDTH * HEIGHT)}
+    with pytest.raises(ValueError, match="mask 2: .*numbers in the masks"):
+        read(Limits(numbers=WIDTH * HEIGHT + 100), masks=[rle, rle])
 
 
 def test_an_ordinary_detailed_polygon_is_a_mask():

@@ -122,7 +122,7 @@ def test_of_a_hundred_at_once_each_is_answered_rightly_or_refused_and_memory_is_
     captioner = RegionCaptioner(*load("released-region"))
     expected = [captioner(*region_files(i), **SHORT).captions for i in range(3)]
     sizes = []
-    for _ in range(3):
+    for _ in range(4):
         outcomes = asyncio.run(ask_all(address, retries=0))
         sizes.append(resident_mib(process))
         refused = Counter(outcome == 429 for outcome in outcomes)[True]
@@ -131,7 +131,7 @@ def test_of_a_hundred_at_once_each_is_answered_rightly_or_refused_and_memory_is_
         assert all(captions == expected[i % 3] for i, captions in answered)
     assert metric(address, "queue_length") == metric(address, "failed_total") == 0
     assert metric(address, "completed_total") == metric(address, "accepted_total")
-    assert sizes[-1] - sizes[0] < 64, sizes
+    assert sizes[-1] - sizes[1] < 64, sizes  # after a round to warm up
 
 
 def test_of_a_hundred_that_come_again_all_are_answered(server):

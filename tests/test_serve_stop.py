@@ -21,8 +21,13 @@ from perceptiondlm.apps.serving_limits import Limits  # noqa: E402
 from serving import image_part, user  # noqa: E402
 
 PICTURE = Path(__file__).parent / "fixtures" / "vectors" / "region_0.png"
-BODY = {"model": "tester", "messages": user(image_part(PICTURE)), "masks": [[5, 5, 30, 30]],
-        "caption_length": 4, "steps": 1}
+BODY = {
+    "model": "tester",
+    "messages": user(image_part(PICTURE)),
+    "masks": [[5, 5, 30, 30]],
+    "caption_length": 4,
+    "steps": 1,
+}
 
 
 @pytest.fixture(scope="module")
