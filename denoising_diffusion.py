@@ -469,13 +469,15 @@ def denoise(
     may_repeat = not depends_on_step and sampler.is_deterministic and not rule.uses_logits
     memory = Memory(B) if may_repeat and rule.steps > n else None
 
+    running = torch.ones(B, dtype=torch.bool, device=state.tokens.device)
     for step in range(rule.steps):
-        done = finished(rule, state) if may_finish_early else forwards.new_zeros(B).bool()
-        if may_finish_early and bool(done.all()):
-            break
+        if may_finish_early:
+            running = ~finished(rule, state)
+            if not bool(running.any()):
+                break
 
         # Predict, unless the network has seen all of this before.
-        needed = ~done if memory is None else ~done & memory.unseen(state.tokens)
+        needed = running if memory is None else running & memory.unseen(state.tokens)
         runs = memory is None or bool(needed.any())
         if runs:
             prediction = sampler(predict(state.tokens, step))
@@ -486,8 +488,9 @@ def denoise(
             prediction = memory.prediction(state.tokens)
 
         # Commit. A row that has finished is left as it is while others of its batch go on.
-        proposed = rule.commit(step, prediction, state, mask_token_id)
-        before, state = state, _keep_finished(done, state, proposed)
+        before, state = state, rule.commit(step, prediction, state, mask_token_id)
+        if may_finish_early:
+            state = _keep_finished(~running, before, state)
         if on_step is not None and (runs or not torch.equal(before.tokens, state.tokens)):
             on_step(step, state)
     return state, forwards
