@@ -421,28 +421,29 @@ class Memory:
     def __init__(self, batch: int):
         self.rows = [{} for _ in range(batch)]
 
-    def unseen(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Bool (B,): rows whose tokens (B, G, n) have no prediction yet."""
-        known = [key in row for key, row in zip(_keys(tokens), self.rows, strict=True)]
-        return ~torch.tensor(known, device=tokens.device)
+    @staticmethod
+    def keys(tokens: torch.Tensor) -> list[bytes]:
+        """Names the state of each row, from its tokens (B, G, n)."""
+        return [row.tobytes() for row in tokens.cpu().numpy()]
 
-    def add(self, tokens: torch.Tensor, prediction: Prediction):
-        """Keeps the prediction made from tokens (B, G, n), without its logits."""
+    def unseen(self, keys: list[bytes], device) -> torch.Tensor:
+        """Tells, bool (B,), the rows whose states have no prediction yet."""
+        known = [key in row for key, row in zip(keys, self.rows, strict=True)]
+        return ~torch.tensor(known, device=device)
+
+    def add(self, keys: list[bytes], prediction: Prediction):
+        """Keeps the prediction made from the states, without its logits."""
         said = zip(prediction.tokens, prediction.confidence, strict=True)
-        for row, key, one in zip(self.rows, _keys(tokens), said, strict=True):
+        for row, key, one in zip(self.rows, keys, said, strict=True):
             row.setdefault(key, one)
 
-    def prediction(self, tokens: torch.Tensor) -> Prediction:
-        """The prediction kept for tokens (B, G, n); for a row without one, which has finished and
-        will not change, any of its others."""
-        keyed = zip(self.rows, _keys(tokens), strict=True)
+    def prediction(self, keys: list[bytes]) -> Prediction:
+        """Returns the prediction kept for the states; for a row without one, which has finished
+        and will not change, any of its others."""
+        keyed = zip(self.rows, keys, strict=True)
         said = [row[key] if key in row else next(iter(row.values())) for row, key in keyed]
         candidates, confidence = map(torch.stack, zip(*said, strict=True))
         return Prediction(None, candidates, confidence)
-
-
-def _keys(tokens: torch.Tensor) -> list[bytes]:
-    return [row.tobytes() for row in tokens.cpu().numpy()]
 
 
 def denoise(
@@ -477,15 +478,18 @@ def denoise(
                 break
 
         # Predict, unless the network has seen all of this before.
-        needed = running if memory is None else running & memory.unseen(state.tokens)
+        needed = running
+        if memory is not None:
+            keys = memory.keys(state.tokens)
+            needed = running & memory.unseen(keys, running.device)
         runs = memory is None or bool(needed.any())
         if runs:
             prediction = sampler(predict(state.tokens, step))
             forwards += needed
         if memory is not None:
             if runs:
-                memory.add(state.tokens, prediction)
-            prediction = memory.prediction(state.tokens)
+                memory.add(keys, prediction)
+            prediction = memory.prediction(keys)
 
         # Commit. A row that has finished is left as it is while others of its batch go on.
         before, state = state, rule.commit(step, prediction, state, mask_token_id)
