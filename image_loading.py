@@ -1,24 +1,166 @@
 """Opening what users give: images in any form, and region masks in any form."""
 
+import base64
+import binascii
 import io
+import json
 import os
+import re
+import urllib.request
 from collections.abc import Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from .image_regions import (
+from .image_masks import (
     VOID,
     VOID_COLOR,
+    decode_rle,
+    describe,
+    expect_size,
+    fill_box,
+    fill_polygons,
+    is_box,
     labels_of_colors,
     labels_of_values,
     levels_of_colors,
     region_of_values,
 )
-from .image_shapes import decode_rle, describe, expect_size, fill_box, fill_polygons, is_box
-from .image_sources import decode_base64, decode_data_url, fetch_image, is_data_url, is_url
+
+MAX_BYTES = 256 << 20  # of a download
+TIMEOUT = 30.0  # seconds without a byte
+NO_PIXELS = ("image/svg+xml", "text/html")  # media types that browsers show and Pillow cannot read
+SAFE_IN_URLS = "%/:?#[]@!$&'()*+,;=-._~"
+
+
+def is_url(text: str) -> bool:
+    """Tells whether a text is an http(s) URL."""
+    return re.match(r"https?://", text, re.IGNORECASE) is not None
+
+
+def is_data_url(text: str) -> bool:
+    """Tells whether a text is a `data:` URL."""
+    return text.lstrip()[:5].lower() == "data:"
+
+
+def fetch_image(url: str, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT) -> bytes:
+    """Downloads the bytes behind an http(s) URL, following redirects.
+
+    The standard library is enough for this, so no HTTP package is required, and
+    `HF_HUB_OFFLINE`, which is about the Hub, does not stand in the way of other hosts.
+
+    Raises ValueError when there is no such host, no answer within `timeout` seconds, another
+    status than 200, or more than `max_bytes`.
+    """
+    try:
+        request = urllib.request.Request(_ascii(url), headers={"User-Agent": "perceptiondlm"})
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            data = response.read(max_bytes + 1)
+    except (OSError, HTTPException, ValueError) as error:
+        raise ValueError(f"expected a picture at {url[:200]}, got: {error}") from error
+    if len(data) > max_bytes:
+        raise ValueError(
+            f"expected a picture of at most {max_bytes >> 20} MiB at {url[:200]}, got more"
+        )
+    return data
+
+
+def _ascii(url: str) -> str:
+    """Encodes the host (IDNA) and whatever else is not allowed in a URL, as browsers do."""
+    parts = urlsplit(url)
+    if not parts.netloc.isascii():
+        parts = parts._replace(netloc=parts.netloc.encode("idna").decode())
+    return quote(parts._replace(fragment="").geturl(), safe=SAFE_IN_URLS)
+
+
+def decode_data_url(url: str, name: str = "an image") -> bytes:
+    """Decodes a `data:` URL: any parameters, base64 (see `decode_base64`) or percent-encoding.
+
+    `name` says in errors (ValueError) what was expected.
+    """
+    head, comma, body = url.strip().partition(",")
+    if not comma or not is_data_url(head):
+        raise ValueError(f"expected {name} as data:image/...;base64,..., got {url[:60]!r}")
+
+    kind, *parameters = (part.strip().lower() for part in head[5:].split(";"))
+    if kind in NO_PIXELS:
+        raise ValueError(f"expected {name} as an image of pixels, got {kind}")
+
+    if parameters and parameters[-1] == "base64":
+        return decode_base64(unquote_to_bytes(body) if "%" in body else body, name)
+    if "%" not in body:  # no format of images has printable bytes alone
+        raise ValueError(f"expected {name} in base64 or percent-encoded, got {url[:60]!r}")
+    return unquote_to_bytes(body)
+
+
+def decode_base64(text: str | bytes, name: str = "an image") -> bytes:
+    """Decodes base64, also line-wrapped, URL-safe, or without its padding.
+
+    Raises ValueError for any other character, for a mixture of the two alphabets, and for a text
+    that is cut off.
+    """
+    try:
+        digits = text.encode("ascii") if isinstance(text, str) else text
+        digits = digits.translate(None, b" \t\r\n\f")
+        if re.search(rb"[-_]", digits):
+            if re.search(rb"[+/]", digits):
+                raise ValueError("both of its alphabets at once")
+            digits = digits.translate(bytes.maketrans(b"-_", b"+/"))
+        bare = digits.rstrip(b"=")
+        if len(digits) > len(bare) and len(digits) % 4:
+            raise ValueError("the wrong padding")
+        return base64.b64decode(bare + b"=" * (-len(bare) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"expected {name} in base64, got: {error}") from error
+
+
+def path_inside(folder: str | Path, name: object, links: bool = False) -> Path:
+    """Returns the path of a file that another file names, which has to lie inside a folder.
+
+    Raises ValueError for a name that leads out of it: absolute, by `..`, or, unless `links` are
+    taken for the owner's own, by a symbolic link; those of a Hub cache always lead to the files of
+    the same repository.
+    """
+    folder = Path(folder)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"expected the name of a file in {folder}, got {name!r:.120}")
+    path = folder / name
+    is_elsewhere = bool(re.match(r"[A-Za-z]:[\\/]", name)) or not _is_below(
+        os.path.normpath(path), os.path.normpath(folder)
+    )
+    roots = [folder.resolve(), *_blobs(folder)]
+    is_linked = not any(_is_below(path.resolve(), root) for root in roots)
+    if is_elsewhere or (is_linked and not links):
+        raise ValueError(f"expected the name of a file inside {folder}, got {name!r:.120}")
+    return path
+
+
+def expect_shards_inside(folder: str | Path):
+    """Refuses a folder of weights whose index names files elsewhere, which would be read."""
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        index = Path(folder) / name
+        if index.is_file():
+            shards = json.loads(index.read_bytes()).get("weight_map", {})
+            for shard in set(shards.values()):
+                path_inside(folder, shard, links=True)
+
+
+def _is_below(path: str | Path, folder: str | Path) -> bool:
+    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    return path != folder and path.is_relative_to(folder)
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """Where the files of a Hub cache's snapshot are kept; nothing for any other folder."""
+    place = Path(os.path.abspath(folder))
+    snapshots = [p for p in (place, *place.parents) if p.parent.name == "snapshots"]
+    return [snapshot.parent.parent.resolve() / "blobs" for snapshot in snapshots]
+
 
 # How formats that change pixels, or may, call themselves. WebP is both, see `_webp_lossless`.
 LOSSY_FORMATS = frozenset(["JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"])

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature
 
+from .generation_options import expect_neutral
 from .image_loading import describe, load_image, load_mask, split_label_map
-from .neutral_arguments import expect_neutral
 
 OUTSIDE = 255  # value of a region image's pixels that lie outside the mask
 NO_CANVAS = (0, 0)  # grid of an anyres picture that is one padded tile

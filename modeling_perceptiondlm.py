@@ -22,8 +22,6 @@ from transformers.models.siglip.modeling_siglip import (
 )
 from transformers.utils import ModelOutput
 
-from .answer_generation import AnswerGenerationMixin
-from .attention_structure import allowed_attention, attention_argument
 from .configuration_perceptiondlm import (
     ROLE_CAPTION,
     ROLE_ROI,
@@ -31,17 +29,17 @@ from .configuration_perceptiondlm import (
     SHARED_REGION,
     PerceptionDLMConfig,
 )
-from .diffusion_loss import draw_masked, expect_masked, mask_rate, masked_loss
-from .generation_diffusion import DiffusionGenerationMixin
-from .generation_options import DiffusionOptions
-from .language_model import (
+from .generation_diffusion import AnswerGenerationMixin, DiffusionGenerationMixin
+from .generation_options import DiffusionOptions, expect_neutral
+from .image_loading import expect_shards_inside
+from .modeling_attention import allowed_attention, attention_argument
+from .modeling_language import (
     PerceptionDLMLanguageModel,
     PerceptionDLMPreTrainedModel,
     placeable,
 )
-from .local_paths import expect_shards_inside
-from .neutral_arguments import expect_neutral
-from .visual_features import PICTURE_TOKENS, merge_patches, roi_align
+from .modeling_loss import draw_masked, expect_masked, mask_rate, masked_loss
+from .modeling_vision import PICTURE_TOKENS, merge_patches, roi_align
 
 # What `forward` may be given of arguments that mean nothing to it, beside None.
 FORWARD_NEUTRAL = {

@@ -4,19 +4,31 @@ import argparse
 import importlib
 import sys
 
-from ..extras import MissingExtra
+from ..common.extras import MissingExtra
 from .streams import escape_what_streams_lack, silence_stdout
 
 INTERRUPTED = 130  # as a shell says of a command that Ctrl-C ended
 
 # name: (module with `configure(parser)` and `run(args) -> exit code`, one line of help)
 COMMANDS = {
-    "caption": ("perceptiondlm.apps.caption", "caption regions of pictures, or ask about pictures"),
-    "web": ("perceptiondlm.apps.web", "a web page: paint regions, caption them, watch it happen"),
-    "serve": ("perceptiondlm.apps.serve", "an OpenAI-compatible endpoint for captions and answers"),
+    "caption": (
+        "perceptiondlm.apps.captioning.command",
+        "caption regions of pictures, or ask about pictures",
+    ),
+    "web": (
+        "perceptiondlm.apps.web.command",
+        "a web page: paint regions, caption them, watch it happen",
+    ),
+    "serve": (
+        "perceptiondlm.apps.serving.command",
+        "an OpenAI-compatible endpoint for captions and answers",
+    ),
     "train": ("perceptiondlm.training.cli", "train or fine-tune a checkpoint from a YAML recipe"),
     "evaluate": ("perceptiondlm.evaluation.cli", "predict, judge, score and report benchmarks"),
-    "publish": ("perceptiondlm.apps.publishing", "put a checkpoint on the Hub, with a model card"),
+    "publish": (
+        "perceptiondlm.publishing.command",
+        "put a checkpoint on the Hub, with a model card",
+    ),
 }
 
 

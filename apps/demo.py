@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..training.scenes import render_scene
-from .captioner import RegionCaptioner
+from ..scenes.shapes import render_scene
+from .captioning.captioner import RegionCaptioner
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ import transformers
 
 from ..configuration_perceptiondlm import ROLE_CAPTION
 from ..evaluation.files import write_json
-from ..onednn_linear import fastest_linear
+from ..modeling_language import fastest_linear
 from .published import answer_questions_plainly, caption_regions_plainly
 from .report import draw, table, update_readme
 from .workload import (

@@ -8,9 +8,9 @@ Nothing is cached but the picture's features.
 
 import torch
 
-from ..attention_structure import allowed_attention, attention_argument
 from ..configuration_perceptiondlm import ROLE_CAPTION
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
+from ..modeling_attention import allowed_attention, attention_argument
 
 
 def caption_regions_plainly(model, inputs: dict, steps: int) -> list[list[int]]:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from ..common.extras import extra
 from ..common.files import write_text
-from ..extras import extra
 
 START, END = "<!-- benchmark table: start -->", "<!-- benchmark table: end -->"
 

@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from ..evaluation.environment import versions
 from ..evaluation.files import write_json
-from ..image_shapes import encode_rle, fill_box
+from ..image_masks import encode_rle, fill_box
 from ..training.recipe import Recipe, load_recipe
 from ..training.run import assemble_trainer
 from ..training.sharding import leave_group

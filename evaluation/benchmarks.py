@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..image_shapes import encode_rle, fill_polygons
-from ..local_paths import path_inside
+from ..image_loading import path_inside
+from ..image_masks import encode_rle, fill_polygons
 from .files import read_json
 from .scoring import Question, parse_question
 

@@ -28,7 +28,7 @@ def load_model(path: str, subfolder: str, dtype: str, device: str):
 
     No code of the checkpoint's repository is run. Raises as `expect_checkpoint`.
     """
-    from ..checkpoint_files import expect_checkpoint
+    from ..conversion.files import expect_checkpoint
     from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
     from ..processing_perceptiondlm import PerceptionDLMProcessor
 
@@ -94,8 +94,8 @@ def folder_fingerprint(folder: Path, dtype: str) -> str:
     import torch
     from safetensors import safe_open
 
-    from ..checkpoint_files import weight_files
     from ..configuration_perceptiondlm import PerceptionDLMConfig
+    from ..conversion.files import weight_files
     from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 
     if not isinstance(getattr(torch, dtype, None), torch.dtype):

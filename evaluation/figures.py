@@ -4,8 +4,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common.extras import extra
 from ..common.files import write_bytes
-from ..extras import extra
 
 # file: (fields of a row: x, y...; titles of the axes: x, y...)
 FIGURES = {

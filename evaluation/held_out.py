@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..generation_diffusion import plan_passes
 from ..generation_options import DiffusionOptions, options_for
-from ..training.scenes import Scene, render_scene
+from ..scenes.shapes import Scene, render_scene
 from .synthetic_judge import score_answers, score_captions
 from .throughput import Throughput, batch_cost, stop_ids, timed, total_throughput
 

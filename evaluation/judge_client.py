@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from ..extras import extra
+from ..common.extras import extra
 
 RETRIED_STATUSES = (408, 409, 429)  # and every 5xx
 FATAL_STATUSES = (401, 403, 404)  # no other call can do better

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from ..training.scenes import MAX_OBJECTS, Scene, render_scene
+from ..scenes.shapes import MAX_OBJECTS, Scene, render_scene
 from .checkpoint import (
     add_checkpoint_arguments,
     add_decoding_arguments,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..answer_network import answer_slots, prompt_length
-from ..attention_structure import allowed_attention, attention_argument
+from ..generation_cache import answer_slots, prompt_length
+from ..modeling_attention import allowed_attention, attention_argument
 
 COLUMNS = ("region_ids", "role_ids", "attention_mask")
 

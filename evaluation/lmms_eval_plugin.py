@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from ..extras import extra
+from ..common.extras import extra
 from ..generation_options import DiffusionOptions
-from ..processing_text import encode_text
-from ..token_sequence import IGNORED_LABEL
+from ..processing_sequence import IGNORED_LABEL, encode_text
 from .checkpoint import load_model
 from .likelihood import AnswerLogits, log_likelihood_bound
 

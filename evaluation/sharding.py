@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..extras import extra
+from ..common.extras import extra
 
 
 def process_state():

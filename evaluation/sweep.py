@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.files import GrowingFile, json_bytes
-from ..denoising_diffusion import ACCEPT_RULES, accept_rule
+from ..generation_loop import ACCEPT_RULES, accept_rule
 from .checkpoint import (
     add_checkpoint_arguments,
     add_option_argument,

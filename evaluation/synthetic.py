@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from ..checkpoint_output import new_folder
-from ..image_shapes import encode_rle
-from ..training.scenes import SPLITS, VOCABULARY, Scene, named_values, render_scene
+from ..conversion.output import new_folder
+from ..image_masks import encode_rle
+from ..scenes.shapes import SPLITS, VOCABULARY, Scene, named_values, render_scene
 from .benchmarks import Benchmark, load_benchmark
 from .checkpoint import (
     add_checkpoint_arguments,

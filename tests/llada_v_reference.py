@@ -67,8 +67,10 @@ def rows_with_newlines(features, canvas, size, newline, most: int) -> torch.Tens
     across, down = canvas
     unit = math.isqrt(features.shape[1])
     cells = [
-        [features[1 + y // unit * across + x // unit, y % unit * unit + x % unit]
-         for x in range(across * unit)]
+        [
+            features[1 + y // unit * across + x // unit, y % unit * unit + x % unit]
+            for x in range(across * unit)
+        ]
         for y in range(down * unit)
     ]
     width, height = size

@@ -6,10 +6,10 @@ import io
 import threading
 import time
 
-from perceptiondlm.apps.engine import Engine
-from perceptiondlm.apps.serving_app import create_app
-from perceptiondlm.apps.serving_limits import Limits
-from perceptiondlm.apps.serving_server import make_server
+from perceptiondlm.apps.serving.app import create_app
+from perceptiondlm.apps.serving.engine import Engine
+from perceptiondlm.apps.serving.limits import Limits
+from perceptiondlm.apps.serving.server import make_server
 
 
 @contextlib.contextmanager

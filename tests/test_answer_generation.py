@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from perceptiondlm.generate_arguments import KNOWN
+from perceptiondlm.generation_options import KNOWN
 from transformers import (
     GenerationConfig,
     StoppingCriteriaList,

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from perceptiondlm.apps import caption as command
-from perceptiondlm.apps.captioner import RegionCaptioner
+from perceptiondlm.apps.captioning import command
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -86,8 +86,17 @@ def test_captions_are_printed_by_number(run, scene, expected, capsys):
 
 
 def test_boxes_polygons_and_masks_add_up(run, scene, capsys):
-    code = run(scene[0], "--masks", scene[1][0], "--box", "5,5,60,60", "--polygon",
-               "70,70,120,75,100,130", "--format", "json")
+    code = run(
+        scene[0],
+        "--masks",
+        scene[1][0],
+        "--box",
+        "5,5,60,60",
+        "--polygon",
+        "70,70,120,75,100,130",
+        "--format",
+        "json",
+    )
     (record,) = json.loads(capsys.readouterr().out)
     assert code == 0
     assert [r["mask"] for r in record["regions"]] == ["region_0_mask_0.png", "box 1", "polygons 2"]
@@ -110,8 +119,10 @@ def test_coco_out_is_coco_in(run, folders, tmp_path):
     mask = np.asarray(Image.open(folders[1] / "region_0_mask_1.png")) != 0
     decoded = coco_mask.decode(first["annotations"][1]["segmentation"])
     assert (decoded.astype(bool) == mask).all()
-    assert first["annotations"][1]["bbox"] == coco_mask.toBbox(
-        first["annotations"][1]["segmentation"]).tolist()
+    assert (
+        first["annotations"][1]["bbox"]
+        == coco_mask.toBbox(first["annotations"][1]["segmentation"]).tolist()
+    )
 
 
 def test_ids_of_a_coco_file_come_back(run, scene, tmp_path):
@@ -130,8 +141,16 @@ def test_ids_of_a_coco_file_come_back(run, scene, tmp_path):
 
 
 def test_questions_are_answered(run, vectors, converted, capsys):
-    code = run(vectors / "chat_0.png", "--question", "What?", "--question", "Where?",
-               "--max-new-tokens", "4", base=str(converted("released-base")))
+    code = run(
+        vectors / "chat_0.png",
+        "--question",
+        "What?",
+        "--question",
+        "Where?",
+        "--max-new-tokens",
+        "4",
+        base=str(converted("released-base")),
+    )
     lines = capsys.readouterr().out.splitlines()
     assert code == 0
     assert (lines[1], lines[3]) == ("  What?", "  Where?")
@@ -302,11 +321,27 @@ def test_ctrl_c_keeps_what_was_done(model, folders, tmp_path):
     for i in range(40):
         shutil.copy(folders[0] / "region_0.png", folders[0] / f"more_{i}.png")
     # as from a terminal: a shell's background job would ignore Ctrl-C, and so would its children
-    program = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-               "from perceptiondlm.apps.cli import main; exit(main())")
-    arguments = [sys.executable, "-c", program, "caption", str(folders[0]), "--box",
-                 "5,5,60,60", "--model", model, "--caption-length", "64", "--captions", str(out),
-                 "--output", str(tmp_path / "drawn")]
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from perceptiondlm.apps.cli import main; exit(main())"
+    )
+    arguments = [
+        sys.executable,
+        "-c",
+        program,
+        "caption",
+        str(folders[0]),
+        "--box",
+        "5,5,60,60",
+        "--model",
+        model,
+        "--caption-length",
+        "64",
+        "--captions",
+        str(out),
+        "--output",
+        str(tmp_path / "drawn"),
+    ]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     while not list(Path(tmp_path).glob("drawn/*.png")) and process.poll() is None:
         time.sleep(0.05)

@@ -4,7 +4,7 @@ import json
 import threading
 
 import pytest
-from perceptiondlm.apps.captioner import (
+from perceptiondlm.apps.captioning.captioner import (
     MASKED,
     Answers,
     RegionCaptioner,

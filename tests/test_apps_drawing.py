@@ -5,15 +5,15 @@ import itertools
 
 import numpy as np
 import pytest
-from perceptiondlm.apps.animation import MAX_FRAMES, draw_steps, encode_animation
-from perceptiondlm.apps.captioner import MASKED
-from perceptiondlm.apps.drawing import (
+from perceptiondlm.apps.captioning.animation import MAX_FRAMES, draw_steps, encode_animation
+from perceptiondlm.apps.captioning.captioner import MASKED
+from perceptiondlm.apps.captioning.drawing import (
     draw_answers,
     draw_regions,
     encode_picture,
     place_badges,
 )
-from perceptiondlm.apps.panel import (
+from perceptiondlm.apps.captioning.panel import (
     INK,
     PALETTE,
     PAPER,
@@ -156,12 +156,21 @@ def test_the_ink_can_be_read_on_the_paper():
 
 # Machado et al. (2009), severity 1.0: linear RGB as the three kinds of colour blindness see it.
 BLINDNESS = {
-    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
-               [-0.003882, -0.048116, 1.051998]],
-    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
-               [-0.011820, 0.042940, 0.968881]],
-    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
-               [0.004733, 0.691367, 0.303900]],
+    "protan": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deutan": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritan": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
 }
 
 
@@ -239,7 +248,7 @@ def test_a_gif_keeps_the_colours_of_panel_and_badges():
 
 
 def test_long_runs_are_thinned_for_an_animation():
-    from perceptiondlm.apps.animation import _thin
+    from perceptiondlm.apps.captioning.animation import _thin
 
     thinned = _thin(list(range(500)))
     assert (len(thinned), thinned[0], thinned[-1]) == (MAX_FRAMES, 0, 499)

@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from perceptiondlm.apps import inputs
-from perceptiondlm.apps.annotation_files import AnnotationList, CocoFile
-from perceptiondlm.apps.inputs import PictureSource, find_pictures
-from perceptiondlm.apps.region_sources import gather_regions, open_sources
+from perceptiondlm.apps.captioning import inputs
+from perceptiondlm.apps.captioning.annotation_files import AnnotationList, CocoFile
+from perceptiondlm.apps.captioning.inputs import PictureSource, find_pictures
+from perceptiondlm.apps.captioning.region_sources import gather_regions, open_sources
 from PIL import Image
 from test_apps_inputs import SIZE, block, pictures, save, write_json
 from test_apps_streams import model, run
@@ -183,7 +183,7 @@ def test_masks_with_loss_alone_are_refused_and_named(tmp_path, cat):
 
 
 def test_two_label_maps_for_one_picture_are_refused(tmp_path, cat):
-    from perceptiondlm.apps.region_sources import LabelMaps
+    from perceptiondlm.apps.captioning.region_sources import LabelMaps
 
     for suffix in ("png", "tif"):
         save(tmp_path / "labels" / f"cat.{suffix}", block(1, 1, 5, 5))

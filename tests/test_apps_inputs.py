@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from perceptiondlm.apps import inputs
-from perceptiondlm.apps.inputs import PictureSource, find_pictures, open_picture
-from perceptiondlm.apps.region_sources import (
+from perceptiondlm.apps.captioning import inputs
+from perceptiondlm.apps.captioning.inputs import PictureSource, find_pictures, open_picture
+from perceptiondlm.apps.captioning.region_sources import (
     LabelMaps,
     gather_regions,
     open_sources,
@@ -337,8 +337,20 @@ def test_equal_names_in_two_folders_are_told_apart_by_the_folder(tmp_path):
     assert (boxes(source, one), boxes(source, two)) == ([(1, 0, 3, 2)], [(2, 0, 4, 2)])
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b.png", "C:\\a.png",
-                                  "..\\a.png", "a\0.png", "", None, 5])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "a/../../b.png",
+        "C:\\a.png",
+        "..\\a.png",
+        "a\0.png",
+        "",
+        None,
+        5,
+    ],
+)
 def test_a_file_name_that_leaves_the_folder_is_refused_and_the_rest_goes_on(tmp_path, name):
     (cat,) = pictures(tmp_path, "cat.png")
     content = coco()
@@ -375,10 +387,21 @@ def test_a_plain_list_of_masks_is_understood(tmp_path):
     assert boxes(source, cat) == [(0, 0, 3, 3), (4, 4, 6, 6), (1, 0, 8, 7)]
 
 
-@pytest.mark.parametrize("text", ["{", "[" * 100_000, '"text"', "5", "{}", "[]", "\xff",
-                                  '{"images": 5, "annotations": []}',
-                                  '{"images": [], "annotations": [5]}',
-                                  '{"images": [{}], "annotations": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[" * 100_000,
+        '"text"',
+        "5",
+        "{}",
+        "[]",
+        "\xff",
+        '{"images": 5, "annotations": []}',
+        '{"images": [], "annotations": [5]}',
+        '{"images": [{}], "annotations": []}',
+    ],
+)
 def test_a_damaged_annotation_file_is_refused_by_name(tmp_path, text):
     (cat,) = pictures(tmp_path, "cat.png")
     (tmp_path / "bad.json").write_bytes(text.encode("latin-1"))
@@ -404,11 +427,19 @@ def test_huge_json_is_refused_unread(tmp_path):
         open_sources([str(tmp_path / "huge.json")], [cat])
 
 
-@pytest.mark.parametrize("annotation", [
-    {"segmentation": {"size": [12, 20], "counts": "bad\0counts"}},
-    {"segmentation": {"size": [40_000, 40_000], "counts": [1_600_000_000]}},
-    {"segmentation": [[0, 0]]}, {"bbox": [0, 0, "wide", 2]}, {"bbox": [0, 0, 1e999, 2]}, {}, "x", 5,
-])
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        {"segmentation": {"size": [12, 20], "counts": "bad\0counts"}},
+        {"segmentation": {"size": [40_000, 40_000], "counts": [1_600_000_000]}},
+        {"segmentation": [[0, 0]]},
+        {"bbox": [0, 0, "wide", 2]},
+        {"bbox": [0, 0, 1e999, 2]},
+        {},
+        "x",
+        5,
+    ],
+)
 def test_a_damaged_annotation_is_a_value_error(tmp_path, annotation):
     (cat,) = pictures(tmp_path, "cat.png")
     (source,) = open_sources([write_json(tmp_path / "sam.json", [annotation])], [cat])

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from perceptiondlm.apps.captioner import RegionCaptioner
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
 
 BOX = "--box 1,1,9,9"

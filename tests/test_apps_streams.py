@@ -7,7 +7,7 @@ import shutil
 import sys
 
 import pytest
-from perceptiondlm.apps.captioner import RegionCaptioner
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
 
 BOX = ("--box", "5,5,60,60")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import reference
 import torch
-from perceptiondlm.attention_structure import allowed_attention, attention_argument
 from perceptiondlm.configuration_perceptiondlm import NO_REGION, SHARED_REGION
+from perceptiondlm.modeling_attention import allowed_attention, attention_argument
 
 S, R, C = 0, 1, 2  # roles: shared, RoI, caption
 

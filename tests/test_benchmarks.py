@@ -103,14 +103,30 @@ def ablate(tmp_path, monkeypatch):
             return
         scores = dict.fromkeys(ablation.COLUMNS.values(), 0.5)
         sizes = {name: int(command[command.index(f"--{name}") + 1]) for name in ("scenes", "seed")}
-        report = {**scores, **sizes, "per_attribute": {"shape": 0.25}, "forwards": 22,
-                  "regions": 4, "seconds": 1.0}
+        report = {
+            **scores,
+            **sizes,
+            "per_attribute": {"shape": 0.25},
+            "forwards": 22,
+            "regions": 4,
+            "seconds": 1.0,
+        }
         Path(command[command.index("--output") + 1]).write_text(json.dumps(report))
 
     def run(*arguments) -> list[tuple]:
         before = len(calls)
-        monkeypatch.setattr("sys.argv", ["ablation", str(recipe), *arguments, "--runs",
-                                         str(tmp_path / "runs"), "--output", str(output)])
+        monkeypatch.setattr(
+            "sys.argv",
+            [
+                "ablation",
+                str(recipe),
+                *arguments,
+                "--runs",
+                str(tmp_path / "runs"),
+                "--output",
+                str(output),
+            ],
+        )
         ablation.main()
         return calls[before:]
 
@@ -152,8 +168,15 @@ def test_the_ablation_refuses_kept_rows_of_another_run(ablate, changed, named):
 def test_a_training_step_is_measured_with_the_recipe_s_own_trainer(mini, tmp_path):
     output = tmp_path / "result.json"
     recipe = Path(__file__).parent.parent / "configs" / "regions_lora.yaml"
-    options = ["trainer.use_cpu=true", "trainer.dataloader_num_workers=0",
-               "trainer.gradient_accumulation_steps=2", "--preset", "mini", "--steps", "2"]
+    options = [
+        "trainer.use_cpu=true",
+        "trainer.dataloader_num_workers=0",
+        "trainer.gradient_accumulation_steps=2",
+        "--preset",
+        "mini",
+        "--steps",
+        "2",
+    ]
     training_step.main([str(recipe), *options, "--output", str(output)])
     result = json.loads(output.read_text())
     assert result["samples_a_step"] == 2

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from perceptiondlm import branch_attention
+from perceptiondlm import modeling_attention as branch_attention
 
 INDEPENDENT = {"region_layout": "independent"}
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 from clean_rooms import write_hub_cache
-from perceptiondlm import convert_checkpoint
-from perceptiondlm.apps.captioner import RegionCaptioner
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
-from perceptiondlm.apps.publishing import push_folder
-from perceptiondlm.apps.web_sam import find_sam
-from perceptiondlm.checkpoint_files import local_path
+from perceptiondlm.apps.web.sam import find_sam
+from perceptiondlm.conversion import command as convert_checkpoint
+from perceptiondlm.conversion.files import local_path
 from perceptiondlm.convert_checkpoint import convert
 from perceptiondlm.evaluation.checkpoint import load_model
+from perceptiondlm.publishing.command import push_folder
 from perceptiondlm.training.run import train
 from training_runs import recipe_values, small_recipe
 

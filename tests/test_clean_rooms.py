@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -96,11 +97,16 @@ def test_a_hub_id_loads_and_captions_in_an_environment_of_seven_packages(cache, 
     expect_captions(run(python, READER, cache))
 
 
-def test_the_converter_runs_from_a_hub_snapshot(cache, converted, tmp_path):
-    (script,) = cache.glob("hub/models--*/snapshots/*/convert_checkpoint.py")
+def test_the_converter_runs_from_a_hub_snapshot_of_the_repository(cache, converted, tmp_path):
+    repository = tmp_path / "repository"
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), ROOT / "LICENSE", ROOT / "config.json"]:
+        (repository / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, repository / path.relative_to(ROOT))
+    script = write_hub_cache(repository, tmp_path, "somebody/code") / "convert_checkpoint.py"
     assert script.is_symlink()
+    (source,) = cache.glob("hub/models--*/snapshots/*/")
     output = tmp_path / "again"
-    arguments = ["--source", str(script.parent), "--output", str(output)]
+    arguments = ["--source", str(source), "--output", str(output)]
     done = subprocess.run(
         [sys.executable, str(script), *arguments], cwd=tmp_path, capture_output=True, text=True
     )

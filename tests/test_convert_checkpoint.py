@@ -19,12 +19,13 @@ from conversion_sources import (
     original_name,
     split_weights,
 )
-from perceptiondlm import checkpoint_files
-from perceptiondlm.checkpoint_files import StateDict, Tensors
-from perceptiondlm.checkpoint_layouts import llama_rules, map_names, original_llada_rules
-from perceptiondlm.checkpoint_sources import model_shapes
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
-from perceptiondlm.convert_checkpoint import convert, parse_size
+from perceptiondlm.conversion import files as checkpoint_files
+from perceptiondlm.conversion.convert import parse_size
+from perceptiondlm.conversion.files import StateDict, Tensors
+from perceptiondlm.conversion.layouts import llama_rules, map_names, original_llada_rules
+from perceptiondlm.conversion.sources import model_shapes
+from perceptiondlm.convert_checkpoint import convert
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from safetensors import safe_open
@@ -383,9 +384,11 @@ def test_sizes_are_read_as_people_write_them(size, expected):
     assert parse_size(size) == expected
 
 
-def test_the_output_holds_every_module_it_needs(region):
+def test_the_output_holds_the_models_modules_and_no_others(region):
     modules = {path.name for path in region.glob("*.py")}
-    assert {"modeling_perceptiondlm.py", "convert_checkpoint.py"} <= modules
+    assert {"modeling_perceptiondlm.py", "processing_perceptiondlm.py"} <= modules
+    assert len(modules) <= 17
+    assert not any("convert" in name or "publish" in name for name in modules)
     for path in region.glob("*.py"):
         for line in path.read_text().splitlines():
             if line.startswith("from ."):

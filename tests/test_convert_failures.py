@@ -1,11 +1,8 @@
 """Every way a conversion fails: its exception, its exit code, and that nothing is left behind."""
 
 import errno
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from conversion_sources import (
     make_siglip,
     split_weights,
 )
-from perceptiondlm import convert_checkpoint
+from perceptiondlm.conversion import convert as convert_module
 from perceptiondlm.convert_checkpoint import convert, main
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -143,7 +140,7 @@ def test_a_disk_that_fills_while_writing_raises_enospc_and_leaves_nothing(tmp_pa
         message = "Error while serializing: I/O error: No space left on device (os error 28)"
         raise SafetensorError(message)
 
-    monkeypatch.setattr(convert_checkpoint, "save_file", full)
+    monkeypatch.setattr(convert_module, "save_file", full)
     with pytest.raises(OSError, match="No space left on device") as raised:
         convert(VECTORS / REGION, tmp_path / "out")
     assert raised.value.errno == errno.ENOSPC
@@ -195,7 +192,7 @@ def test_neither_a_base_nor_a_vision_source_is_replaced(tmp_path, option):
 
 
 def test_verification_notices_weights_that_differ_in_one_bit(capsys, tmp_path, monkeypatch):
-    write = convert_checkpoint.save_file
+    write = convert_module.save_file
 
     def flip(tensors, path, metadata):
         first = next(iter(tensors))
@@ -203,7 +200,7 @@ def test_verification_notices_weights_that_differ_in_one_bit(capsys, tmp_path, m
         changed.view(torch.uint8).view(-1)[0] ^= 1
         write({**tensors, first: changed}, path, metadata)
 
-    monkeypatch.setattr(convert_checkpoint, "save_file", flip)
+    monkeypatch.setattr(convert_module, "save_file", flip)
     expect_failure(capsys, tmp_path, VECTORS / REGION, 11, "as in the source", "--verify")
 
 
@@ -314,18 +311,3 @@ def test_help_lists_every_exit_code(capsys):
     said = capsys.readouterr().out
     for code in range(12):
         assert f"\n  {code:<2} " in said
-
-
-def test_the_converter_runs_as_a_script_from_a_converted_folder(tmp_path):
-    converted = convert(VECTORS / REGION, tmp_path / "converted")
-    script = converted / "convert_checkpoint.py"
-    block = "import sys; sys.modules['perceptiondlm'] = None"
-    code = f"{block}; import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
-    arguments = ["--source", str(VECTORS / REGION), "--output", str(tmp_path / "again")]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(tmp_path / "again")
-    config = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert config["model_type"] == "perceptiondlm"

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from perceptiondlm.denoising_diffusion import (
+from perceptiondlm.generation_loop import (
     Adaptive,
     BlockCommit,
     EntropyBound,

@@ -16,7 +16,7 @@ from perceptiondlm.evaluation.held_out import (
     resolved_options,
 )
 from perceptiondlm.generation_options import DiffusionOptions
-from perceptiondlm.training.scenes import render_scene
+from perceptiondlm.scenes.shapes import render_scene
 
 SEED, COUNT = 40, 4
 LENGTH, END = 6, 7

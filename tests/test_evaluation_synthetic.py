@@ -8,7 +8,7 @@ from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.evaluation.files import read_json
 from perceptiondlm.evaluation.predict import predict
 from perceptiondlm.evaluation.synthetic import exact_answers, region_questions
-from perceptiondlm.training.scenes import caption_of, render_scene
+from perceptiondlm.scenes.shapes import caption_of, render_scene
 
 OWN = {"shape": "star", "colour": "red", "size": "small", "pattern": "plain", "position": "top"}
 OTHER = {"shape": "ring", "colour": "blue", "size": "large", "pattern": "plain", "position": "left"}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from perceptiondlm.common.extras import MissingExtra, extra
 from perceptiondlm.evaluation.files import write_json
-from perceptiondlm.extras import MissingExtra, extra
 from training_runs import recipe_values
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"

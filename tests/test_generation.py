@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from perceptiondlm.answer_network import AnswerNetwork
+from perceptiondlm.generation_cache import AnswerNetwork
 from perceptiondlm.generation_options import DiffusionOptions
 
 GROUPED = {"num_key_value_heads": 2}

@@ -7,7 +7,7 @@ import pytest
 from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.evaluation.files import write_json
 from perceptiondlm.image_loading import load_mask
-from perceptiondlm.image_shapes import decode_rle, encode_rle, fill_polygons
+from perceptiondlm.image_masks import decode_rle, encode_rle, fill_polygons
 from pycocotools import mask as coco
 
 

@@ -10,8 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from perceptiondlm.image_loading import load_image, load_mask
-from perceptiondlm.image_sources import decode_base64, decode_data_url, fetch_image
+from perceptiondlm.image_loading import (
+    decode_base64,
+    decode_data_url,
+    fetch_image,
+    load_image,
+    load_mask,
+)
 from PIL import Image
 
 # Data URLs and base64.

@@ -4,12 +4,12 @@ import json
 import os
 
 import pytest
-from perceptiondlm.checkpoint_files import read_json as read_checkpoint_json
 from perceptiondlm.common.files import write_json
 from perceptiondlm.common.json_text import ascii_json, parse_json, read_json, read_text
+from perceptiondlm.conversion.files import read_json as read_checkpoint_json
 from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.evaluation.judge_prompts import JudgePrompt
-from perceptiondlm.model_card import read_json as read_card_json
+from perceptiondlm.publishing.card import read_json as read_card_json
 from perceptiondlm.training.recipe import load_recipe
 from perceptiondlm.training.records import open_records, record_of
 from test_evaluation_benchmarks import write_paradlc

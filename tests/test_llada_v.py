@@ -10,14 +10,14 @@ import reference
 import torch
 from conversion_sources import case_names, replay_in_fresh_process
 from llada_v_models import deviation, maker
-from perceptiondlm.checkpoint_layouts import (
+from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
+from perceptiondlm.conversion.layouts import (
     PENULTIMATE_LAYER,
     SIGLIP2_SO400M_PATCH14_384,
     vision_settings,
 )
-from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.visual_features import anyres_tokens
+from perceptiondlm.modeling_vision import anyres_tokens
 from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -117,9 +117,7 @@ def test_a_map_so_flat_that_none_of_it_is_left_is_the_squeezed_tile_alone(llava)
 
 
 def logits_equal(model, processor, text, pictures, inputs):
-    conversation = plain.Conversation(
-        reference.Network(model), processor.tokenizer, text, pictures
-    )
+    conversation = plain.Conversation(reference.Network(model), processor.tokenizer, text, pictures)
     length = len(conversation.ids)
     image = model.config.image_token_id
     ids = [None if i == image else i for i in inputs["input_ids"][0, :length].tolist()]
@@ -172,13 +170,21 @@ def test_a_conversation_of_several_turns_is_prompted_as_released_and_answered(ll
     model, processor = llava()
     image = picture(61, 47)
     turns = [
-        {"role": "user", "content": [{"type": "image", "image": image},
-                                     {"type": "text", "text": "What is there?"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": image},
+                {"type": "text", "text": "What is there?"},
+            ],
+        },
         {"role": "assistant", "content": [{"type": "text", "text": "a red circle"}]},
         {"role": "user", "content": [{"type": "text", "text": "Where?"}]},
     ]
     inputs = processor.apply_chat_template(
-        turns, tokenize=True, return_dict=True, add_generation_prompt=True,
+        turns,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
         processor_kwargs={"max_new_tokens": 6},
     )
     text = plain.prompt_of(

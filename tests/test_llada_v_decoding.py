@@ -9,7 +9,8 @@ import pytest
 import reference
 import torch
 from llada_v_models import maker
-from perceptiondlm.denoising_diffusion import (
+from perceptiondlm.generation_diffusion import before_first
+from perceptiondlm.generation_loop import (
     BlockCommit,
     Sampler,
     State,
@@ -17,7 +18,6 @@ from perceptiondlm.denoising_diffusion import (
     before_stop,
     denoise,
 )
-from perceptiondlm.generation_diffusion import before_first
 from perceptiondlm.generation_options import DiffusionOptions
 from safetensors.torch import load_file
 
@@ -57,8 +57,13 @@ def expected(llava, picture):
             reference.Network(model), processor.tokenizer, text, pictures
         )
         return plain.answer(
-            conversation.logits, length, steps, block, mask=config.mask_token_id,
-            banned=config.banned_token_ids, stops=[[config.eot_token_id]],
+            conversation.logits,
+            length,
+            steps,
+            block,
+            mask=config.mask_token_id,
+            banned=config.banned_token_ids,
+            stops=[[config.eot_token_id]],
         )
 
     return compute
@@ -107,8 +112,11 @@ def decoded(tokens: list[int], confidence: list[float], block: int = 6) -> tuple
     n = len(tokens)
     blank = torch.ones(1, 1, n, dtype=torch.bool)
     state, forwards = denoise(
-        lambda current, step: logits[None, None], State(torch.full((1, 1, n), MASK), blank, blank),
-        StopAt(BlockCommit(n, block, n // block), ((LAST,),)), Sampler(), MASK,
+        lambda current, step: logits[None, None],
+        State(torch.full((1, 1, n), MASK), blank, blank),
+        StopAt(BlockCommit(n, block, n // block), ((LAST,),)),
+        Sampler(),
+        MASK,
     )
     return state.tokens[0, 0].tolist(), int(forwards)
 
@@ -154,7 +162,9 @@ def test_stopping_equals_the_plain_loop(seed):
     state, _ = denoise(
         lambda tokens, step: logits(tokens[0, 0].tolist())[None, None],
         State(torch.full((1, 1, length), MASK), blank, blank),
-        rule, Sampler(banned=torch.tensor([0])), MASK,
+        rule,
+        Sampler(banned=torch.tensor([0])),
+        MASK,
     )
     got = state.tokens[0, 0].tolist()
     assert int(before_stop(state, rule.sequences).sum()) == end
@@ -168,8 +178,11 @@ def test_text_is_cut_by_the_stops_ids_and_by_its_letters(llava, picture):
     model, processor = llava(seed=5)
     out = generate(llava, picture, CASES[0])
     words = [processor.tokenizer.decode([i]) for i in range(420)]
-    clear = [i for i, word in enumerate(words)
-             if processor.tokenizer(word, add_special_tokens=False)["input_ids"] == [i]]
+    clear = [
+        i
+        for i, word in enumerate(words)
+        if processor.tokenizer(word, add_special_tokens=False)["input_ids"] == [i]
+    ]
     banned = sorted(set(range(512)) - set(clear))
     options = {"banned_token_ids": banned, "stop_strings": None}
     whole = generate(llava, picture, CASES[0], **options)
@@ -201,7 +214,9 @@ def recorded(request, vectors, load):
 
     def answer(**changes):
         return model.diffusion_generate(
-            Path(vectors) / f"{request.param}.png", prompts=entry["prompt"], processor=processor,
+            Path(vectors) / f"{request.param}.png",
+            prompts=entry["prompt"],
+            processor=processor,
             **options | changes,
         )
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from perceptiondlm.apps.captioner import RegionCaptioner
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel

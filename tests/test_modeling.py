@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.visual_features import merge_patches, roi_align, tile_map
+from perceptiondlm.modeling_vision import merge_patches, roi_align, tile_map
 
 GROUPED = {"num_key_value_heads": 2}
 # size, regions, soft masks, what differs from the tiny default

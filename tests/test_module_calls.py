@@ -5,9 +5,9 @@ import copy
 
 import pytest
 import torch
-from perceptiondlm import branch_attention
-from perceptiondlm.answer_network import AnswerNetwork
+from perceptiondlm import modeling_attention as branch_attention
 from perceptiondlm.evaluation.likelihood import AnswerLogits
+from perceptiondlm.generation_cache import AnswerNetwork
 from test_branch_attention import plain_varlen
 from test_offload import SETTINGS
 from torch.utils._pytree import tree_leaves

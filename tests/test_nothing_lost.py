@@ -8,7 +8,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from perceptiondlm.apps.captioner import RegionCaptioner
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
 from perceptiondlm.common.files import only_run
 from perceptiondlm.evaluation import predict as predict_module
@@ -245,4 +245,3 @@ def test_what_a_dead_judge_was_asking_another_asks(folder):
     with serving(lambda _, body: letter_of(body)) as server:
         assert main(command(folder, server.url)) == 0
         assert server.answered == CALLS
-

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from perceptiondlm import onednn_linear
-from perceptiondlm.onednn_linear import OneDNNLinear, fastest_linear, padded_rows
+from perceptiondlm import modeling_language as onednn_linear
+from perceptiondlm.modeling_language import OneDNNLinear, fastest_linear, padded_rows
 from torch.overrides import _get_current_function_mode_stack
 
 
@@ -89,8 +89,17 @@ def _small(layer, x):
 
 @pytest.mark.parametrize(
     "use",
-    [_bfloat16, _double, _with_gradient, _autocast, _no_rows, _keywords, _one_vector,
-     _few_rows, _small],
+    [
+        _bfloat16,
+        _double,
+        _with_gradient,
+        _autocast,
+        _no_rows,
+        _keywords,
+        _one_vector,
+        _few_rows,
+        _small,
+    ],
 )
 def test_all_else_is_left_alone(calls, use):
     layer, x = torch.nn.Linear(256, 300), torch.randn(2, 20, 256)

@@ -7,11 +7,11 @@ import datasets
 import numpy as np
 import pytest
 from llada_v_models import maker
-from perceptiondlm.apps.captioner import RegionCaptioner
-from perceptiondlm.apps.engine import Engine
-from perceptiondlm.apps.serving_jobs import ChatJob, RegionJob
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner
+from perceptiondlm.apps.serving.engine import Engine
+from perceptiondlm.apps.serving.jobs import ChatJob, RegionJob
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
-from perceptiondlm.processing_text import encode_prompt, encode_text
+from perceptiondlm.processing_sequence import encode_prompt, encode_text
 from perceptiondlm.training.conversations import ConversationSamples
 from perceptiondlm.training.recipe import ConversationData
 from perceptiondlm.training.sources import FileDataset

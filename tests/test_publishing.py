@@ -15,13 +15,14 @@ import pytest
 import yaml
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
-from perceptiondlm import convert_checkpoint
-from perceptiondlm.apps.captioner import RegionCaptioner
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
-from perceptiondlm.apps.publishing import expect_report_of, push_folder, write_provenance
+from perceptiondlm.conversion import command as convert_checkpoint
 from perceptiondlm.convert_checkpoint import convert
 from perceptiondlm.evaluation.checkpoint import load_model, weights_fingerprint
-from perceptiondlm.model_card import Provenance, checksums, model_card, write_card
+from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+from perceptiondlm.publishing.card import Provenance, checksums, model_card, write_card
+from perceptiondlm.publishing.command import expect_report_of, push_folder, write_provenance
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
@@ -145,12 +146,12 @@ def test_push_to_hub_of_model_and_processor_makes_a_repository_that_captions_ali
     assert json.loads(results)[1] == expected
 
 
-def test_push_to_hub_writes_a_card_that_says_how_to_use_the_model(reader):
+def test_push_to_hub_is_transformers_own_and_publishing_writes_the_card(reader):
     _, hub = reader
-    card = ModelCard(hub.read("somebody/again", "README.md"))
-    assert card.data.pipeline_tag == "image-text-to-text" and card.data.base_model == REPO
-    assert 'from_pretrained("somebody/again", trust_remote_code=True' in card.text
-    assert "model.safetensors" in card.text
+    assert "push_to_hub" not in vars(PerceptionDLMForConditionalGeneration)
+    card = ModelCard(hub.read(REPO, "README.md"))
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert f'from_pretrained("{REPO}", trust_remote_code=True' in card.text
 
 
 def test_the_snippet_on_the_card_runs_as_pasted(reader):
@@ -257,24 +258,21 @@ def test_a_revision_is_published_beside_main(hub, checkpoint):
     assert 'revision="v2"' in (checkpoint / "README.md").read_text()
 
 
-def test_push_to_hub_makes_its_branch_and_replaces_old_shards(hub, checkpoint):
-    model = RegionCaptioner.from_pretrained(checkpoint).model
-    model.push_to_hub(REPO, revision="v2", max_shard_size="600KB")
-    assert "model.safetensors.index.json" in hub.files(REPO, "v2")
-    model.push_to_hub(REPO, revision="v2")
-    weights = {name for name in hub.files(REPO, "v2") if "safetensors" in name}
-    assert weights == {"model.safetensors"}
-    assert hub.files(REPO) == {".gitattributes"}
-
-
 def test_a_private_repository_is_created_private(hub, checkpoint):
     push_folder(checkpoint, REPO, private=True)
     assert hub.repositories[REPO].private
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "LICENSE", "denoising_diffusion.py",
-             "model-00002-of-00003.safetensors", "processor_config.json"],
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "LICENSE",
+        "generation_loop.py",
+        "model-00002-of-00003.safetensors",
+        "processor_config.json",
+    ],
 )
 def test_an_incomplete_folder_is_refused_before_anything_is_sent(hub, checkpoint, name):
     (checkpoint / name).unlink()
@@ -354,8 +352,17 @@ def test_how_to_go_on_names_the_options_given(hub, checkpoint, tmp_path, capsys)
     hub.fail("PUT", "/large/")
     report = tmp_path / "a report.json"
     report.write_text('{"summary": {}}')
-    options = ["--private", "--revision", "draft", "--report", str(report),
-               "--base-model", "a/b", "--base-model", "c/d"]
+    options = [
+        "--private",
+        "--revision",
+        "draft",
+        "--report",
+        str(report),
+        "--base-model",
+        "a/b",
+        "--base-model",
+        "c/d",
+    ]
     assert main(["publish", str(checkpoint), REPO, *options]) == 1
     command = shlex.join(["perceptiondlm", "publish", str(checkpoint), REPO, *options])
     assert f"to go on: {command}\n" in capsys.readouterr().err

@@ -8,8 +8,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from perceptiondlm.training import scene_objects, scenes
-from perceptiondlm.training.scenes import (
+from perceptiondlm.scenes import shape_objects as scene_objects
+from perceptiondlm.scenes import shapes as scenes
+from perceptiondlm.scenes.shapes import (
     COLOURS,
     GRID,
     NUMBERS,

@@ -16,9 +16,9 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="the endpoint needs the package's apps extra")
 
-from perceptiondlm.apps.captioner import RegionCaptioner  # noqa: E402
-from perceptiondlm.apps.serving_fetch import UrlPolicy, fetch, is_public  # noqa: E402
-from perceptiondlm.apps.serving_limits import Limits  # noqa: E402
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.serving.fetch import UrlPolicy, fetch, is_public  # noqa: E402
+from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
 from serving import data_url, image_part, served, text_part, user  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"

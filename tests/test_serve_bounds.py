@@ -17,13 +17,13 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="the endpoint needs the package's apps extra")
 
-from perceptiondlm.apps.captioner import RegionCaptioner  # noqa: E402
-from perceptiondlm.apps.engine import Engine, QueueFull  # noqa: E402
-from perceptiondlm.apps.serving_chat import RequestReader  # noqa: E402
-from perceptiondlm.apps.serving_decode import Decoder  # noqa: E402
-from perceptiondlm.apps.serving_jobs import ChatJob, RegionJob  # noqa: E402
-from perceptiondlm.apps.serving_limits import Limits  # noqa: E402
-from perceptiondlm.apps.serving_request import read_request  # noqa: E402
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.serving.chat import RequestReader  # noqa: E402
+from perceptiondlm.apps.serving.decode import Decoder  # noqa: E402
+from perceptiondlm.apps.serving.engine import Engine, QueueFull  # noqa: E402
+from perceptiondlm.apps.serving.jobs import ChatJob, RegionJob  # noqa: E402
+from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
+from perceptiondlm.apps.serving.request import read_request  # noqa: E402
 from serving import data_url, image_part, served, text_part, user  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
@@ -262,7 +262,7 @@ def test_the_deadline_covers_the_wait_for_a_reader(captioner):
 
 
 def engine_pool():
-    from perceptiondlm.apps.serving_pool import shared_pool
+    from perceptiondlm.apps.serving.pool import shared_pool
 
     return shared_pool()
 

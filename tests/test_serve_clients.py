@@ -9,7 +9,7 @@ langchain = pytest.importorskip("langchain_openai")
 litellm = pytest.importorskip("litellm")
 
 from langchain_core.messages import HumanMessage, SystemMessage  # noqa: E402
-from perceptiondlm.apps.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
 from serving import image_part, served, text_part  # noqa: E402
 from test_serve_openai import PICTURE  # noqa: E402
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from perceptiondlm.apps.captioner import RegionCaptioner
-from perceptiondlm.apps.engine import Engine, EngineClosed, JobFailed, QueueFull
-from perceptiondlm.apps.serving_jobs import ChatJob, RegionJob
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner
+from perceptiondlm.apps.serving.engine import Engine, EngineClosed, JobFailed, QueueFull
+from perceptiondlm.apps.serving.jobs import ChatJob, RegionJob
 from PIL import Image
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"

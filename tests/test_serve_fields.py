@@ -8,8 +8,8 @@ pytest.importorskip("fastapi", reason="the endpoint needs the package's apps ext
 
 from openai.types import chat  # noqa: E402
 from openai.types.chat import completion_create_params as params  # noqa: E402
-from perceptiondlm.apps import serving_request as own  # noqa: E402
-from perceptiondlm.apps.serving_errors import ApiError  # noqa: E402
+from perceptiondlm.apps.serving import request as own  # noqa: E402
+from perceptiondlm.apps.serving.errors import ApiError  # noqa: E402
 
 MESSAGE = {"role": "user", "content": "What is it?"}
 ANSWER = {"role": "assistant", "content": "three"}

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the endpoint needs the package's apps extra")
 
-from perceptiondlm.apps.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
 from perceptiondlm.apps.cli import main  # noqa: E402
 from serving import image_part, user  # noqa: E402
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="the endpoint needs the package's apps extra")
 
-from perceptiondlm.apps.captioner import RegionCaptioner  # noqa: E402
-from perceptiondlm.apps.engine import Engine  # noqa: E402
-from perceptiondlm.apps.outputs import encode_mask  # noqa: E402
-from perceptiondlm.apps.serving_jobs import ChatJob  # noqa: E402
-from perceptiondlm.apps.serving_limits import Limits  # noqa: E402
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.captioning.outputs import encode_mask  # noqa: E402
+from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
+from perceptiondlm.apps.serving.jobs import ChatJob  # noqa: E402
+from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
 from serving import data_url, image_part, mask_part, served, text_part, user  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"

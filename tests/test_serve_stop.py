@@ -13,11 +13,11 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the endpoint needs the package's apps extra")
 
-from perceptiondlm.apps import serving_server  # noqa: E402
-from perceptiondlm.apps.captioner import RegionCaptioner  # noqa: E402
-from perceptiondlm.apps.engine import Engine  # noqa: E402
-from perceptiondlm.apps.serving_app import create_app  # noqa: E402
-from perceptiondlm.apps.serving_limits import Limits  # noqa: E402
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.serving import server as serving_server  # noqa: E402
+from perceptiondlm.apps.serving.app import create_app  # noqa: E402
+from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
+from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
 from serving import image_part, user  # noqa: E402
 
 PICTURE = Path(__file__).parent / "fixtures" / "vectors" / "region_0.png"

@@ -15,7 +15,10 @@ SIDE = 8  # patches
 def model_of(tmp_path, local_layers: int, heads: int = 4, **options):
     config = copy.deepcopy(TINY)
     config["vision_config"] |= {
-        "hidden_size": 64, "num_attention_heads": heads, "num_hidden_layers": 3, "image_size": 64,
+        "hidden_size": 64,
+        "num_attention_heads": heads,
+        "num_hidden_layers": 3,
+        "image_size": 64,
     }
     options |= {"config": config, "local_layers": local_layers}
     return build_model(small_recipe(tmp_path, model=options))[0]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as distributed
 from conversion_sources import copy_source, edit_json
-from perceptiondlm.checkpoint_files import ConversionError, DamagedFile
+from perceptiondlm.conversion.files import ConversionError, DamagedFile
 from perceptiondlm.convert_checkpoint import convert
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from safetensors.torch import load_file
@@ -98,7 +98,7 @@ def test_commands_run_no_code_of_a_checkpoint(canary, converted, tmp_path):
     program = (
         "import sys\n"
         "from perceptiondlm.evaluation.checkpoint import load_model\n"
-        "from perceptiondlm.apps.captioner import RegionCaptioner\n"
+        "from perceptiondlm.apps.captioning.captioner import RegionCaptioner\n"
         "load_model(sys.argv[1], '', 'auto', 'cpu')\n"
         "RegionCaptioner.from_pretrained(sys.argv[1])\n"
     )

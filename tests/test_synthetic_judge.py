@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 from perceptiondlm.evaluation.synthetic_judge import score_answers, score_captions
-from perceptiondlm.training.scenes import Question, render_scene
+from perceptiondlm.scenes.shapes import Question, render_scene
 
 RED_CIRCLE = {
     "shape": "circle",

@@ -276,7 +276,8 @@ BROKEN_REGIONS = {
     "a mask of nested lists": ({**region_record("0.jpg", 1), "mask_rles": [[[["x"]]]]}, "got"),
     "a caption that is a list": ({**region_record("0.jpg", 1), "captions": [["x"]]}, "with text"),
     "a size of words": (
-        {**region_record("0.jpg", 1), "mask_rles": [{"size": ["a", None], "counts": "x"}]}, "size",
+        {**region_record("0.jpg", 1), "mask_rles": [{"size": ["a", None], "counts": "x"}]},
+        "size",
     ),
     "JSON of great depth": ("[" * 100_000, "expected a JSON object"),
     "a record that is no object": ("[1, 2]", "got list"),

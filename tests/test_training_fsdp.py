@@ -33,8 +33,19 @@ def start(folder: Path, *arguments: str, **sections) -> subprocess.CompletedProc
     """Trains in two processes."""
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe_values(folder, **sections)))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG),
-               "--main_process_port", "0", "-m", "perceptiondlm.apps.cli", "train", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CONFIG),
+        "--main_process_port",
+        "0",
+        "-m",
+        "perceptiondlm.apps.cli",
+        "train",
+        str(file),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
 

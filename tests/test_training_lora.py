@@ -43,8 +43,11 @@ def lora_recipe(base, folder, lora=None, **trainer):
 def batch(tuned):
     trainer, _ = tuned
     samples = [trainer.train_dataset[i] for i in range(4)]
-    return {k: v for k, v in trainer.data_collator(samples).items()
-            if k not in ("labels", "timesteps", "noise")}
+    return {
+        k: v
+        for k, v in trainer.data_collator(samples).items()
+        if k not in ("labels", "timesteps", "noise")
+    }
 
 
 def logits_of(model, batch) -> torch.Tensor:
@@ -55,10 +58,22 @@ def logits_of(model, batch) -> torch.Tensor:
 def test_an_adapter_of_a_flagship_decoder_has_under_5_percent_of_its_parameters(make_config):
     from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 
-    shape = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32,
-             "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 126464}
-    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26,
-              "num_attention_heads": 16, "image_size": 512, "patch_size": 16}
+    shape = {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 126464,
+    }
+    vision = {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 16,
+        "image_size": 512,
+        "patch_size": 16,
+    }
     with torch.device("meta"):
         model = PerceptionDLMForConditionalGeneration(make_config(text=shape, vision=vision))
         model = add_adapter(model, LoraRecipe())
@@ -73,7 +88,8 @@ def test_only_the_decoder_is_adapted_and_the_small_modules_learn_whole(tuned):
     adapted = {n for n in learning if "lora_" in n}
     assert adapted and all("language_model.model.layers" in n for n in adapted)
     assert {n.split(".modules_to_save")[0].split(".")[-1] for n in learning - adapted} == {
-        "connector", "region_prompts",
+        "connector",
+        "region_prompts",
     }
     kinds = {n.split(".lora_")[0].rsplit(".", 1)[1] for n in adapted}
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -124,8 +140,9 @@ def test_the_adapter_folder_generates_with_its_own_processor(tuned, picture, blo
 def test_a_resumed_lora_run_equals_an_uninterrupted_one(base, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 9}
     whole = train(lora_recipe(base, tmp_path / "a", **saving))
-    resumed = train(lora_recipe(base, tmp_path / "b", **saving),
-                    resume=str(tmp_path / "a" / "checkpoint-9"))
+    resumed = train(
+        lora_recipe(base, tmp_path / "b", **saving), resume=str(tmp_path / "a" / "checkpoint-9")
+    )
     assert losses_of(resumed) == losses_of(whole)
 
 
@@ -156,8 +173,13 @@ def test_a_changed_config_is_refused_since_the_adapter_would_not_hold_it(tmp_pat
 
 
 def test_options_choose_the_rank_targets_and_whole_modules(base, tmp_path):
-    options = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"],
-               "dropout": 0.5, "alpha": 8}
+    options = {
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head"],
+        "dropout": 0.5,
+        "alpha": 8,
+    }
     recipe = lora_recipe(base, tmp_path, lora=options)
     model = build_trainer(recipe, arguments(recipe)).model
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}

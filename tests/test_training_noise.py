@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from perceptiondlm.diffusion_loss import MINIMUM_MASK_RATE, draw_masked, mask_rate
-from perceptiondlm.token_sequence import pad_sequences
+from perceptiondlm.modeling_loss import MINIMUM_MASK_RATE, draw_masked, mask_rate
+from perceptiondlm.processing_sequence import pad_sequences
 from perceptiondlm.training.recipe import MaskingRecipe
 from perceptiondlm.training.samples import (
     DiffusionCollator,
@@ -42,8 +42,10 @@ def samples(make, picture, blobs):
 def drawn(batch: dict) -> list[list[bool]]:
     """Which label positions of each row are masked, without padding."""
     masked = draw_masked(batch["labels"], mask_rate(batch["timesteps"], None), batch["noise"])
-    return [row[row_labels >= 0].tolist() for row, row_labels in
-            zip(masked, batch["labels"], strict=True)]
+    return [
+        row[row_labels >= 0].tolist()
+        for row, row_labels in zip(masked, batch["labels"], strict=True)
+    ]
 
 
 def test_a_sample_has_the_same_noise_in_every_batch(samples):

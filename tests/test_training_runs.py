@@ -30,8 +30,9 @@ def recipe_of(tmp_path):
 
 def test_gradient_accumulation_equals_a_larger_batch(recipe_of):
     whole = train(recipe_of())
-    parts = train(recipe_of(trainer={"per_device_train_batch_size": 2,
-                                     "gradient_accumulation_steps": 2}))
+    parts = train(
+        recipe_of(trainer={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+    )
     assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-4)  # logs are rounded
     for name, weight in weights_of(whole).items():
         assert torch.allclose(weight, parts.model.state_dict()[name], atol=2e-4), name
@@ -40,16 +41,24 @@ def test_gradient_accumulation_equals_a_larger_batch(recipe_of):
 MUON = {"muon": ["language_model.model.layers"]}
 
 
-@pytest.mark.parametrize("workers, at, parameters", [(0, 4, {}), (1, 4, {}), (0, 8, {}),
-                                                     (0, 4, MUON)])
+@pytest.mark.parametrize(
+    "workers, at, parameters", [(0, 4, {}), (1, 4, {}), (0, 8, {}), (0, 4, MUON)]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(recipe_of, tmp_path, workers, at, parameters):
     # 24 scenes in batches of 4: step 8 lies in the second epoch
-    saving = {"max_steps": 9, "save_strategy": "steps", "save_steps": 4,
-              "lr_scheduler_type": "cosine", "dataloader_num_workers": workers}
+    saving = {
+        "max_steps": 9,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "lr_scheduler_type": "cosine",
+        "dataloader_num_workers": workers,
+    }
     whole = train(recipe_of(trainer=saving, parameters=parameters))
     again = {**saving, "output_dir": str(tmp_path / "again")}
-    resumed = train(recipe_of(trainer=again, parameters=parameters),
-                    resume=str(tmp_path / "run" / f"checkpoint-{at}"))
+    resumed = train(
+        recipe_of(trainer=again, parameters=parameters),
+        resume=str(tmp_path / "run" / f"checkpoint-{at}"),
+    )
     assert losses_of(resumed) == losses_of(whole)
     for name, weight in weights_of(whole).items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
@@ -79,7 +88,8 @@ def test_one_batch_overfits_to_nearly_no_loss(recipe_of):
 FREEZING = {
     "connector only": ({"trainable": ["connector"]}, {"connector"}),
     "all but the vision tower": (
-        {"frozen": ["vision_tower"]}, {"connector", "region_prompts", "language_model"},
+        {"frozen": ["vision_tower"]},
+        {"connector", "region_prompts", "language_model"},
     ),
     "part of the decoder": (
         {"trainable": ["language_model"], "frozen": ["language_model.lm_head"]},
@@ -97,8 +107,10 @@ def test_frozen_modules_stay_and_the_others_learn(recipe_of, kind):
     trainer.train()
     changed = {n for n, w in trainer.model.state_dict().items() if not torch.equal(w, before[n])}
     assert {name.split(".")[0] for name in changed} == learning
-    assert "language_model.lm_head.weight" not in changed or not options.get("frozen") or (
-        "language_model.lm_head" not in options["frozen"]
+    assert (
+        "language_model.lm_head.weight" not in changed
+        or not options.get("frozen")
+        or ("language_model.lm_head" not in options["frozen"])
     )
 
 
@@ -115,8 +127,9 @@ def test_an_unknown_module_is_refused(recipe_of):
 
 def test_modules_learn_at_their_own_rates_without_decay_of_norms_and_biases(recipe_of):
     rates = {"vision_tower": 1e-4, "language_model.lm_head": 1e-5}
-    recipe = recipe_of(parameters={"learning_rates": rates},
-                       trainer={"learning_rate": 1e-3, "weight_decay": 0.1})
+    recipe = recipe_of(
+        parameters={"learning_rates": rates}, trainer={"learning_rate": 1e-3, "weight_decay": 0.1}
+    )
     trainer = build_trainer(recipe, arguments(recipe))
     names = {p: n for n, p in trainer.model.named_parameters()}
     found = {
@@ -285,8 +298,13 @@ def test_the_first_epoch_may_have_another_share_of_regions(recipe_of):
 
 def test_held_out_scenes_know_nothing_of_first_epochs_and_sets(recipe_of):
     recipe = recipe_of(
-        data={"region_share": 1.0, "first_region_share": 0.0, "scene_sets": 3, "eval_scenes": 5,
-              "cache": True}
+        data={
+            "region_share": 1.0,
+            "first_region_share": 0.0,
+            "scene_sets": 3,
+            "eval_scenes": 5,
+            "cache": True,
+        }
     )
     processor = build_trainer(recipe, arguments(recipe)).processing_class
     held_out = build_datasets(recipe, processor, arguments(recipe))[1]
@@ -336,10 +354,13 @@ def test_batches_hold_samples_of_like_length_and_an_epoch_all(recipe_of):
     order = list(sampler)
     assert sorted(order) == list(range(24))
     lengths = [trainer.train_dataset.length(i) for i in order]
-    spread = sum(max(lengths[i:i + 4]) - min(lengths[i:i + 4]) for i in range(0, 24, 4))
-    by_chance = sum(max(c) - min(c) for c in
-                    (([trainer.train_dataset.length(i) for i in range(j, j + 4)])
-                     for j in range(0, 24, 4)))
+    spread = sum(max(lengths[i : i + 4]) - min(lengths[i : i + 4]) for i in range(0, 24, 4))
+    by_chance = sum(
+        max(c) - min(c)
+        for c in (
+            ([trainer.train_dataset.length(i) for i in range(j, j + 4)]) for j in range(0, 24, 4)
+        )
+    )
     assert spread < by_chance / 2
     sampler.set_epoch(1)
     assert sorted(sampler) == list(range(24, 48))
@@ -370,8 +391,12 @@ def test_a_run_on_files_resumes_exactly(files, tmp_path, kind, streaming):
     def run(name, resume=None):
         values = recipe_values(
             tmp_path / name,
-            trainer={"max_steps": 4, "save_strategy": "steps", "save_steps": 2,
-                     "per_device_train_batch_size": 2},
+            trainer={
+                "max_steps": 4,
+                "save_strategy": "steps",
+                "save_steps": 2,
+                "per_device_train_batch_size": 2,
+            },
         )
         data = {"kind": kind, "files": [str(files / f"{kind}.jsonl")], "streaming": streaming}
         return losses_of(train(build_recipe({**values, "data": data}), resume=resume))
@@ -430,8 +455,9 @@ def test_a_changed_config_changes_the_processor(tmp_path, picture, blobs):
     without = {**TINY, "num_region_prompts": 0, "region_layout": "released", "roi_output_size": 3}
     data = {"region_share": 0.0}
     train(small_recipe(base, model={"config": without}, data=data, trainer={"max_steps": 1}))
-    wanted = {name: TINY[name] for name in ("num_region_prompts", "region_layout",
-                                            "roi_output_size")}
+    wanted = {
+        name: TINY[name] for name in ("num_region_prompts", "region_layout", "roi_output_size")
+    }
     sections = {"model": {"checkpoint": str(base), "config": wanted, "tokenizer": None}}
     folder = tmp_path / "run"
     train(small_recipe(folder, **sections, data={"region_share": 1.0}, trainer={"max_steps": 1}))
@@ -470,10 +496,12 @@ def test_several_gpus_without_a_launcher_are_refused(recipe_of, monkeypatch):
 
 
 def test_a_module_is_named_as_it_is_without_an_adapter():
-    assert belongs("base_model.model.connector.modules_to_save.default.linear_1.weight",
-                   "connector.linear_1")
-    assert belongs("base_model.model.language_model.lm_head.base_layer.weight",
-                   "language_model.lm_head.weight")
+    assert belongs(
+        "base_model.model.connector.modules_to_save.default.linear_1.weight", "connector.linear_1"
+    )
+    assert belongs(
+        "base_model.model.language_model.lm_head.base_layer.weight", "language_model.lm_head.weight"
+    )
     assert not belongs("base_model.model.connector.linear_1.weight", "linear")
 
 
@@ -515,8 +543,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert "scnes" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
     assert "no such file" in capsys.readouterr().err
-    options = [f"trainer.output_dir={tmp_path / 'run'}", "trainer.use_cpu=true",
-               "trainer.bf16=false"]
+    options = [
+        f"trainer.output_dir={tmp_path / 'run'}",
+        "trainer.use_cpu=true",
+        "trainer.bf16=false",
+    ]
     missing = f"model.checkpoint={tmp_path / 'nothing'}"
     assert main(["train", str(CONFIGS / "regions_lora.yaml"), *options, missing]) == 2
     assert "nothing" in capsys.readouterr().err

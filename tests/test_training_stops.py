@@ -373,7 +373,7 @@ def test_ctrl_c_ends_a_run_with_one_line_and_130(tmp_path, workers):
 
 
 def test_every_command_ends_so(monkeypatch, capsys):
-    from perceptiondlm.apps import caption
+    from perceptiondlm.apps.captioning import command as caption
     from perceptiondlm.evaluation import cli as evaluate
     from perceptiondlm.training import cli as training
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from perceptiondlm.attention_structure import allowed_attention
 from perceptiondlm.image_processing_perceptiondlm import choose_grid
-from perceptiondlm.visual_features import roi_align
+from perceptiondlm.modeling_attention import allowed_attention
+from perceptiondlm.modeling_vision import roi_align
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -7,12 +7,12 @@ from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pytest
-from perceptiondlm.apps.captioner import MASKED
-from perceptiondlm.apps.serving_decode import Decoder
-from perceptiondlm.apps.serving_limits import Limits
-from perceptiondlm.apps.web_input import examples, fit_mask, read_payload, region_masks
-from perceptiondlm.apps.web_painter import markup
-from perceptiondlm.apps.web_view import answer_view, captions_view
+from perceptiondlm.apps.captioning.captioner import MASKED
+from perceptiondlm.apps.serving.decode import Decoder
+from perceptiondlm.apps.serving.limits import Limits
+from perceptiondlm.apps.web.input import examples, fit_mask, read_payload, region_masks
+from perceptiondlm.apps.web.painter import markup
+from perceptiondlm.apps.web.view import answer_view, captions_view
 from perceptiondlm.image_loading import load_image
 from PIL import Image
 from serving import data_url

@@ -19,10 +19,10 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
 ]
 
-from perceptiondlm.apps.captioner import RegionCaptioner  # noqa: E402
-from perceptiondlm.apps.engine import Engine  # noqa: E402
-from perceptiondlm.apps.serving_limits import Limits  # noqa: E402
-from perceptiondlm.apps.web_page import launch  # noqa: E402
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
+from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
+from perceptiondlm.apps.web.page import launch  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 PICTURE = VECTORS / "region_0.png"

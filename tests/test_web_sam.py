@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from perceptiondlm.apps.serving_limits import Limits
-from perceptiondlm.apps.web_sam import find_sam
+from perceptiondlm.apps.serving.limits import Limits
+from perceptiondlm.apps.web.sam import find_sam
 from PIL import Image
 from serving import data_url
 from transformers import SamConfig, SamModel, SamProcessor
@@ -64,7 +64,7 @@ def test_without_weights_there_is_no_clicking():
 
 def test_the_pages_outline_answers_with_a_mask_or_says_why_not(folder):
     gradio = pytest.importorskip("gradio", reason="the page needs the package's apps extra")
-    from perceptiondlm.apps.web_page import Page
+    from perceptiondlm.apps.web.page import Page
 
     assert gradio
     page = Page(None, "tester", Limits(), find_sam(str(folder)))

@@ -81,7 +81,7 @@ def test_each_named_version_is_the_one_that_is_required():
     space = (ROOT / "apps" / "space" / "requirements.txt").read_text().splitlines()
     assert set(project["dependencies"]) <= set(space)
     newest = floors["transformers"]
-    for file in ("model_card.py", "configuration_perceptiondlm.py"):
+    for file in ("publishing/card.py", "configuration_perceptiondlm.py"):
         assert f"transformers>={newest}" in (ROOT / file).read_text()
     assert f"transformers {newest} or later" in (ROOT / "README.md").read_text()
 
@@ -90,7 +90,7 @@ SNAPSHOT = """
 import runpy, sys
 from pathlib import Path
 import perceptiondlm
-from perceptiondlm.apps.captioner import RegionCaptioner
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.training.recipe import load_recipe
 
 RegionCaptioner.from_pretrained()

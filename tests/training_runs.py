@@ -4,9 +4,9 @@ import functools
 import tempfile
 from pathlib import Path
 
+from perceptiondlm.scenes.shapes import iter_corpus
 from perceptiondlm.training.recipe import Recipe, build_recipe
 from perceptiondlm.training.run import TRAINER_DEFAULTS
-from perceptiondlm.training.scenes import iter_corpus
 from perceptiondlm.training.tokenizer import train_tokenizer
 from transformers import TrainingArguments
 

@@ -7,13 +7,13 @@ import logging
 import torch
 from transformers import AutoTokenizer, set_seed
 
-from ..checkpoint_files import expect_checkpoint, local_path
 from ..configuration_perceptiondlm import PerceptionDLMConfig
+from ..conversion.files import expect_checkpoint, local_path
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
+from ..scenes.shapes import iter_corpus
 from .recipe import ModelRecipe, Recipe, SyntheticData
-from .scenes import iter_corpus
 from .starting_values import start_locally, zero_residuals
 from .tokenizer import special_token_ids, train_tokenizer
 

@@ -4,7 +4,7 @@ import warnings
 
 from transformers import PreTrainedModel
 
-from ..extras import extra
+from ..common.extras import extra
 from .recipe import LoraRecipe
 
 # the decoder's projections; the vision tower's have the same names, so the path is part of it

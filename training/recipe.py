@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from ..common.json_text import read_text
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..diffusion_loss import LOSS_WEIGHTINGS
+from ..modeling_loss import LOSS_WEIGHTINGS
 from .options import (
     build,
     coerce,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..extras import extra
+from ..common.extras import extra
 
 with extra("train"):
     import datasets

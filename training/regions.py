@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..local_paths import path_inside
+from ..image_loading import path_inside
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from .recipe import RegionData
 from .records import Record, count_masks

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ..configuration_perceptiondlm import ROLE_CAPTION, ROLE_ROI, ROLE_SHARED, SHARED_REGION
-from ..diffusion_loss import MINIMUM_MASK_RATE
+from ..modeling_loss import MINIMUM_MASK_RATE
 from ..processing_perceptiondlm import PerceptionDLMProcessor
-from ..token_sequence import TokenSequence, pad_sequences
+from ..processing_sequence import TokenSequence, pad_sequences
 from .recipe import MaskingRecipe
 
 # Streams of random numbers: what is drawn for one purpose does not shift another's draws.

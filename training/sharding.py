@@ -6,7 +6,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..extras import extra
+from ..common.extras import extra
 
 with extra("train"):
     from accelerate import Accelerator

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..processing_perceptiondlm import PerceptionDLMProcessor
+from ..scenes.shapes import Question, ask, caption_of, render_scene
 from .recipe import SyntheticData
 from .samples import (
     CONTENT_STREAM,
@@ -19,7 +20,6 @@ from .samples import (
     generator_of,
     share_trunk,
 )
-from .scenes import Question, ask, caption_of, render_scene
 
 QUESTION_LENGTH = 16  # tokens, roughly
 QUESTION_ROUNDS = 8

@@ -6,9 +6,9 @@ the small embedded one is used.
 
 import os
 
-from perceptiondlm.apps.captioner import RegionCaptioner
-from perceptiondlm.apps.engine import Engine
-from perceptiondlm.apps.web_page import launch
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner
+from perceptiondlm.apps.serving.engine import Engine
+from perceptiondlm.apps.web.page import launch
 
 model = os.environ.get("PERCEPTIONDLM_MODEL") or None
 subfolder = os.environ.get("PERCEPTIONDLM_SUBFOLDER") or None

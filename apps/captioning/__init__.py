@@ -1,0 +1,1 @@
+"""Captions images from the command line or Python, and draws the results."""

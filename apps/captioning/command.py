@@ -1,0 +1,225 @@
+"""`perceptiondlm caption`: captions for the regions of pictures, or answers about pictures."""
+
+import argparse
+import sys
+from pathlib import Path
+
+EPILOG = """\
+examples:
+  one picture, two regions as PNG masks (same size as the picture, not black inside):
+    perceptiondlm caption photo.jpg --masks cup.png spoon.png
+  regions as boxes or polygons, in pixels:
+    perceptiondlm caption photo.jpg --box 40,60,220,300 --polygon 300,80,380,90,350,200
+  see it: regions in colour with their captions, and the captions appearing step by step:
+    perceptiondlm caption photo.jpg --masks cup.png --output seen.png --animate denoising.gif
+  a folder of pictures and one of masks (cat.jpg goes with cat.png, cat_0.png, cat_1.png, cat/*;
+  the masks of a single picture may have any names):
+    perceptiondlm caption photos/ --masks masks/ --captions captions.jsonl
+  COCO or SAM annotations, captions back as COCO:
+    perceptiondlm caption photos/ --masks instances.json --captions captioned.coco.json
+  a label map, in which every colour is a region:
+    perceptiondlm caption photo.jpg --label-maps segmentation.png
+  a question about the whole picture:
+    perceptiondlm caption photo.jpg --question "What is on the table?"
+  another checkpoint, fewer steps:
+    perceptiondlm caption photo.jpg --masks cup.png --model owner/name --steps 8
+
+exit codes:
+  0  every picture was done
+  1  some pictures or regions failed; each is reported on stderr, the others are done
+  2  nothing was done: the command line, the model or the inputs as a whole cannot be used
+  130  interrupted (Ctrl-C); what was done until then is kept
+"""
+
+DONE, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+# Options handed on to `DiffusionOptions`: (name, type, help).
+DECODING = (
+    ("steps", int, "denoising steps (default: one for each token of a caption or answer)"),
+    ("caption_length", int, "tokens of a region's caption, padding counted (default: 32)"),
+    ("max_new_tokens", int, "tokens of an answer (default: 128)"),
+    ("block_length", int, "decode an answer in blocks of so many tokens"),
+    ("temperature", float, "0 takes the likeliest token (default), more is more random"),
+    ("top_k", int, "choose among so many likeliest tokens"),
+    ("top_p", float, "choose among the likeliest tokens of so much probability"),
+    ("cfg_scale", float, "classifier-free guidance (default: 0, none)"),
+    ("adaptive_value", float, "the threshold, factor or bound of --adaptive"),
+    ("adaptive_verify", float, "with --adaptive, mask tokens again whose probability falls under"),
+    ("prompt_cache", int, "approximate: recompute the prompt only every so many steps"),
+    ("batch_size", int, "passes run together, each of as many regions as the model has prompts"),
+    ("seed", int, "makes random decoding repeatable"),
+)
+
+
+def configure(parser: argparse.ArgumentParser):
+    """Adds the arguments to the `caption` parser."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Describes each masked region of a picture, all regions in one denoising process; or, with"
+        "\n--question, answers about the whole picture. Captions go to stdout unless --captions"
+        " names\na file."
+    )
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "pictures", nargs="+", metavar="picture", help="files, folders, quoted patterns or URLs"
+    )
+    parser.add_argument("--recursive", action="store_true", help="look into subfolders too")
+    _add_regions(parser.add_argument_group("regions"))
+    _add_results(parser.add_argument_group("results"))
+    _add_model(parser.add_argument_group("model"))
+    _add_decoding(parser.add_argument_group("decoding"))
+
+
+def _add_regions(group):
+    group.add_argument(
+        "--masks",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH",
+        help="mask pictures, a folder of them, or a JSON file: COCO, SAM, or a list of masks",
+    )
+    group.add_argument(
+        "--label-maps",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH",
+        help="pictures in which every value or color is a region, but black and the void label"
+        " 255, or a folder of them by name",
+    )
+    group.add_argument(
+        "--box",
+        action="append",
+        default=[],
+        type=_box,
+        metavar="X0,Y0,X1,Y1",
+        help="a region as a box in pixels; repeat for more",
+    )
+    group.add_argument(
+        "--polygon",
+        action="append",
+        default=[],
+        type=_polygon,
+        metavar="X,Y,X,Y,...",
+        help="a region as a polygon in pixels; repeat for more",
+    )
+    group.add_argument(
+        "--max-regions", type=_positive, metavar="N", help="only the N largest of each picture"
+    )
+    group.add_argument("--instruction", help="instead of 'Describe each masked region in detail.'")
+    group.add_argument(
+        "--question", action="append", default=[], help="ask about the whole picture; repeatable"
+    )
+
+
+def _add_results(group):
+    group.add_argument(
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        help="write captions here (.txt, .json, .jsonl, .coco.json)",
+    )
+    group.add_argument(
+        "--format",
+        choices=("text", "json", "jsonl", "coco"),
+        help="default: what --captions ends in, else text",
+    )
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="PICTURE",
+        help="draw regions and captions; for several pictures, a folder",
+    )
+    group.add_argument(
+        "--animate",
+        type=Path,
+        metavar="GIF",
+        help="the captions appearing step by step (.gif, .webp, .png); for several, a folder",
+    )
+    group.add_argument("--font", type=Path, help="TrueType font, for captions beyond Latin letters")
+    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _add_model(group):
+    group.add_argument("--model", help="folder or Hub id (default: the small embedded model)")
+    group.add_argument("--subfolder", help="folder of the weights inside it")
+    group.add_argument("--revision", help="branch, tag or commit on the Hub")
+    group.add_argument("--device", help="say cpu or cuda:1 (default: a GPU if there is one)")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="default: as saved",
+    )
+
+
+def _add_decoding(group):
+    for name, kind, text in DECODING:
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
+    group.add_argument(
+        "--adaptive",
+        choices=("threshold", "factor", "entropy_bound"),
+        help="commit what is sure enough at each step instead of a fixed number: faster",
+    )
+    group.add_argument("--remasking", choices=("low_confidence", "random"))
+    group.add_argument("--compile", action="store_true", default=None, help="use torch.compile")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Captions what `args` asks for; returns an exit code (see `EPILOG`)."""
+    from .options import check_options
+    from .run import CaptionRun
+
+    try:
+        check_options(args)
+        task = CaptionRun(args, decoding_options(args))
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        # torch raises RuntimeError for a device that it does not know, AssertionError for one that
+        # it was not built for
+        report(str(error))
+        return USAGE
+    except KeyboardInterrupt:
+        report("interrupted before the first picture")
+        return INTERRUPTED
+    return task.run()
+
+
+def decoding_options(args: argparse.Namespace) -> dict:
+    """Options of `diffusion_generate` that were given."""
+    names = [name for name, *_ in DECODING] + ["adaptive", "remasking", "compile"]
+    return {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+
+
+def report(message: str):
+    """Says something on stderr, above the progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"perceptiondlm caption: {message}", file=sys.stderr)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.replace(" ", ",").split(",") if part]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas, got {text!r}") from error
+
+
+def _box(text: str) -> list[float]:
+    box = _numbers(text)
+    if len(box) != 4:
+        raise argparse.ArgumentTypeError(f"expected X0,Y0,X1,Y1, got {text!r}")
+    return box
+
+
+def _polygon(text: str) -> list[float]:
+    polygon = _numbers(text)
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise argparse.ArgumentTypeError(f"expected three points or more, X,Y each, got {text!r}")
+    return polygon
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,67 @@
+"""Options of `perceptiondlm caption` that go together: one without a use is refused."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...generation_options import options_of
+from .outputs import format_of
+
+REGION_OPTIONS = ("instruction", "max_regions", *options_of("captions"))
+NEEDED = {  # option: others, of which it needs one
+    "font": ("output", "animate"),
+    "adaptive_value": ("adaptive",),
+    "adaptive_verify": ("adaptive",),
+    "subfolder": ("model",),
+    "revision": ("model",),
+}
+
+
+def check_options(args: argparse.Namespace):
+    """Raises ValueError for options that contradict, or have nothing to act on."""
+    regions = [name for name in ("masks", "label_maps", "box", "polygon") if getattr(args, name)]
+    if bool(regions) == bool(args.question):
+        raise ValueError(
+            "expected regions (--masks, --label-maps, --box, --polygon) or a --question,"
+            f" got {'both' if regions else 'neither'}; try --help for examples"
+        )
+    if args.font is not None and not args.font.is_file():
+        raise FileNotFoundError(f"expected a TrueType font at {args.font}, found none")
+    if args.question:
+        if format_of(args.captions, args.format) == "coco":
+            raise ValueError("expected text, json or jsonl for answers, got --format coco")
+        _refuse(args, REGION_OPTIONS, "regions", "a --question")
+    else:
+        _refuse(args, options_of("answers"), "a --question", "regions")
+    for name, others in NEEDED.items():
+        if getattr(args, name) is not None and all(getattr(args, o) is None for o in others):
+            wanted = " or ".join(map(flag, others))
+            raise ValueError(f"expected {wanted} with {flag(name)}, got it alone")
+    _check_places(args)
+    _check_texts(args)
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], theirs: str, ours: str):
+    given = [flag(name) for name in names if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"expected {', '.join(given)} with {theirs} alone, got {ours}")
+
+
+def _check_places(args: argparse.Namespace):
+    if args.recursive and not any(Path(picture).is_dir() for picture in args.pictures):
+        raise ValueError("expected a folder of pictures with --recursive, got none")
+    if args.revision is not None and Path(args.model).exists():
+        raise ValueError(f"expected a Hub id with --revision, got the folder {args.model}")
+
+
+def _check_texts(args: argparse.Namespace):
+    """Refuses bytes that are not text: Python carries them as lone surrogates."""
+    for name, texts in (("question", args.question), ("instruction", [args.instruction or ""])):
+        for text in texts:
+            if not text.isascii() and text != text.encode("utf-8", "ignore").decode("utf-8"):
+                raise ValueError(f"expected UTF-8 text for {flag(name)}, got {text!a}")
+
+
+def flag(name: str) -> str:
+    """Returns an option's name as it is typed."""
+    return f"--{name.replace('_', '-')}"

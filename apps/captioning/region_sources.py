@@ -1,0 +1,294 @@
+"""Which regions a picture has: masks by name, label maps, COCO and SAM annotations, shapes.
+
+A source's `regions(picture, size)` lists the regions of a picture of (width, height); names inside
+annotation files are compared with the picture's, never opened.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from ...image_loading import load_mask, read_labels
+from ...image_masks import turned_hint
+from .annotation_files import AnnotationList, CocoFile, Maker, Source
+from .inputs import (
+    MASK_SUFFIXES,
+    PICTURE_SUFFIXES,
+    PictureSource,
+    RegionSource,
+    is_url,
+    open_mask_file,
+    read_annotations,
+)
+
+MAX_REGIONS = 1000  # of one picture
+MAX_MASK_PIXELS = 3_000_000_000  # a byte each, all masks of a picture together
+NAMING = (
+    "masks are named after their picture: for cat.jpg cat.png, cat_0.png, cat_mask_1.png, cat-2.png"
+    " or any name in a folder cat/"
+)
+
+
+class MaskFiles(Source):
+    """Mask pictures given one by one: the regions of the one picture there is."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
+
+    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
+        return _mask_makers(self.paths, size)
+
+
+class MaskFolder(Source):
+    """A folder of mask pictures by name: for `cat.jpg`, `cat.png`, `cat_0.png`, `cat_mask_1.png`,
+    `cat-2.png` or everything in a folder `cat/`, in natural order. Where there is one picture, its
+    masks have any names, but for those named after another picture beside it.
+
+    Attributes:
+        unused: masks named after no picture.
+    """
+
+    SUFFIX = re.compile(r"([_.-]?(mask|region|segment|object|instance)s?)?([_.-]?\d+)?", re.I)
+
+    def __init__(self, folder: Path, pictures: Sequence[PictureSource]):
+        self.folder = folder
+        self.files: dict[str, list[Path]] = {picture.stem: [] for picture in pictures}
+        self.lossy: dict[str, list[Path]] = {picture.stem: [] for picture in pictures}
+        self.unused: list[Path] = []
+        beside = _stems_beside(pictures, folder)
+        # cat_2_0 is of cat_2 if there is one
+        stems = sorted({*self.files, *(beside or ())}, key=len, reverse=True)
+        own_files = {Path(picture.path).resolve() for picture in pictures}
+        for file in sorted(folder.iterdir(), key=natural_order):
+            if not file.is_file() or file.resolve() in own_files:
+                continue
+            owner = next((s for s in stems if self._belongs(file.stem, s)), None)
+            if owner is None and len(self.files) == 1:
+                owner = next(iter(self.files))
+            if _is_mask_file(file):
+                (self.unused if owner is None else self.files.get(owner, [])).append(file)
+            elif beside is not None and file.suffix.lower() in PICTURE_SUFFIXES:
+                self.lossy.get(owner, []).append(file)
+        for stem in self.files:
+            own = folder / stem
+            if own.is_dir():
+                self.files[stem] += sorted(filter(_is_mask_file, own.iterdir()), key=natural_order)
+
+    def _belongs(self, name: str, stem: str) -> bool:
+        return name.startswith(stem) and bool(self.SUFFIX.fullmatch(name[len(stem) :]))
+
+    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
+        files, lossy = self.files[picture.stem], self.lossy[picture.stem]
+        if lossy and not files:
+            _refuse_lossy(lossy)
+        return _mask_makers(files, size)
+
+    def unused_note(self) -> str | None:
+        if not self.unused:
+            return None
+        names = ", ".join(file.name for file in self.unused[:10])
+        more = ", ..." if len(self.unused) > 10 else ""
+        count = len(self.unused)
+        return f"{count} masks in {self.folder} are of no picture: {names}{more}; {NAMING}"
+
+
+def _stems_beside(pictures: Sequence[PictureSource], folder: Path) -> set[str] | None:
+    """Names of all pictures in the folders of those given; None if the masks lie there too."""
+    folders = {Path(p.path).resolve().parent for p in pictures if not is_url(p.path)}
+    if folder.resolve() in folders:
+        return None
+    files = [file for place in folders for file in place.iterdir()]
+    return {file.stem for file in files if file.suffix.lower() in PICTURE_SUFFIXES}
+
+
+def _mask_makers(files: Sequence[Path], size: tuple[int, int]) -> Iterable[Maker]:
+    def make(file: Path) -> RegionSource:
+        return RegionSource(_sized(open_mask_file(file), size, file), file.name)
+
+    return [(file.name, partial(make, file)) for file in files]
+
+
+def _refuse_lossy(files: Sequence[Path]):
+    names = ", ".join(file.name for file in files[:5])
+    raise ValueError(f"expected masks without loss, say PNG, in {files[0].parent}, got {names}")
+
+
+class LabelMaps(Source):
+    """Pictures in which every colour or value but black (zero) is a region of its own: one file
+    for the one picture there is, or a folder with a map of each picture's name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
+        path = self._map_of(picture.stem) if self.path.is_dir() else self.path
+        if path is None:
+            return []
+        regions = split_labels(_sized(open_mask_file(path), size, path), path.name)
+        return [(region.origin, partial(_itself, region)) for region in regions]
+
+    def _map_of(self, stem: str) -> Path | None:
+        files = [file for file in self.path.iterdir() if file.stem == stem and file.is_file()]
+        maps = sorted(filter(_is_mask_file, files))
+        if len(maps) > 1:
+            names = ", ".join(file.name for file in maps)
+            raise ValueError(f"expected one label map for {stem!r} in {self.path}, got {names}")
+        lossy = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+        if lossy and not maps:
+            _refuse_lossy(lossy)
+        return maps[0] if maps else None
+
+
+def _itself(region: RegionSource) -> RegionSource:
+    return region
+
+
+class AnnotationFolder(Source):
+    """A folder of SAM annotation files, `sa_1.json` for `sa_1.jpg`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
+        path = self.folder / f"{picture.stem}.json"
+        if not path.is_file():
+            return []
+        return AnnotationList(path, read_annotations(path), only=False).makers(picture, size)
+
+
+class Shapes(Source):
+    """Boxes and polygons from the command line, the same for every picture."""
+
+    def __init__(self, shapes: Sequence[dict]):
+        self.shapes = shapes
+
+    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
+        regions = [RegionSource(s, f"{next(iter(s))} {k + 1}") for k, s in enumerate(self.shapes)]
+        return [(region.origin, partial(_itself, region)) for region in regions]
+
+
+def open_sources(masks: Sequence[str], pictures: Sequence[PictureSource]) -> list:
+    """Recognises what each path of masks is.
+
+    Raises ValueError for what is none of the known kinds and FileNotFoundError for no file.
+    """
+    sources, files = [], []
+    only = len(pictures) == 1
+    for path in map(Path, masks):
+        if path.is_dir():
+            sources += _folder_sources(path, pictures)
+        elif path.suffix.lower() == ".json":
+            sources.append(_annotation_source(path, read_annotations(path), only))
+        elif not path.is_file():
+            raise FileNotFoundError(f"expected masks at {path}, found no file or folder")
+        else:
+            files.append(path)
+    if files and not only:
+        raise ValueError(
+            f"expected a folder of masks or an annotation file for {len(pictures)} pictures, got"
+            f" the mask {files[0]}, which cannot be the same in all"
+        )
+    return sources + ([MaskFiles(files)] if files else [])
+
+
+def _folder_sources(folder: Path, pictures) -> list:
+    sources = [MaskFolder(folder, pictures)]
+    if any(file.suffix.lower() == ".json" for file in folder.iterdir()):
+        sources.append(AnnotationFolder(folder))
+    return sources
+
+
+def _annotation_source(path: Path, content, only: bool):
+    if isinstance(content, dict) and {"images", "annotations"} <= set(content):
+        return CocoFile(path, content)
+    if isinstance(content, (dict, list)) and content:
+        return AnnotationList(path, content, only)
+    raise ValueError(
+        f"expected COCO or SAM annotations or a list of masks in {path}, got {str(content)[:80]!r}"
+    )
+
+
+def gather_regions(
+    sources: Sequence,
+    picture: PictureSource,
+    size: tuple[int, int],
+    most: int | None = None,
+    refused: list[str] | None = None,
+) -> list[RegionSource]:
+    """A picture's regions from all sources; with `most`, only the largest ones, in their order.
+
+    A region that cannot be used raises ValueError; or, given a list, what is wrong with it goes
+    to `refused`, and the others are returned. Raises ValueError for more than `MAX_REGIONS`, or
+    more than memory should be asked to hold.
+    """
+    makers: list[Maker] = []
+    for source in sources:
+        with _refusing(refused):
+            makers += source.makers(picture, size)
+    if most is None:
+        _check_count(len(makers), size, picture.path)
+
+    regions, areas = [], []
+    for origin, make in makers:
+        with _refusing(refused, f"{origin}: "):
+            region = make()
+            areas.append(sum(load_mask(region.mask, size).histogram()[1:]))
+            regions.append(region)
+
+    if most is not None and len(regions) > most:
+        kept = sorted(range(len(regions)), key=lambda i: -areas[i])[:most]
+        regions = [regions[i] for i in sorted(kept)]
+    _check_count(len(regions), size, picture.path)
+    return regions
+
+
+@contextmanager
+def _refusing(refused: list[str] | None, name: str = ""):
+    """Notes what is wrong with a region, or a source, where there is a list for it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if refused is None:
+            raise
+        refused.append(f"{name}{error}")
+
+
+def _check_count(count: int, size: tuple[int, int], name: str):
+    most = min(MAX_REGIONS, MAX_MASK_PIXELS // (size[0] * size[1]))
+    if count > most:
+        raise ValueError(
+            f"expected at most {most} regions for {size[0]}x{size[1]} pixels in {name}, got {count}"
+        )
+
+
+def split_labels(labels: Image.Image, name: str) -> list[RegionSource]:
+    """A region for each label of a label map, see `split_label_map`."""
+    try:
+        codes, names = read_labels(labels)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    _check_count(len(names), labels.size, name)  # smooth edges, say, make thousands of labels
+    return [RegionSource(codes == code, f"{name} label {label}") for code, label in names.items()]
+
+
+def _is_mask_file(path: Path) -> bool:
+    return path.suffix.lower() in MASK_SUFFIXES and path.is_file()
+
+
+def _sized(mask: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:
+    if mask.size != size:
+        raise ValueError(
+            f"expected {path.name} to have the picture's size {size[0]}x{size[1]},"
+            f" got {mask.width}x{mask.height}{turned_hint(mask.size, size)}"
+        )
+    return mask
+
+
+def natural_order(path: Path) -> list:
+    """Sorts mask_2 before mask_10."""
+    parts = re.split(r"(\d+)", path.name)  # text and digits by turns
+    return [int(part) if i % 2 else part.lower() for i, part in enumerate(parts)]

@@ -1,0 +1,219 @@
+"""OpenAI's chat completion request as this server reads it: every documented field, and its own.
+
+Fields that mean something here are read. Every other documented field of the request, its messages
+and their parts is taken where it changes nothing (null, an empty list of tools, `store: false`, a
+label of the caller's own) and refused by name where it asks for something that is not done here.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+
+from .errors import ApiError
+
+MAX_KEYS, MAX_ITEMS = 64, 256  # of an object and a list in a request, masks apart
+SHOWN = 200  # characters of a client's input that an error repeats
+UNION_MEMBERS = ("str", "text", "image_url", "mask")  # in pydantic's places, not in the request's
+
+# Types of fields that change nothing here: what they may be.
+Nothing = None
+NoItems = Annotated[list[Any], Field(max_length=0)] | None
+NoKeys = Annotated[dict[str, Any], Field(max_length=0)] | None
+Zero = Annotated[float, Field(ge=0, le=0)] | None
+Label = str | None  # the caller's own bookkeeping
+Hint = Any  # of how OpenAI should cache: nothing is cached between requests here
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class TextPart(Model):
+    type: Literal["text"]
+    text: str
+    prompt_cache_breakpoint: Hint = None
+
+
+class ImageUrl(Model):
+    url: str
+    detail: Literal["auto", "low", "high", "original"] | None = None  # all images are seen alike
+
+
+class ImagePart(Model):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+    prompt_cache_breakpoint: Hint = None
+
+
+class MaskPart(Model):
+    """This server's own: one region mask of the message's image, as in the `masks` field."""
+
+    type: Literal["mask"]
+    mask: Any
+
+
+Part = Annotated[TextPart | ImagePart | MaskPart, Field(discriminator="type")]
+
+
+class Message(Model):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: Label = None
+    refusal: Nothing = None
+    annotations: NoItems = None
+    audio: Nothing = None
+    function_call: Nothing = None
+    tool_calls: NoItems = None
+    regions: list[Any] | None = None  # beside this server's own answers, whose text says the same
+
+
+class StreamOptions(Model):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class TextFormat(Model):
+    type: Literal["text"]
+
+
+class ChatRequest(Model):
+    """A request for a chat completion."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    # this server's own
+    task: Literal["regions", "question"] | None = None
+    masks: list[Any] | None = None
+    caption_length: int | None = None
+    steps: int | None = None
+    block_length: int | None = None
+    top_k: int | None = None
+    cfg_scale: float | None = None
+    remasking: str | None = None
+    adaptive: str | None = None
+    adaptive_value: float | None = None
+    adaptive_verify: float | None = None
+    prompt_cache: int | None = None
+    # OpenAI's, taken where they change nothing
+    audio: Nothing = None
+    frequency_penalty: Zero = None
+    function_call: Literal["none", "auto"] | None = None  # there are no functions to call
+    functions: NoItems = None
+    logit_bias: NoKeys = None
+    logprobs: Literal[False] | None = None
+    metadata: dict[str, str] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = None
+    moderation: Nothing = None
+    n: Literal[1] | None = None
+    parallel_tool_calls: bool | None = None
+    prediction: Nothing = None
+    presence_penalty: Zero = None
+    prompt_cache_key: Label = None
+    prompt_cache_options: Hint = None
+    prompt_cache_retention: Hint = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium"] | None = None  # at most so much
+    response_format: TextFormat | None = None
+    safety_identifier: Label = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    tools: NoItems = None
+    top_logprobs: Zero = None
+    user: Label = None
+    verbosity: Literal["medium"] | None = None
+    web_search_options: Nothing = None
+
+
+def expect_model(known: str, name: str):
+    """Refuses another model's name."""
+    if name != known:
+        raise ApiError(
+            404,
+            f"expected the model {known!r}, got {name[:200]!r}",
+            code="model_not_found",
+            param="model",
+        )
+
+
+def read_request(body: bytes | bytearray) -> ChatRequest:
+    """Parses a body; ApiError 400 says which field is wrong."""
+    try:
+        content = from_json(body)
+    except ValueError as error:
+        raise ApiError(400, f"expected JSON, got: {error}", code="invalid_request") from error
+    _expect_small(content)
+    try:
+        return ChatRequest.model_validate(content)
+    except ValidationError as error:
+        raise _refusal(error) from error
+
+
+def request_schema() -> dict:
+    """The JSON schema of a request, with no references, for the endpoint's OpenAPI document."""
+    schema = ChatRequest.model_json_schema()
+    return _inlined(schema, schema.pop("$defs"))
+
+
+def _inlined(schema, definitions: dict):
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
+    kept = {k: v for k, v in schema.items() if k != "discriminator"}  # it names references
+    return {key: _inlined(value, definitions) for key, value in kept.items()}
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    errors = error.errors(include_url=False, include_context=False)
+    same = [other for other in errors if other["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(same, key=lambda other: len(other["loc"]))  # of a union's members, the likeliest
+    place = _place(first["loc"])
+    message = f"{place}: {first['msg']}" if place else first["msg"]
+    if first["type"] != "missing":
+        message += f", got {first['input']!r:.{SHOWN}}"
+    return ApiError(400, message, code="invalid_request", param=place or None)
+
+
+def _expect_small(value, depth: int = 6):
+    """Refuses objects and lists so large that there would be an error for each of millions."""
+    if isinstance(value, dict):
+        if len(value) > MAX_KEYS:
+            raise ApiError(
+                400,
+                f"expected objects of at most {MAX_KEYS} keys, got {len(value)}",
+                code="invalid_request",
+            )
+        value = [item for key, item in value.items() if key not in ("masks", "mask")]
+    elif isinstance(value, list) and len(value) > MAX_ITEMS:
+        raise ApiError(
+            400,
+            f"expected lists of at most {MAX_ITEMS} items, got {len(value)}",
+            code="invalid_request",
+        )
+    if isinstance(value, list) and depth:
+        for item in value:
+            _expect_small(item, depth - 1)
+
+
+def _place(loc: tuple) -> str:
+    """`messages[0].content[1].image_url.url`, without the names of union members."""
+    text, in_union = "", False
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part.isidentifier() and not (in_union and part in UNION_MEMBERS):
+            text += f".{part}" if text else part
+        # a union's member is named behind the field or the item that it belongs to
+        in_union = isinstance(part, int) or part in ("content", "stop")
+    return text

@@ -1,0 +1,107 @@
+"""A job's place in an engine's queue, its steps and its result; and why there may be none."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+from ..captioning.captioner import Step
+from .jobs import ChatJob, Completion, RegionJob
+
+STREAM_SECONDS = 0.5  # how often a reader without news looks whether the job is done
+
+
+class QueueFull(Exception):
+    """There are as many jobs waiting as may; `retry_after` guesses when a place is free (s)."""
+
+    def __init__(self, message: str, retry_after: float):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineClosed(Exception):
+    """The engine takes no more jobs."""
+
+
+class JobFailed(Exception):
+    """The model failed on a job that had passed every check, say for want of memory."""
+
+
+class Ticket:
+    """A job's place in the queue, and its result.
+
+    `wait` for it, `result` for it, `follow` its steps, or `cancel` it.
+    """
+
+    def __init__(
+        self,
+        job: RegionJob | ChatJob,
+        options: dict,
+        *,
+        key,
+        prompt_tokens: int,
+        cost: int,
+        client: str | None,
+        on_step,
+        follow,
+    ):
+        self.job = job
+        self.options = options
+        self.key = key
+        self.prompt_tokens = prompt_tokens
+        self.cost = cost
+        self.client = client
+        self.wants_steps = follow or on_step is not None
+        self.future: Future[Completion] = Future()
+        self.submitted = time.monotonic()
+        self.started: float | None = None
+        self._on_step = on_step
+        self._cancelled = threading.Event()
+        self._news = threading.Condition()
+        self._latest: Step | None = None
+        self.future.add_done_callback(self._wake)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody wants the result any more."""
+        return self._cancelled.is_set()
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Waits for the result; raises TimeoutError, CancelledError or the job's own error."""
+        return self.future.result(timeout)
+
+    def cancel(self):
+        """Drops the job: at once while it waits, after the current step when it runs."""
+        self._cancelled.set()
+        self.future.cancel()
+
+    def follow(self) -> Iterator[Step]:
+        """Yields the latest step whenever there is news, until the job is done; steps that a slow
+        reader missed are left out. Closing the iterator does not cancel the job."""
+        seen = 0
+        while True:
+            with self._news:
+                fresh = self._news.wait_for(
+                    lambda seen=seen: self.future.done() or self._number() > seen, STREAM_SECONDS
+                )
+                latest = self._latest
+            if latest is not None and latest.number > seen:
+                seen = latest.number
+                yield latest
+            elif fresh and self.future.done():
+                return
+
+    def _number(self) -> int:
+        return self._latest.number if self._latest is not None else 0
+
+    def tell(self, step: Step):
+        """Takes a step's texts from the engine's thread."""
+        with self._news:
+            self._latest = step
+            self._news.notify_all()
+        if self._on_step is not None:
+            self._on_step(step)
+
+    def _wake(self, _):
+        with self._news:
+            self._news.notify_all()

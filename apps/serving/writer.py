@@ -1,0 +1,104 @@
+"""Results as OpenAI's chat completions, whole or in chunks."""
+
+import json
+import time
+import uuid
+
+from ..captioning.captioner import RegionCaptions, Step
+from .jobs import Completion
+
+
+class ChatWriter:
+    """Chat completions, whole or in chunks, of one request."""
+
+    def __init__(self, model: str):
+        self.model = model
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    def whole(self, completion: Completion) -> dict:
+        """The answer to a request without `stream`."""
+        message = {"role": "assistant", "content": content_of(completion), "refusal": None}
+        if isinstance(completion.result, RegionCaptions):
+            message["regions"] = _regions(completion)
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": _reason(completion),
+        }
+        return {
+            **self._head("chat.completion"),
+            "choices": [choice],
+            "usage": usage_of(completion),
+            "perceptiondlm": cost_of(completion),
+        }
+
+    def start(self) -> dict:
+        """The first chunk."""
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def state(self, step: Step) -> dict:
+        """The texts after a step, beside an empty delta: denoising changes texts all over, so
+        nothing is said in `content` until it is done."""
+        chunk = self._chunk({})
+        chunk["denoising"] = {"step": step.number, "texts": step.texts}
+        return chunk
+
+    def end(self, completion: Completion, include_usage: bool) -> list[dict]:
+        """The last chunks: the text, the reason, and, on request, the usage."""
+        delta = {"content": content_of(completion)}
+        if isinstance(completion.result, RegionCaptions):
+            delta["regions"] = _regions(completion)
+        last = self._chunk({}, _reason(completion))
+        last["perceptiondlm"] = cost_of(completion)
+        chunks = [self._chunk(delta), last]
+        if include_usage:
+            chunks.append(
+                {
+                    **self._head("chat.completion.chunk"),
+                    "choices": [],
+                    "usage": usage_of(completion),
+                }
+            )
+        return chunks
+
+    def _chunk(self, delta: dict, reason: str | None = None) -> dict:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def _head(self, kind: str) -> dict:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def content_of(completion: Completion) -> str:
+    """A question's answer, or the regions as JSON."""
+    if isinstance(completion.result, RegionCaptions):
+        return json.dumps({"regions": _regions(completion)}, ensure_ascii=False)
+    return completion.result.answers[0]
+
+
+def usage_of(completion: Completion) -> dict:
+    """Tokens as OpenAI counts them."""
+    prompt, answer = completion.prompt_tokens, completion.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def cost_of(completion: Completion) -> dict:
+    """What is particular to denoising in a batch."""
+    result = completion.result
+    return {
+        "num_forwards": result.num_forwards,
+        "tokens_per_forward": round(result.tokens_per_forward, 3),
+        "seconds": round(result.seconds, 3),
+        "queued_seconds": round(completion.queued_seconds, 3),
+        "batch_size": completion.batch_size,
+    }
+
+
+def _regions(completion: Completion) -> list[dict]:
+    return [region.to_dict() for region in completion.result.regions]
+
+
+def _reason(completion: Completion) -> str:
+    return "stop" if completion.ended else "length"

@@ -1,0 +1,1 @@
+"""Shows a web page on which regions are painted and captioned."""

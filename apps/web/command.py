@@ -1,0 +1,64 @@
+"""`perceptiondlm web`: a page on which regions are painted, captioned all at once, and watched."""
+
+import argparse
+import sys
+
+from ...common.extras import extra
+
+EPILOG = """\
+The page works without any network and sends nothing anywhere. Listen on every interface with
+--host 0.0.0.0; then whoever reaches the port can use it. As a Hugging Face Space: apps/space.
+"""
+
+
+def configure(parser: argparse.ArgumentParser):
+    """Adds the arguments to the `web` parser."""
+    from ..serving.arguments import add_model_arguments, add_queue_arguments
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "Opens a web page to caption regions and to ask about pictures."
+    parser.epilog = EPILOG
+    add_model_arguments(parser)
+    add_queue_arguments(parser, host_port=7860)
+    parser.add_argument("--open", action="store_true", help="open a browser")
+    parser.add_argument(
+        "--sam",
+        metavar="MODEL",
+        help="folder or cached Hub id of a SAM checkpoint, for masks from clicks"
+        " (default: facebook/sam-vit-base where it is cached)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves the page until it is interrupted; returns an exit code."""
+    with extra("apps"):
+        from .page import launch
+    from ..serving.arguments import limits_of, load_engine, model_name
+    from ..serving.pool import shared_pool
+    from .sam import find_sam
+
+    try:
+        limits = limits_of(args)
+        shared_pool().warm_up()
+        sam = find_sam(args.sam)
+        engine = load_engine(args)
+    except (ValueError, OSError) as error:
+        print(f"perceptiondlm web: {error}", file=sys.stderr)
+        return 2
+    with engine:
+        try:
+            launch(
+                engine,
+                model_name(args),
+                limits=limits,
+                sam=sam,
+                host=args.host,
+                port=args.port,
+                open_browser=args.open,
+            )
+        except OSError as error:  # the port is taken
+            print(f"perceptiondlm web: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            pass
+    return 0

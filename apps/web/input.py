@@ -1,0 +1,123 @@
+"""What the page's painter sends, checked: a picture and its regions; and examples to start from."""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from ...image_loading import load_image, load_mask
+from ..serving.decode import MASK_BYTES, Decoder
+from ..serving.limits import Limits, each_numbered
+
+PICTURE = "the picture"
+EXAMPLE_SEEDS = (7, 11, 23, 42)
+
+
+def read_page(text: str | None, limits: Limits) -> tuple[Image.Image | None, list[Image.Image]]:
+    """The picture, upright RGB, and its region masks, of `read_payload`'s text."""
+    decoder = Decoder(limits)
+    picture, regions = read_payload(text, limits, decoder)
+    return picture, region_masks(regions, picture.size, limits, decoder) if regions else []
+
+
+def read_payload(
+    text: str | None, limits: Limits, decoder: Decoder | None = None
+) -> tuple[Image.Image | None, list]:
+    """The picture, upright RGB, and the regions as the painter describes them.
+
+    `text` is JSON: `picture`, a data URL or null, and `regions`, a list of `{"painted": data URL}`
+    (a mask at the painter's own scale), `{"exact": data URL}` or `{"box": [x0, y0, x1, y1]}`.
+    Raises ValueError for anything else.
+    """
+    if not text:
+        return None, []
+    if len(text) > 2 * limits.body_bytes:
+        raise ValueError(f"expected at most {limits.body_bytes >> 20} MiB of picture and masks")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON from the page, got: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("regions"), list):
+        raise ValueError("expected a picture and regions from the page")
+    if content.get("picture") is None:
+        return None, []
+    if not isinstance(content["picture"], str):
+        raise ValueError("expected the picture as data URL from the page")
+    decoder = decoder or Decoder(limits)
+    data = decoder.data_url(content["picture"], PICTURE)
+    return load_image(decoder.image(data, PICTURE)), content["regions"]
+
+
+def region_masks(
+    regions: list, size: tuple[int, int], limits: Limits, decoder: Decoder | None = None
+) -> list[Image.Image]:
+    """The masks of `read_payload`'s regions, of the picture's size (width, height)."""
+    decoder = decoder or Decoder(limits)
+    decoder.expect_masks(len(regions), size)
+    return each_numbered("region", regions, lambda region: _mask(region, size, decoder))
+
+
+def _mask(region, size: tuple[int, int], decoder: Decoder) -> Image.Image:
+    if not isinstance(region, dict) or len(region) != 1:
+        raise ValueError(f"expected one of painted, exact and box, got {str(region)[:60]}")
+    ((kind, content),) = region.items()
+    if kind == "painted" and isinstance(content, str):
+        mask = decoder.mask_image(decoder.data_url(content, "mask"), None)
+        decoder.spend(size[0] * size[1] * MASK_BYTES)
+        return load_mask(fit_mask(mask.convert("RGBA").getchannel("A"), size), size)
+    if kind == "exact":
+        return decoder.mask(content, size)
+    if kind == "box":
+        return decoder.mask({"box": content}, size)
+    raise ValueError(f"expected one of painted, exact and box, got {str(kind)[:60]!r}")
+
+
+def fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A mask (8-bit, 255 inside) at another scale: half of a pixel inside is inside, and what is
+    inside anywhere does not vanish."""
+    kind = Image.Resampling.BOX if mask.width > size[0] else Image.Resampling.BILINEAR
+    fitted = mask.resize(size, kind)
+    half = fitted.point([0] * 128 + [255] * 128)
+    return half if half.getbbox() else fitted.point([0] + [255] * 255)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A picture, its regions as masks, and a question."""
+
+    image: Image.Image
+    masks: list[Image.Image]
+    question: str
+
+    def to_dict(self) -> dict:
+        """As the painter loads it."""
+        masks = [data_url(mask) for mask in self.masks]
+        return {"picture": data_url(self.image), "regions": masks, "question": self.question}
+
+
+def examples() -> list[Example]:
+    """Synthetic scenes; none where the training code is not installed."""
+    try:
+        from ...scenes.shapes import render_scene
+        from ..captioning.drawing import PALETTE
+    except ImportError:
+        return []
+    made = []
+    for seed in EXAMPLE_SEEDS:
+        scene = render_scene(seed, "heldout")
+        things = scene.objects[: len(PALETTE)]
+        masks = [Image.fromarray(thing.mask.astype(np.uint8) * 255) for thing in things]
+        question = scene.questions[0].question if scene.questions else ""
+        made.append(Example(scene.image, masks, question))
+    return made
+
+
+def data_url(picture: Image.Image, kind: str = "PNG") -> str:
+    """A picture as a data URL."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, quality=90)
+    content = base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{content}"

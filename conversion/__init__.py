@@ -1,0 +1,1 @@
+"""Converts checkpoints of other layouts to this package's."""

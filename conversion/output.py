@@ -1,0 +1,122 @@
+"""The folder that a conversion makes: whole or not there, however the run ends."""
+
+import glob
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .files import ConversionError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs apart there
+    fcntl = None
+
+REPLACED = "replaced"  # what was there, until its successor is
+
+
+class OutputExists(ConversionError, FileExistsError):
+    """The output is there already, or being made, and would be lost."""
+
+    exit_code = 10
+
+
+@contextmanager
+def new_folder(output: Path, force: bool) -> Iterator[Path]:
+    """Gives a temporary folder that takes the place of `output` if all goes well, or disappears.
+
+    Raises OutputExists where another run is making the same.
+    """
+    target = Path(os.path.realpath(output))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+    with _locked(holder):
+        try:
+            clear_unfinished(output, own=holder)
+            unfinished = holder / target.name
+            unfinished.mkdir()
+            yield unfinished
+            sync_folder(unfinished)
+            _put_in_place(unfinished, target, holder / REPLACED, force)
+        finally:
+            shutil.rmtree(holder, ignore_errors=True)
+
+
+def clear_unfinished(output: Path, own: Path | None = None):
+    """Removes what killed runs left beside `output`, and puts back what they had moved away.
+
+    Raises OutputExists where a run that makes `output` is alive; `own` is this one's folder.
+    """
+    target = Path(os.path.realpath(output))
+    for holder in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
+        if holder == own or not holder.is_dir():
+            continue
+        with _locked(holder) as is_dead:
+            if not is_dead:
+                raise OutputExists(f"expected no other run that makes {output}, got one under way")
+            if (holder / REPLACED).exists() and not os.path.lexists(target):
+                (holder / REPLACED).rename(target)
+            shutil.rmtree(holder, ignore_errors=True)
+
+
+def expect_folder(output: Path):
+    """Refuses to replace what is no folder: a file, a device, a pipe."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISDIR(os.stat(output).st_mode):
+            raise OutputExists(f"expected a folder or a new name as output, got {output}")
+
+
+def _put_in_place(unfinished: Path, target: Path, replaced: Path, force: bool):
+    if force and target.exists():
+        shutil.copymode(target, unfinished)
+        target.rename(replaced)
+    try:
+        unfinished.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    with suppress(OSError):
+        _sync(target.parent)
+
+
+def sync_folder(folder: Path):
+    """Waits until all files of a folder are on the disk, so that its renaming comes after them."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(place, name))
+        with suppress(OSError):  # not every file system can
+            _sync(Path(place))
+
+
+def _sync(path: Path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of a folder, which its owner's death releases; False if another has it."""
+    if fcntl is None:
+        yield True
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(handle)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.converting-"

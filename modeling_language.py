@@ -1,0 +1,291 @@
+"""The language model: LLaDA's bidirectional decoder, its head, and what transformers needs to know.
+
+Axis letters: B batch, L sequence, D text width.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
+)
+
+from .configuration_perceptiondlm import PerceptionDLMConfig, PerceptionDLMTextConfig
+from .modeling_attention import BranchAttention
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # no quantised or distributed weights
+FEWEST_ROWS, FEWEST_WEIGHTS = 16, 2**16  # smaller products gain nothing
+
+
+class OneDNNLinear(TorchFunctionMode):
+    """Inside it, `F.linear` of plain float32 CPU tensors without gradient runs in oneDNN.
+
+    The sums are taken in another order than MKL's: results differ by float32 rounding.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and not kwargs and _takes(*args):
+            return linear(*args)
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *raised):
+        # torch takes modes off their stack during a call; Ctrl-C between that and its `try` leaves
+        # this one off, and taking off another would hide the interrupt behind a RuntimeError
+        if any(mode is self for mode in _get_current_function_mode_stack()):
+            super().__exit__(*raised)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` in oneDNN, which compiles and keeps a kernel for every shape it meets: so the
+    number of rows is padded to one of few, or memory would grow with every new length."""
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    missing = padded_rows(len(rows)) - len(rows)
+    padded = F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+    out = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
+    return out[: len(rows)].view(*x.shape[:-1], -1)
+
+
+def padded_rows(rows: int) -> int:
+    """The next of eight numbers an octave, and a multiple of 16 at least."""
+    unit = max(16, 1 << (rows.bit_length() - 4))
+    return -(-rows // unit) * unit
+
+
+def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    given = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and all(type(t) in PLAIN and t.dtype == torch.float32 for t in given)
+        and all(t.device.type == "cpu" for t in given)
+        and x.numel() >= FEWEST_ROWS * x.shape[-1]
+        and weight.numel() >= FEWEST_WEIGHTS
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def fastest_linear(device: torch.device):
+    """A context in which linear layers run the fastest known way on `device`."""
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return OneDNNLinear() if device.type == "cpu" and known else contextlib.nullcontext()
+
+
+class PerceptionDLMPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to load, shard and dispatch these models."""
+
+    config: PerceptionDLMConfig
+    base_model_prefix = "perceptiondlm"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "PerceptionDLMDecoderLayer",
+        "SiglipEncoderLayer",
+        "SiglipVisionEmbeddings",
+    ]
+    _skip_keys_device_placement = ["cache"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @property
+    def device(self) -> torch.device:
+        """Returns the device that takes the inputs. A dispatched model's is where it runs:
+        its weights may lie elsewhere, and those on a disk are on "meta"."""
+        hooks = [m.__dict__["_hf_hook"] for m in self.modules() if "_hf_hook" in m.__dict__]
+        for hook in hooks:
+            for part in getattr(hook, "hooks", [hook]):
+                place = getattr(part, "execution_device", None)
+                if place is not None:
+                    return torch.device(place)
+        return super().device
+
+
+def placeable(device_map: dict, tied: bool) -> dict:
+    """Changes a device map to one that accelerate can follow.
+
+    It cannot put a parameter of the top module on a disk, nor one of two tied weights alone: so
+    the newline, one vector, stays in memory, and a tied head goes where the embeddings go.
+    """
+    placed = dict(device_map)
+    if placed.get("image_newline") == "disk":
+        placed["image_newline"] = "cpu"
+
+    head, embeddings = "language_model.lm_head", "language_model.model.embed_tokens"
+    above = [k for k in placed if not k or f"{embeddings}.".startswith(f"{k}.")]
+    if tied and head in placed and above:
+        place = placed[max(above, key=len)]
+        if "disk" in (place, placed[head]):
+            placed[head] = place
+    return placed
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Heads (B, heads, L, head_dim) turned by their positions' angles, cos and sin (B, L,
+    head_dim)."""
+    return x * cos[:, None] + rotate_half(x) * sin[:, None]
+
+
+class PerceptionDLMAttention(nn.Module):
+    """Bidirectional attention with rotary positions and, optionally, grouped keys and values."""
+
+    def __init__(self, config: PerceptionDLMTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=bias)
+
+    def forward(self, hidden, rotary, attention_mask, cache=None, first_query: int = 0):
+        """Attends from the positions from `first_query` on to all of `hidden` and the cache."""
+        cos, sin = rotary
+        key, value = self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
+        key = _rotated(key, cos, sin)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+
+        asking = hidden[:, first_query:]
+        if not asking.shape[1]:  # only keys and values were wanted
+            return asking
+        query = self._heads(self.q_proj(asking))
+        query = _rotated(query, cos[:, first_query:], sin[:, first_query:])
+        if isinstance(attention_mask, BranchAttention):
+            return self.o_proj(attention_mask(query, key, value, self.scaling).flatten(2))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=False,
+        )
+        return self.o_proj(output.flatten(2))
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, L, head_dim)
+
+
+class PerceptionDLMDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and gated MLP."""
+
+    def __init__(self, config: PerceptionDLMTextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = PerceptionDLMAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden, rotary, attention_mask, cache=None, first_query: int = 0):
+        attended = self.self_attn(
+            self.input_layernorm(hidden), rotary, attention_mask, cache, first_query
+        )
+        hidden = hidden[:, first_query:] + attended
+        if not hidden.shape[1]:  # no module is called with nothing
+            return hidden
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
+    """LLaDA's bidirectional decoder stack."""
+
+    config: PerceptionDLMTextConfig
+
+    def __init__(self, config: PerceptionDLMTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            PerceptionDLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask=None,
+        cache=None,
+        first_query: int = 0,
+        last_attention_mask=None,
+        hidden_states: list | None = None,
+    ) -> torch.Tensor:
+        """Normalised states (B, L - first_query, D) of the positions from `first_query` on.
+
+        Args:
+            inputs_embeds: (B, L, D); position_ids: int (B, L), any order.
+            attention_mask: as `attention_argument` makes it, for L queries, or a `BranchAttention`.
+            cache: an object whose `update(key, value, layer)` gives the keys and values to attend.
+            first_query: the last layer computes queries from here only, with
+                `last_attention_mask` for them; L for none, where only the cache is to be filled.
+            hidden_states: a list to which the embeddings and each layer's output are appended.
+        """
+        hidden = inputs_embeds
+        rotary = self.rotary_emb(hidden, position_ids.to(hidden.device))
+        for i, layer in enumerate(self.layers):
+            if hidden_states is not None:
+                hidden_states.append(hidden)
+            if first_query and i + 1 == len(self.layers):
+                hidden = layer(hidden, rotary, last_attention_mask, cache, first_query)
+            else:
+                hidden = layer(hidden, rotary, attention_mask, cache)
+        if not hidden.shape[1]:
+            return hidden
+        hidden = self.norm(hidden)
+        if hidden_states is not None:
+            hidden_states.append(hidden)
+        return hidden
+
+
+class PerceptionDLMLanguageModel(PerceptionDLMPreTrainedModel):
+    """The decoder and its head."""
+
+    config: PerceptionDLMTextConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = LlamaForCausalLM._tp_plan  # a tied head is split as the embeddings are
+
+    def __init__(self, config: PerceptionDLMTextConfig):
+        super().__init__(config)
+        self.model = PerceptionDLMTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value

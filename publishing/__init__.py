@@ -1,0 +1,1 @@
+"""Puts checkpoints on the Hub, with a model card."""

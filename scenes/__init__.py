@@ -1,0 +1,1 @@
+"""Draws synthetic scenes with exact region masks, captions and questions."""
