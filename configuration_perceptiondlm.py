@@ -100,8 +100,9 @@ class PerceptionDLMConfig(PreTrainedConfig):
         region_layout: attention structure, "released", "independent" (a tree: shared trunk, one
             branch a region) or "full" (none, for ablations).
         mask_token_id ... caption_token_ids: ids read from the checkpoint's tokenizer.
-        banned_token_ids: ids never produced when answering about a whole image.
-        generation_defaults: options of `DiffusionOptions` that this checkpoint prefers.
+        banned_token_ids, generation_defaults: of checkpoints whose decoding defaults are not in a
+            `generation_config.json`: ids never produced in answers, and options of
+            `DiffusionOptions`.
     """
 
     model_type = "perceptiondlm"
@@ -144,12 +145,6 @@ class PerceptionDLMConfig(PreTrainedConfig):
             self.roi_token_ids = list(range(126084, 126100))
         if self.caption_token_ids is None:
             self.caption_token_ids = list(range(126352, 126368))
-        if self.banned_token_ids is None:
-            headers = [self.start_header_token_id, self.end_header_token_id]
-            ids = [self.eos_token_id, self.bos_token_id, *headers, self.mask_token_id]
-            self.banned_token_ids = [i for i in ids if i is not None]
-        if self.generation_defaults is None:
-            self.generation_defaults = {}
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
         self._check()

@@ -1,12 +1,429 @@
-"""Options of `diffusion_generate`, and the rules of decoding that they choose."""
+"""How to decode: the options of `diffusion_generate`, and transformers' arguments of `generate`.
+
+`DiffusionOptions` is the one declaration of the decoding options. The command line, the server's
+fields, the web page and the README's table are made from it. A checkpoint's defaults for them live
+in its `generation_config.json`.
+"""
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from transformers import GenerationConfig
 
-from .generation_loop import Adaptive, BlockCommit, JointRemasking, Rule, accept_rule
+from .generation_rules import (
+    ACCEPT_RULES,
+    Adaptive,
+    RemaskLowConfidence,
+    Rule,
+    SemiAutoregressive,
+)
+
+MAX_NUMBER = 1e6  # beyond it logits overflow
+MAX_INTEGER = 2**31 - 1
+MAX_STEPS = 2**16  # more than any response has positions
+MAX_SEED = 2**64 - 1
+
+# Names that options had before, and what is to be written instead.
+RENAMED = {
+    "banned_token_ids": "suppress_tokens",
+    "adaptive": "threshold=, factor= or entropy_bound=",
+    "adaptive_value": "threshold=, factor= or entropy_bound=",
+    "adaptive_verify": "remask_below",
+    "prompt_cache": "prompt_refresh_interval",
+}
+
+
+# Checks of a field's value: each raises ValueError that says what was expected and what came.
+
+
+def integer(low: int, high: int = MAX_INTEGER) -> Callable:
+    """Makes a check for whole numbers from `low` to `high`."""
+
+    def check(name: str, value):
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not is_integer or not low <= value <= high:
+            limit = f" and at most {high}" if is_integer and value > high else ""
+            raise ValueError(
+                f"expected {name} to be an integer of at least {low}{limit}, got {value!r}"
+            )
+
+    return check
+
+
+def number(low: float, high: float = MAX_NUMBER) -> Callable:
+    """Makes a check for numbers from `low` to `high`."""
+
+    def check(name: str, value):
+        if not _is_number(value) or not low <= value <= high:
+            limit = f" and at most {high:g}" if _is_number(value) and value > low else ""
+            raise ValueError(
+                f"expected {name} to be a number of at least {low}{limit}, got {value!r}"
+            )
+
+    return check
+
+
+def share(name: str, value):
+    """Checks for a number above 0 and of at most 1."""
+    if not (_is_number(value) and 0 < value <= 1):
+        raise ValueError(f"expected {name} in (0, 1], got {value!r}")
+
+
+def one_of(*allowed: str) -> Callable:
+    """Makes a check for one of some words."""
+
+    def check(name: str, value):
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"expected {name} among {allowed}, got {value!r}")
+
+    return check
+
+
+def instance(kind: type) -> Callable:
+    """Makes a check for values of a type."""
+
+    def check(name: str, value):
+        if not isinstance(value, kind):
+            raise ValueError(f"expected {name} as {kind.__name__}, got {value!r}")
+
+    return check
+
+
+def token_ids(name: str, value):
+    """Checks for a list of token ids."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"expected {name} as list or tuple, got {value!r}")
+    for token in value:
+        integer(0)(f"each of {name}", token)
+
+
+def texts(name: str, value):
+    """Checks for a list of texts, none of them empty."""
+    is_list = isinstance(value, (list, tuple))
+    if not is_list or not all(isinstance(text, str) and text for text in value):
+        raise ValueError(f"expected {name} as a list of texts, got {value!r}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def option(default, check: Callable, text: str, *, kind=None, task=None, choices=None):
+    """Declares a decoding option.
+
+    Args:
+        default: None for an option that may be left open, which is then not checked.
+        check: called with the option's name and value; raises ValueError.
+        text: what the option does, in one sentence, for help texts.
+        kind: the type as which a command line reads it; None: not offered on command lines.
+        task: "captions" or "answers", where the other task has no use for it.
+        choices: the words that may be given.
+    """
+    metadata = {"check": check, "text": text, "kind": kind, "task": task, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """Says how to decode. Every option is checked on construction; an unknown one raises."""
+
+    steps: int | None = option(
+        None,
+        integer(1, MAX_STEPS),
+        "denoising steps, all blocks together (default: one for each token of a response); with"
+        " threshold, factor or entropy_bound the most that may be taken",
+        kind=int,
+    )
+    caption_length: int = option(
+        32,
+        integer(1),
+        "tokens of a region's caption, padding counted",
+        kind=int,
+        task="captions",
+    )
+    max_new_tokens: int = option(
+        128, integer(1), "tokens of an answer, padding counted", kind=int, task="answers"
+    )
+    block_length: int | None = option(
+        None,
+        integer(1),
+        "decode an answer in blocks of so many tokens (default: one block)",
+        kind=int,
+        task="answers",
+    )
+
+    # Sampling.
+    temperature: float = option(
+        0.0, number(0), "0 takes the likeliest token, more is more random", kind=float
+    )
+    top_k: int | None = option(None, integer(1), "choose among so many likeliest tokens", kind=int)
+    top_p: float | None = option(
+        None, share, "choose among the likeliest tokens of so much probability", kind=float
+    )
+    cfg_scale: float = option(
+        0.0,
+        number(0),
+        "classifier-free guidance w: logits are u + (w + 1)(c - u), u with the prompt masked",
+        kind=float,
+    )
+    suppress_tokens: Sequence[int] | None = option(
+        None,
+        token_ids,
+        "ids that are never produced (default: none in captions, the checkpoint's in answers)",
+    )
+    stop_strings: Sequence[str] | None = option(
+        None,
+        texts,
+        "an answer ends where one of these stands; what is behind it is not decoded any more",
+    )
+
+    # Which positions are committed: one for all by the released schedules, or what is sure enough.
+    remasking: str = option(
+        "low_confidence",
+        one_of("low_confidence", "random"),
+        "by what positions are ranked: low_confidence or random",
+        kind=str,
+        choices=("low_confidence", "random"),
+    )
+    threshold: float | None = option(
+        None,
+        number(0),
+        "commit at each step what has at least this probability, say 0.9: fewer forward passes",
+        kind=float,
+    )
+    factor: float | None = option(
+        None,
+        number(0),
+        "commit at each step the k most confident while (k + 1)(1 - c_k) is below this, say 1.0",
+        kind=float,
+    )
+    entropy_bound: float | None = option(
+        None,
+        number(0),
+        "commit at each step the positions of lowest entropy within so many nats, say 0.1",
+        kind=float,
+    )
+    remask_below: float | None = option(
+        None,
+        share,
+        "with threshold, factor or entropy_bound: mask committed tokens again whose probability"
+        " falls under this",
+        kind=float,
+    )
+
+    # How it is computed.
+    prompt_refresh_interval: int | None = option(
+        None,
+        integer(0),
+        "approximate, for the joint layout: recompute the prompt only every so many steps"
+        " (1: exact, 0: never again; default: exact)",
+        kind=int,
+    )
+    batch_size: int | None = option(
+        None,
+        integer(1),
+        "region groups or questions run together (default: all)",
+        kind=int,
+    )
+    compile: bool = option(
+        False,
+        instance(bool),
+        "compile the step with torch.compile, for GPUs; on a CPU it is slower than without",
+        kind=bool,
+    )
+
+    # What is drawn: depends on the seed and on an image's place in the call, so neither on
+    # `batch_size` nor on the images beside it.
+    seed: int | None = option(
+        None, integer(0, MAX_SEED), "makes random decoding repeatable", kind=int
+    )
+    generator: torch.Generator | None = option(
+        None, instance(torch.Generator), "draws the seed, instead of `seed`"
+    )
+    return_history: bool = option(False, instance(bool), "keep the responses after each step")
+
+    @classmethod
+    def build(cls, defaults: dict, options: dict, task: str | None = None) -> "DiffusionOptions":
+        """Merges call options over the checkpoint's defaults.
+
+        `task` is "captions" or "answers"; None: not known yet. A checkpoint's defaults for the
+        other task are left out. Raises ValueError for unknown names, and for an option of the
+        other task.
+        """
+        expect_known(defaults | options)
+        if task is None:
+            return cls(**(defaults | options))
+
+        for name in sorted(set(options) - set(options_for(task, options))):
+            if options[name] is not None:
+                raise ValueError(
+                    f"expected no {name} for {task}, got {options[name]!r}:"
+                    f" it is an option of {task_of(name)}"
+                )
+        defaults = options_for(task, defaults)
+        if task == "captions":  # a checkpoint's list is of what its answers must not hold
+            defaults.pop("suppress_tokens", None)
+        return cls(**(defaults | options_for(task, options)))
+
+    def __post_init__(self):
+        for declared in dataclasses.fields(self):
+            value = getattr(self, declared.name)
+            if value is not None or declared.default is not None:
+                declared.metadata["check"](declared.name, value)
+
+        if self.seed is not None and self.generator is not None:
+            raise ValueError("expected at most one of seed and generator, got both")
+        accepting = {n: getattr(self, n) for n in ACCEPT_RULES if getattr(self, n) is not None}
+        if len(accepting) > 1:
+            raise ValueError(f"expected at most one of {', '.join(ACCEPT_RULES)}, got {accepting}")
+        if self.remask_below is not None and not accepting:
+            raise ValueError(
+                f"expected {', '.join(ACCEPT_RULES)} with remask_below, got"
+                f" {self.remask_below} alone"
+            )
+
+    def check_against(self, config):
+        """Refuses lengths and token ids that a model of `config` does not have."""
+        limit = config.text_config.max_position_embeddings
+        for name in ("caption_length", "max_new_tokens"):
+            if getattr(self, name) > limit:
+                raise ValueError(
+                    f"expected {name} of at most the model's {limit} positions,"
+                    f" got {getattr(self, name)}"
+                )
+
+        vocabulary = config.text_config.vocab_size
+        suppressed = set(self.suppress_tokens or ())
+        if suppressed and max(suppressed) >= vocabulary:
+            raise ValueError(
+                f"expected suppress_tokens below the vocabulary's {vocabulary},"
+                f" got {max(suppressed)}"
+            )
+        if len(suppressed) == vocabulary:
+            raise ValueError("expected suppress_tokens to leave a token, got all of them")
+
+    @property
+    def is_random(self) -> bool:
+        """Tells whether anything is drawn."""
+        return self.temperature > 0 or self.remasking == "random"
+
+    def draw_seed(self, device) -> int:
+        """Draws the seed of a call from `generator`, a fresh one of `seed`, or torch's own."""
+        generator = self.generator
+        if self.seed is not None:
+            generator = torch.Generator(device).manual_seed(self.seed)
+        at = device if generator is None else generator.device
+        return int(torch.randint(2**63 - 1, (), generator=generator, device=at))
+
+    def region_rule(self, scope: str, eot_token_id: int | None) -> Rule:
+        """Chooses the rule for captions; `scope` is what re-masking ranks together."""
+        steps = self.steps or self.caption_length
+        if self._accept() is None:
+            return RemaskLowConfidence(steps, scope)
+        return self._adaptive(steps, self.caption_length, eot_token_id)
+
+    def answer_rule(self, length: int, eot_token_id: int | None) -> Rule:
+        """Chooses the rule for an answer of `length` tokens."""
+        block = self.block_length or length
+        if length % block:
+            raise ValueError(f"expected block_length to divide {length} new tokens, got {block}")
+        blocks = length // block
+        steps = self.steps or length
+
+        if self._accept() is not None:
+            return self._adaptive(steps, block, eot_token_id)
+        if steps % blocks:
+            raise ValueError(f"expected steps divisible by the {blocks} blocks, got {steps}")
+        return SemiAutoregressive(steps, block, blocks)
+
+    def _accept(self) -> Callable | None:
+        """Returns the acceptance that is asked for, None for the released schedules."""
+        for name, kind in ACCEPT_RULES.items():
+            if getattr(self, name) is not None:
+                return kind(float(getattr(self, name)))
+        return None
+
+    def _adaptive(self, steps: int, block: int, eot_token_id: int | None) -> Rule:
+        return Adaptive(steps, self._accept(), block, eot_token_id, self.remask_below)
+
+
+OPTIONS = {declared.name: declared for declared in dataclasses.fields(DiffusionOptions)}
+
+
+def expect_known(options: dict):
+    """Raises ValueError for names that are no option; for an old name it says the new one."""
+    unknown = sorted(set(options) - set(OPTIONS))
+    if "input_ids" in unknown:
+        raise ValueError("expected what the processor made as `inputs=...`, got it as keywords")
+    for name in unknown:
+        if name in RENAMED:
+            raise ValueError(f"expected {RENAMED[name]}, got {name}, which is its old name")
+    if unknown:
+        raise ValueError(f"expected options among {sorted(OPTIONS)}, got {unknown}")
+
+
+def task_of(name: str) -> str | None:
+    """Returns the task that alone has a use for an option, None for both."""
+    return OPTIONS[name].metadata["task"] if name in OPTIONS else None
+
+
+def options_for(task: str, options: dict) -> dict:
+    """Leaves out the options that a task, "captions" or "answers", has no use for."""
+    return {k: v for k, v in options.items() if task_of(k) in (None, task)}
+
+
+def options_of(task: str) -> list[str]:
+    """Names the options that "captions" or "answers" alone have a use for."""
+    return [name for name in OPTIONS if task_of(name) == task]
+
+
+def default_generation_config(config) -> GenerationConfig:
+    """Makes the decoding defaults of a model that has no `generation_config.json`.
+
+    Special tokens are never produced in answers. Checkpoints that were saved before that file held
+    the defaults have them in the config, as `generation_defaults` and `banned_token_ids`.
+    """
+    suppressed = config.banned_token_ids
+    if suppressed is None:
+        headers = [config.start_header_token_id, config.end_header_token_id]
+        ids = [config.eos_token_id, config.bos_token_id, *headers, config.mask_token_id]
+        suppressed = [i for i in ids if i is not None]
+
+    options = {"suppress_tokens": suppressed, **upgrade_options(config.generation_defaults or {})}
+    chosen = DiffusionOptions.build(options, {})
+    return GenerationConfig(**{**options, "max_new_tokens": chosen.max_new_tokens})
+
+
+def take_defaults(config) -> GenerationConfig:
+    """Moves the decoding defaults out of a config; what it returns belongs in a file of its own."""
+    taken = default_generation_config(config)
+    config.generation_defaults = config.banned_token_ids = None
+    return taken
+
+
+def decoding_defaults(generation_config: GenerationConfig) -> dict:
+    """Returns the options of `DiffusionOptions` that a generation config sets."""
+    given = generation_config.to_diff_dict()
+    return {name: given[name] for name in OPTIONS if given.get(name) is not None}
+
+
+def upgrade_options(options: dict) -> dict:
+    """Translates options of a checkpoint that was saved under their old names."""
+    upgraded = {k: v for k, v in options.items() if k not in RENAMED}
+    rule, value = options.get("adaptive"), options.get("adaptive_value")
+    if rule is not None:
+        if rule not in ACCEPT_RULES:
+            raise ValueError(f"expected adaptive among {', '.join(ACCEPT_RULES)}, got {rule!r}")
+        upgraded[rule] = ACCEPT_RULES[rule]().value if value is None else value
+    for old in ("banned_token_ids", "adaptive_verify", "prompt_cache"):
+        if options.get(old) is not None:
+            upgraded[RENAMED[old]] = options[old]
+    return upgraded
+
+
+# Which of transformers' arguments `generate` honors, and which may only be neutral.
 
 
 def expect_neutral(given: dict, neutral: dict[str, tuple]):
@@ -19,7 +436,7 @@ def expect_neutral(given: dict, neutral: dict[str, tuple]):
             raise TypeError(f"expected arguments among {sorted(neutral)}, got {name!r}")
         allowed = neutral[name]
         if value is not None and not any(_same(value, other) for other in allowed):
-            wanted = " or ".join(map(repr, allowed)) or "None"
+            wanted = "None" if None in allowed or not allowed else " or ".join(map(repr, allowed))
             raise ValueError(f"expected {name} {wanted}, got {value!r}")
 
 
@@ -47,91 +464,62 @@ HONORED = (
 # Values that ask for something and its contrary give the same tokens.
 WITHOUT_EFFECT = ("use_cache", "disable_compile", "bos_token_id", "transformers_version")
 
-# What may be given beside None.
-NEUTRAL = {
-    # length
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "max_time": (),
-    "early_stopping": (False,),
-    "length_penalty": (1.0,),
-    "exponential_decay_length_penalty": (),
-    # ways of decoding
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0.0,),
-    "num_return_sequences": (1,),
-    "penalty_alpha": (0.0,),
-    "dola_layers": (),
-    "constraints": ([],),
-    "force_words_ids": ([],),
-    "use_mtp": (False,),
-    "custom_generate": (),
-    # what logits are changed by
-    "min_p": (0.0,),
-    "top_h": (1.0,),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": ([],),
-    "begin_suppress_tokens": ([],),
-    "sequence_bias": ({}, []),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "renormalize_logits": (False,),
-    "remove_invalid_values": (False,),
-    "token_healing": (False,),
-    "guidance_scale": (1.0,),
-    "watermarking_config": (),
-    "logits_processor": ([],),
-    "stopping_criteria": ([],),
-    "prefix_allowed_tokens_fn": (),
-    "negative_prompt_ids": (),
-    "negative_prompt_attention_mask": (),
-    # what is returned
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "output_scores": (False,),
-    "output_logits": (False,),
-    # caches and compiling
-    "cache_implementation": (),
-    "cache_config": (),
-    "max_cache_len": (),
-    "past_key_values": (),
-    "compile_config": (),
-    "prefill_chunk_size": (),
-    "continuous_batching_config": (),
-    "low_memory": (False,),
-    # assistants
-    "assistant_model": (),
-    "assistant_tokenizer": (),
-    "is_assistant": (False,),
-    "num_assistant_tokens": (20,),
-    "num_assistant_tokens_schedule": ("constant",),
-    "assistant_confidence_threshold": (0.4,),
-    "assistant_lookbehind": (10,),
-    "target_lookbehind": (10,),
-    "assistant_ensemble_weight": (),
-    "assistant_early_exit": (),
-    "speculation_type": (),
-    "prompt_lookup_num_tokens": (),
-    "max_matching_ngram_size": (),
-    # other kinds of model and of run
-    "decoder_start_token_id": (),
-    "inputs_embeds": (),
-    "synced_gpus": (False,),
+# Ids that may be named as the end or the padding of an answer, see `GenerateArguments`.
+ENDS = ("eos_token_id", "pad_token_id")
+
+# Every other field of a GenerationConfig, and every other argument of transformers' `generate`, may
+# only say nothing: be None, False, 0 or empty, or have the value below, which changes nothing.
+CALL_ARGUMENTS = (
+    "assistant_model",
+    "assistant_tokenizer",
+    "custom_generate",
+    "inputs_embeds",
+    "logits_processor",
+    "negative_prompt_attention_mask",
+    "negative_prompt_ids",
+    "past_key_values",
+    "prefix_allowed_tokens_fn",
+    "stopping_criteria",
+    "synced_gpus",
+)
+NOTHING = (None, False, 0, 0.0, [], {})
+NEUTRAL_VALUES = {
+    "assistant_confidence_threshold": 0.4,
+    "assistant_lookbehind": 10,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "length_penalty": 1.0,
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "target_lookbehind": 10,
+    "top_h": 1.0,
+    "typical_p": 1.0,
 }
+FIELDS = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+NEUTRAL = {
+    name: (NEUTRAL_VALUES[name],) if name in NEUTRAL_VALUES else NOTHING
+    for name in {*FIELDS, *CALL_ARGUMENTS} - {*HONORED, *WITHOUT_EFFECT, *ENDS}
+}
+
 UNSAMPLED = {"temperature": (0, 0.0, 1, 1.0), "top_k": (0, 50), "top_p": (1, 1.0)}
 GREEDY = {"temperature": 0.0}
 DEFAULT_MAX_LENGTH = 20  # GenerationConfig's, which a trainer fills in
 
 
+# Options of `diffusion_generate` that a generation config may hold beside transformers' own fields.
+DIFFUSION_FIELDS = tuple(sorted(set(OPTIONS) - set(HONORED) - {"generator"}))
+KNOWN = {*HONORED, *WITHOUT_EFFECT, *ENDS, *NEUTRAL, *DIFFUSION_FIELDS}
+
+
 class GenerateArguments:
-    """The arguments of one call of `generate`, checked; `get` reads one.
+    """Checks the arguments of one call of `generate`; `get` reads one.
+
+    The names are those of `GenerationConfig` and of `GenerationMixin.generate`. A value may come
+    from the call, from the `generation_config` of the call or from the model's own, in this order.
 
     Args:
         call: those of the call that are transformers'.
@@ -150,12 +538,15 @@ class GenerateArguments:
             expect_neutral({k: v for k, v in own.items() if k in NEUTRAL}, NEUTRAL)
 
     def get(self, name: str):
-        """The value of the first level that has one, else None."""
+        """Returns the value of the first level that has one, else None."""
         return next((own[name] for own in self.levels if name in own), None)
 
     def new_tokens(self, prompt_length: int, slots: int | None) -> int | None:
-        """Tokens of an answer: `max_new_tokens` or, where it is not given, `max_length`; the
-        `slots` that the inputs have for it go before the last level, the model's own."""
+        """Returns the number of an answer's tokens; None where nothing says it.
+
+        That is `max_new_tokens` or, where it is not given, `max_length`; the `slots` that the
+        inputs have for it go before the last level, the model's own.
+        """
         for own in self.levels:
             if own is self.levels[-1] and slots is not None:
                 return slots
@@ -171,25 +562,39 @@ class GenerateArguments:
             return length - prompt_length
         return None
 
-    def options(self, banned_token_ids) -> dict:
-        """Options of `diffusion_generate`: sampling, stop strings and what is never produced."""
+    def options(self, suppressed: Sequence[int]) -> dict:
+        """Returns options of `diffusion_generate`: sampling, stop strings, suppressed tokens.
+
+        `suppressed` are the checkpoint's ids, to which those of the call are added. What only the
+        model's own level says is left to the checkpoint's defaults.
+        """
         options = self._sampling()
-        stops = self.get("stop_strings")
+        stops = self._asked("stop_strings")
         if stops is not None:
             options["stop_strings"] = [stops] if isinstance(stops, str) else list(stops)
-        suppressed = self.get("suppress_tokens")
-        if suppressed is not None:
-            options["banned_token_ids"] = [*banned_token_ids, *suppressed]
+        more = self._asked("suppress_tokens")
+        if more is not None:
+            options["suppress_tokens"] = [*suppressed, *more]
+        for name in DIFFUSION_FIELDS:
+            if self._asked(name) is not None:
+                options[name] = self._asked(name)
         return options
 
+    def _asked(self, name: str):
+        """Returns the value of a level before the model's own, else None."""
+        return next((own[name] for own in self.levels[:-1] if name in own), None)
+
     def _sampling(self) -> dict:
-        given = {name: self.get(name) for name in UNSAMPLED}
+        """Returns the options of sampling; none where the checkpoint's defaults decide."""
         if not self.get("do_sample"):
-            for name, value in given.items():
-                if value is not None and value not in UNSAMPLED[name]:
+            for name, neutral in UNSAMPLED.items():
+                value = self._asked(name)
+                if value is not None and value not in neutral:
                     raise ValueError(f"expected no {name} without do_sample, got {value}")
-            # left to the checkpoint's defaults unless sampling is declined by name
-            return {} if self.get("do_sample") is None else {**dict.fromkeys(given), **GREEDY}
+            is_declined = self._asked("do_sample") is not None
+            return {**dict.fromkeys(UNSAMPLED), **GREEDY} if is_declined else {}
+
+        given = {name: self.get(name) for name in UNSAMPLED}
         temperature = 1.0 if given["temperature"] is None else given["temperature"]
         if temperature == 0:
             raise ValueError("expected a temperature above 0 with do_sample, got 0")
@@ -200,235 +605,14 @@ class GenerateArguments:
         }
 
 
-KNOWN = {*HONORED, *WITHOUT_EFFECT, *NEUTRAL, "eos_token_id", "pad_token_id"}
-
-
 def _fields(config) -> dict:
     return {k: v for k, v in vars(config).items() if not k.startswith("_")}
 
 
 def _expect_ends(given: dict, ends: set[int]):
-    for name in ("eos_token_id", "pad_token_id"):
+    for name in ENDS:
         value = given.get(name)
         value = value.tolist() if hasattr(value, "tolist") else value
         ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
         if not set(ids) <= ends:
             raise ValueError(f"expected {name} among {sorted(ends)}, got {value!r}")
-
-
-REMASKING = ("low_confidence", "random")
-LARGEST_NUMBER = 1e6  # beyond it logits overflow
-MAX_STEPS = 2**16  # more than any response has positions
-
-# Options that one of the two tasks has no use for, and the task that has.
-TASK_OPTIONS = {
-    "caption_length": "captions",
-    "max_new_tokens": "answers",
-    "block_length": "answers",
-}
-
-
-@dataclass(frozen=True)
-class DiffusionOptions:
-    """How to decode. Every option is checked on construction; an unknown one raises.
-
-    Attributes:
-        steps: denoising steps, all blocks together (default: one for each answer position, and
-            for regions `caption_length`); with `adaptive`, the most that may be taken.
-        caption_length: tokens of a region's caption.
-        max_new_tokens: tokens of an answer about whole images.
-        block_length: answers are decoded in blocks of so many tokens (default: one block).
-        temperature, top_k, top_p: sampling; 0 takes the likeliest token.
-        cfg_scale: classifier-free guidance w, logits u + (w + 1)(c - u), u with the prompt masked.
-        remasking: "low_confidence" or "random".
-        stop_strings: an answer ends where one of these stands; once one is there, only what is
-            before it is still decoded, and what is behind it stays as it is in `token_ids`.
-        banned_token_ids: never produced; None: none for captions, the checkpoint's for answers.
-        adaptive: commit what is confident enough: "threshold", "factor" or "entropy_bound"; None:
-            the released schedules.
-        adaptive_value: the threshold, factor or bound.
-        adaptive_verify: doubt committed tokens whose probability falls under this (WINO).
-        prompt_cache: approximate: recompute the prompt only every so many steps (1: exact,
-            0: never again). None: exact. Means nothing to the independent layout, always cached.
-        compile: compile the step with torch.compile, for GPUs; on a CPU it is slower than without.
-        batch_size: most passes run together (None: all).
-        seed: makes a run repeatable; or pass `generator`. What an image draws follows from the
-            seed and the image's place in the call, so it depends neither on `batch_size` nor on
-            the images beside it.
-        return_history: keep the answers after each step.
-    """
-
-    steps: int | None = None
-    caption_length: int = 32
-    max_new_tokens: int = 128
-    block_length: int | None = None
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    cfg_scale: float = 0.0
-    remasking: str = "low_confidence"
-    stop_strings: Sequence[str] | None = None
-    banned_token_ids: Sequence[int] | None = None
-    adaptive: str | None = None
-    adaptive_value: float | None = None
-    adaptive_verify: float | None = None
-    prompt_cache: int | None = None
-    compile: bool = False
-    batch_size: int | None = None
-    seed: int | None = None
-    generator: torch.Generator | None = None
-    return_history: bool = False
-
-    @classmethod
-    def build(cls, defaults: dict, options: dict, task: str | None = None) -> "DiffusionOptions":
-        """Merges call options over the checkpoint's defaults.
-
-        `task` is "captions" or "answers"; None: not known yet. A checkpoint's defaults for the
-        other task are left out. Raises ValueError for unknown names, and for an option of the
-        other task.
-        """
-        names = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(defaults | options) - names)
-        if "input_ids" in unknown:
-            raise ValueError("expected what the processor made as `inputs=...`, got it as keywords")
-        if unknown:
-            raise ValueError(f"expected options among {sorted(names)}, got {unknown}")
-        if task is None:
-            return cls(**(defaults | options))
-
-        for name in sorted(set(options) - set(options_for(task, options))):
-            if options[name] is not None:
-                raise ValueError(
-                    f"expected no {name} for {task}, got {options[name]!r}:"
-                    f" it is an option of {TASK_OPTIONS[name]}"
-                )
-        return cls(**options_for(task, defaults | options))
-
-    def __post_init__(self):
-        for name in ("caption_length", "max_new_tokens"):
-            _expect_integer(name, getattr(self, name), 1)
-        for name in ("block_length", "top_k", "batch_size"):
-            _expect_integer(name, getattr(self, name), 1, optional=True)
-        _expect_integer("steps", self.steps, 1, optional=True, most=MAX_STEPS)
-        _expect_integer("prompt_cache", self.prompt_cache, 0, optional=True)
-        _expect_number("temperature", self.temperature, 0)
-        _expect_number("cfg_scale", self.cfg_scale, 0)
-        for name in ("top_p", "adaptive_verify"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value <= 1):
-                raise ValueError(f"expected {name} in (0, 1], got {value!r}")
-        _expect_integer("seed", self.seed, 0, optional=True, most=2**64 - 1)
-        banned = () if self.banned_token_ids is None else self.banned_token_ids
-        _expect_type("banned_token_ids", banned, (list, tuple))
-        for token in banned:
-            _expect_integer("each of banned_token_ids", token, 0)
-        for name in ("compile", "return_history"):
-            _expect_type(name, getattr(self, name), bool)
-        if self.generator is not None:
-            _expect_type("generator", self.generator, torch.Generator)
-        if not isinstance(self.remasking, str) or self.remasking not in REMASKING:
-            raise ValueError(f"expected remasking among {REMASKING}, got {self.remasking!r}")
-        stops = () if self.stop_strings is None else self.stop_strings
-        if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) and s for s in stops):
-            raise ValueError(f"expected stop_strings as a list of texts, got {stops!r}")
-        if self.seed is not None and self.generator is not None:
-            raise ValueError("expected at most one of seed and generator, got both")
-        if self.adaptive is not None:
-            accept_rule(self.adaptive, self.adaptive_value)
-        elif self.adaptive_value is not None or self.adaptive_verify is not None:
-            raise ValueError("expected `adaptive` with adaptive_value or adaptive_verify, got None")
-
-    def check_against(self, config):
-        """Refuses lengths and token ids that a model of `config` does not have."""
-        limit = config.text_config.max_position_embeddings
-        for name in ("caption_length", "max_new_tokens"):
-            if getattr(self, name) > limit:
-                raise ValueError(
-                    f"expected {name} of at most the model's {limit} positions,"
-                    f" got {getattr(self, name)}"
-                )
-        vocabulary = config.text_config.vocab_size
-        banned = set(self.banned_token_ids or ())
-        if banned and max(banned) >= vocabulary:
-            raise ValueError(
-                f"expected banned_token_ids below the vocabulary's {vocabulary}, got {max(banned)}"
-            )
-        if len(banned) == vocabulary:
-            raise ValueError("expected banned_token_ids to leave a token, got all of them")
-
-    @property
-    def is_random(self) -> bool:
-        """Whether anything is drawn."""
-        return self.temperature > 0 or self.remasking == "random"
-
-    def draw_seed(self, device) -> int:
-        """The seed of a whole call: drawn from the generator given, from a fresh one of `seed`,
-        or from torch's own."""
-        generator = self.generator
-        if self.seed is not None:
-            generator = torch.Generator(device).manual_seed(self.seed)
-        at = device if generator is None else generator.device
-        return int(torch.randint(2**63 - 1, (), generator=generator, device=at))
-
-    def region_rule(self, scope: str, eot_token_id: int | None) -> Rule:
-        """The rule for captions; `scope` is what re-masking ranks together."""
-        steps = self.steps or self.caption_length
-        if self.adaptive is None:
-            return JointRemasking(steps, scope)
-        return self._adaptive(steps, self.caption_length, eot_token_id)
-
-    def answer_rule(self, length: int, eot_token_id: int | None) -> Rule:
-        """The rule for an answer of `length` tokens."""
-        block = self.block_length or length
-        if length % block:
-            raise ValueError(f"expected block_length to divide {length} new tokens, got {block}")
-        blocks = length // block
-        steps = self.steps or length
-        if self.adaptive is not None:
-            return self._adaptive(steps, block, eot_token_id)
-        if steps % blocks:
-            raise ValueError(f"expected steps divisible by the {blocks} blocks, got {steps}")
-        return BlockCommit(steps, block, blocks, retry_masks=True)
-
-    def _adaptive(self, steps: int, block: int, eot_token_id: int | None) -> Rule:
-        accept = accept_rule(self.adaptive, self.adaptive_value)
-        return Adaptive(steps, accept, block, eot_token_id, self.adaptive_verify)
-
-
-def options_for(task: str, options: dict) -> dict:
-    """Leaves out of options meant for both tasks those that "captions" or "answers" have no use
-    for."""
-    return {k: v for k, v in options.items() if TASK_OPTIONS.get(k, task) == task}
-
-
-def options_of(task: str) -> list[str]:
-    """Names the options that "captions" or "answers" alone have a use for."""
-    return [name for name, own in TASK_OPTIONS.items() if own == task]
-
-
-def _expect_integer(name: str, value, least: int, optional: bool = False, most: int = 2**31 - 1):
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        limit = f" and at most {most}" if isinstance(value, int) and value > most else ""
-        raise ValueError(
-            f"expected {name} to be an integer of at least {least}{limit}, got {value!r}"
-        )
-
-
-def _expect_number(name: str, value, least: float):
-    if not _is_number(value) or not least <= value <= LARGEST_NUMBER:
-        limit = f" and at most {LARGEST_NUMBER:g}" if _is_number(value) and value > least else ""
-        raise ValueError(
-            f"expected {name} to be a number of at least {least}{limit}, got {value!r}"
-        )
-
-
-def _expect_type(name: str, value, kinds: type | tuple[type, ...]):
-    if not isinstance(value, kinds):
-        names = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
-        raise ValueError(f"expected {name} as {names}, got {value!r}")
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,145 +1,44 @@
-"""Attention structure: predicates over region and role ids, and what each implementation takes.
+"""Who may attend to whom, and how that is told to each attention implementation.
 
-A predicate says whether query q may see key k. Axis letters: B batch, L sequence, Q K queries and
-keys.
+A structure is a predicate over region and role ids: it says whether query q may see key k.
+
+    joint layout ("released")                tree layout ("independent")
+
+    trunk+RoI  caption 0  caption 1          trunk --+-- RoI 0 -- caption 0
+        |  ^       |  ^       |  ^                   |
+        +--+-------+--+-------+  |                   +-- RoI 1 -- caption 1
+    everything in the prompt sees            each position sees its own branch and the
+    everything; a caption sees the           trunk, up to its own role; the trunk never
+    prompt's shared part, its own RoI        sees a branch, so its keys and values can be
+    tokens and itself                        kept
+
+Axis letters: B batch, L sequence, Q K queries and keys, H heads, N packed positions, D head
+dimension.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface
 
 from .configuration_perceptiondlm import ROLE_CAPTION, SHARED_REGION
 
-
-def flash_varlen(query, key, value, starts_q, starts_k, longest_q, longest_k, scaling):
-    """flash-attn over packed sequences: (N, H, D) and the log-sum-exp (H, N)."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        raise ImportError(f"expected flash-attn for this attention, got: {error}") from error
-    output, log_sum, _ = flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        starts_q,
-        starts_k,
-        longest_q,
-        longest_k,
-        softmax_scale=scaling,
-        return_attn_probs=True,
-    )
-    return output, log_sum
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Positions of a batch, packed group by group.
-
-    Attributes:
-        rows, columns: int64 (N,), of the positions in the batch.
-        starts: int32 (groups + 1,), where each group begins and the last ends.
-        longest: the largest group's size.
-    """
-
-    rows: torch.Tensor
-    columns: torch.Tensor
-    starts: torch.Tensor
-    longest: int
-
-    @classmethod
-    def of(cls, chosen: torch.Tensor, groups: torch.Tensor, count: int) -> "Packed":
-        """The positions `chosen`, bool (B, L), by their group, int (B, L), out of `count`."""
-        groups = groups[chosen]
-        sizes = groups.bincount(minlength=count)
-        starts = F.pad(sizes.cumsum(0), (1, 0)).int()
-        rows, columns = chosen.nonzero()[groups.argsort(stable=True)].unbind(1)
-        return cls(rows, columns, starts, int(sizes.max()))
-
-    def to(self, device) -> "Packed":
-        moved = (x.to(device) for x in (self.rows, self.columns, self.starts))
-        return Packed(*moved, self.longest)
-
-    def take(self, values: torch.Tensor) -> torch.Tensor:
-        """(N, ...) of values (B, L, ...)."""
-        return values[self.rows, self.columns]
-
-
-class BranchAttention:
-    """Attends as the independent layout says, for some queries of a batch.
-
-    Args:
-        region_ids, attention_mask: int (B, L), of the whole sequence.
-        queries: columns of the queries; keys: how many columns of keys there are. No query may
-            stand before a key of its own branch that it must not see: a prompt's queries come
-            without the answer's keys.
-    """
-
-    def __init__(self, region_ids, attention_mask, queries: slice, keys: int | None):
-        rows = torch.arange(len(region_ids), device=region_ids.device)[:, None]
-        B, branches = len(region_ids), int(region_ids.max()) + 1
-        branch = rows * branches + region_ids.clamp(min=0)  # (B, L)
-        rows = rows.expand_as(region_ids)
-        shared, valid = region_ids == SHARED_REGION, attention_mask.bool()
-
-        def pair(q_chosen, k_chosen, groups, count):
-            packed_q = Packed.of(q_chosen[:, queries], groups[:, queries], count)
-            return packed_q, Packed.of(k_chosen[:, :keys], groups[:, :keys], count)
-
-        self.trunk = pair(valid, valid & shared, rows, B)
-        self.own = pair(valid & ~shared, valid & ~shared, branch, B * max(branches, 1))
-
-    def to(self, device) -> "BranchAttention":
-        """Copies it to a device, as a model over several does before each layer."""
-        moved = copy.copy(self)
-        moved.trunk, moved.own = (tuple(p.to(device) for p in x) for x in (self.trunk, self.own))
-        return moved
-
-    def __call__(self, query, key, value, scaling: float) -> torch.Tensor:
-        """(B, Q, H, D) of query (B, H, Q, D), key and value (B, heads, K, D)."""
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        output = torch.zeros_like(query)  # padding attends to nothing
-        attended, log_sum = self._attend(self.trunk, query, key, value, scaling)
-        places = self.trunk[0].rows, self.trunk[0].columns
-        output[places] = attended
-        own = self.own[0]
-        if len(own.rows):
-            trunk_log_sum = log_sum.new_zeros(query.shape[:3])
-            trunk_log_sum[places] = log_sum
-            attended, log_sum = self._attend(self.own, query, key, value, scaling)
-            share = (log_sum - own.take(trunk_log_sum)).sigmoid()[..., None].to(attended.dtype)
-            output[own.rows, own.columns] = torch.lerp(own.take(output), attended, share)
-        return output
-
-    def _attend(self, packed, query, key, value, scaling):
-        """Packed outputs (N, H, D) and log-sum-exps (N, H)."""
-        q, k = packed
-        attended, log_sum = flash_varlen(
-            q.take(query),
-            k.take(key),
-            k.take(value),
-            q.starts,
-            k.starts,
-            q.longest,
-            k.longest,
-            scaling,
-        )
-        return attended, log_sum.transpose(0, 1)
+TREE = "tree"  # the name under which `tree_attention` is registered
 
 
 def released_structure(q_region, q_role, k_region, k_role):
-    """A caption sees what is shared, its own RoI tokens and itself; all else sees everything."""
+    """Lets a caption see what is shared, its own RoI tokens and itself; all else everything."""
     return (q_role < ROLE_CAPTION) | (k_region == SHARED_REGION) | (k_region == q_region)
 
 
 def independent_structure(q_region, q_role, k_region, k_role):
-    """A tree: each position sees its own branch and the trunk, up to its own role."""
+    """Lets each position see its own branch and the trunk, up to its own role."""
     return ((k_region == SHARED_REGION) | (k_region == q_region)) & (k_role <= q_role)
 
 
 def full_structure(q_region, q_role, k_region, k_role):
-    """No structure: everything sees everything."""
+    """Lets everything see everything."""
     return torch.ones_like(q_region + k_region, dtype=torch.bool)
 
 
@@ -151,7 +50,7 @@ STRUCTURES = {
 
 
 def allowed_attention(layout: str, region_ids, role_ids, attention_mask, queries=slice(None)):
-    """Bool (B, Q, K), true where a query of `queries` may see a key; padding is never seen.
+    """Tells, bool (B, Q, K), whether a query of `queries` may see a key; padding is never seen.
 
     `region_ids`, `role_ids` and `attention_mask` are integer (B, L).
     """
@@ -164,22 +63,62 @@ def allowed_attention(layout: str, region_ids, role_ids, attention_mask, queries
     return structure & attention_mask[:, None, :].bool()
 
 
-def attention_argument(allowed: torch.Tensor, implementation: str, dtype: torch.dtype):
-    """What an attention implementation takes to attend as `allowed`, bool (B, Q, K), says.
+@dataclass(frozen=True)
+class Structure:
+    """Holds what decides who sees whom in a batch.
 
-    Raises ValueError where flash attention, which knows padding only, cannot express it.
+    Attributes:
+        layout: a name in `STRUCTURES`.
+        region_ids, role_ids, attention_mask: int (B, L), of the whole sequence.
+    """
+
+    layout: str
+    region_ids: torch.Tensor
+    role_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+    def argument(
+        self,
+        implementation: str,
+        dtype: torch.dtype,
+        queries: slice = slice(None),
+        num_keys: int | None = None,
+    ):
+        """Returns what an attention implementation takes: one type for each.
+
+        "tree" a `TreeMask`; "flash_attention_*" padding, int (B, K); "flex_attention" a
+        `BlockMask`; the others a bias (B, 1, Q, K) of `dtype`. None stands for no restriction.
+
+        Args:
+            implementation: a name that transformers knows, or "tree".
+            queries: columns of the queries; num_keys: how many columns of keys there are.
+
+        Raises ValueError where the implementation cannot express the structure.
+        """
+        if implementation == TREE:
+            if self.layout != "independent":
+                raise ValueError(
+                    "expected region_layout 'independent' for attn_implementation 'tree', got"
+                    f" {self.layout!r}; load with 'sdpa'"
+                )
+            ids = (self.region_ids, self.role_ids, self.attention_mask)
+            return TreeMask.of(*ids, queries, num_keys)
+        allowed = allowed_attention(
+            self.layout, self.region_ids, self.role_ids, self.attention_mask, queries
+        )
+        return attention_argument(allowed[:, :, :num_keys], implementation, dtype)
+
+
+def attention_argument(allowed: torch.Tensor, implementation: str, dtype: torch.dtype):
+    """Returns what an implementation other than "tree" takes to attend as `allowed` says.
+
+    `allowed` is bool (B, Q, K). Raises ValueError where flash attention, which knows padding only,
+    cannot express it.
     """
     if bool(allowed.all()):
         return None
     if "flash" in implementation:
-        padding = allowed[:, :1]
-        if not bool((allowed == padding).all()):
-            raise ValueError(
-                f"expected attention without region structure for {implementation}, got captions"
-                " of separate regions; load with attn_implementation 'sdpa', 'flex_attention' or"
-                " 'eager'"
-            )
-        return padding[:, 0].long()  # (B, K)
+        return _padding_alone(allowed, implementation)
     if implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 
@@ -187,7 +126,209 @@ def attention_argument(allowed: torch.Tensor, implementation: str, dtype: torch.
         return create_block_mask(
             lambda b, h, q, k: allowed[b, q, k], B, None, Q, K, device=str(allowed.device)
         )
-    # a bias, not a mask, which sdpa would turn into a bias again in every layer
+
+    # A bias, not a mask, which sdpa would turn into a bias again in every layer.
     lowest = torch.finfo(dtype).min if implementation == "eager" else -torch.inf
     bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return bias.masked_fill_(~allowed, lowest)[:, None]  # (B, 1, Q, K)
+
+
+def _padding_alone(allowed: torch.Tensor, implementation: str) -> torch.Tensor:
+    """Returns the keys that all queries see, int (B, K); raises ValueError where they differ."""
+    padding = allowed[:, :1]
+    if not bool((allowed == padding).all()):
+        raise ValueError(
+            f"expected attention without region structure for {implementation}, got captions"
+            " of separate regions; load with attn_implementation 'tree' (region_layout"
+            " 'independent'), 'sdpa', 'flex_attention' or 'eager'"
+        )
+    return padding[:, 0].long()
+
+
+# Attention over a tree, by kernels that know no masks but lengths.
+#
+# The tree is written as two attentions without a mask: every query over the trunk, and every query
+# over what it may see of its own branch. Their outputs o and log-sum-exps l give the whole
+# softmax's output exactly: o = (exp(l1) o1 + exp(l2) o2) / (exp(l1) + exp(l2)).
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Positions of a batch, packed group by group.
+
+    Attributes:
+        rows, columns: int64 (N,), of the positions in the batch.
+        starts: int32 (groups + 1,), where each group begins and the last ends.
+        max_length: the largest group's size.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    starts: torch.Tensor
+    max_length: int
+
+    @classmethod
+    def of(cls, members: list[tuple[torch.Tensor, torch.Tensor]], count: int) -> "Packed":
+        """Packs positions into `count` groups.
+
+        `members` are pairs of the chosen positions, bool (B, L), and their groups, int (B, L); a
+        position may be in a group of each pair.
+        """
+        groups = torch.cat([group[chosen] for chosen, group in members])
+        places = torch.cat([chosen.nonzero() for chosen, _ in members])
+        sizes = groups.bincount(minlength=count)
+        starts = F.pad(sizes.cumsum(0), (1, 0)).int()
+        rows, columns = places[groups.argsort(stable=True)].unbind(1)
+        return cls(rows, columns, starts, int(sizes.max()) if count else 0)
+
+    def to(self, device) -> "Packed":
+        """Copies the indices to a device."""
+        moved = (x.to(device) for x in (self.rows, self.columns, self.starts))
+        return Packed(*moved, self.max_length)
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """Picks the packed positions, (N, ...), of values (B, L, ...)."""
+        return values[self.rows, self.columns]
+
+
+@dataclass(frozen=True)
+class TreeMask:
+    """Says which positions attend together in a tree: queries and keys, packed group by group.
+
+    Attributes:
+        trunk: all queries and the trunk's keys, a group for each row of the batch.
+        own: queries in branches and what they see of their branch, two groups for each branch:
+            its RoI tokens, and its caption, which sees them and itself.
+    """
+
+    trunk: tuple[Packed, Packed]
+    own: tuple[Packed, Packed]
+
+    @classmethod
+    def of(cls, region_ids, role_ids, attention_mask, queries: slice, num_keys: int | None):
+        """Packs the positions of a batch, int (B, L), for the queries in some columns."""
+        B, branches = len(region_ids), int(region_ids.max()) + 1
+        rows = torch.arange(B, device=region_ids.device)[:, None].expand_as(region_ids)
+        shared, valid = region_ids == SHARED_REGION, attention_mask.bool()
+        is_caption = role_ids == ROLE_CAPTION
+        branch = 2 * (rows * branches + region_ids.clamp(min=0))  # group of its RoI tokens
+
+        def pack(members, columns: slice, count: int) -> Packed:
+            cut = [(chosen[:, columns], group[:, columns]) for chosen, group in members]
+            return Packed.of(cut, count)
+
+        keys, own = slice(num_keys), valid & ~shared
+        trunk = pack([(valid, rows)], queries, B), pack([(valid & shared, rows)], keys, B)
+        own_queries = pack([(own, branch + is_caption)], queries, 2 * B * branches)
+        seen = [(own, branch + 1)]  # by captions
+        if bool((own & ~is_caption)[:, queries].any()):
+            seen.append((own & ~is_caption, branch))  # by RoI tokens
+        own_keys = pack(seen, keys, 2 * B * branches)
+        return cls(trunk, (own_queries, own_keys))
+
+    def to(self, device) -> "TreeMask":
+        """Copies it to a device, as a model over several does before each layer."""
+        trunk, own = (tuple(packed.to(device) for packed in x) for x in (self.trunk, self.own))
+        return TreeMask(trunk, own)
+
+
+def tree_attention(
+    module, query, key, value, attention_mask: TreeMask | None, scaling=None, dropout=0.0, **kwargs
+):
+    """Attends as a tree does; registered with transformers as the implementation "tree".
+
+    Args:
+        query: (B, H, Q, D); key and value: (B, heads, K, D).
+        attention_mask: a `TreeMask`; None where everything sees everything.
+
+    Returns (B, Q, H, D), and None for the weights.
+    """
+    if attention_mask is None:
+        grouped = key.shape[1] != query.shape[1]
+        attended = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+        )
+        return attended.transpose(1, 2), None
+
+    if dropout:
+        raise ValueError(f"expected attention_dropout 0 for 'tree', got {dropout}")
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    kernel = flash_varlen if query.device.type == "cuda" else reference_varlen
+    return _merged(attention_mask, query, key, value, scaling, kernel), None
+
+
+def _merged(mask: TreeMask, query, key, value, scaling: float, kernel) -> torch.Tensor:
+    """Merges the attentions over the trunk and over the own branch, (B, Q, H, D)."""
+    everywhere, own = mask.trunk[0], mask.own[0]
+    attended, log_sum = _attend(mask.trunk, query, key, value, scaling, kernel)
+    places = everywhere.rows, everywhere.columns
+    output = torch.zeros_like(query)  # padding attends to nothing
+    output = output.index_put(places, attended)
+    if not len(own.rows):
+        return output
+
+    trunk_log_sum = log_sum.new_zeros(query.shape[:3]).index_put(places, log_sum)
+    attended, log_sum = _attend(mask.own, query, key, value, scaling, kernel)
+    share = (log_sum - own.take(trunk_log_sum)).sigmoid()[..., None].to(attended.dtype)
+    merged = torch.lerp(own.take(output), attended, share)
+    return output.index_put((own.rows, own.columns), merged)
+
+
+def _attend(packed: tuple[Packed, Packed], query, key, value, scaling: float, kernel):
+    """Returns packed outputs (N, H, D) and log-sum-exps (N, H)."""
+    q, k = packed
+    attended, log_sum = kernel(
+        q.take(query),
+        k.take(key),
+        k.take(value),
+        q.starts,
+        k.starts,
+        q.max_length,
+        k.max_length,
+        scaling,
+    )
+    return attended, log_sum.transpose(0, 1)
+
+
+def flash_varlen(query, key, value, starts_q, starts_k, max_q, max_k, scaling):
+    """Attends within packed groups by flash-attn's kernel.
+
+    Takes (N, H, D) and where each group starts; returns (N, H, D) and log-sum-exps (H, N).
+    """
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise ImportError(f"expected flash-attn for this attention, got: {error}") from error
+    output, log_sum, _ = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        starts_q,
+        starts_k,
+        max_q,
+        max_k,
+        softmax_scale=scaling,
+        return_attn_probs=True,
+    )
+    return output, log_sum
+
+
+def reference_varlen(query, key, value, starts_q, starts_k, max_q, max_k, scaling):
+    """Attends within packed groups in plain PyTorch, as `flash_varlen` does: for CPUs and tests."""
+    outputs, log_sums = [], []
+    repeats = query.shape[1] // key.shape[1]  # of grouped keys and values
+    bounds_q, bounds_k = starts_q.tolist(), starts_k.tolist()
+    for group in range(len(bounds_q) - 1):
+        q = query[bounds_q[group] : bounds_q[group + 1]]
+        k, v = (
+            x[bounds_k[group] : bounds_k[group + 1]].repeat_interleave(repeats, 1)
+            for x in (key, value)
+        )
+        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scaling
+        log_sums.append(scores.logsumexp(-1))  # (H, q)
+        weights = scores.softmax(-1).to(v.dtype)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(outputs), torch.cat(log_sums, 1)
+
+
+AttentionInterface.register(TREE, tree_attention)

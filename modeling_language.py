@@ -3,12 +3,9 @@
 Axis letters: B batch, L sequence, D text width.
 """
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,63 +19,9 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_perceptiondlm import PerceptionDLMConfig, PerceptionDLMTextConfig
-from .modeling_attention import BranchAttention
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)  # no quantised or distributed weights
-FEWEST_ROWS, FEWEST_WEIGHTS = 16, 2**16  # smaller products gain nothing
-
-
-class OneDNNLinear(TorchFunctionMode):
-    """Inside it, `F.linear` of plain float32 CPU tensors without gradient runs in oneDNN.
-
-    The sums are taken in another order than MKL's: results differ by float32 rounding.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and not kwargs and _takes(*args):
-            return linear(*args)
-        return func(*args, **(kwargs or {}))
-
-    def __exit__(self, *raised):
-        # torch takes modes off their stack during a call; Ctrl-C between that and its `try` leaves
-        # this one off, and taking off another would hide the interrupt behind a RuntimeError
-        if any(mode is self for mode in _get_current_function_mode_stack()):
-            super().__exit__(*raised)
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` in oneDNN, which compiles and keeps a kernel for every shape it meets: so the
-    number of rows is padded to one of few, or memory would grow with every new length."""
-    rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    missing = padded_rows(len(rows)) - len(rows)
-    padded = F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
-    out = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
-    return out[: len(rows)].view(*x.shape[:-1], -1)
-
-
-def padded_rows(rows: int) -> int:
-    """The next of eight numbers an octave, and a multiple of 16 at least."""
-    unit = max(16, 1 << (rows.bit_length() - 4))
-    return -(-rows // unit) * unit
-
-
-def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
-    given = (x, weight) if bias is None else (x, weight, bias)
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and all(type(t) in PLAIN and t.dtype == torch.float32 for t in given)
-        and all(t.device.type == "cpu" for t in given)
-        and x.numel() >= FEWEST_ROWS * x.shape[-1]
-        and weight.numel() >= FEWEST_WEIGHTS
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def fastest_linear(device: torch.device):
-    """A context in which linear layers run the fastest known way on `device`."""
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return OneDNNLinear() if device.type == "cpu" and known else contextlib.nullcontext()
+PLAIN = (torch.Tensor, nn.Parameter)  # no quantized or distributed weights
+MIN_ROWS, MIN_WEIGHTS = 16, 2**16  # smaller products gain nothing
 
 
 class PerceptionDLMPreTrainedModel(PreTrainedModel):
@@ -157,21 +100,30 @@ class PerceptionDLMAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=bias)
 
-    def forward(self, hidden, rotary, attention_mask, cache=None, first_query: int = 0):
-        """Attends from the positions from `first_query` on to all of `hidden` and the cache."""
+    def forward(
+        self, hidden, rotary, attention_mask, cache=None, start: int = 0, first_query: int = 0
+    ) -> torch.Tensor:
+        """Attends from the positions from `first_query` on to all of `hidden` and the cache.
+
+        Args:
+            hidden: (B, L, D); rotary: cos and sin, (B, L, head_dim).
+            attention_mask: as the attention implementation takes it, see `Structure.argument`.
+            cache: a `StaticKVCache`, into which keys and values are written from column `start`.
+
+        Returns (B, L - first_query, D).
+        """
         cos, sin = rotary
         key, value = self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
         key = _rotated(key, cos, sin)
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = cache.update(key, value, self.layer_idx, start)
 
         asking = hidden[:, first_query:]
         if not asking.shape[1]:  # only keys and values were wanted
             return asking
         query = self._heads(self.q_proj(asking))
         query = _rotated(query, cos[:, first_query:], sin[:, first_query:])
-        if isinstance(attention_mask, BranchAttention):
-            return self.o_proj(attention_mask(query, key, value, self.scaling).flatten(2))
+
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -201,10 +153,12 @@ class PerceptionDLMDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden, rotary, attention_mask, cache=None, first_query: int = 0):
-        attended = self.self_attn(
-            self.input_layernorm(hidden), rotary, attention_mask, cache, first_query
-        )
+    def forward(
+        self, hidden, rotary, attention_mask, cache=None, start: int = 0, first_query: int = 0
+    ) -> torch.Tensor:
+        """Runs the layer for the positions from `first_query` on; see `PerceptionDLMAttention`."""
+        normed = self.input_layernorm(hidden)
+        attended = self.self_attn(normed, rotary, attention_mask, cache, start, first_query)
         hidden = hidden[:, first_query:] + attended
         if not hidden.shape[1]:  # no module is called with nothing
             return hidden
@@ -233,29 +187,33 @@ class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
         position_ids: torch.Tensor,
         attention_mask=None,
         cache=None,
+        start: int = 0,
         first_query: int = 0,
         last_attention_mask=None,
         hidden_states: list | None = None,
     ) -> torch.Tensor:
-        """Normalised states (B, L - first_query, D) of the positions from `first_query` on.
+        """Returns normalized states (B, L - first_query, D) of the positions from `first_query` on.
 
         Args:
             inputs_embeds: (B, L, D); position_ids: int (B, L), any order.
-            attention_mask: as `attention_argument` makes it, for L queries, or a `BranchAttention`.
-            cache: an object whose `update(key, value, layer)` gives the keys and values to attend.
+            attention_mask: as `Structure.argument` makes it, for L queries.
+            cache: a `StaticKVCache`, into which keys and values are written from column `start`;
+                what stands there before it is attended to.
             first_query: the last layer computes queries from here only, with
                 `last_attention_mask` for them; L for none, where only the cache is to be filled.
             hidden_states: a list to which the embeddings and each layer's output are appended.
         """
         hidden = inputs_embeds
         rotary = self.rotary_emb(hidden, position_ids.to(hidden.device))
+
         for i, layer in enumerate(self.layers):
             if hidden_states is not None:
                 hidden_states.append(hidden)
             if first_query and i + 1 == len(self.layers):
-                hidden = layer(hidden, rotary, last_attention_mask, cache, first_query)
+                hidden = layer(hidden, rotary, last_attention_mask, cache, start, first_query)
             else:
-                hidden = layer(hidden, rotary, attention_mask, cache)
+                hidden = layer(hidden, rotary, attention_mask, cache, start)
+
         if not hidden.shape[1]:
             return hidden
         hidden = self.norm(hidden)
@@ -289,3 +247,65 @@ class PerceptionDLMLanguageModel(PerceptionDLMPreTrainedModel):
 
     def set_output_embeddings(self, value):
         self.lm_head = value
+
+
+class OneDNNLinear(nn.Linear):
+    """Computes plain float32 products on CPUs, without gradient, through oneDNN.
+
+    PyTorch gives them to MKL, which reached less than half of oneDNN's rate on the AMD processor
+    of the README's benchmark. The sums are taken in another order than MKL's: results differ by
+    float32 rounding. Whatever else comes is computed as `nn.Linear` does.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns (..., out_features) of x (..., in_features)."""
+        if not _suits_onednn(x, self.weight, self.bias):
+            return super().forward(x)
+        return onednn_linear(x, self.weight, self.bias)
+
+
+def fastest_linear(model: nn.Module):
+    """Lets the plain linear layers of a model compute in the fastest known way on its device.
+
+    On a CPU they become `OneDNNLinear`, in place, where PyTorch has oneDNN: their weights, names
+    and hooks stay, and so do all other layers.
+    """
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not known:
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.device.type == "cpu":
+            module.__class__ = OneDNNLinear
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Computes `F.linear` in oneDNN.
+
+    oneDNN compiles and keeps a kernel for every shape it meets: so the number of rows is padded to
+    one of few, or memory would grow with every new length.
+    """
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    missing = padded_rows(len(rows)) - len(rows)
+    padded = F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+    out = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
+    return out[: len(rows)].view(*x.shape[:-1], -1)
+
+
+def padded_rows(rows: int) -> int:
+    """Rounds up to one of eight sizes per power of two, in multiples of 16."""
+    unit = max(16, 1 << (rows.bit_length() - 4))
+    return -(-rows // unit) * unit
+
+
+def _suits_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Tells whether oneDNN may compute a product, and is the faster way."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and all(type(t) in PLAIN and t.dtype == torch.float32 for t in given)
+        and all(t.device.type == "cpu" for t in given)
+        and x.numel() >= MIN_ROWS * x.shape[-1]
+        and weight.numel() >= MIN_WEIGHTS
+        and not torch.is_autocast_enabled("cpu")
+    )

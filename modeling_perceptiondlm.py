@@ -29,10 +29,10 @@ from .configuration_perceptiondlm import (
     SHARED_REGION,
     PerceptionDLMConfig,
 )
-from .generation_diffusion import AnswerGenerationMixin, DiffusionGenerationMixin
-from .generation_options import DiffusionOptions, expect_neutral
+from .generation_diffusion import DiffusionGenerationMixin
+from .generation_options import default_generation_config, expect_neutral
 from .image_loading import expect_shards_inside
-from .modeling_attention import allowed_attention, attention_argument
+from .modeling_attention import Structure
 from .modeling_language import (
     PerceptionDLMLanguageModel,
     PerceptionDLMPreTrainedModel,
@@ -114,9 +114,7 @@ class PerceptionDLMOutput(ModelOutput):
         )
 
 
-class PerceptionDLMForConditionalGeneration(
-    DiffusionGenerationMixin, AnswerGenerationMixin, PerceptionDLMPreTrainedModel
-):
+class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, PerceptionDLMPreTrainedModel):
     """Captions image regions, or answers about images, by masked diffusion (arXiv:2606.19534)."""
 
     _tied_weights_keys = {
@@ -136,8 +134,7 @@ class PerceptionDLMForConditionalGeneration(
         if config.image_layout == "anyres":
             self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
         self.language_model = PerceptionDLMLanguageModel(config.text_config)
-        options = DiffusionOptions.build(config.generation_defaults, {})
-        self.generation_config.max_new_tokens = options.max_new_tokens
+        self.generation_config = default_generation_config(config)
         self.post_init()
 
     @torch.no_grad()
@@ -404,15 +401,9 @@ class PerceptionDLMForConditionalGeneration(
         )
         if only_embeds:
             return embeds
-        allowed = allowed_attention(self.config.region_layout, region_ids, role_ids, attention_mask)
-        implementation = self.language_model.config._attn_implementation
+        structure = Structure(self.config.region_layout, region_ids, role_ids, attention_mask)
         states = [] if self._wants(output_hidden_states, "output_hidden_states") else None
-        hidden = self.language_model.model(
-            embeds,
-            position_ids,
-            attention_argument(allowed, implementation, embeds.dtype),
-            hidden_states=states,
-        )
+        hidden = self.attend(embeds, position_ids, structure, states)
         loss = logits = None
         if labels is not None:
             own = self._masked_logits(hidden, masked)
@@ -422,6 +413,22 @@ class PerceptionDLMForConditionalGeneration(
             logits = self._kept_logits(hidden, logits_to_keep)
         output = PerceptionDLMOutput(loss, logits, tuple(states) if states is not None else None)
         return output if self._wants(return_dict, "return_dict") else output.to_tuple()
+
+    def attend(
+        self, embeds, position_ids, structure: Structure, hidden_states: list | None = None
+    ) -> torch.Tensor:
+        """Runs embedded sequences (B, L, D) through the decoder as a structure says.
+
+        `hidden_states` is a list to which the embeddings and each layer's output are appended.
+        Returns normalized states (B, L, D), of which `language_model.lm_head` makes logits.
+        """
+        implementation = self.language_model.config._attn_implementation
+        return self.language_model.model(
+            embeds,
+            position_ids,
+            structure.argument(implementation, embeds.dtype),
+            hidden_states=hidden_states,
+        )
 
     def _masked_logits(self, hidden, masked) -> torch.Tensor:
         """Logits (n, V) of the n masked positions.

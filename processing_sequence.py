@@ -275,3 +275,9 @@ def _expect_values(inputs, config: PerceptionDLMConfig):
         least, most = tensor.min().item(), tensor.max().item()
         if not (low <= least and most <= high):  # NaN fails this too
             raise ValueError(f"expected {name} in [{low}, {high}], got [{least}, {most}]")
+
+
+def response_length(ids: Sequence[int], ends: Sequence[tuple[int, ...]]) -> int:
+    """Counts the tokens of a response before the first of the sequences that end it."""
+    starts = (i for end in ends for i in range(len(ids)) if tuple(ids[i : i + len(end)]) == end)
+    return min(starts, default=len(ids))

@@ -10,7 +10,7 @@ import torch
 
 from ..configuration_perceptiondlm import ROLE_CAPTION
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
-from ..modeling_attention import allowed_attention, attention_argument
+from ..modeling_attention import Structure
 
 
 def caption_regions_plainly(model, inputs: dict, steps: int) -> list[list[int]]:
@@ -18,26 +18,28 @@ def caption_regions_plainly(model, inputs: dict, steps: int) -> list[list[int]]:
 
     `inputs` are the processor's tensors in the released layout; rows run one after another.
     """
-    return _decode_rows(model, inputs, steps, remask_jointly, banned=[])
+    return _decode_rows(model, inputs, steps, remask_jointly, suppressed=[])
 
 
 def answer_questions_plainly(model, inputs: dict, steps: int) -> list[list[int]]:
     """As `caption_regions_plainly`, for answers of one block, committed in `steps`."""
-    return _decode_rows(model, inputs, steps, commit_surest, model.config.banned_token_ids)
+    return _decode_rows(
+        model, inputs, steps, commit_surest, model.decoding_defaults["suppress_tokens"]
+    )
 
 
 @torch.no_grad()
-def _decode_rows(model, inputs: dict, steps: int, still_masked, banned) -> list[list[int]]:
+def _decode_rows(model, inputs: dict, steps: int, still_masked, suppressed) -> list[list[int]]:
     names = PerceptionDLMImageProcessor.model_input_names
     pictures = {k: inputs[k] for k in names if k in inputs}
     prompt_embeds = model.embed_inputs(inputs["input_ids"], inputs["role_ids"], **pictures)
     return [
-        _decode_row(model, inputs, prompt_embeds, row, steps, still_masked, banned)
+        _decode_row(model, inputs, prompt_embeds, row, steps, still_masked, suppressed)
         for row in range(len(prompt_embeds))
     ]
 
 
-def _decode_row(model, inputs, prompt_embeds, row, steps, still_masked, banned) -> list[int]:
+def _decode_row(model, inputs, prompt_embeds, row, steps, still_masked, suppressed) -> list[int]:
     mask_id = model.config.mask_token_id
     kept = inputs["attention_mask"][row].bool()
     ids = inputs["input_ids"][row][kept].clone()  # (L,)
@@ -48,7 +50,7 @@ def _decode_row(model, inputs, prompt_embeds, row, steps, still_masked, banned) 
         embeds = prompt_embeds[row][kept].clone()
         embeds[is_answer] = model.get_input_embeddings()(ids[is_answer])
         logits = _whole_sequence_logits(model, inputs, row, kept, embeds)  # (L, V)
-        logits[:, banned] = -torch.inf
+        logits[:, suppressed] = -torch.inf
         probabilities = logits.double().softmax(-1)
         predicted = probabilities.argmax(-1)
         confidence = probabilities.gather(-1, predicted[:, None])[:, 0]
@@ -75,14 +77,7 @@ def commit_surest(places: list[int], masked: set[int], confidence, step: int, st
 
 
 def _whole_sequence_logits(model, inputs, row, kept, embeds) -> torch.Tensor:
-    structure = [
-        inputs[k][row : row + 1, kept] for k in ("region_ids", "role_ids", "attention_mask")
-    ]
-    allowed = allowed_attention(model.config.region_layout, *structure)
-    implementation = model.language_model.config._attn_implementation
-    hidden = model.language_model.model(
-        embeds[None],
-        inputs["position_ids"][row : row + 1, kept],
-        attention_argument(allowed, implementation, embeds.dtype),
-    )
+    columns = [inputs[k][row : row + 1, kept] for k in ("region_ids", "role_ids", "attention_mask")]
+    structure = Structure(model.config.region_layout, *columns)
+    hidden = model.attend(embeds[None], inputs["position_ids"][row : row + 1, kept], structure)
     return model.language_model.lm_head(hidden)[0]

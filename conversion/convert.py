@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..configuration_perceptiondlm import AUTO_MAP
+from ..generation_options import take_defaults
 from .files import (
     ConversionError,
     fetch,
@@ -177,12 +178,15 @@ def write_shard(path: Path, source: Source, names: list[str], dtype: torch.dtype
 
 
 def write_settings(folder: Path, source: Source, dtype: torch.dtype):
-    """Writes config, tokenizer and processor."""
+    """Writes the configs of the model and of decoding, tokenizer and processor."""
     config = source.config
+    decoding = source.generation_config or take_defaults(config)
+    config.generation_defaults = config.banned_token_ids = None
     config.architectures = [MODEL_CLASS]
     config.auto_map = dict(AUTO_MAP)
     config.dtype = dtype
     config.save_pretrained(folder)
+    decoding.save_pretrained(folder)
     source.processor.save_pretrained(folder)
 
 

@@ -11,9 +11,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from ..common.extras import MissingExtra
 from ..configuration_perceptiondlm import PerceptionDLMConfig
+from ..generation_options import OPTIONS, default_generation_config
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
@@ -71,6 +73,7 @@ class Source:
     config: PerceptionDLMConfig
     processor: PerceptionDLMProcessor
     origins: dict[str, Origin]
+    generation_config: GenerationConfig | None = None  # None: what the config says
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -317,7 +320,18 @@ def _read_own(tensors: Tensors, folders: Sequence[Path], vision_source) -> Sourc
     config = PerceptionDLMConfig.from_dict(read_json(_first("config.json", folders)))
     tokenizer = read_tokenizer(_first("tokenizer.json", folders).parent)
     origins = map_names(tensors, OWN_RULES)
-    return Source(config, own_processor(folders, config, tokenizer), origins)
+    decoding = own_generation_config(folders, config)
+    return Source(config, own_processor(folders, config, tokenizer), origins, decoding)
+
+
+def own_generation_config(folders, config) -> GenerationConfig:
+    """Returns the decoding defaults of the config, and over them those saved in their own file."""
+    decoding = default_generation_config(config)
+    saved = next((f for f in folders if (f / "generation_config.json").exists()), None)
+    if saved is not None:
+        settings = read_json(saved / "generation_config.json")
+        decoding.update(**{name: settings[name] for name in OPTIONS if name in settings})
+    return decoding
 
 
 def own_processor(folders, config, tokenizer) -> PerceptionDLMProcessor:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..common.option_arguments import add_option_arguments, given_options
 from ..generation_options import options_of
+from ..generation_rules import ACCEPT_RULES
 
 # arguments of `diffusion_generate` that a step itself gives
 CALL_ARGUMENTS = ("images", "masks", "prompts", "inputs", "processor", "callback", "generator")
@@ -120,6 +122,9 @@ def _fingerprint(parameters: Iterable[tuple]) -> str:
     return digest.hexdigest()[:16]
 
 
+FLAGS = ("steps", *ACCEPT_RULES)  # decoding options that have an argument of their own
+
+
 def add_option_argument(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--option",
@@ -133,10 +138,7 @@ def add_option_argument(parser: argparse.ArgumentParser):
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser):
-    add = parser.add_argument
-    add("--steps", type=int, help="denoising steps; with --adaptive, the most that may be taken")
-    add("--adaptive", help="commit what is certain enough: threshold, factor or entropy_bound")
-    add("--adaptive-value", type=float, help="the threshold, factor or bound")
+    add_option_arguments(parser, only=FLAGS)
     add_option_argument(parser)
 
 
@@ -146,11 +148,8 @@ def decoding_options(args: argparse.Namespace, *, questions: bool = True) -> dic
     Raises ValueError for one that is given twice or alone without a use, that is no option of
     decoding, or, unless `questions` are answered too, that captions have no use for.
     """
-    flags = {name: getattr(args, name) for name in ("steps", "adaptive", "adaptive_value")}
-    options = named_options(args, reserved=[name for name, v in flags.items() if v is not None])
-    options = {name: v for name, v in flags.items() if v is not None} | options
-    if options.get("adaptive_value") is not None and options.get("adaptive") is None:
-        raise ValueError("expected --adaptive with --adaptive-value, got it alone")
+    flags = {name: value for name, value in given_options(args).items() if name in FLAGS}
+    options = flags | named_options(args, reserved=list(flags))
     useless = [] if questions else sorted(set(options) & set(options_of("answers")))
     if useless:
         raise ValueError(f"expected options of captions, got {', '.join(useless)}, of answers")

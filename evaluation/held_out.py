@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from ..generation_diffusion import plan_passes
+from ..generation_diffusion import plan_groups
 from ..generation_options import DiffusionOptions, options_for
 from ..scenes.shapes import Scene, render_scene
 from .synthetic_judge import score_answers, score_captions
@@ -71,13 +71,13 @@ def describe_scenes(
     captions, captioning = _caption(groups, scenes, options, progress=progress, **common)
     answers, answering = _answer(scenes, answer_options(model, options), progress, **common)
     most = model.config.num_region_prompts
-    passes = len(plan_passes([len(regions) for _, regions in groups], most))
+    passes = len(plan_groups([len(regions) for _, regions in groups], most))
     return SceneTexts(captions, answers, captioning, answering, passes)
 
 
 def answer_options(model, options: dict) -> dict:
     """`options` as questions take them: no more steps than an answer has positions."""
-    chosen = DiffusionOptions.build(model.config.generation_defaults, options)
+    chosen = DiffusionOptions.build(model.decoding_defaults, options)
     if chosen.steps is None:
         return options
     return options | {"steps": min(chosen.steps, chosen.max_new_tokens)}
@@ -178,7 +178,7 @@ def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
 
 def resolved_options(model, options: dict) -> dict:
     """Every decoding option in force: those given, over the checkpoint's and the defaults."""
-    chosen = DiffusionOptions.build(model.config.generation_defaults, options)
+    chosen = DiffusionOptions.build(model.decoding_defaults, options)
     record = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
     record.pop("generator")
     if chosen.steps is None:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..generation_cache import answer_slots, prompt_length
-from ..modeling_attention import allowed_attention, attention_argument
+from ..generation_cache import prompt_length, response_slots
+from ..modeling_attention import Structure
 
 COLUMNS = ("region_ids", "role_ids", "attention_mask")
 
@@ -92,7 +92,7 @@ class AnswerLogits:
         if len(inputs["input_ids"]) != 1:
             raise ValueError(f"expected inputs of one prompt, got {len(inputs['input_ids'])}")
         self.start = prompt_length(inputs)
-        answer_slots(inputs, self.start, model.config.mask_token_id)  # checks that it is masked
+        response_slots(inputs, self.start, model.config.mask_token_id)  # checks that it is masked
         self.positions = inputs.pop("position_ids")  # (1, L + n)
         self.columns = [inputs[name] for name in COLUMNS]
         inputs.pop("attention_mask")
@@ -106,11 +106,6 @@ class AnswerLogits:
         own = self.text.get_input_embeddings()(answers).to(self.prompt.device)
         embeds = torch.cat([self.prompt.expand(S, -1, -1), own], dim=1)
         columns = [column.expand(S, -1) for column in self.columns]
-        allowed = allowed_attention(self.model.config.region_layout, *columns)
-        implementation = self.text.config._attn_implementation
-        hidden = self.text.model(
-            embeds,
-            self.positions.expand(S, -1),
-            attention_argument(allowed, implementation, embeds.dtype),
-        )
+        structure = Structure(self.model.config.region_layout, *columns)
+        hidden = self.model.attend(embeds, self.positions.expand(S, -1), structure)
         return self.text.lm_head(hidden[:, self.start :]).to(answers.device)

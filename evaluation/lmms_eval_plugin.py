@@ -77,7 +77,7 @@ class PerceptionDLMForLMMSEval(lmms):
         device = str(self.accelerator.device) if several or device is None else device
         self.model, self.processor = load_model(pretrained, subfolder, dtype, device)
         self.options = options
-        DiffusionOptions.build(self.model.config.generation_defaults, options)
+        DiffusionOptions.build(self.model.decoding_defaults, options)
         self.batch_size = int(batch_size)
         self.likelihood_samples = likelihood_samples
         self.likelihood_seed = likelihood_seed

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.files import GrowingFile, json_bytes
-from ..generation_loop import ACCEPT_RULES, accept_rule
+from ..generation_options import DiffusionOptions
+from ..generation_rules import ACCEPT_RULES
 from .checkpoint import (
     add_checkpoint_arguments,
     add_option_argument,
@@ -25,7 +26,7 @@ from .synthetic import add_scene_arguments, summary_line
 
 FIXED = "fixed"  # the schedule that takes all its steps
 DEFAULT_RULES = "fixed,threshold:0.9,threshold:0.7,factor:1.0,entropy_bound:0.1"
-RULED = ("steps", "adaptive", "adaptive_value", "adaptive_verify")  # of each row's rule
+RULED = ("steps", *ACCEPT_RULES, "remask_below")  # of each row's rule
 MEASURED = (
     "forwards_per_pass",
     "tokens_per_forward",
@@ -64,8 +65,13 @@ class SweepRule:
         if name == FIXED:
             return cls(name)
         try:
-            accepted = accept_rule(name, float(value) if value else None).value
-            return cls(name, accepted, float(verify) if verify else None)
+            rule = cls(
+                name,
+                float(value) if value else ACCEPT_RULES[name]().value,
+                float(verify) if verify else None,
+            )
+            DiffusionOptions(**rule.options(None))  # checks the values
+            return rule
         except ValueError as error:
             raise argparse.ArgumentTypeError(
                 f"expected a rule with a number of 0 or more, got {text!r}"
@@ -76,8 +82,7 @@ class SweepRule:
         budget = {} if steps is None else {"steps": steps}
         if self.name == FIXED:
             return budget
-        adaptive = {"adaptive": self.name, "adaptive_value": self.value}
-        return budget | adaptive | {"adaptive_verify": self.verify}
+        return budget | {self.name: self.value, "remask_below": self.verify}
 
 
 def parse_rules(text: str) -> list[SweepRule]:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from tqdm import tqdm
 
 from ..conversion.output import new_folder
+from ..generation_rules import ACCEPT_RULES
 from ..image_masks import encode_rle
 from ..scenes.shapes import SPLITS, VOCABULARY, Scene, named_values, render_scene
 from .benchmarks import Benchmark, load_benchmark
@@ -43,7 +44,7 @@ RIGHT, UNNAMED, WRONG = range(3)  # choices of a question about an attribute
 MENTIONED, UNMENTIONED = range(2)  # choices of a question about another region
 MEASURING = (  # options of measuring, which `write` and `judge` have no use for
     *("model", "subfolder", "dtype", "device", "scenes", "seed", "batch_size", "output"),
-    *("steps", "adaptive", "adaptive_value", "options", "regions_per_pass", "texts"),
+    *("steps", *ACCEPT_RULES, "options", "regions_per_pass", "texts"),
 )
 IDENTIFYING = ("shape", "colour", "position")  # what tells regions apart; others often agree
 

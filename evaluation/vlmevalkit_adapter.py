@@ -43,7 +43,7 @@ class PerceptionDLMForVLMEvalKit(BaseModel):
             model_path, subfolder, dtype, device or default_device()
         )
         self.options = options
-        defaults = self.model.config.generation_defaults
+        defaults = self.model.decoding_defaults
         self.max_new_tokens = DiffusionOptions.build(defaults, options).max_new_tokens
 
     def generate_inner(self, message: list[dict], dataset: str | None = None) -> str:

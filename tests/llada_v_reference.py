@@ -166,7 +166,7 @@ class Conversation:
         return self.network.text(hidden, range(length), everything)[len(self.prompt) :]
 
 
-def answer(predict, length, steps, block, *, mask, banned, stops) -> tuple[list[int], int]:
+def answer(predict, length, steps, block, *, mask, suppressed, stops) -> tuple[list[int], int]:
     """LLaDA-V's sampler, in which what is masked is what holds the mask token: the ids, and where
     the first stop stands (`length`: nowhere). `predict(ids)` gives logits (length, V)."""
     ids, stop = [mask] * length, length
@@ -180,7 +180,7 @@ def answer(predict, length, steps, block, *, mask, banned, stops) -> tuple[list[
             if (found and not masked) or mask not in ids[first : first + block]:
                 break
             logits = predict(ids)
-            logits[:, banned] = -math.inf
+            logits[:, suppressed] = -math.inf
             probabilities = logits.softmax(-1)
             quota = block // each + (1 if step < block % each else 0)
             for i in sorted(masked, key=lambda i: -float(probabilities[i].max()))[:quota]:

@@ -210,6 +210,7 @@ class Network:
 
     def __init__(self, model):
         self.config = model.config
+        self.suppressed = model.decoding_defaults["suppress_tokens"]
         self.weights = {k: v.double() for k, v in model.state_dict().items()}
 
     def linear(self, x, name):
@@ -564,7 +565,7 @@ def answer_question(
     visual = visual_tokens(network, pictures)
     mask = network.config.mask_token_id
     sequence = chat_sequence(tokenizer, [len(v) for v in visual], question, [mask] * length, tree)
-    banned = network.config.banned_token_ids
+    banned = network.suppressed
     columns = sequence.answers[0]
 
     def predict(ids, prompt_masked):

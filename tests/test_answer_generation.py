@@ -229,7 +229,7 @@ def test_tokens_can_be_suppressed_beside_the_checkpoints(asked):
     length = inputs["input_ids"].shape[1]
     likely = model.generate(**inputs)[:, length:].unique().tolist()
     out = model.generate(**inputs, suppress_tokens=likely)[:, length:]
-    assert not set(out.unique().tolist()) & {*likely, *model.config.banned_token_ids}
+    assert not set(out.unique().tolist()) & {*likely, *model.decoding_defaults["suppress_tokens"]}
 
 
 def test_a_result_is_an_output_with_sequences_on_request(asked):

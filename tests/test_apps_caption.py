@@ -173,7 +173,7 @@ def test_drawings_of_a_folder_go_to_a_folder_without_clashes(run, scene, tmp_pat
     assert {p.name for p in out.iterdir()} == {"cat.png", "cat-2.png"}
 
 
-@pytest.mark.parametrize("option", ["--steps 2", "--adaptive factor --adaptive-value 99"])
+@pytest.mark.parametrize("option", ["--steps 2", "--factor 99"])
 def test_decoding_options_reach_the_model(run, scene, option, capsys):
     run(scene[0], "--masks", *scene[1], "--format", "json")
     usual = json.loads(capsys.readouterr().out)[0]["num_forwards"]

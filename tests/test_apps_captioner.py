@@ -109,7 +109,7 @@ def test_an_answer_streams_too(base, vectors):
 
 
 def test_masked_positions_only_ever_get_fewer_in_an_adaptive_stream(base, vectors):
-    steps = base.stream(vectors / "chat_0.png", question="What?", adaptive="threshold")
+    steps = base.stream(vectors / "chat_0.png", question="What?", threshold=0.9)
     counts = [step.texts[0].split().count(MASKED) for step in steps]
     assert counts == sorted(counts, reverse=True)
 

@@ -150,7 +150,7 @@ def test_flash_attention_with_regions_fails_clearly_in_the_model(make, picture, 
     config = model.language_model.config
     try:
         config._attn_implementation = "flash_attention_2"
-        with pytest.raises(ValueError, match="load with attn_implementation 'sdpa'"):
+        with pytest.raises(ValueError, match="load with attn_implementation 'tree'"):
             model(**inputs)
     finally:
         config._attn_implementation = "sdpa"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig, PerceptionDLMTextConfig
+from perceptiondlm.generation_options import default_generation_config
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from transformers import AutoConfig
 
@@ -101,15 +102,17 @@ def test_a_deep_copy_shares_nothing(make_config):
 
 
 def test_two_default_configs_share_no_lists():
-    PerceptionDLMConfig().banned_token_ids.append(-1)
-    assert -1 not in PerceptionDLMConfig().banned_token_ids
+    PerceptionDLMConfig().roi_token_ids.append(-1)
+    assert -1 not in PerceptionDLMConfig().roi_token_ids
 
 
-def test_banned_tokens_default_to_those_of_the_released_sampler(make_config):
+def test_suppressed_tokens_default_to_those_of_the_released_sampler(make_config):
     config = make_config()
     headers = {config.start_header_token_id, config.end_header_token_id}
     ends = {config.bos_token_id, config.eos_token_id}
-    assert set(config.banned_token_ids) == headers | ends | {config.mask_token_id}
+    assert set(default_generation_config(config).suppress_tokens) == headers | ends | {
+        config.mask_token_id
+    }
 
 
 @pytest.mark.parametrize("theta", [None, 12345.0])

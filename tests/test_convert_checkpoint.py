@@ -259,9 +259,11 @@ def test_llava_settings_that_only_it_has_are_in_the_config(tmp_path):
     output = convert(VECTORS / "released-llava", tmp_path / "out", vision_source=vision)
     config = config_of(output)
     assert config["anyres_max_tiles"] == 4 and config["spatial_merge_size"] == 1
-    assert config["generation_defaults"] == {"stop_strings": ["<|eot_id|>"]}
-    assert config["mask_token_id"] not in config["banned_token_ids"]
-    assert len(config["banned_token_ids"]) == 4
+    assert not config.get("generation_defaults") and not config.get("banned_token_ids")
+    decoding = json.loads((output / "generation_config.json").read_text())
+    assert decoding["stop_strings"] == ["<|eot_id|>"]
+    assert config["mask_token_id"] not in decoding["suppress_tokens"]
+    assert len(decoding["suppress_tokens"]) == 4
 
 
 # This package's own layout

@@ -5,21 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from perceptiondlm.generation_loop import (
+from perceptiondlm.generation_loop import Sampler, denoise, keep_top_k, keep_top_p
+from perceptiondlm.generation_options import DiffusionOptions
+from perceptiondlm.generation_rules import (
     Adaptive,
-    BlockCommit,
     EntropyBound,
     Factor,
-    JointRemasking,
     Prediction,
-    Sampler,
+    RemaskLowConfidence,
+    SemiAutoregressive,
     State,
     StopAt,
     Threshold,
-    accept_rule,
-    denoise,
-    keep_top_k,
-    keep_top_p,
 )
 from scipy.stats import chisquare
 
@@ -89,7 +86,7 @@ def history(predict, state, rule, **options):
 @pytest.mark.parametrize(("positions", "steps"), [(24, 8), (12, 24), (7, 3), (5, 5), (3, 1)])
 def test_joint_remasking_equals_the_plain_loop(positions, steps):
     network = Noise(seed=positions)
-    state, forwards = run(network, blank(1, positions), JointRemasking(steps))
+    state, forwards = run(network, blank(1, positions), RemaskLowConfidence(steps))
     tokens, masked, calls = [MASK] * positions, set(range(positions)), 0
     plain = Noise(seed=positions)
     for step in range(steps):
@@ -120,7 +117,7 @@ def test_joint_remasking_commits_the_mask_token_like_any_other(positions, steps)
         logits[..., ::3, MASK] += 9.0 * ((step + tokens.sum()) % 2)
         return logits
 
-    state, _ = run(prefers_masks, blank(1, positions), JointRemasking(steps))
+    state, _ = run(prefers_masks, blank(1, positions), RemaskLowConfidence(steps))
     tokens, filled_anew = [MASK] * positions, list(range(positions))
     for step in range(steps):
         probabilities = prefers_masks(torch.tensor([[tokens]]), step)[0, 0].double().softmax(-1)
@@ -135,7 +132,7 @@ def test_joint_remasking_commits_the_mask_token_like_any_other(positions, steps)
     assert state.tokens.flatten().tolist() == tokens
 
 
-@pytest.mark.parametrize("rule", [JointRemasking(200), BlockCommit(200, 6, 1, retry_masks=True)])
+@pytest.mark.parametrize("rule", [RemaskLowConfidence(200), SemiAutoregressive(200, 6, 1)])
 def test_no_state_is_shown_to_the_network_twice_where_steps_do_not_matter(rule):
     noise = Noise(seed=3)
 
@@ -157,27 +154,31 @@ def test_no_state_is_shown_to_the_network_twice_where_steps_do_not_matter(rule):
 def test_every_step_is_run_where_the_choice_is_drawn():
     sampler = Sampler(temperature=1.0, noise=drawn(0))
     _, forwards = run(
-        fixed([[0.5, 0.4, 0.3]]), blank(1, 3), JointRemasking(9), sampler, depends_on_step=False
+        fixed([[0.5, 0.4, 0.3]]),
+        blank(1, 3),
+        RemaskLowConfidence(9),
+        sampler,
+        depends_on_step=False,
     )
     assert int(forwards) == 7
 
 
 def test_joint_remasking_stops_when_nothing_is_masked():
     """4 positions and 32 steps: int(4 (31 - s) / 32) is 0 from step 24 on."""
-    state, forwards = run(Noise(1), blank(1, 4), JointRemasking(32))
+    state, forwards = run(Noise(1), blank(1, 4), RemaskLowConfidence(32))
     assert not state.masked.any()
     assert int(forwards) == 25
 
 
 def test_joint_remasking_ranks_all_captions_of_a_pass_together():
     sure, unsure = [0.9, 0.91, 0.92, 0.93], [0.1, 0.11, 0.12, 0.13]
-    first = history(fixed([sure, unsure]), blank(2, 4), JointRemasking(2))[0]
+    first = history(fixed([sure, unsure]), blank(2, 4), RemaskLowConfidence(2))[0]
     assert first.masked.tolist() == [[[False] * 4, [True] * 4]]
 
 
 def test_joint_remasking_by_region_ranks_each_caption_alone():
     sure, unsure = [0.9, 0.91, 0.92, 0.93], [0.1, 0.11, 0.12, 0.13]
-    first = history(fixed([sure, unsure]), blank(2, 4), JointRemasking(2, "region"))[0]
+    first = history(fixed([sure, unsure]), blank(2, 4), RemaskLowConfidence(2, "region"))[0]
     assert first.masked.tolist() == [[[True, True, False, False]] * 2]
 
 
@@ -187,7 +188,7 @@ def test_a_committed_position_keeps_its_token_until_it_is_masked_again():
     first, second = prediction([[0.9, 0.2, 0.3]]), prediction([[0.8, 0.7, 0.6]])
     second.logits[0, 0, 0] = second.logits[0, 0, 0].roll(5)
     logits = [first.logits, second.logits, second.logits]
-    states = history(lambda tokens, step: logits[step], blank(1, 3), JointRemasking(3))
+    states = history(lambda tokens, step: logits[step], blank(1, 3), RemaskLowConfidence(3))
     assert states[0].tokens.tolist() == [[[0, MASK, MASK]]]
     assert states[1].tokens.tolist() == [[[0, 1, MASK]]]
     assert states[2].tokens.tolist() == [[[0, 1, 2]]]
@@ -196,7 +197,7 @@ def test_a_committed_position_keeps_its_token_until_it_is_masked_again():
 def test_a_position_whose_best_guess_gets_doubtful_is_masked_again():
     early, late = prediction([[0.9, 0.2, 0.3]]), prediction([[0.1, 0.7, 0.6]])
     logits = [early.logits, late.logits, late.logits]
-    states = history(lambda tokens, step: logits[step], blank(1, 3), JointRemasking(3))
+    states = history(lambda tokens, step: logits[step], blank(1, 3), RemaskLowConfidence(3))
     assert states[0].tokens.tolist() == [[[0, MASK, MASK]]]
     assert states[1].tokens.tolist() == [[[MASK, 1, 2]]]
 
@@ -205,8 +206,8 @@ def test_groups_that_pad_a_batch_are_not_counted():
     state = blank(2, 4)
     state.valid[:, 1] = False
     state.masked &= state.valid
-    padded = history(fixed([[0.4, 0.3, 0.2, 0.1]] * 2), state, JointRemasking(2))
-    alone = history(fixed([[0.4, 0.3, 0.2, 0.1]]), blank(1, 4), JointRemasking(2))
+    padded = history(fixed([[0.4, 0.3, 0.2, 0.1]] * 2), state, RemaskLowConfidence(2))
+    alone = history(fixed([[0.4, 0.3, 0.2, 0.1]]), blank(1, 4), RemaskLowConfidence(2))
     for got, expected in zip(padded, alone, strict=True):
         assert torch.equal(got.tokens[:, :1], expected.tokens)
         assert torch.equal(got.masked[:, :1], expected.masked)
@@ -218,8 +219,8 @@ def test_groups_that_pad_a_batch_are_not_counted():
 )
 def test_block_commit_equals_the_plain_loop(length, block, steps):
     network, plain = Noise(seed=length), Noise(seed=length)
-    rule = BlockCommit(steps, block, length // block)
-    state, _ = run(network, blank(1, length), rule)
+    rule = SemiAutoregressive(steps, block, length // block)
+    state, _ = run(network, blank(1, length), rule, Sampler(suppressed=torch.tensor([MASK])))
     tokens, step = [MASK] * length, 0
     each = steps // (length // block)
     for first in range(0, length, block):
@@ -227,7 +228,9 @@ def test_block_commit_equals_the_plain_loop(length, block, steps):
         for i in range(each):
             if not left and not any(t == MASK for t in tokens):
                 break
-            probabilities = plain(torch.tensor([[tokens]]), step)[0, 0].double().softmax(-1)
+            logits = plain(torch.tensor([[tokens]]), step)[0, 0].double()
+            logits[:, MASK] = -math.inf
+            probabilities = logits.softmax(-1)
             confidence, best = probabilities.max(-1)
             quota = block // each + (1 if i < block % each else 0)
             for place in sorted(left, key=lambda p: -float(confidence[p]))[:quota]:
@@ -238,7 +241,7 @@ def test_block_commit_equals_the_plain_loop(length, block, steps):
 
 
 def test_block_commit_never_looks_ahead():
-    states = history(fixed([[0.1, 0.2, 0.8, 0.9]]), blank(1, 4), BlockCommit(4, 2, 2))
+    states = history(fixed([[0.1, 0.2, 0.8, 0.9]]), blank(1, 4), SemiAutoregressive(4, 2, 2))
     assert [s.tokens.flatten().tolist() for s in states] == [
         [MASK, 1, MASK, MASK],
         [0, 1, MASK, MASK],
@@ -248,7 +251,7 @@ def test_block_commit_never_looks_ahead():
 
 
 def test_equal_confidences_commit_by_position():
-    states = history(fixed([[0.5] * 4]), blank(1, 4), BlockCommit(4, 4, 1))
+    states = history(fixed([[0.5] * 4]), blank(1, 4), SemiAutoregressive(4, 4, 1))
     assert [int(s.masked.sum()) for s in states] == [3, 2, 1, 0]
     assert states[0].masked.tolist() == [[[False, True, True, True]]]
 
@@ -260,7 +263,7 @@ def test_a_mask_token_may_be_decoded_again_within_the_schedule():
     yielding = torch.tensor([[[0, 1, 2, 3]]])
     confidence = [[0.4, 0.9, 0.3, 0.2]]
     logits = [prediction(confidence, t).logits for t in (stubborn, stubborn, yielding, yielding)]
-    rule = BlockCommit(4, 4, 1, retry_masks=True)
+    rule = SemiAutoregressive(4, 4, 1)
     states = history(lambda tokens, step: logits[step], blank(1, 4), rule)
     left = [s.masked.flatten().tolist() for s in states]
     assert left[:2] == [[True] * 4] * 2
@@ -273,7 +276,7 @@ def test_a_block_left_unfinished_is_gone_on_with_in_the_next():
     yielding = torch.tensor([[[0, 1, 2, 3]]])
     confidence = [[0.4, 0.9, 0.3, 0.2]]
     logits = [prediction(confidence, t).logits for t in (stubborn, stubborn, yielding, yielding)]
-    rule = BlockCommit(4, 2, 2, retry_masks=True)
+    rule = SemiAutoregressive(4, 2, 2)
     states = history(lambda tokens, step: logits[step], blank(1, 4), rule)
     assert states[1].tokens.tolist() == [[[MASK] * 4]]
     assert states[3].tokens.tolist() == [[[0, 1, MASK, MASK]]]
@@ -286,7 +289,7 @@ def test_after_a_stop_only_positions_before_it_are_decoded():
     """The sequence 5 6 is committed first; what stands behind it stays masked."""
     tokens = torch.tensor([[[1, 2, 5, 6, 3, 4]]])
     predict = fixed([[0.1, 0.2, 0.8, 0.9, 0.3, 0.4]], tokens)
-    rule = StopAt(BlockCommit(6, 6, 1), ((5, 6),))
+    rule = StopAt(SemiAutoregressive(6, 6, 1), ((5, 6),))
     state, forwards = run(predict, blank(1, 6), rule)
     assert state.tokens.tolist() == [[[1, 2, 5, 6, MASK, MASK]]]
     assert int(forwards) == 4
@@ -295,14 +298,14 @@ def test_after_a_stop_only_positions_before_it_are_decoded():
 def test_the_earliest_of_several_stops_counts():
     tokens = torch.tensor([[[1, 7, 2, 5, 6, 4]]])
     predict = fixed([[0.1, 0.7, 0.2, 0.8, 0.9, 0.3]], tokens)
-    state, _ = run(predict, blank(1, 6), StopAt(BlockCommit(6, 6, 1), ((5, 6), (7,))))
+    state, _ = run(predict, blank(1, 6), StopAt(SemiAutoregressive(6, 6, 1), ((5, 6), (7,))))
     assert state.tokens.tolist() == [[[1, 7, MASK, 5, 6, MASK]]]
 
 
 def test_a_stop_that_never_comes_changes_nothing():
     for stop in ((40, 41), tuple(range(9))):
-        stopped, _ = run(Noise(1), blank(1, 6), StopAt(BlockCommit(3, 3, 2), (stop,)))
-        plain, _ = run(Noise(1), blank(1, 6), BlockCommit(4, 3, 2))
+        stopped, _ = run(Noise(1), blank(1, 6), StopAt(SemiAutoregressive(3, 3, 2), (stop,)))
+        plain, _ = run(Noise(1), blank(1, 6), SemiAutoregressive(4, 3, 2))
         assert not stopped.masked.any()
         assert stopped.tokens.shape == plain.tokens.shape
 
@@ -406,7 +409,7 @@ def test_verify_masks_what_is_no_longer_believed():
     logits = [early.logits] + [late.logits] * 9
     predict = lambda tokens, step: logits[step]  # noqa: E731
     without = history(predict, blank(1, 4), Adaptive(8, Threshold(0.9), 4))
-    doubting = history(predict, blank(1, 4), Adaptive(8, Threshold(0.9), 4, verify=0.5))
+    doubting = history(predict, blank(1, 4), Adaptive(8, Threshold(0.9), 4, remask_below=0.5))
     assert not without[1].masked[0, 0, 0] and bool(doubting[1].masked[0, 0, 0])
     assert int(without[-1].tokens[0, 0, 0]) == 0 and int(doubting[-1].tokens[0, 0, 0]) == 5
     assert not doubting[-1].masked.any()
@@ -414,21 +417,21 @@ def test_verify_masks_what_is_no_longer_believed():
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_verify_keeps_the_budget(steps):
-    rule = Adaptive(steps, Threshold(0.5), 8, verify=1.0)
+    rule = Adaptive(steps, Threshold(0.5), 8, remask_below=1.0)
     state, forwards = run(Noise(9), blank(2, 8), rule)
     assert not state.masked.any() and int(forwards) <= steps
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "expected"),
+    ("options", "expected"),
     [
-        ("threshold", None, Threshold()),
-        ("factor", 2, Factor(2.0)),
-        ("entropy_bound", 0.5, EntropyBound(0.5)),
+        ({"threshold": 0.8}, Threshold(0.8)),
+        ({"factor": 2}, Factor(2.0)),
+        ({"entropy_bound": 0.5}, EntropyBound(0.5)),
     ],
 )
-def test_rules_are_chosen_by_name(name, value, expected):
-    assert accept_rule(name, value) == expected
+def test_rules_are_chosen_by_option(options, expected):
+    assert DiffusionOptions(**options).region_rule("image", EOT).accept == expected
 
 
 # Sampling.
@@ -457,7 +460,7 @@ def test_probabilities_near_one_are_told_apart_in_single_precision():
 def test_banned_tokens_are_never_chosen_and_take_no_probability():
     logits = logits_of(1, 1, 50, VOCAB)
     banned = logits.argmax(-1).unique()
-    made = Sampler(banned=banned)(logits)
+    made = Sampler(suppressed=banned)(logits)
     rest = [i for i in range(VOCAB) if i not in set(banned.tolist())]
     probabilities = logits[..., rest].double().softmax(-1)
     assert torch.equal(made.tokens, torch.tensor(rest)[probabilities.argmax(-1)])
@@ -522,15 +525,8 @@ def test_random_confidence_is_uniform_and_repeats():
 
 def test_the_loop_shows_the_network_masks_where_nothing_is_committed():
     network = Noise(4)
-    states = history(network, blank(2, 5), JointRemasking(5))
+    states = history(network, blank(2, 5), RemaskLowConfidence(5))
     assert bool((network.calls[0] == MASK).all())
     for shown, state in zip(network.calls[1:], states, strict=False):
         assert torch.equal(shown == MASK, state.masked)
         assert torch.equal(shown, state.tokens)
-
-
-def test_a_mask_token_that_is_decoded_stays_committed():
-    """What is masked is a boolean of its own, never read off token ids."""
-    tokens = torch.tensor([[[MASK, 1, 2]]])
-    state, _ = run(fixed([[0.9, 0.5, 0.4]], tokens), blank(1, 3), BlockCommit(3, 3, 1))
-    assert state.tokens.tolist() == [[[MASK, 1, 2]]] and not state.masked.any()

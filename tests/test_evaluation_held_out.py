@@ -141,7 +141,7 @@ def test_a_real_model_captions_scenes_of_mixed_sizes(make):
     model, processor = make(region_layout="independent", roi_convention="aligned")
     scenes = held_out_scenes(SEED, 3, progress=False)
     assert len({scene.image.size for scene in scenes}) > 1
-    options = {"caption_length": 4, "max_new_tokens": 2, "adaptive": "threshold"}
+    options = {"caption_length": 4, "max_new_tokens": 2, "threshold": 0.9}
     said = describe_scenes(model, processor, scenes, options=options, progress=False)
     assert list(map(len, said.captions)) == [len(scene.objects) for scene in scenes]
     assert list(map(len, said.answers)) == [len(scene.questions) for scene in scenes]
@@ -153,12 +153,12 @@ def test_a_real_model_captions_scenes_of_mixed_sizes(make):
 def test_the_command_writes_what_a_reader_looks_for(model, tmp_path):
     report, texts = tmp_path / "report.json", tmp_path / "texts.json"
     given = ["--model", "some/model", "--subfolder", "tiny", "--scenes", "4", "--seed", str(SEED)]
-    decoding = ["--steps", "5", "--adaptive", "factor", "--adaptive-value", "0.5"]
+    decoding = ["--steps", "5", "--factor", "0.5"]
     files = ["--output", str(report), "--texts", str(texts)]
     assert main(["evaluate", "synthetic", *given, *decoding, *files]) == 0
     found = read_json(report)
     options = found["decoding_options"]
-    assert (options["steps"], options["adaptive"], options["adaptive_value"]) == (5, "factor", 0.5)
+    assert (options["steps"], options["factor"]) == (5, 0.5)
     assert found["model"] == "some/model" and found["subfolder"] == "tiny"
     assert found["seed"] == SEED and found["scenes"] == 4 and found["split"] == "heldout"
     assert found["versions"]["torch"] == torch.__version__ and "git_revision" in found
@@ -214,7 +214,7 @@ def test_a_sweep_has_a_row_for_each_rule_and_budget(model, tmp_path):
     table = output.with_suffix(".md").read_text().splitlines()
     assert len(table) == 2 + len(rows) and table[0].startswith("| rule | value | verify | steps |")
     options = [c for c in model.calls if c["masks"] is not None]
-    assert options[2]["adaptive"] == "threshold" and options[2]["adaptive_value"] == 0.7
+    assert options[2]["threshold"] == 0.7
 
 
 @pytest.mark.parametrize("rules", ["quick", "fixed:3", "fixed+0.3", "threshold:high", "factor:-1"])
@@ -239,6 +239,6 @@ def test_latency_rows_are_what_figures_take(model, tmp_path):
 
 
 def test_the_options_in_force_are_those_over_the_checkpoints():
-    model = SimpleNamespace(config=SimpleNamespace(generation_defaults={"caption_length": 11}))
+    model = SimpleNamespace(decoding_defaults={"caption_length": 11})
     found = resolved_options(model, {"temperature": 0.5})
     assert found["caption_length"] == found["steps"] == 11 and found["temperature"] == 0.5

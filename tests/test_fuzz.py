@@ -38,8 +38,9 @@ TEXTS = [
 ]
 OPTIONS = [
     "steps", "caption_length", "max_new_tokens", "block_length", "temperature", "top_k", "top_p",
-    "cfg_scale", "remasking", "stop_strings", "banned_token_ids", "adaptive", "adaptive_value",
-    "adaptive_verify", "prompt_cache", "batch_size", "seed", "generator", "return_history",
+    "cfg_scale", "remasking", "stop_strings", "suppress_tokens", "threshold", "factor",
+    "entropy_bound",
+    "remask_below", "prompt_refresh_interval", "batch_size", "seed", "generator", "return_history",
     "compile", "callback", "nonsense",
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from perceptiondlm.generation_cache import AnswerNetwork
+from perceptiondlm.generation_cache import ResponseNetwork
 from perceptiondlm.generation_options import DiffusionOptions
 
 GROUPED = {"num_key_value_heads": 2}
@@ -80,7 +80,7 @@ def test_steps_that_cannot_change_anything_cost_no_forward_pass(make, scene, lay
     model, processor = make(seed=1, **layout)
     image, masks = scene((61, 47), 2)
     seen = []
-    given = dict(processor=processor, caption_length=5, steps=100, prompt_cache=cache)
+    given = dict(processor=processor, caption_length=5, steps=100, prompt_refresh_interval=cache)
     out = model.diffusion_generate(image, masks, callback=lambda *now: seen.append(now), **given)
     if cache is None:
         regions = reference.Regions(reference.Network(model), image, masks)
@@ -155,7 +155,7 @@ def test_answers_equal_the_plain_ones(make, picture, case, layout):
         cfg_scale=cfg,
     )
     assert out.token_ids == [[expected]]
-    assert not set(expected) & set(model.config.banned_token_ids)
+    assert not set(expected) & set(model.decoding_defaults["suppress_tokens"])
 
 
 # Order, batches, passes.
@@ -342,8 +342,8 @@ def test_an_answer_may_be_partly_given_and_have_a_fixed_suffix(make, picture):
 
 def network_of(model, processor, image, masks, **options):
     inputs = processor(image, masks=masks, caption_length=4)
-    arguments = {"prompt_cache": None, "cfg_scale": 0.0, "compiled": False} | options
-    return AnswerNetwork(model, inputs, **arguments), inputs
+    arguments = {"refresh_interval": None, "cfg_scale": 0.0, "compiled": False} | options
+    return ResponseNetwork(model, inputs, **arguments), inputs
 
 
 @pytest.mark.parametrize("changes", [{}, {"text": GROUPED}, {"seed": 5}])
@@ -354,7 +354,7 @@ def test_cached_steps_give_the_logits_of_a_full_forward_pass(make, scene, change
     network, inputs = network_of(model, processor, image, masks)
     for seed in range(3):
         answer = torch.randint(
-            0, 400, network.answer_ids.shape, generator=torch.Generator().manual_seed(seed)
+            0, 400, network.response_ids.shape, generator=torch.Generator().manual_seed(seed)
         )
         columns = torch.arange(answer.shape[1])[None]
         got = network(answer, seed, columns)
@@ -381,8 +381,8 @@ def test_guidance_of_captions_blanks_the_whole_prompt(make, scene):
     blank = plain.text(hidden, sequence.positions, sequence.allowed)[start:]
     seen = regions.logits(sequence)[start:]
     expected = blank + 2.5 * (seen - blank)
-    columns = torch.arange(network.answer_ids.shape[1])[None]
-    got = network(network.answer_ids, 0, columns)[0]
+    columns = torch.arange(network.response_ids.shape[1])[None]
+    got = network(network.response_ids, 0, columns)[0]
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -392,20 +392,20 @@ def test_refreshing_the_prompt_at_every_step_is_exact(make, scene, layout):
     image, masks = scene((61, 47), 3)
     options = {"processor": processor, "caption_length": 6, "steps": 6}
     exact = model.diffusion_generate(image, masks, **options)
-    assert model.diffusion_generate(image, masks, prompt_cache=1, **options).token_ids == (
-        exact.token_ids
-    )
+    assert model.diffusion_generate(
+        image, masks, prompt_refresh_interval=1, **options
+    ).token_ids == (exact.token_ids)
 
 
 @torch.no_grad()
 def test_a_stale_prompt_is_what_the_first_step_left(make, scene):
-    """prompt_cache=0 equals a plain pass whose prompt keys and values are those of all masks."""
+    """An interval of 0 equals a plain pass whose prompt keys and values are those of all masks."""
     model, processor = make()
     image, masks = scene((61, 47), 3)
-    never, inputs = network_of(model, processor, image, masks, prompt_cache=0)
-    always, _ = network_of(model, processor, image, masks, prompt_cache=1)
-    columns = torch.arange(never.answer_ids.shape[1])[None]
-    blank = never.answer_ids
+    never, inputs = network_of(model, processor, image, masks, refresh_interval=0)
+    always, _ = network_of(model, processor, image, masks, refresh_interval=1)
+    columns = torch.arange(never.response_ids.shape[1])[None]
+    blank = never.response_ids
     other = torch.full_like(blank, 7)
     assert torch.allclose(never(blank, 0, columns), always(blank, 0, columns), atol=1e-4)
     assert torch.allclose(never(blank, 1, columns), always(blank, 1, columns), atol=1e-4)
@@ -422,7 +422,7 @@ def test_a_prompt_cache_changes_the_released_layout_but_not_the_independent_one(
         model, processor = make(seed=1, **layout)
         options = {"processor": processor, "caption_length": 8, "steps": 8}
         exact = model.diffusion_generate(image, masks, **options)
-        cached = model.diffusion_generate(image, masks, prompt_cache=interval, **options)
+        cached = model.diffusion_generate(image, masks, prompt_refresh_interval=interval, **options)
         changed.append(cached.token_ids != exact.token_ids)
         assert [len(ids) for ids in cached.token_ids[0]] == [8] * 4
     assert changed == [True, False]
@@ -471,18 +471,18 @@ OPTIONS = [
     ("caption", {"temperature": 1.0, "seed": 0}),
     ("caption", {"cfg_scale": 2.0}),
     ("caption", {"remasking": "random", "seed": 0}),
-    ("caption", {"banned_token_ids": list(range(0, 460, 2))}),
-    ("caption", {"adaptive": "threshold", "adaptive_value": 0.3}),
-    ("caption", {"prompt_cache": 0}),
+    ("caption", {"suppress_tokens": list(range(0, 460, 2))}),
+    ("caption", {"threshold": 0.3}),
+    ("caption", {"prompt_refresh_interval": 0}),
     ("answer", {"steps": 2}),
     ("answer", {"max_new_tokens": 4}),
     ("answer", {"block_length": 2}),
     ("answer", {"temperature": 1.0, "seed": 0}),
     ("answer", {"cfg_scale": 2.0}),
     ("answer", {"remasking": "random", "seed": 0}),
-    ("answer", {"banned_token_ids": list(range(0, 460, 2))}),
-    ("answer", {"adaptive": "factor", "adaptive_value": 3.0, "steps": 4}),
-    ("answer", {"adaptive": "entropy_bound", "adaptive_value": 3.0, "steps": 4}),
+    ("answer", {"suppress_tokens": list(range(0, 460, 2))}),
+    ("answer", {"factor": 3.0, "steps": 4}),
+    ("answer", {"entropy_bound": 3.0, "steps": 4}),
 ]
 
 
@@ -498,7 +498,7 @@ def test_every_option_has_a_test_here():
         "top_k",
         "top_p",
         "stop_strings",
-        "adaptive_verify",
+        "remask_below",
         "compile",
         "batch_size",
         "generator",
@@ -528,7 +528,7 @@ def test_an_answer_ends_at_its_stop_string(make, picture):
         if tokenizer(word, add_special_tokens=False)["input_ids"] != [i]
     ]
     options = {"processor": processor, "max_new_tokens": 8, "block_length": 2}
-    options["banned_token_ids"] = unclear
+    options["suppress_tokens"] = unclear
     plain = model.diffusion_generate(picture(61, 47), prompts="What?", **options)
     ids = plain.token_ids[0][0]
     place = ids.index(ids[3])
@@ -543,15 +543,15 @@ def test_an_answer_ends_at_its_stop_string(make, picture):
 
 
 def test_verify_doubts_what_was_committed(caption):
-    adaptive = {"adaptive": "threshold", "adaptive_value": 0.1, "steps": 12}
-    assert caption(**adaptive, adaptive_verify=0.9).num_forwards > caption(**adaptive).num_forwards
+    adaptive = {"threshold": 0.1, "steps": 12}
+    assert caption(**adaptive, remask_below=0.9).num_forwards > caption(**adaptive).num_forwards
 
 
 def test_adaptive_decoding_keeps_its_budget_and_counts_its_passes(caption):
     for steps in (1, 3, 6):
-        out = caption(adaptive="threshold", adaptive_value=0.9, steps=steps)
+        out = caption(threshold=0.9, steps=steps)
         assert out.num_forwards <= steps
-    assert caption(adaptive="threshold", adaptive_value=0.0, steps=32).num_forwards == 1
+    assert caption(threshold=0.0, steps=32).num_forwards == 1
 
 
 def test_a_batch_size_splits_the_batch_and_changes_nothing_else(make, scene, monkeypatch):
@@ -655,7 +655,10 @@ def test_generation_defaults_of_a_checkpoint_are_used_and_overridden(make, scene
 def test_the_output_is_plain_data(caption):
     out = caption(return_history=True)
     data = out.to_dict()
-    assert set(data) == {"texts", "token_ids", "num_forwards", "history", "tokens_per_forward"}
+    assert set(data) == {
+        *("texts", "token_ids", "num_forwards", "history", "tokens_per_forward"),
+        *("lengths", "forward_passes", "image_forwards"),
+    }
     assert all(isinstance(token, int) for ids in out.token_ids[0] for token in ids)
 
 

@@ -9,16 +9,15 @@ import pytest
 import reference
 import torch
 from llada_v_models import maker
-from perceptiondlm.generation_diffusion import before_first
-from perceptiondlm.generation_loop import (
-    BlockCommit,
-    Sampler,
+from perceptiondlm.generation_loop import Sampler, denoise
+from perceptiondlm.generation_options import DiffusionOptions
+from perceptiondlm.generation_rules import (
+    SemiAutoregressive,
     State,
     StopAt,
-    before_stop,
-    denoise,
+    before_end,
 )
-from perceptiondlm.generation_options import DiffusionOptions
+from perceptiondlm.processing_sequence import response_length
 from safetensors.torch import load_file
 
 STOP = ("eot_token_id",)
@@ -62,7 +61,7 @@ def expected(llava, picture):
             steps,
             block,
             mask=config.mask_token_id,
-            banned=config.banned_token_ids,
+            suppressed=model.decoding_defaults["suppress_tokens"],
             stops=[[config.eot_token_id]],
         )
 
@@ -93,9 +92,9 @@ def test_the_cases_above_stop_and_meet_the_mask_token(llava, picture, expected):
     assert sum(0 < stop < length for stop, length in stops) >= 2
     changed = 0
     for case in (case for case in CASES if case[4].get("loud") == BOTH):
-        config = llava(**case[4])[0].config
-        banned = [*config.banned_token_ids, config.mask_token_id]
-        without = generate(llava, picture, case, banned_token_ids=banned)
+        model = llava(**case[4])[0]
+        banned = [*model.decoding_defaults["suppress_tokens"], model.config.mask_token_id]
+        without = generate(llava, picture, case, suppress_tokens=banned)
         changed += generate(llava, picture, case).token_ids != without.token_ids
     assert changed
 
@@ -114,7 +113,7 @@ def decoded(tokens: list[int], confidence: list[float], block: int = 6) -> tuple
     state, forwards = denoise(
         lambda current, step: logits[None, None],
         State(torch.full((1, 1, n), MASK), blank, blank),
-        StopAt(BlockCommit(n, block, n // block), ((LAST,),)),
+        StopAt(SemiAutoregressive(n, block, n // block), ((LAST,),)),
         Sampler(),
         MASK,
     )
@@ -132,7 +131,7 @@ def test_what_was_committed_behind_a_stop_stays_but_is_not_answered():
     ids, forwards = decoded([1, 2, LAST, 4, 5, 6], [0.3, 0.5, 0.8, 0.9, 0.4, 0.2])
     assert ids == [1, 2, LAST, 4, MASK, MASK]
     assert forwards == 4
-    assert before_first(ids, [(LAST,)]) == [1, 2]
+    assert response_length(ids, [(LAST,)]) == 2
 
 
 def test_a_stop_found_later_but_standing_earlier_counts():
@@ -156,18 +155,18 @@ def test_stopping_equals_the_plain_loop(seed):
         generator = torch.Generator().manual_seed(hash((seed, *ids)) % 2**31)
         return torch.randn(length, 9, generator=generator, dtype=torch.float64) * 2
 
-    ids, end = plain.answer(logits, length, steps, block, mask=MASK, banned=[0], stops=[stop])
+    ids, end = plain.answer(logits, length, steps, block, mask=MASK, suppressed=[0], stops=[stop])
     blank = torch.ones(1, 1, length, dtype=torch.bool)
-    rule = StopAt(BlockCommit(steps, block, blocks, retry_masks=True), (tuple(stop),))
+    rule = StopAt(SemiAutoregressive(steps, block, blocks), (tuple(stop),))
     state, _ = denoise(
         lambda tokens, step: logits(tokens[0, 0].tolist())[None, None],
         State(torch.full((1, 1, length), MASK), blank, blank),
         rule,
-        Sampler(banned=torch.tensor([0])),
+        Sampler(suppressed=torch.tensor([0])),
         MASK,
     )
     got = state.tokens[0, 0].tolist()
-    assert int(before_stop(state, rule.sequences).sum()) == end
+    assert int(before_end(state, rule.sequences).sum()) == end
     if end < length:  # positions that the mask token was chosen for are left there, decoded here
         got = [MASK if theirs == MASK else ours for ours, theirs in zip(got, ids, strict=True)]
     assert got[:end] == ids[:end]
@@ -184,14 +183,14 @@ def test_text_is_cut_by_the_stops_ids_and_by_its_letters(llava, picture):
         if processor.tokenizer(word, add_special_tokens=False)["input_ids"] == [i]
     ]
     banned = sorted(set(range(512)) - set(clear))
-    options = {"banned_token_ids": banned, "stop_strings": None}
+    options = {"suppress_tokens": banned, "stop_strings": None}
     whole = generate(llava, picture, CASES[0], **options)
     first = words[whole.token_ids[0][0][0]]
     stopped = generate(llava, picture, CASES[0], **options | {"stop_strings": [first]})
     assert stopped.texts == [[""]] and whole.texts[0][0]
     assert len(out.texts[0]) == 1
-    assert before_first([1, 2, 3, 1, 2], [(2, 3), (3,)]) == [1]
-    assert before_first([1, 2], [(2, 3)]) == [1, 2]
+    assert response_length([1, 2, 3, 1, 2], [(2, 3), (3,)]) == 1
+    assert response_length([1, 2], [(2, 3)]) == 2
 
 
 @pytest.mark.parametrize("stops", ["<|eot_id|>", [""], [3]])
@@ -225,7 +224,7 @@ def recorded(request, vectors, load):
 
 def test_refreshing_the_prompt_at_every_step_is_exact(recorded):
     answer, ids = recorded
-    assert answer(prompt_cache=1).token_ids == [[ids]]
+    assert answer(prompt_refresh_interval=1).token_ids == [[ids]]
 
 
 @pytest.mark.parametrize("interval", [2, 4, 8, 0])
@@ -233,24 +232,25 @@ def test_an_older_prompt_is_near(recorded, interval):
     """The prompt of the first step is exact, and later ones are not far off: of the 44 recorded
     tokens 40, 31, 31 and 31 stay the same at these intervals."""
     answer, ids = recorded
-    got = answer(prompt_cache=interval, return_history=True)
+    got = answer(prompt_refresh_interval=interval, return_history=True)
     assert got.history[0] == answer(return_history=True).history[0]
     assert sum(a == b for a, b in zip(got.token_ids[0][0], ids, strict=True)) >= len(ids) / 2
 
 
-@pytest.mark.parametrize("adaptive", ["threshold", "factor", "entropy_bound"])
+@pytest.mark.parametrize("adaptive", [{"threshold": 0.9}, {"factor": 1.0}, {"entropy_bound": 0.1}])
 def test_adaptive_decoding_keeps_its_budget_and_its_stop(llava, picture, adaptive):
     for case in CASES[4:8]:
-        out = generate(llava, picture, case, steps=5, adaptive=adaptive, block_length=6)
-        config = llava(**case[4])[0].config
-        before = before_first(out.token_ids[0][0], [(config.eot_token_id,)])
+        out = generate(llava, picture, case, steps=5, **adaptive, block_length=6)
+        model = llava(**case[4])[0]
+        ids = out.token_ids[0][0]
+        before = ids[: response_length(ids, [(model.config.eot_token_id,)])]
         assert 1 <= out.num_forwards <= 5
-        assert all(token not in before for token in config.banned_token_ids)
+        assert all(token not in before for token in model.decoding_defaults["suppress_tokens"])
 
 
 def test_accepting_nothing_early_is_the_released_schedule(recorded):
     answer, ids = recorded
-    out = answer(adaptive="threshold", adaptive_value=1.0)
+    out = answer(threshold=1.0)
     assert out.token_ids == [[ids]]
 
 

@@ -5,10 +5,8 @@ import copy
 
 import pytest
 import torch
-from perceptiondlm import modeling_attention as branch_attention
 from perceptiondlm.evaluation.likelihood import AnswerLogits
-from perceptiondlm.generation_cache import AnswerNetwork
-from test_branch_attention import plain_varlen
+from perceptiondlm.generation_cache import ResponseNetwork
 from test_offload import SETTINGS
 from torch.utils._pytree import tree_leaves
 
@@ -39,13 +37,17 @@ def refuse_empty(name: str, called: list):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("prompt_cache", [None, 2, 0])
+@pytest.mark.parametrize("interval", [None, 2, 0])
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
 def test_no_generation_calls_a_module_with_nothing(
-    watched, picture, blobs, setting, prompt_cache, cfg_scale
+    watched, picture, blobs, setting, interval, cfg_scale
 ):
     model, processor, called = watched(setting)
-    options = {"prompt_cache": prompt_cache, "cfg_scale": cfg_scale, "processor": processor}
+    options = {
+        "prompt_refresh_interval": interval,
+        "cfg_scale": cfg_scale,
+        "processor": processor,
+    }
     images = [picture(61, 47), picture(20, 90)]
     if setting != "anyres":
         masks = [blobs(61, 47, count=3), blobs(20, 90, count=1)]
@@ -67,15 +69,14 @@ def test_an_answer_without_a_prompt_calls_no_module_with_nothing(watched, region
         "region_ids": torch.zeros_like(ids),
         "role_ids": torch.full_like(ids, 2),
     }
-    out = model.diffusion_generate(inputs=inputs, steps=2, prompt_cache=2, cfg_scale=1.0)
+    out = model.diffusion_generate(inputs=inputs, steps=2, prompt_refresh_interval=2, cfg_scale=1.0)
     assert len(out.token_ids[0][0]) == 4
 
 
-def test_flash_attention_calls_no_module_with_nothing(watched, picture, blobs, monkeypatch):
-    monkeypatch.setattr(branch_attention, "flash_varlen", plain_varlen)
+def test_tree_attention_calls_no_module_with_nothing(watched, picture, blobs):
     model, processor, _ = watched("independent")
     model.language_model.config = copy.copy(model.language_model.config)
-    model.language_model.config._attn_implementation = "flash_attention_2"
+    model.language_model.config._attn_implementation = "tree"
     masks = blobs(61, 47, count=2)
     for layer in model.language_model.model.layers:
         layer.self_attn.config = model.language_model.config
@@ -153,7 +154,7 @@ def test_the_last_layer_makes_only_keys_and_values_of_a_prompt(watched, picture,
     model, processor, called = watched("independent")
     inputs = processor(picture(61, 47), masks=blobs(61, 47, count=2), caption_length=3)
     with torch.no_grad():
-        AnswerNetwork(model, inputs, prompt_cache=None, cfg_scale=0.0, compiled=False)
+        ResponseNetwork(model, inputs, refresh_interval=None, cfg_scale=0.0, compiled=False)
     counts = {
         part: [called.count(f"language_model.model.layers.{i}.{part}") for i in (0, 1)]
         for part in ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "mlp")

@@ -162,7 +162,7 @@ def test_a_second_prediction_run_is_refused_but_not_a_second_process(
 def test_a_sweep_that_ends_early_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "sweep.json"
     path.write_text("from an earlier run")
-    fake = SimpleNamespace(config=SimpleNamespace(generation_defaults={}))
+    fake = SimpleNamespace(decoding_defaults={})
     monkeypatch.setattr(sweep, "load_checkpoint", lambda args: (fake, None))
     monkeypatch.setattr(sweep, "checkpoint_record", lambda *_: {})
     monkeypatch.setattr(sweep, "held_out_scenes", lambda *_: [])

@@ -53,7 +53,7 @@ def results(make, picture, blobs):
             asked = {"images": image, "masks": masks, "caption_length": 3}
         found = {}
         for cache, guidance in ((None, 0.0), (4, 1.0), (0, 0.0)):
-            options = {"prompt_cache": cache, "cfg_scale": guidance, "steps": 2}
+            options = {"prompt_refresh_interval": cache, "cfg_scale": guidance, "steps": 2}
             out = model.diffusion_generate(**asked, **options, processor=processor)
             found[cache, guidance] = out.token_ids
 

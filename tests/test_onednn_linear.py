@@ -1,27 +1,33 @@
 """Linear layers through oneDNN: the same results, and only where they can be had."""
 
-import contextlib
-import sys
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from perceptiondlm import modeling_language as onednn_linear
+from perceptiondlm import modeling_language
 from perceptiondlm.modeling_language import OneDNNLinear, fastest_linear, padded_rows
-from torch.overrides import _get_current_function_mode_stack
+from torch import nn
 
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
     """Shapes of the inputs that go to oneDNN."""
-    seen, linear = [], onednn_linear.linear
+    seen, linear = [], modeling_language.onednn_linear
 
     def watched(x, *rest):
         seen.append(tuple(x.shape))
         return linear(x, *rest)
 
-    monkeypatch.setattr(onednn_linear, "linear", watched)
+    monkeypatch.setattr(modeling_language, "onednn_linear", watched)
     return seen
+
+
+def fast(layer: nn.Linear) -> nn.Linear:
+    """The same layer as `fastest_linear` leaves it in a model."""
+    model = nn.Sequential(copy.deepcopy(layer))
+    fastest_linear(model)
+    return model[0]
 
 
 @pytest.mark.parametrize("shape", [(16, 256), (1, 50, 256), (2, 131, 256), (2, 3, 4, 256)])
@@ -31,18 +37,18 @@ def test_same_result_to_rounding(calls, shape, bias):
     x = torch.randn(shape)
     with torch.no_grad():
         expected = layer(x)
-        with fastest_linear(x.device):
-            got = layer(x)
+        got = fast(layer)(x)
     assert calls == [shape] and got.shape == expected.shape
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_strided_input_and_transposed_weight(calls):
-    x, weight = torch.randn(2, 19, 256)[:, 3:], torch.randn(256, 300).t()
-    with torch.no_grad(), OneDNNLinear():
-        got = F.linear(x, weight)
+def test_strided_input(calls):
+    layer, x = nn.Linear(256, 300), torch.randn(2, 19, 256)[:, 3:]
+    with torch.no_grad():
+        got = fast(layer)(x)
+        expected = layer(x)
     assert calls == [(2, 16, 256)]
-    torch.testing.assert_close(got, x @ weight.t(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
 def _bfloat16(layer, x):
@@ -71,10 +77,6 @@ def _no_rows(layer, x):
     return layer(x[:, :0])
 
 
-def _keywords(layer, x):
-    return F.linear(x, layer.weight, bias=layer.bias)
-
-
 def _one_vector(layer, x):
     return layer(x[0, 0])
 
@@ -84,7 +86,9 @@ def _few_rows(layer, x):
 
 
 def _small(layer, x):
-    return F.linear(x[..., :64], layer.weight[:, :64])
+    layer.weight = nn.Parameter(layer.weight[:4])
+    layer.bias = None
+    return layer(x)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,6 @@ def _small(layer, x):
         _with_gradient,
         _autocast,
         _no_rows,
-        _keywords,
         _one_vector,
         _few_rows,
         _small,
@@ -104,8 +107,7 @@ def _small(layer, x):
 def test_all_else_is_left_alone(calls, use):
     layer, x = torch.nn.Linear(256, 300), torch.randn(2, 20, 256)
     with torch.no_grad():
-        with fastest_linear(x.device):
-            got = use(layer, x)
+        got = use(fast(layer), x)
         expected = use(layer, x)
     assert calls == []
     assert torch.equal(got, expected)
@@ -118,27 +120,30 @@ def test_lengths_are_padded_to_few_numbers():
         assert rows <= padded_rows(rows) < 1.125 * rows + 16
 
 
-def test_other_devices_and_builds_have_no_context_of_their_own(monkeypatch):
-    assert not isinstance(fastest_linear(torch.device("cuda")), OneDNNLinear)
+def test_only_plain_linear_layers_are_changed_and_only_their_way_of_computing(monkeypatch):
+    class Quantized(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "other": Quantized(4, 4), "norm": nn.ReLU()})
+    model["plain"].register_forward_hook(lambda *_: None)
+    before = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    fastest_linear(model)
+    assert [type(module) for module in model.values()] == [OneDNNLinear, Quantized, nn.ReLU]
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == before
+    assert len(model["plain"]._forward_hooks) == 1
+
+
+def test_a_build_without_onednn_is_left_alone(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not isinstance(fastest_linear(torch.device("cpu")), OneDNNLinear)
+    model = nn.Sequential(nn.Linear(4, 4))
+    fastest_linear(model)
+    assert type(model[0]) is nn.Linear
 
 
-@pytest.mark.parametrize("outer", [contextlib.nullcontext, lambda: torch.device("cpu")])
-def test_an_interrupt_inside_torch_reaches_the_caller(outer):
-    def interrupt(frame, event, _):
-        if event == "return" and frame.f_code.co_name == "_pop_mode":
-            raise KeyboardInterrupt  # the mode is off torch's stack and not yet to be put back
-        return interrupt
-
-    x, before = torch.randn(20, 256), sys.gettrace()
-    with outer():
-        modes = _get_current_function_mode_stack()
-        try:
-            with pytest.raises(KeyboardInterrupt), fastest_linear(x.device):
-                sys.settrace(interrupt)
-                F.layer_norm(x, (256,))
-        finally:
-            sys.settrace(before)
-        assert _get_current_function_mode_stack() == modes
-    assert not _get_current_function_mode_stack()
+def test_other_code_in_the_process_is_untouched(make, picture, calls):
+    model, processor = make()
+    model.diffusion_generate(picture(40, 40), prompts="What?", processor=processor)
+    seen = len(calls)
+    with torch.no_grad():
+        F.linear(torch.randn(20, 256), torch.randn(300, 256))
+    assert len(calls) == seen

@@ -49,7 +49,7 @@ class Gate:
         assert self.opened.wait(20)
 
 
-@pytest.mark.parametrize("options", [{}, {"adaptive": "threshold", "adaptive_value": 0.3}])
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.3}])
 def test_a_batch_gives_each_caller_what_the_library_gives_alone(engine, captioner, options):
     alone = [captioner(*region_files(i), **SHORT, **options) for i in range(3)]
     tickets = [engine.submit(region_job(i % 3), **SHORT, **options) for i in range(6)]

@@ -218,7 +218,7 @@ def test_the_endpoint_describes_itself(address):
 
 
 def test_decoding_options_change_the_result_as_in_the_library(client, captioner):
-    for options in ({"steps": 2}, {"temperature": 1.0, "seed": 5}, {"adaptive": "factor"}):
+    for options in ({"steps": 2}, {"temperature": 1.0, "seed": 5}, {"factor": 1.0}):
         masks = [{"box": [10, 10, 60, 40]}]
         extra = SHORT | {"masks": masks} | options
         answer = ask(client, user(image_part(PICTURE)), extra=extra)

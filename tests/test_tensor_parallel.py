@@ -69,7 +69,7 @@ def test_two_processes_compute_and_learn_what_one_does(
 def measured(model, inputs: dict, training: dict) -> dict:
     """Ids, logits, loss and a gradient of a model."""
     caches = (None, 2, 0)
-    options = [{"steps": 3, "prompt_cache": cache, "cfg_scale": 0.5} for cache in caches]
+    options = [{"steps": 3, "prompt_refresh_interval": cache, "cfg_scale": 0.5} for cache in caches]
     ids = [model.diffusion_generate(inputs=dict(inputs), **own).token_ids for own in options]
     logits = model(**inputs).logits.detach()
     model.zero_grad()

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, set_seed
 
 from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..conversion.files import expect_checkpoint, local_path
+from ..generation_options import take_defaults
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
@@ -73,6 +74,7 @@ def _from_scratch(recipe: Recipe):
     if recipe.model.attn_implementation is not None:
         config._attn_implementation = recipe.model.attn_implementation
     model = PerceptionDLMForConditionalGeneration(config)
+    take_defaults(config)  # they are saved as the model's `generation_config`
     if recipe.model.zero_residuals:
         zero_residuals(model)
     if recipe.model.local_layers:

@@ -205,7 +205,7 @@ class RegionCaptioner:
 
     def check_options(self):
         """Raises ValueError for decoding options that no picture could be decoded with."""
-        DiffusionOptions.build(self.model.config.generation_defaults, self.options)
+        DiffusionOptions.build(self.model.decoding_defaults, self.options)
 
     def __call__(
         self, image, masks: Sequence, *, instruction: str | None = None, callback=None, **options

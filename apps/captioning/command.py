@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ...common.option_arguments import add_option_arguments, given_options
+
 EPILOG = """\
 examples:
   one picture, two regions as PNG masks (same size as the picture, not black inside):
@@ -33,23 +35,6 @@ exit codes:
 
 DONE, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-# Options handed on to `DiffusionOptions`: (name, type, help).
-DECODING = (
-    ("steps", int, "denoising steps (default: one for each token of a caption or answer)"),
-    ("caption_length", int, "tokens of a region's caption, padding counted (default: 32)"),
-    ("max_new_tokens", int, "tokens of an answer (default: 128)"),
-    ("block_length", int, "decode an answer in blocks of so many tokens"),
-    ("temperature", float, "0 takes the likeliest token (default), more is more random"),
-    ("top_k", int, "choose among so many likeliest tokens"),
-    ("top_p", float, "choose among the likeliest tokens of so much probability"),
-    ("cfg_scale", float, "classifier-free guidance (default: 0, none)"),
-    ("adaptive_value", float, "the threshold, factor or bound of --adaptive"),
-    ("adaptive_verify", float, "with --adaptive, mask tokens again whose probability falls under"),
-    ("prompt_cache", int, "approximate: recompute the prompt only every so many steps"),
-    ("batch_size", int, "passes run together, each of as many regions as the model has prompts"),
-    ("seed", int, "makes random decoding repeatable"),
-)
-
 
 def configure(parser: argparse.ArgumentParser):
     """Adds the arguments to the `caption` parser."""
@@ -67,7 +52,7 @@ def configure(parser: argparse.ArgumentParser):
     _add_regions(parser.add_argument_group("regions"))
     _add_results(parser.add_argument_group("results"))
     _add_model(parser.add_argument_group("model"))
-    _add_decoding(parser.add_argument_group("decoding"))
+    add_option_arguments(parser.add_argument_group("decoding"))
 
 
 def _add_regions(group):
@@ -154,18 +139,6 @@ def _add_model(group):
     )
 
 
-def _add_decoding(group):
-    for name, kind, text in DECODING:
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
-    group.add_argument(
-        "--adaptive",
-        choices=("threshold", "factor", "entropy_bound"),
-        help="commit what is sure enough at each step instead of a fixed number: faster",
-    )
-    group.add_argument("--remasking", choices=("low_confidence", "random"))
-    group.add_argument("--compile", action="store_true", default=None, help="use torch.compile")
-
-
 def run(args: argparse.Namespace) -> int:
     """Captions what `args` asks for; returns an exit code (see `EPILOG`)."""
     from .options import check_options
@@ -173,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         check_options(args)
-        task = CaptionRun(args, decoding_options(args))
+        task = CaptionRun(args, given_options(args))
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         # torch raises RuntimeError for a device that it does not know, AssertionError for one that
         # it was not built for
@@ -183,12 +156,6 @@ def run(args: argparse.Namespace) -> int:
         report("interrupted before the first picture")
         return INTERRUPTED
     return task.run()
-
-
-def decoding_options(args: argparse.Namespace) -> dict:
-    """Options of `diffusion_generate` that were given."""
-    names = [name for name, *_ in DECODING] + ["adaptive", "remasking", "compile"]
-    return {n: getattr(args, n) for n in names if getattr(args, n) is not None}
 
 
 def report(message: str):

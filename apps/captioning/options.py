@@ -10,8 +10,7 @@ from .outputs import format_of
 REGION_OPTIONS = ("instruction", "max_regions", *options_of("captions"))
 NEEDED = {  # option: others, of which it needs one
     "font": ("output", "animate"),
-    "adaptive_value": ("adaptive",),
-    "adaptive_verify": ("adaptive",),
+    "remask_below": ("threshold", "factor", "entropy_bound"),
     "subfolder": ("model",),
     "revision": ("model",),
 }

@@ -123,10 +123,10 @@ class CaptionRun:
         )
         captioner.check_options()
         layout = captioner.model.config.region_layout
-        if args.prompt_cache is not None and layout == "independent":
+        if args.prompt_refresh_interval is not None and layout == "independent":
             raise ValueError(
                 "expected no --prompt-cache with this checkpoint, which keeps the prompt exactly"
-                f" (region_layout {layout!r}), got {args.prompt_cache}"
+                f" (region_layout {layout!r}), got {args.prompt_refresh_interval}"
             )
         return captioner
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..captioning.command import DECODING
+from ...common.option_arguments import add_option_arguments, given_options
 from .limits import Limits
 
 BYTES_OF_MIB = 1 << 20
@@ -22,15 +22,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         help="default: as saved",
     )
     decoding = parser.add_argument_group("decoding, unless a request says otherwise")
-    for name, kind, text in DECODING:
-        if name != "batch_size":
-            decoding.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
-    decoding.add_argument(
-        "--adaptive",
-        choices=("threshold", "factor", "entropy_bound"),
-        help="commit what is sure enough at each step instead of a fixed number: faster",
-    )
-    decoding.add_argument("--remasking", choices=("low_confidence", "random"))
+    add_option_arguments(decoding, without=("batch_size", "compile"))
 
 
 def port_number(text: str) -> int:
@@ -161,8 +153,7 @@ def load_engine(args: argparse.Namespace):
     from ..captioning.captioner import RegionCaptioner
     from .engine import Engine
 
-    names = [name for name, *_ in DECODING if name != "batch_size"] + ["adaptive", "remasking"]
-    options = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    options = given_options(args)
     captioner = RegionCaptioner.from_pretrained(
         args.model,
         subfolder=args.subfolder,

@@ -26,10 +26,11 @@ DECODING = (
     "top_p",
     "cfg_scale",
     "remasking",
-    "adaptive",
-    "adaptive_value",
-    "adaptive_verify",
-    "prompt_cache",
+    "threshold",
+    "factor",
+    "entropy_bound",
+    "remask_below",
+    "prompt_refresh_interval",
     "seed",
 )
 MAX_STOPS = 4  # as OpenAI's

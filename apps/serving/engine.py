@@ -218,7 +218,7 @@ class Engine:
         reserved = sorted(set(options) & set(OWN_OPTIONS))
         if reserved:
             raise ValueError(f"expected options that a job may set, got {reserved}")
-        defaults = self.captioner.model.config.generation_defaults
+        defaults = self.captioner.model.decoding_defaults
         return DiffusionOptions.build(defaults, options, task)
 
     @property

@@ -170,8 +170,7 @@ class ChatJob:
         """One run for all `jobs`."""
         options = dict(options)
         options.pop("batch_size")  # the inputs are one batch already
-        config, processor = captioner.model.config, captioner.processor
-        defaults = config.generation_defaults
+        processor, defaults = captioner.processor, captioner.model.decoding_defaults
         length = DiffusionOptions.build(defaults, options, "answers").max_new_tokens
         inputs = processor(
             [picture for job in jobs for picture in job.images] or None,

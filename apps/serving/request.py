@@ -99,10 +99,11 @@ class ChatRequest(Model):
     top_k: int | None = None
     cfg_scale: float | None = None
     remasking: str | None = None
-    adaptive: str | None = None
-    adaptive_value: float | None = None
-    adaptive_verify: float | None = None
-    prompt_cache: int | None = None
+    threshold: float | None = None
+    factor: float | None = None
+    entropy_bound: float | None = None
+    remask_below: float | None = None
+    prompt_refresh_interval: int | None = None
     # OpenAI's, taken where they change nothing
     audio: Nothing = None
     frequency_penalty: Zero = None

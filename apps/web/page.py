@@ -18,6 +18,7 @@ from PIL import Image  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
 from ...generation_options import DiffusionOptions  # noqa: E402
+from ...generation_rules import ACCEPT_RULES  # noqa: E402
 from ..captioning.captioner import MASKED, Step  # noqa: E402
 from ..serving.engine import Engine, EngineClosed, JobFailed, QueueFull, Ticket  # noqa: E402
 from ..serving.errors import ApiError  # noqa: E402
@@ -78,7 +79,8 @@ class Page:
                 raise refusal("Paint at least one region, drag a box, or add a mask.", "No region")
             options = {"caption_length": int(length), "steps": int(steps)}
             if PACES[pace] is not None:
-                options["adaptive"] = PACES[pace]
+                rule = PACES[pace]
+                options[rule] = ACCEPT_RULES[rule]().value
             job = RegionJob(picture, tuple(masks))
             ticket = self._submit(job, request, **options)
         waiting = view.waiting_view(self.engine.queue_length)
@@ -154,7 +156,7 @@ class Page:
     def defaults(self) -> DiffusionOptions:
         """How the checkpoint decodes unless told otherwise."""
         captioner = self.engine.captioner
-        return DiffusionOptions.build(captioner.model.config.generation_defaults, captioner.options)
+        return DiffusionOptions.build(captioner.model.decoding_defaults, captioner.options)
 
 
 def refusal(message: str, title: str) -> gr.Error:
@@ -240,7 +242,7 @@ def _region_tab(page: Page, sent: gr.Textbox):
         )
         pace = gr.Dropdown(
             list(PACES),
-            value=_pace_of(defaults.adaptive),
+            value=_pace_of(defaults),
             label="Pace",
             info="tokens committed at a step",
         )
@@ -258,8 +260,11 @@ def _region_tab(page: Page, sent: gr.Textbox):
     forgets("captions", {captions: view.EMPTY, code: ""}, running)
 
 
-def _pace_of(adaptive: str | None) -> str:
-    return next(name for name, value in PACES.items() if value == adaptive)
+def _pace_of(defaults: DiffusionOptions) -> str:
+    """Returns the name of the pace that a checkpoint's defaults ask for."""
+    rules = (n for n in ACCEPT_RULES if getattr(defaults, n) is not None)
+    rule = next(rules, None)
+    return next(name for name, value in PACES.items() if value == rule)
 
 
 def _question_tab(page: Page, sent: gr.Textbox) -> gr.Textbox:
