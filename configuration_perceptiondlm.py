@@ -31,8 +31,10 @@ NO_REGION = -2  # belongs to none: seen by no caption
 
 
 def _refuses_as_value_error(config_class):
-    """Makes a configuration that cannot be built a ValueError, whichever part of transformers
-    found that a value has the wrong type."""
+    """Makes a config class raise ValueError for what it cannot be built from.
+
+    Different parts of transformers raise different errors for a value of the wrong type.
+    """
     build = config_class.__init__
 
     @functools.wraps(build)
@@ -49,7 +51,7 @@ def _refuses_as_value_error(config_class):
 @_refuses_as_value_error
 @strict
 class PerceptionDLMTextConfig(LlamaConfig):
-    """LLaDA's decoder: Llama's shapes with bidirectional attention (arXiv:2502.09992).
+    """Describes LLaDA's decoder: Llama's shapes, bidirectional attention (arXiv:2502.09992).
 
     The defaults are LLaDA-8B's. `rope_parameters` holds `rope_theta`; `num_key_value_heads`
     smaller than `num_attention_heads` gives grouped-query attention.
@@ -82,18 +84,18 @@ class PerceptionDLMTextConfig(LlamaConfig):
 @_refuses_as_value_error
 @strict
 class PerceptionDLMConfig(PreTrainedConfig):
-    """One composite configuration; the defaults are the released 8B region model.
+    """Describes a whole checkpoint; the defaults are the released 8B region model.
 
     Args:
         vision_config: a `SiglipVisionConfig`; `num_hidden_layers` counts the layers that are used
             (SigLIP-2 so400m has 27, of which the last is never run, so 26).
         text_config: a `PerceptionDLMTextConfig`.
-        image_layout: how a picture becomes tiles and tokens, "tiled" (best-fitting grid, thumbnail
+        image_layout: how an image becomes tiles and tokens, "tiled" (best-fitting grid, thumbnail
             last, `spatial_merge_size` squared patches a token) or "anyres" (LLaVA-V: squeezed tile
             first, padding cropped off, a newline embedding after each row).
         spatial_merge_size: side of the square of patches merged into one visual token.
         anyres_max_tiles: tiles' worth of cells beyond which an anyres map is shrunk.
-        num_region_prompts: learned region prompts, and so regions in one pass (0: no regions).
+        num_region_prompts: learned region prompts, and so regions in one group (0: no regions).
         roi_output_size: side of the RoI-aligned grid replayed for a region (0: no replay).
         roi_convention: "released" (shifted map, box scaled twice) or "aligned" (real tiles, once).
         roi_stride: divisor of the released convention's second scaling, in cells.
@@ -145,6 +147,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
             self.roi_token_ids = list(range(126084, 126100))
         if self.caption_token_ids is None:
             self.caption_token_ids = list(range(126352, 126368))
+
+        # A tied head may be declared for the whole or for the language model alone.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
         self._check()
@@ -154,6 +158,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
         _expect_one_of("image_layout", self.image_layout, IMAGE_LAYOUTS)
         _expect_one_of("region_layout", self.region_layout, REGION_LAYOUTS)
         _expect_one_of("roi_convention", self.roi_convention, ROI_CONVENTIONS)
+
+        # Sizes and counts.
         vision = self.vision_config
         _expect_at_least(
             1,
@@ -166,6 +172,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
         _expect_at_least(
             0, num_region_prompts=self.num_region_prompts, roi_output_size=self.roi_output_size
         )
+
+        # Combinations.
         slots = min(len(self.roi_token_ids), len(self.caption_token_ids))
         if self.num_region_prompts > slots:
             raise ValueError(
@@ -175,7 +183,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
         if self.image_layout == "anyres" and self.num_region_prompts:
             raise ValueError(
                 "expected num_region_prompts 0 with image_layout 'anyres',"
-                f" got {self.num_region_prompts}: region prompts need tiled pictures"
+                f" got {self.num_region_prompts}: region prompts need tiled images"
             )
         if self.image_layout == "tiled" and self.grid_side % self.spatial_merge_size:
             raise ValueError(
@@ -185,12 +193,12 @@ class PerceptionDLMConfig(PreTrainedConfig):
 
     @property
     def grid_side(self) -> int:
-        """Patches along one side of a tile."""
+        """Counts the patches along one side of a tile."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def cells_per_side(self) -> int:
-        """Visual tokens along one side of a tile."""
+        """Counts the visual tokens along one side of a tile."""
         return self.grid_side // self.spatial_merge_size
 
 

@@ -25,7 +25,7 @@ MIN_ROWS, MIN_WEIGHTS = 16, 2**16  # smaller products gain nothing
 
 
 class PerceptionDLMPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know to load, shard and dispatch these models."""
+    """Tells transformers how to load, shard and dispatch these models."""
 
     config: PerceptionDLMConfig
     base_model_prefix = "perceptiondlm"
@@ -45,8 +45,11 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Returns the device that takes the inputs. A dispatched model's is where it runs:
-        its weights may lie elsewhere, and those on a disk are on "meta"."""
+        """Returns the device that takes the inputs.
+
+        A dispatched model's is where it runs: its weights may lie elsewhere, and those on a disk
+        are on "meta".
+        """
         hooks = [m.__dict__["_hf_hook"] for m in self.modules() if "_hf_hook" in m.__dict__]
         for hook in hooks:
             for part in getattr(hook, "hooks", [hook]):
@@ -76,13 +79,12 @@ def placeable(device_map: dict, tied: bool) -> dict:
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Heads (B, heads, L, head_dim) turned by their positions' angles, cos and sin (B, L,
-    head_dim)."""
+    """Turns heads (B, heads, L, head_dim) by their positions' angles, cos and sin of (B, L, .)."""
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
 class PerceptionDLMAttention(nn.Module):
-    """Bidirectional attention with rotary positions and, optionally, grouped keys and values."""
+    """Attends in both directions, with rotary positions and optionally grouped keys and values."""
 
     def __init__(self, config: PerceptionDLMTextConfig, layer_idx: int):
         super().__init__()
@@ -140,11 +142,12 @@ class PerceptionDLMAttention(nn.Module):
         return self.o_proj(output.flatten(2))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Splits (B, L, heads * head_dim) into heads."""
         return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, L, head_dim)
 
 
 class PerceptionDLMDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and gated MLP."""
+    """Runs pre-norm attention and a gated MLP."""
 
     def __init__(self, config: PerceptionDLMTextConfig, layer_idx: int):
         super().__init__()
@@ -166,7 +169,7 @@ class PerceptionDLMDecoderLayer(GradientCheckpointingLayer):
 
 
 class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
-    """LLaDA's bidirectional decoder stack."""
+    """Runs LLaDA's bidirectional decoder stack."""
 
     config: PerceptionDLMTextConfig
 
@@ -223,7 +226,7 @@ class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
 
 
 class PerceptionDLMLanguageModel(PerceptionDLMPreTrainedModel):
-    """The decoder and its head."""
+    """Holds the decoder and its head."""
 
     config: PerceptionDLMTextConfig
     base_model_prefix = "model"

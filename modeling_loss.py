@@ -11,14 +11,14 @@ MINIMUM_MASK_RATE = 1e-3  # LLaDA's eps: p = (1 - eps) t + eps
 
 
 def mask_rate(timesteps: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-    """Masking probability p (B,) of each sample, from t (B,) or a fresh uniform draw."""
+    """Returns the masking probability p (B,) of each sample, from t (B,) or a fresh draw."""
     if timesteps is None:
         timesteps = torch.rand(labels.shape[0], device=labels.device)
     return (1 - MINIMUM_MASK_RATE) * timesteps + MINIMUM_MASK_RATE
 
 
 def draw_masked(labels: torch.Tensor, rate: torch.Tensor, noise: torch.Tensor | None):
-    """Bool (B, L): labelled positions whose draw falls under the sample's rate."""
+    """Marks, bool (B, L), the labeled positions whose draw falls under the sample's rate."""
     if noise is None:
         noise = torch.rand(labels.shape, device=labels.device)
     return (noise < rate[:, None]) & (labels >= 0)
@@ -39,14 +39,14 @@ def expect_masked(input_ids: torch.Tensor, responses: torch.Tensor, mask_token_i
 
 
 def inverse_rate_loss(losses, labels, masked, rate) -> torch.Tensor:
-    """LLaDA's bound: each loss over its sample's p and label count, over the batch size."""
+    """Weighs each loss by its sample's p and label count, over the batch size (LLaDA's bound)."""
     counts = (labels >= 0).sum(1).clamp(min=1)
     weights = (1 / (rate * counts))[:, None].expand_as(masked)[masked]
     return (losses * weights).sum() / labels.shape[0]
 
 
 def unweighted_loss(losses, labels, masked, rate) -> torch.Tensor:
-    """Each sample's mean over its masked positions, averaged over the batch."""
+    """Averages over each sample's masked positions, then over the batch."""
     weights = (1 / masked.sum(1).clamp(min=1))[:, None].expand_as(masked)[masked]
     return (losses * weights).sum() / labels.shape[0]
 
@@ -55,7 +55,10 @@ LOSS_WEIGHTINGS = {"inverse_rate": inverse_rate_loss, "none": unweighted_loss}
 
 
 def masked_loss(logits, labels, masked, rate, weighting: str) -> torch.Tensor:
-    """Scalar loss of the masked positions' logits (masked, V), by a name in `LOSS_WEIGHTINGS`."""
+    """Returns the scalar loss of the masked positions' logits (masked, V).
+
+    `weighting` is a name in `LOSS_WEIGHTINGS`. Raises ValueError for another.
+    """
     if weighting not in LOSS_WEIGHTINGS:
         raise ValueError(
             f"expected loss_weighting among {', '.join(LOSS_WEIGHTINGS)}, got {weighting!r}"

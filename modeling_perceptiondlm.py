@@ -12,14 +12,7 @@ from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import SiglipVisionConfig
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.models.siglip.modeling_siglip import (
-    SiglipEncoder,
-    SiglipPreTrainedModel,
-    SiglipVisionEmbeddings,
-)
 from transformers.utils import ModelOutput
 
 from .configuration_perceptiondlm import (
@@ -39,7 +32,15 @@ from .modeling_language import (
     placeable,
 )
 from .modeling_loss import draw_masked, expect_masked, mask_rate, masked_loss
-from .modeling_vision import PICTURE_TOKENS, merge_patches, roi_align
+from .modeling_vision import (
+    IMAGE_TOKENS,
+    PerceptionDLMConnector,
+    PerceptionDLMVisionModel,
+    RegionPrompts,
+    merge_patches,
+    replay_regions,
+    tile_counts,
+)
 
 # What `forward` may be given of arguments that mean nothing to it, beside None.
 FORWARD_NEUTRAL = {
@@ -50,49 +51,9 @@ FORWARD_NEUTRAL = {
 }
 
 
-class PerceptionDLMVisionModel(SiglipPreTrainedModel):
-    """SigLIP's embeddings and the layers that are used, with region prompts added to patches."""
-
-    config: SiglipVisionConfig
-    main_input_name = "pixel_values"
-    _input_embed_layer = "patch_embedding"
-
-    def __init__(self, config: SiglipVisionConfig):
-        super().__init__(config)
-        self.embeddings = SiglipVisionEmbeddings(config)
-        self.encoder = SiglipEncoder(config)
-        self.post_init()
-
-    def forward(self, pixel_values, patch_prompts=None) -> torch.Tensor:
-        """Features (T, P, C), without a final norm, of `pixel_values` (T, 3, S, S);
-        `patch_prompts` (T, P, C) is added to the patch embeddings."""
-        hidden = self.embeddings(pixel_values)
-        if patch_prompts is not None:
-            hidden = hidden + patch_prompts.to(hidden)
-        return self.encoder(inputs_embeds=hidden).last_hidden_state
-
-
-class PerceptionDLMConnector(nn.Module):
-    """Merged patches to text width: linear, exact GELU, linear."""
-
-    def __init__(self, config: PerceptionDLMConfig):
-        super().__init__()
-        width = config.vision_config.hidden_size * config.spatial_merge_size**2
-        self.linear_1 = nn.Linear(width, config.text_config.hidden_size)
-        self.act = ACT2FN["gelu"]
-        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
-
-    def forward(self, merged: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(merged)))
-
-
-class RegionPrompts(nn.Embedding):
-    """Learned prompts (R, C), drawn as large as the patch embeddings that they are added to."""
-
-
 @dataclass
 class PerceptionDLMOutput(ModelOutput):
-    """Result of a forward pass.
+    """Holds the result of a forward pass.
 
     Attributes:
         loss: scalar, with labels.
@@ -107,7 +68,7 @@ class PerceptionDLMOutput(ModelOutput):
 
     @property
     def last_hidden_state(self):
-        """There is none; TRL's SFTTrainer reads it for a loss of its own, over next tokens."""
+        """Raises AttributeError: TRL's SFTTrainer reads it for a loss over next tokens."""
         raise AttributeError(
             "expected a trainer that takes the loss of `forward`, got one that asks for"
             " last_hidden_state; with TRL use perceptiondlm.training.sft.DiffusionSFTTrainer"
@@ -181,6 +142,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             if not hasattr(config, "to_dict"):
                 config = PerceptionDLMConfig.from_pretrained(config, **options)
             kwargs["device_map"] = placeable(device_map, config.tie_word_embeddings)
+
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -193,6 +155,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             raise ValueError(
                 f"expected readable weights in {pretrained_model_name_or_path}, got: {error}"
             ) from error
+
         if not model._hf_peft_config_loaded:  # else `info` is the adapter's
             accepted = {"mismatched_keys"} if may_mismatch else set()
             if not _is_own_config(kwargs.get("config"), pretrained_model_name_or_path, options):
@@ -210,7 +173,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         return (model, info) if wants_info else model
 
     def encode_images(self, pixel_values, region_patches=None) -> torch.Tensor:
-        """Visual features (T, cells, D) of tiles (T, 3, S, S).
+        """Returns visual features (T, cells, D) of tiles (T, 3, S, S).
 
         `region_patches` bool (T, R, h, w) says which patches each region prompt is added to.
         """
@@ -218,14 +181,12 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         if region_patches is not None:
             if self.region_prompts is None:
                 raise ValueError("expected a model with region prompts for masks, got one without")
-            count = self.config.num_region_prompts
-            table = self.region_prompts(torch.arange(count, device=region_patches.device))  # (R, C)
-            prompts = region_patches.flatten(2).transpose(1, 2).to(table) @ table  # (T, P, C)
+            prompts = self.region_prompts.of_patches(region_patches)  # (T, P, C)
         features = self.vision_tower(pixel_values, prompts)
         return self.connector(merge_patches(features, self.config.spatial_merge_size))
 
-    def _acts_with_others(self) -> bool:
-        """Whether other processes wait for this one's gradients, or for its share of weights."""
+    def _waits_for_others(self) -> bool:
+        """Tells whether other processes wait for this one's gradients or its share of weights."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return False
         from torch.distributed.tensor import DTensor
@@ -233,11 +194,14 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         parameters = self.vision_tower.parameters()
         return self.training or any(isinstance(p, DTensor) for p in parameters)
 
-    def _unseen_picture(self) -> torch.Tensor:
-        """Zero, by way of everything that sees: among several processes each has to run every
-        module, and to give its gradient, whether its batch holds pictures or not."""
-        vision = self.config.vision_config
-        blank = torch.zeros(1, 3, vision.image_size, vision.image_size, device=self.device)
+    def _unseen_image(self) -> torch.Tensor:
+        """Returns 0, computed through the whole vision path.
+
+        Under DDP and FSDP every rank must run the same modules, so a batch without images adds
+        this to its embeddings.
+        """
+        size = self.config.vision_config.image_size
+        blank = torch.zeros(1, 3, size, size, device=self.device)
         patches = None
         if self.region_prompts is not None:
             side = self.config.grid_side
@@ -246,52 +210,28 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         unseen = 0 * self.encode_images(blank, patches).sum()
         return unseen if self.image_newline is None else unseen + 0 * self.image_newline.sum()
 
-    def picture_tokens(self, features, image_grids, image_sizes) -> torch.Tensor:
-        """Visual tokens (tokens, D) of all pictures, from the features (T, cells, D) of their
-        tiles; `image_grids` and `image_sizes` are lists of pairs."""
-        layout = PICTURE_TOKENS[self.config.image_layout]
-        tiles = features.split(self._tile_counts(features, image_grids))
+    def image_tokens(self, features, image_grids, image_sizes) -> torch.Tensor:
+        """Returns the visual tokens (tokens, D) of all images.
+
+        `features` (T, cells, D) are those of their tiles; `image_grids` and `image_sizes` are
+        lists of pairs.
+        """
+        layout = self.config.image_layout
+        tiles = features.split(tile_counts(features, image_grids, layout))
         newline = None if self.image_newline is None else self.image_newline.to(features.device)
         tokens = [
-            layout(own, grid, size, newline, self.config)
+            IMAGE_TOKENS[layout](own, grid, size, newline, self.config)
             for own, grid, size in zip(tiles, image_grids, image_sizes, strict=True)
         ]
         return torch.cat(tokens)
 
-    def replay_regions(self, features, image_grids, boxes, box_images) -> torch.Tensor:
-        """RoI tokens (K, roi_output_size^2, D) of the boxes (K, 4), normalised xyxy.
+    def embed_inputs(self, input_ids, role_ids, **images) -> torch.Tensor:
+        """Returns token embeddings (B, L, D) with visual and RoI tokens spliced in.
 
-        `box_images` (K,) is each box's picture.
+        `images` are `pixel_values` ... `box_images` of `forward`.
         """
-        size = self.config.roi_output_size
-        if not len(boxes):
-            return features.new_zeros(0, size**2, features.shape[-1])
-        counts = self._tile_counts(features, image_grids)
-        boxes, box_images = boxes.to(features.device), box_images.to(features.device)
-        starts = torch.tensor([0, *counts[:-1]], device=boxes.device).cumsum(0)
-        grids = torch.tensor(image_grids, device=boxes.device)  # (pictures, 2)
-        first_tiles, grids = starts[box_images], grids[box_images]
-        boxes = boxes * (grids * self.config.cells_per_side).repeat(1, 2)
-        if self.config.roi_convention == "released":  # from the second tile on, and scaled twice
-            first_tiles = first_tiles + (grids.prod(1) > 1)
-            boxes = boxes / self.config.roi_stride
-        return roi_align(features, first_tiles, grids, boxes, (size, size)).flatten(1, 2)
-
-    def _tile_counts(self, features, image_grids) -> list[int]:
-        """Tiles of each picture, its thumbnail or squeezed tile counted."""
-        extra = (lambda n: 1) if self.config.image_layout == "anyres" else (lambda n: int(n > 1))
-        counts = [w * h + extra(w * h) for w, h in image_grids]
-        if sum(counts) != len(features):
-            raise ValueError(
-                f"expected {sum(counts)} tiles for grids {image_grids}, got {len(features)}"
-            )
-        return counts
-
-    def embed_inputs(self, input_ids, role_ids, **pictures) -> torch.Tensor:
-        """Token embeddings (B, L, D) with visual and RoI tokens spliced in at their places;
-        `pictures` are `pixel_values` ... `box_images` of `forward`."""
-        # by way of forward: the newline is this module's own, and at hand only while it runs
-        return self(input_ids, role_ids=role_ids, **pictures, only_embeds=True)
+        # By way of forward: the newline is this module's own, and at hand only while it runs.
+        return self(input_ids, role_ids=role_ids, **images, only_embeds=True)
 
     def _embed(
         self,
@@ -304,23 +244,26 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         boxes,
         box_images,
     ) -> torch.Tensor:
-        """What `embed_inputs` gives."""
-        embeds = self.get_input_embeddings()(input_ids)
+        """Returns what `embed_inputs` describes."""
+        embeds = self.get_input_embeddings()(input_ids)  # (B, L, D)
+        B, L, D = embeds.shape
         fixed = role_ids != ROLE_CAPTION  # what is being denoised may hold any id
         places = fixed & (input_ids == self.config.image_token_id)
         if pixel_values is None or not len(pixel_values):
-            embeds = _splice(embeds, places, embeds.new_zeros(0, embeds.shape[-1]), "picture")
-            if not self._acts_with_others():
-                return embeds
-            return embeds + self._unseen_picture().to(embeds)
+            embeds = _splice(embeds, places, embeds.new_zeros(0, D), "image")
+            return embeds + self._unseen_image().to(embeds) if self._waits_for_others() else embeds
+
+        # The tokens of the images, at their placeholders.
         grids = [tuple(grid) for grid in image_grids.tolist()]
         features = self.encode_images(pixel_values, region_patches)
-        tokens = self.picture_tokens(features, grids, image_sizes.tolist())
-        embeds = _splice(embeds, places, tokens, "picture")
+        tokens = self.image_tokens(features, grids, image_sizes.tolist())
+        embeds = _splice(embeds, places, tokens, "image")
+
+        # The features of each region's box, replayed at the RoI placeholders.
         if boxes is not None and self.config.roi_output_size:
             roi_ids = torch.tensor(self.config.roi_token_ids, device=input_ids.device)
             places = (role_ids == ROLE_ROI) & torch.isin(input_ids, roi_ids)
-            replayed = self.replay_regions(features, grids, boxes, box_images)
+            replayed = replay_regions(features, grids, boxes, box_images, self.config)
             embeds = _splice(embeds, places, replayed.flatten(0, 1), "RoI")
         return embeds
 
@@ -351,7 +294,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
     ) -> PerceptionDLMOutput | tuple | torch.Tensor:
-        """Predicts every position, or, with labels, the diffusion loss.
+        """Predicts every position, or, with labels, computes the diffusion loss.
 
         Args:
             input_ids ... box_images: what the processor makes; positions default to 0, 1, 2, ...
@@ -381,6 +324,8 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         attention_mask, position_ids, region_ids, role_ids = _with_defaults(
             input_ids, attention_mask, position_ids, region_ids, role_ids
         )
+
+        # Mask what is to be learned.
         if labels is not None:
             rate = mask_rate(timesteps, labels)
             masked = draw_masked(labels, rate, noise)
@@ -389,21 +334,19 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             raise ValueError("expected timesteps and noise only with labels, got no labels")
         elif self.training and torch.is_grad_enabled():
             expect_masked(input_ids, role_ids == ROLE_CAPTION, self.config.mask_token_id)
-        embeds = self._embed(
-            input_ids,
-            role_ids,
-            pixel_values,
-            image_grids,
-            image_sizes,
-            region_patches,
-            boxes,
-            box_images,
-        )
+
+        # Embed.
+        images = (pixel_values, image_grids, image_sizes, region_patches, boxes, box_images)
+        embeds = self._embed(input_ids, role_ids, *images)
         if only_embeds:
             return embeds
+
+        # Attend.
         structure = Structure(self.config.region_layout, region_ids, role_ids, attention_mask)
         states = [] if self._wants(output_hidden_states, "output_hidden_states") else None
         hidden = self.attend(embeds, position_ids, structure, states)
+
+        # Predict: the loss of the masked positions, or logits.
         loss = logits = None
         if labels is not None:
             own = self._masked_logits(hidden, masked)
@@ -431,7 +374,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         )
 
     def _masked_logits(self, hidden, masked) -> torch.Tensor:
-        """Logits (n, V) of the n masked positions.
+        """Computes logits (n, V) of the n masked positions.
 
         Where there are none the head runs on a position that is then dropped: under DDP and FSDP
         every rank must run the same modules, and none is called with nothing.
@@ -441,6 +384,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         return self.language_model.lm_head(hidden[masked.to(hidden.device)])
 
     def _kept_logits(self, hidden, kept: int | torch.LongTensor) -> torch.Tensor:
+        """Computes logits (B, kept, V) of the last so many positions, or of some indices."""
         last = isinstance(kept, int)
         hidden = hidden[:, slice(-kept, None) if last else kept]
         if not hidden.shape[1]:
@@ -448,6 +392,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         return self.language_model.lm_head(hidden)
 
     def _wants(self, flag: bool | None, name: str) -> bool:
+        """Returns a flag of the call or, where it is None, the config's."""
         if not isinstance(flag, (bool, type(None))):
             raise ValueError(f"expected {name} True or False, got {flag!r}")
         return flag if flag is not None else bool(getattr(self.config, name))
@@ -458,7 +403,7 @@ RUN_SETTINGS = {"architectures", "auto_map", "dtype", "transformers_version", "_
 
 
 def _is_own_config(given, place, options: dict) -> bool:
-    """Whether a model was built from the config that is saved beside the weights."""
+    """Tells whether a model was built from the config that is saved beside the weights."""
     if place is None:
         return False
     if not hasattr(given, "to_dict"):  # None or a path
@@ -498,7 +443,10 @@ def _expect_all_weights(place, info: dict, accepted: set[str]):
 
 
 def _with_defaults(input_ids, attention_mask, position_ids, region_ids, role_ids):
-    """The four (B, L) beside `input_ids`, those that are None as of plain, unpadded text."""
+    """Fills in, of the four tensors (B, L) beside `input_ids`, those that are None.
+
+    They are made as for plain, unpadded text.
+    """
     if not input_ids.numel():
         shape = tuple(input_ids.shape)
         raise ValueError(f"expected input_ids (B, L) of at least one position, got shape {shape}")

@@ -205,7 +205,7 @@ def visual_tokens(model, inputs) -> torch.Tensor:
     """What takes the place of the picture, (tokens, D)."""
     grids = [tuple(grid) for grid in inputs["image_grids"].tolist()]
     features = model.encode_images(inputs["pixel_values"])
-    return model.picture_tokens(features, grids, inputs["image_sizes"].tolist())
+    return model.image_tokens(features, grids, inputs["image_sizes"].tolist())
 
 
 def embeds_of(vectors: dict[str, torch.Tensor]) -> torch.Tensor:

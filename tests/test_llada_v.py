@@ -40,7 +40,7 @@ def tokens_of(model, inputs) -> torch.Tensor:
     """What replaces the pictures."""
     grids = [tuple(grid) for grid in inputs["image_grids"].tolist()]
     features = model.encode_images(inputs["pixel_values"])
-    return model.picture_tokens(features, grids, inputs["image_sizes"].tolist())
+    return model.image_tokens(features, grids, inputs["image_sizes"].tolist())
 
 
 # Pictures. Sizes with maps of every kind: cropped above or at the sides, shrunk or not, one tile.

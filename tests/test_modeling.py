@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.modeling_vision import merge_patches, roi_align, tile_map
+from perceptiondlm.modeling_vision import merge_patches, replay_regions, roi_align, tile_map
 
 GROUPED = {"num_key_value_heads": 2}
 # size, regions, soft masks, what differs from the tiny default
@@ -47,7 +47,9 @@ def test_features_and_replayed_regions_equal_the_plain_ones(make, picture, blobs
     inputs = setting.inputs(caption_length=2)
     features = setting.model.encode_images(inputs["pixel_values"], inputs["region_patches"])
     grids = [tuple(inputs["image_grids"][0].tolist())]
-    replayed = setting.model.replay_regions(features, grids, inputs["boxes"], inputs["box_images"])
+    replayed = replay_regions(
+        features, grids, inputs["boxes"], inputs["box_images"], setting.model.config
+    )
     assert deviation(features, setting.plain.visual) < 1e-5
     assert deviation(replayed, torch.stack(setting.plain.replays)) < 1e-5
 
@@ -102,7 +104,7 @@ ANYRES |= {"vision": {"patch_size": 8}}
 def test_anyres_tokens_equal_the_plain_ones(make, picture, size):
     model, processor = make(**ANYRES, anyres_max_tiles=2)
     inputs = processor.image_processor(picture(*size))
-    got = model.picture_tokens(
+    got = model.image_tokens(
         model.encode_images(inputs["pixel_values"]),
         [tuple(grid) for grid in inputs["image_grids"].tolist()],
         inputs["image_sizes"].tolist(),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from perceptiondlm.image_processing_perceptiondlm import choose_grid
 from perceptiondlm.modeling_attention import allowed_attention
-from perceptiondlm.modeling_vision import roi_align
+from perceptiondlm.modeling_vision import replay_regions, roi_align
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -113,8 +113,8 @@ def test_region_attention_is_the_recorded_one(region):
 def test_region_features_are_the_recorded_ones(region):
     inputs = region.inputs
     features = region.model.encode_images(inputs["pixel_values"], inputs["region_patches"])
-    replayed = region.model.replay_regions(
-        features, grids(inputs), inputs["boxes"], inputs["box_images"]
+    replayed = replay_regions(
+        features, grids(inputs), inputs["boxes"], inputs["box_images"], region.model.config
     )
     assert deviation(features, region.recorded["vision_embeds"]) < 1e-4
     assert deviation(replayed, region.recorded["roi_embeds"]) < 1e-4
@@ -208,7 +208,7 @@ def test_llava_ids_are_the_recorded_ones(llava):
 def test_llava_features_and_logits_are_the_recorded_ones(llava):
     features = llava.model.encode_images(llava.inputs["pixel_values"])
     sizes = llava.inputs["image_sizes"].tolist()
-    tokens = llava.model.picture_tokens(features, grids(llava.inputs), sizes)
+    tokens = llava.model.image_tokens(features, grids(llava.inputs), sizes)
     logits = llava.model(**llava.inputs, logits_to_keep=llava.options["max_new_tokens"]).logits
     assert deviation(tokens, llava.recorded["image_embeds"]) < 1e-4
     # the converted vocabulary has a row more, for the picture's placeholder
