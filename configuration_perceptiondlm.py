@@ -141,8 +141,10 @@ class PerceptionDLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        # Parts may be given as dicts, as they are saved.
         self.vision_config = _sub_config(self.vision_config, SiglipVisionConfig, FLAGSHIP_VISION)
         self.text_config = _sub_config(self.text_config, PerceptionDLMTextConfig, {})
+        # LLaDA's reserved tokens, and those that the released checkpoint adds.
         if self.roi_token_ids is None:
             self.roi_token_ids = list(range(126084, 126100))
         if self.caption_token_ids is None:

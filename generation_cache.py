@@ -66,6 +66,7 @@ class ResponseNetwork:
         self.model = model
         self.text = model.language_model
         self.cfg_scale = cfg_scale
+        # Cut the columns in two: the prompt, and the responses with their markers.
         self.prompt_length = prompt_length(inputs)
         self.response_ids = inputs["input_ids"][:, self.prompt_length :].clone()  # (B, A)
 
@@ -77,6 +78,7 @@ class ResponseNetwork:
             columns = {k: torch.cat([v, v]) for k, v in columns.items()}
         self.positions = columns.pop("position_ids")
 
+        # How often the prompt is computed: in a tree once, else as asked for.
         is_tree = model.config.region_layout == "independent"
         self.refresh_interval = (
             0 if is_tree else 1 if refresh_interval is None else refresh_interval
@@ -86,6 +88,7 @@ class ResponseNetwork:
         if self.refresh_interval != 1:
             self.cache = StaticKVCache(self.positions.shape[1])
 
+        # A tree keeps keys and values alone, the joint layout the embeddings too.
         self.prompt = None if is_tree else prompt
         if is_tree:
             self._prefill(prompt)
@@ -126,6 +129,7 @@ class ResponseNetwork:
             return structure.argument(implementation, dtype, queries, num_keys)
 
         self.response_mask = argument(slice(start, None), None)
+        # Who may see whom when the whole sequence is computed.
         self.full_mask = None if is_tree else argument(slice(None), None)
 
         # The trunk is computed before the branches, as it needs no mask.
@@ -170,6 +174,7 @@ class ResponseNetwork:
             response, columns = torch.cat([response, response]), torch.cat([columns, columns])
 
         hidden = self._whole(response) if recompute else self._response_only(response)
+        # Only the positions that are asked for reach the head.
         index = columns[..., None].expand(-1, -1, hidden.shape[-1]).to(hidden.device)
         logits = self.text.lm_head(hidden.gather(1, index)).to(response_ids.device)  # (B, N, V)
 
@@ -217,6 +222,7 @@ def response_slots(
     equally many masked positions; rows with fewer regions are padded with groups that are not
     valid.
     """
+    # The positions that hold the mask token.
     ids = inputs["input_ids"][:, prompt_length:]
     regions = inputs["region_ids"][:, prompt_length:]
     is_open = (ids == mask_token_id) & inputs["attention_mask"][:, prompt_length:].bool()
@@ -229,6 +235,7 @@ def response_slots(
             "expected region_ids of masked positions to count regions from 0,"
             f" got {sorted(set(regions[is_open].tolist()))[:8]}"
         )
+    # Which of them belong to each region, and that they are equally many.
     numbers = torch.arange(groups, device=ids.device)[:, None]
     members = is_open[:, None] & (regions[:, None] == numbers)  # (B, G, A)
     sizes = members.sum(-1)  # (B, G)

@@ -41,8 +41,10 @@ from .modeling_language import fastest_linear
 from .processing_perceptiondlm import PerceptionDLMProcessor
 from .processing_sequence import IGNORED_LABEL, check_inputs, response_length
 
+# An answer is the only group of its row.
 ANSWER_REGION = 0
 COLUMNS = ("input_ids", "attention_mask", "position_ids", "region_ids", "role_ids")
+# What only training needs beside them, and what comes with images.
 TRAINING_INPUTS = ("labels", "timesteps", "noise")
 IMAGE_INPUTS = (*PerceptionDLMImageProcessor.model_input_names, "region_orders")
 INPUTS = (*COLUMNS, *IMAGE_INPUTS, *TRAINING_INPUTS)
@@ -209,17 +211,20 @@ class DiffusionGenerationMixin:
         """
         if callback is not None and not callable(callback):
             raise ValueError(f"expected a callable callback, got {describe(callback)}")
+        # On a CPU, products of float32 go to the faster of two libraries.
         fastest_linear(self)
 
         if inputs is not None:
             if images is not None or masks is not None or prompts is not None:
                 raise ValueError("expected `inputs` or images, masks and prompts, got both")
+            # Prepared inputs say by themselves what is denoised and how long it is.
             check_inputs(inputs, self.config)
             task = "captions" if "boxes" in inputs else "answers"
             chosen = self._options(self._with_length_of(inputs, task, options), task)
             processor = processor or self._processor_if_saved()
             return self._generate_inputs(inputs, processor, chosen, callback)
 
+        # Else the processor prepares them, batch by batch.
         chosen = self._options(options, "answers" if masks is None else "captions")
         processor = processor or self._saved_processor()
         self._check_processor(processor)
@@ -249,6 +254,7 @@ class DiffusionGenerationMixin:
         for own in masks:
             if isinstance(own, (str, dict)) or not hasattr(own, "__len__"):
                 raise ValueError(f"expected a list of masks for each image, got {describe(own)}")
+        # More regions than the checkpoint has prompts for are captioned in several groups.
         groups = plan_groups([len(own) for own in masks], self.config.num_region_prompts)
         instructions = _instructions(prompts, len(images))
 
@@ -266,6 +272,7 @@ class DiffusionGenerationMixin:
             keys = [(group.image, group.masks[0]) for group in batch]
             runs.append(Run(inputs, rule, suppressed, keys))
 
+        # Rows come back in the order of their groups, captions in that of the regions' areas.
         def nest(rows: list[list]) -> list[list]:
             nested = [[None] * len(own) for own in masks]
             for group, captions in zip(groups, in_given_order(rows, orders), strict=False):
@@ -281,6 +288,7 @@ class DiffusionGenerationMixin:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         image_groups = _images_of_prompts(images, len(prompts))
         rule, suppressed = self._answer_settings(options.max_new_tokens, processor, options)
+        # Every batch has the same rule: answers are equally long.
         runs = []
         for batch in _chunks(range(len(prompts)), options.batch_size):
             inputs = processor(
@@ -319,6 +327,7 @@ class DiffusionGenerationMixin:
                 "expected no batch_size with `inputs`, which are one batch,"
                 f" got {options['batch_size']!r}"
             )
+        # Every region has as many masked positions, so one of them tells the length.
         columns, _ = response_slots(inputs, prompt_length(inputs), self.config.mask_token_id)
         length = columns.shape[-1]
         name = "caption_length" if task == "captions" else "max_new_tokens"
@@ -346,6 +355,7 @@ class DiffusionGenerationMixin:
 
     def _run(self, runs: list[Run], layout: Layout, processor, options, callback):
         """Denoises each batch and puts its rows back where the caller expects them."""
+        # One seed for the whole call: each row derives its own from it.
         seed = options.draw_seed(self.device) if options.is_random else 0
         rows, history, forwards = [], [], []
         for run in runs:
@@ -358,16 +368,19 @@ class DiffusionGenerationMixin:
                 if callback is not None:
                     callback(step, nested)
 
+            # Nobody listens by default, and then nothing is moved off the device at each step.
             listener = on_step if options.return_history or callback is not None else None
             responses, counts = self._denoise_batch(run, options, seed, listener)
             rows += responses
             forwards += counts
 
+        # What the loop counted, for each image and for each response.
         image_forwards = [0] * layout.num_images
         for image, count in zip(layout.row_images, forwards, strict=True):
             image_forwards[image] += count
         token_ids = layout.nest(rows)
         passes = [[count] * len(row) for row, count in zip(rows, forwards, strict=True)]
+        # Where each response ends: at the end of its turn or text, or at a stop string.
         stops = stop_sequences(options, processor) if processor is not None else ()
         ends = [(i,) for i in self._end_ids()] + list(stops)
         return DiffusionOutput(
@@ -388,9 +401,11 @@ class DiffusionGenerationMixin:
         """
         given = {k: v for k, v in run.inputs.items() if isinstance(v, torch.Tensor)}
         inputs = {k: v.to(self.device) for k, v in given.items()}
+        # The prompt is computed here, once where the layout allows it.
         network = ResponseNetwork(
             self, inputs, options.prompt_refresh_interval, options.cfg_scale, options.compile
         )
+        # Where the responses stand, all of them masked at first.
         columns, state = response_slots(inputs, network.prompt_length, self.config.mask_token_id)
         B, G, n = state.tokens.shape
         flat, valid = columns.view(B, G * n), state.valid.view(B, G * n)
@@ -405,6 +420,7 @@ class DiffusionGenerationMixin:
             RowNoise(seed, run.keys, counts, self.device) if options.is_random else None,
         )
 
+        # The loop knows groups of positions, the network columns of a sequence.
         def predict(tokens: torch.Tensor, step: int) -> torch.Tensor:
             ids = scatter_valid(network.response_ids, flat, tokens.view(B, G * n), valid)
             return network(ids, step, flat).view(B, G, n, -1)
@@ -494,6 +510,7 @@ class DiffusionGenerationMixin:
                 options of `diffusion_generate`; `max_new_tokens` is n (default: the length of the
                 masked answers in the inputs, then the checkpoint's).
         """
+        # What was given, by what it is for.
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs_and_options}
         call = {k: v for k, v in given.items() if k in KNOWN}
         options = {k: v for k, v in given.items() if k not in KNOWN and k not in INPUTS}
@@ -502,16 +519,19 @@ class DiffusionGenerationMixin:
         prompts, slots = _prompts(tensors, inputs)
         ids = prompts["input_ids"]
 
+        # transformers' arguments, translated to decoding options.
         configs = (generation_config, self.generation_config)
         arguments = GenerateArguments(call, configs, self._end_ids())
         suppressed = self.decoding_defaults.get("suppress_tokens", ())
         options = arguments.options(suppressed) | options
         if tokenizer is not None and options.get("processor") is None:
             options["processor"] = PerceptionDLMProcessor(PerceptionDLMImageProcessor(), tokenizer)
+        # How long the answers are to be.
         length = arguments.new_tokens(ids.shape[1], slots)
         if length is None:
             length = DiffusionOptions.build(self.decoding_defaults, {}).max_new_tokens
 
+        # Denoise; to a streamer it looks as if the tokens came one after another.
         if streamer is not None:
             streamer.put(ids.cpu())
         answers, ends = self._answers(prompts, length, options)
@@ -551,6 +571,7 @@ class DiffusionGenerationMixin:
         out = self.diffusion_generate(inputs=self._with_answers(prompts, length), **options)
         rows = [row[0] for row in out.token_ids]
         chosen = {k: v for k, v in options.items() if k == "stop_strings"}
+        # Past its end an answer is filled up with end-of-turn.
         stops = DiffusionOptions.build(self.decoding_defaults, chosen).stop_strings
         tokenizer = stops and (options.get("processor") or self._saved_processor()).tokenizer
         ends = [_end(ids, self.config.eot_token_id, stops or (), tokenizer) for ids in rows]
@@ -684,6 +705,7 @@ def _prompts(tensors: dict, inputs) -> tuple[dict, int | None]:
     length = tensors["input_ids"].shape[1]
     labels = tensors.get("labels")
 
+    # An answer that is there, to be filled or learned, begins where the roles say.
     start = length
     if "role_ids" in tensors:
         start = prompt_length(tensors)
@@ -716,6 +738,7 @@ def _end(ids: list[int], eot: int, stops: Sequence[str], tokenizer) -> int:
         text = tokenizer.decode(known)
         return any(stop in text for stop in stops)
 
+    # A stop string may be spelled by other tokens than when it stands alone.
     if stops and stopped(end):
         end = next(count for count in range(1, end + 1) if stopped(count))
     return end

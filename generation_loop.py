@@ -43,6 +43,7 @@ class RowNoise:
         device = self.generators[0].device
         drawn = torch.full(shape, 0.5, dtype=dtype, device=device)
         for row, (count, generator) in enumerate(zip(self.counts, self.generators, strict=True)):
+            # Drawn for the row's own groups alone: padding must not use up draws.
             own = (count, *shape[2:])
             drawn[row, :count] = torch.rand(own, generator=generator, dtype=dtype, device=device)
         return drawn
@@ -74,11 +75,13 @@ class Sampler:
 
     def __call__(self, logits: torch.Tensor) -> Prediction:
         """Makes a prediction of logits (B, G, n, V) of any float type."""
+        # Filter what may be chosen.
         logits = logits.float() if self.temperature == 0 else logits.double()
         if self.suppressed is not None:
             logits = logits.index_fill(-1, self.suppressed, -torch.inf)
         logits = keep_top_p(keep_top_k(logits, self.top_k), self.top_p)
 
+        # Choose, and say how sure the choice is.
         tokens = self._choose(logits)
         if self.remasking == "random":
             confidence = self._uniform(tokens, torch.float64)
@@ -102,6 +105,7 @@ def keep_top_k(logits: torch.Tensor, k: int | None) -> torch.Tensor:
     """Sets all but the k largest logits (..., V) to -inf."""
     if k is None or k >= logits.shape[-1]:
         return logits
+    # Ties with the k-th are kept.
     smallest = logits.topk(k, dim=-1).values[..., -1:]
     return logits.masked_fill(logits < smallest, -torch.inf)
 
@@ -111,6 +115,7 @@ def keep_top_p(logits: torch.Tensor, p: float | None) -> torch.Tensor:
     if p is None or p >= 1:
         return logits
     ordered, index = logits.sort(dim=-1, descending=True)
+    # What lies before a token decides: the one that passes p is kept.
     before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
     dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= p)
     return logits.masked_fill(dropped, -torch.inf)
@@ -171,12 +176,14 @@ def denoise(
         depends_on_step: whether the same tokens may get other logits at another step. If not, and
             the choice is not random, no state is shown to the network twice.
     """
+    # A rule with more steps than positions comes back to states that it has seen.
     B, _, n = state.tokens.shape
     forwards = torch.zeros(B, dtype=torch.int64, device=state.tokens.device)
     may_finish_early = rule.adaptive or rule.steps > n
     may_repeat = not depends_on_step and sampler.is_deterministic and not rule.uses_logits
     memory = Memory(B) if may_repeat and rule.steps > n else None
 
+    # Rows with something left to decode.
     running = torch.ones(B, dtype=torch.bool, device=state.tokens.device)
     for step in range(rule.steps):
         if may_finish_early:

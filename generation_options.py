@@ -252,10 +252,12 @@ class DiffusionOptions:
         other task are left out. Raises ValueError for unknown names, and for an option of the
         other task.
         """
+        # Unknown names first, whichever of the two they come from.
         expect_known(defaults | options)
         if task is None:
             return cls(**(defaults | options))
 
+        # An option of the call that the task has no use for is a mistake.
         for name in sorted(set(options) - set(options_for(task, options))):
             if options[name] is not None:
                 raise ValueError(
@@ -268,11 +270,13 @@ class DiffusionOptions:
         return cls(**(defaults | options_for(task, options)))
 
     def __post_init__(self):
+        # Each value by its own check.
         for declared in dataclasses.fields(self):
             value = getattr(self, declared.name)
             if value is not None or declared.default is not None:
                 declared.metadata["check"](declared.name, value)
 
+        # Values that do not go together.
         if self.seed is not None and self.generator is not None:
             raise ValueError("expected at most one of seed and generator, got both")
         accepting = {n: getattr(self, n) for n in ACCEPT_RULES if getattr(self, n) is not None}
@@ -385,6 +389,7 @@ def default_generation_config(config) -> GenerationConfig:
     Special tokens are never produced in answers. Checkpoints that were saved before that file held
     the defaults have them in the config, as `generation_defaults` and `banned_token_ids`.
     """
+    # As the config says, or all tokens that stand for structure.
     suppressed = config.banned_token_ids
     if suppressed is None:
         headers = [config.start_header_token_id, config.end_header_token_id]
@@ -412,6 +417,7 @@ def decoding_defaults(generation_config: GenerationConfig) -> dict:
 def upgrade_options(options: dict) -> dict:
     """Translates options of a checkpoint that was saved under their old names."""
     upgraded = {k: v for k, v in options.items() if k not in RENAMED}
+    # One option named the rule, another its value.
     rule, value = options.get("adaptive"), options.get("adaptive_value")
     if rule is not None:
         if rule not in ACCEPT_RULES:
@@ -547,6 +553,7 @@ class GenerateArguments:
         That is `max_new_tokens` or, where it is not given, `max_length`; the `slots` that the
         inputs have for it go before the last level, the model's own.
         """
+        # The first level that says anything about the length decides.
         for own in self.levels:
             if own is self.levels[-1] and slots is not None:
                 return slots

@@ -76,6 +76,7 @@ def probability_of(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     itself: so float32 logits tell probabilities apart, however near to 1, as well as a softmax in
     float64 does.
     """
+    # Odds of all other tokens against this one.
     index = tokens[..., None]
     odds = (logits - logits.gather(-1, index)).exp_().scatter_(-1, index, 0)
     return 1 / (1 + odds.sum(-1, dtype=torch.float64))
@@ -83,6 +84,7 @@ def probability_of(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 def ranks(values: torch.Tensor) -> torch.Tensor:
     """Ranks the values along the last axis, the smallest 0, equals by position."""
+    # A stable sort: equals keep their order.
     order = values.argsort(dim=-1, stable=True)
     places = torch.arange(values.shape[-1], device=values.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
@@ -113,6 +115,7 @@ def before_end(state: State, sequences: tuple[tuple[int, ...], ...]) -> torch.Te
     first = torch.full_like(state.tokens[..., :1], n)
     places = torch.arange(n, device=state.tokens.device)
 
+    # The earliest place at which one of them stands whole and committed.
     for sequence in sequences:
         width = len(sequence)
         if width > n:
@@ -156,6 +159,7 @@ class RemaskLowConfidence:
 
         confidence = prediction.confidence.view(ranked_together).masked_fill(~valid, torch.inf)
         masked = ((ranks(confidence) < count) & valid).view(B, G, n)
+        # Fill first, then mask: a position may be filled and masked again in one step.
         tokens = torch.where(state.masked, prediction.tokens, state.tokens)
         return replace(state, tokens=tokens.masked_fill(masked, mask_token_id), masked=masked)
 
@@ -178,9 +182,11 @@ class SemiAutoregressive:
 
     def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
         """Returns the state after prediction number `step` (0-based)."""
+        # How many positions this step commits.
         steps = self.steps // self.blocks
         quota = self.block_length // steps + (step % steps < self.block_length % steps)
 
+        # Positions up to the end of the present block.
         places = torch.arange(state.tokens.shape[-1], device=state.tokens.device)
         eligible = state.masked & (places < (step // steps + 1) * self.block_length)
         chosen = largest(prediction.confidence, eligible, quota)
@@ -270,6 +276,7 @@ class Adaptive:
         short = (quota - eligible.sum(-1, keepdim=True)).clamp(min=0)
         beyond = largest(prediction.confidence, state.masked & ~eligible, short)
 
+        # What the rule accepts comes on top; what has become unlikely is masked again.
         chosen = required | beyond | self.accept(prediction, eligible)
         remasked = self._remasked(step, prediction, state)
         state = fill(state, chosen, prediction.tokens)
@@ -298,6 +305,7 @@ def in_first_block(masked: torch.Tensor, block_length: int) -> torch.Tensor:
     n = masked.shape[-1]
     if block_length >= n:
         return masked
+    # The block of each position, and the first one that has a masked position.
     blocks = torch.arange(n, device=masked.device) // block_length
     first = blocks.expand_as(masked).masked_fill(~masked, n).amin(-1, keepdim=True)
     return masked & (blocks == first)
@@ -324,6 +332,7 @@ class StopAt:
     def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
         """Returns the state after prediction number `step` (0-based)."""
         before = before_end(state, self.sequences)
+        # The wrapped rule sees nothing behind the stop.
         visible = replace(state, masked=state.masked & before)
         decoded = self.rule.commit(step, prediction, visible, mask_token_id)
         return replace(decoded, masked=decoded.masked | (state.masked & ~before))

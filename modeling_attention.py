@@ -115,6 +115,7 @@ def attention_argument(allowed: torch.Tensor, implementation: str, dtype: torch.
     `allowed` is bool (B, Q, K). Raises ValueError where flash attention, which knows padding only,
     cannot express it.
     """
+    # No argument at all is the fastest in every implementation.
     if bool(allowed.all()):
         return None
     if "flash" in implementation:
@@ -174,6 +175,7 @@ class Packed:
         `members` are pairs of the chosen positions, bool (B, L), and their groups, int (B, L); a
         position may be in a group of each pair.
         """
+        # Sorted by group, in each the order of the batch.
         groups = torch.cat([group[chosen] for chosen, group in members])
         places = torch.cat([chosen.nonzero() for chosen, _ in members])
         sizes = groups.bincount(minlength=count)
@@ -207,6 +209,7 @@ class TreeMask:
     @classmethod
     def of(cls, region_ids, role_ids, attention_mask, queries: slice, num_keys: int | None):
         """Packs the positions of a batch, int (B, L), for the queries in some columns."""
+        # The positions: which are the trunk's, which a branch's, and of which branch.
         B, branches = len(region_ids), int(region_ids.max()) + 1
         rows = torch.arange(B, device=region_ids.device)[:, None].expand_as(region_ids)
         shared, valid = region_ids == SHARED_REGION, attention_mask.bool()
@@ -218,6 +221,7 @@ class TreeMask:
             return Packed.of(cut, count)
 
         keys, own = slice(num_keys), valid & ~shared
+        # Every query with the trunk; those in a branch with what they see of it.
         trunk = pack([(valid, rows)], queries, B), pack([(valid & shared, rows)], keys, B)
         own_queries = pack([(own, branch + is_caption)], queries, 2 * B * branches)
         seen = [(own, branch + 1)]  # by captions
@@ -259,6 +263,7 @@ def tree_attention(
 
 def _merged(mask: TreeMask, query, key, value, scaling: float, kernel) -> torch.Tensor:
     """Merges the attentions over the trunk and over the own branch, (B, Q, H, D)."""
+    # Over the trunk, for all queries.
     everywhere, own = mask.trunk[0], mask.own[0]
     attended, log_sum = _attend(mask.trunk, query, key, value, scaling, kernel)
     places = everywhere.rows, everywhere.columns
@@ -267,6 +272,7 @@ def _merged(mask: TreeMask, query, key, value, scaling: float, kernel) -> torch.
     if not len(own.rows):
         return output
 
+    # Over the own branch; each part counts as much as its exponentials add up to.
     trunk_log_sum = log_sum.new_zeros(query.shape[:3]).index_put(places, log_sum)
     attended, log_sum = _attend(mask.own, query, key, value, scaling, kernel)
     share = (log_sum - own.take(trunk_log_sum)).sigmoid()[..., None].to(attended.dtype)
@@ -324,6 +330,7 @@ def reference_varlen(query, key, value, starts_q, starts_k, max_q, max_k, scalin
             x[bounds_k[group] : bounds_k[group + 1]].repeat_interleave(repeats, 1)
             for x in (key, value)
         )
+        # Softmax over the group's own keys, and the logarithm of its denominator.
         scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scaling
         log_sums.append(scores.logsumexp(-1))  # (H, q)
         weights = scores.softmax(-1).to(v.dtype)

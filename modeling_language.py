@@ -50,6 +50,7 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
         A dispatched model's is where it runs: its weights may lie elsewhere, and those on a disk
         are on "meta".
         """
+        # accelerate's hooks know where a module runs.
         hooks = [m.__dict__["_hf_hook"] for m in self.modules() if "_hf_hook" in m.__dict__]
         for hook in hooks:
             for part in getattr(hook, "hooks", [hook]):
@@ -69,6 +70,7 @@ def placeable(device_map: dict, tied: bool) -> dict:
     if placed.get("image_newline") == "disk":
         placed["image_newline"] = "cpu"
 
+    # The entry that decides where the embeddings go is the longest that is above them.
     head, embeddings = "language_model.lm_head", "language_model.model.embed_tokens"
     above = [k for k in placed if not k or f"{embeddings}.".startswith(f"{k}.")]
     if tied and head in placed and above:
@@ -114,18 +116,21 @@ class PerceptionDLMAttention(nn.Module):
 
         Returns (B, L - first_query, D).
         """
+        # Keys and values of all positions, kept where there is a cache.
         cos, sin = rotary
         key, value = self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
         key = _rotated(key, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, start)
 
+        # Queries of those positions alone whose states are wanted.
         asking = hidden[:, first_query:]
         if not asking.shape[1]:  # only keys and values were wanted
             return asking
         query = self._heads(self.q_proj(asking))
         query = _rotated(query, cos[:, first_query:], sin[:, first_query:])
 
+        # Whichever implementation the model was loaded with.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -206,9 +211,11 @@ class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
                 `last_attention_mask` for them; L for none, where only the cache is to be filled.
             hidden_states: a list to which the embeddings and each layer's output are appended.
         """
+        # Angles are computed once and shared by all layers.
         hidden = inputs_embeds
         rotary = self.rotary_emb(hidden, position_ids.to(hidden.device))
 
+        # The last layer may skip the prompt: nobody reads its states.
         for i, layer in enumerate(self.layers):
             if hidden_states is not None:
                 hidden_states.append(hidden)
@@ -287,6 +294,7 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     oneDNN compiles and keeps a kernel for every shape it meets: so the number of rows is padded to
     one of few, or memory would grow with every new length.
     """
+    # Pad the rows to a size that was seen before, compute, and drop the padding.
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     missing = padded_rows(len(rows)) - len(rows)
     padded = F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()

@@ -7,6 +7,7 @@ to learn, `masked` bool (B, L), `rate` the masking probability p, float (B,).
 import torch
 import torch.nn.functional as F
 
+# A sample with t = 0 would learn nothing and weigh without bound.
 MINIMUM_MASK_RATE = 1e-3  # LLaDA's eps: p = (1 - eps) t + eps
 
 
@@ -40,6 +41,7 @@ def expect_masked(input_ids: torch.Tensor, responses: torch.Tensor, mask_token_i
 
 def inverse_rate_loss(losses, labels, masked, rate) -> torch.Tensor:
     """Weighs each loss by its sample's p and label count, over the batch size (LLaDA's bound)."""
+    # 1 / p makes up for how rarely a position is masked.
     counts = (labels >= 0).sum(1).clamp(min=1)
     weights = (1 / (rate * counts))[:, None].expand_as(masked)[masked]
     return (losses * weights).sum() / labels.shape[0]
@@ -63,5 +65,6 @@ def masked_loss(logits, labels, masked, rate, weighting: str) -> torch.Tensor:
         raise ValueError(
             f"expected loss_weighting among {', '.join(LOSS_WEIGHTINGS)}, got {weighting!r}"
         )
+    # In float32: the sum of many bfloat16 exponentials would be coarse.
     losses = F.cross_entropy(logits.float(), labels[masked], reduction="none")
     return LOSS_WEIGHTINGS[weighting](losses, labels, masked, rate)

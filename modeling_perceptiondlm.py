@@ -85,6 +85,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
 
     def __init__(self, config: PerceptionDLMConfig):
         super().__init__(config)
+        # Vision.
         self.vision_tower = PerceptionDLMVisionModel(config.vision_config)
         self.connector = PerceptionDLMConnector(config)
         self.region_prompts = None
@@ -94,6 +95,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         self.image_newline = None
         if config.image_layout == "anyres":
             self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
+        # Language.
         self.language_model = PerceptionDLMLanguageModel(config.text_config)
         self.generation_config = default_generation_config(config)
         self.post_init()
@@ -128,6 +130,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         `config` than the checkpoint's is given, by which the model may have more than was saved:
         transformers draws it at random and says so.
         """
+        # What transformers is asked for, remembered for the processor beside the weights.
         names = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
         options = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
         wants_info = kwargs.pop("output_loading_info", False)
@@ -156,12 +159,14 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
                 f"expected readable weights in {pretrained_model_name_or_path}, got: {error}"
             ) from error
 
+        # What transformers only warns of is refused.
         if not model._hf_peft_config_loaded:  # else `info` is the adapter's
             accepted = {"mismatched_keys"} if may_mismatch else set()
             if not _is_own_config(kwargs.get("config"), pretrained_model_name_or_path, options):
                 accepted.add("missing_keys")
             _expect_all_weights(pretrained_model_name_or_path, info, accepted)
 
+        # Where the processor will be looked for.
         if pretrained_model_name_or_path is not None:
             place = os.fspath(pretrained_model_name_or_path)
             commit = getattr(model.config, "_commit_hash", None)
@@ -422,6 +427,7 @@ def _without(values: dict, names: set[str]) -> dict:
 
 def _expect_all_weights(place, info: dict, accepted: set[str]):
     """Refuses what transformers only warns of, but for the kinds of keys that are accepted."""
+    # All that is wrong is named at once.
     found = {
         "missing": sorted(info["missing_keys"] if "missing_keys" not in accepted else ()),
         "unknown": sorted(info["unexpected_keys"]),
@@ -450,6 +456,8 @@ def _with_defaults(input_ids, attention_mask, position_ids, region_ids, role_ids
     if not input_ids.numel():
         shape = tuple(input_ids.shape)
         raise ValueError(f"expected input_ids (B, L) of at least one position, got shape {shape}")
+
+    # Nothing is padding, positions count up, and nobody is kept from seeing anybody.
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if position_ids is None:
@@ -458,6 +466,8 @@ def _with_defaults(input_ids, attention_mask, position_ids, region_ids, role_ids
         region_ids = torch.full_like(input_ids, SHARED_REGION)
     if role_ids is None:
         role_ids = torch.full_like(input_ids, ROLE_SHARED)
+
+    # What was given has to have the shape of the ids.
     named = {"attention_mask": attention_mask, "position_ids": position_ids}
     for name, tensor in {**named, "region_ids": region_ids, "role_ids": role_ids}.items():
         if tensor.shape != input_ids.shape:
@@ -470,6 +480,7 @@ def _with_defaults(input_ids, attention_mask, position_ids, region_ids, role_ids
 
 def _splice(embeds, places, tokens, name: str) -> torch.Tensor:
     """Puts tokens (n, D) where `places`, bool (B, L), says, in row-major order."""
+    # A mismatch is never truncated or repeated: it says that the inputs were made for another.
     expected = int(places.sum())
     if expected != len(tokens):
         raise ValueError(

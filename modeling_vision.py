@@ -98,6 +98,7 @@ def tile_counts(features, image_grids: Sequence[tuple[int, int]], image_layout: 
 
     Raises ValueError where they do not add up to the tiles of `features` (T, cells, D).
     """
+    # A thumbnail follows several tiles; anyres always has the squeezed image first.
     sizes = [columns * rows for columns, rows in image_grids]
     counts = [n + 1 if image_layout == "anyres" or n > 1 else n for n in sizes]
     if sum(counts) != len(features):
@@ -127,6 +128,7 @@ def anyres_tokens(features: torch.Tensor, grid, image_size, newline, config) -> 
     padded tile, its tokens and one newline.
     """
     squeezed, tiles = features[0], features[1:]
+    # An image of one padded tile has no map.
     if not len(tiles):
         return torch.cat([squeezed, newline[None]])
 
