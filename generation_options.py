@@ -398,6 +398,8 @@ def default_generation_config(config) -> GenerationConfig:
 
     options = {"suppress_tokens": suppressed, **upgrade_options(config.generation_defaults or {})}
     chosen = DiffusionOptions.build(options, {})
+    if chosen.temperature > 0:
+        options["do_sample"] = True
     return GenerationConfig(**{**options, "max_new_tokens": chosen.max_new_tokens})
 
 
@@ -409,9 +411,14 @@ def take_defaults(config) -> GenerationConfig:
 
 
 def decoding_defaults(generation_config: GenerationConfig) -> dict:
-    """Returns the options of `DiffusionOptions` that a generation config sets."""
+    """Returns the options of `DiffusionOptions` that a generation config sets.
+
+    As in transformers, its temperature, top_k and top_p count only beside `do_sample`: trainers
+    fill them in.
+    """
     given = generation_config.to_diff_dict()
-    return {name: given[name] for name in OPTIONS if given.get(name) is not None}
+    ignored = () if given.get("do_sample") else UNSAMPLED
+    return {n: given[n] for n in OPTIONS if given.get(n) is not None and n not in ignored}
 
 
 def upgrade_options(options: dict) -> dict:

@@ -330,7 +330,8 @@ def own_generation_config(folders, config) -> GenerationConfig:
     saved = next((f for f in folders if (f / "generation_config.json").exists()), None)
     if saved is not None:
         settings = read_json(saved / "generation_config.json")
-        decoding.update(**{name: settings[name] for name in OPTIONS if name in settings})
+        known = {name: settings[name] for name in (*OPTIONS, "do_sample") if name in settings}
+        decoding.update(**known)
     return decoding
 
 

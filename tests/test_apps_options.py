@@ -32,10 +32,6 @@ def here(vectors, tmp_path, monkeypatch):
         (f"{ASK} --captions a.coco.json", "got --format coco"),
         (f"{BOX} --max-new-tokens 8", "expected --max-new-tokens with a --question alone"),
         (f"{BOX} --block-length 8", "expected --block-length with a --question alone"),
-        (
-            f"{BOX} --adaptive threshold",
-            "expected --threshold, --factor or --entropy-bound, got --adaptive",
-        ),
         (f"{BOX} --remask-below 0.5", "expected --threshold or --factor or --entropy-bound with"),
         (f"{BOX} --font {__file__}", "expected --output or --animate with --font"),
         (f"{BOX} --subfolder tiny", "expected --model with --subfolder"),
@@ -58,8 +54,27 @@ def test_a_cache_of_the_prompt_is_refused_where_the_prompt_is_cached_exactly(
         return RegionCaptioner(model, processor, **options)
 
     monkeypatch.setattr(RegionCaptioner, "from_pretrained", load)
-    assert main(["caption", "a.png", *BOX.split(), "--prompt-cache", "8"]) == 2
-    assert "expected no --prompt-cache with this checkpoint" in capsys.readouterr().err
+    assert main(["caption", "a.png", *BOX.split(), "--prompt-refresh-interval", "8"]) == 2
+    assert "expected no --prompt-refresh-interval with this checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("caption a.png --adaptive factor", "expected --threshold, --factor or --entropy-bound"),
+        (
+            "evaluate latency --adaptive-value 1",
+            "--factor or --entropy-bound, got --adaptive-value",
+        ),
+        ("evaluate synthetic --prompt-cache 4", "expected --prompt-refresh-interval, got"),
+        ("serve --adaptive-verify 0.5", "expected --remask-below, got --adaptive-verify"),
+    ],
+)
+def test_an_option_by_its_old_name_is_told_the_new_one(here, command, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(command.split())
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 NOWHERE = "--model nowhere --output out.json"
@@ -70,17 +85,14 @@ NOWHERE = "--model nowhere --output out.json"
     [
         ("predict --benchmark b --option max_new_tokens=4", "got max_new_tokens, of answers"),
         ("predict --benchmark b --option block_length=4", "got block_length, of answers"),
-        ("predict --benchmark b --threshold 0.5 --factor 1", "expected at most one of threshold"),
         ("predict --benchmark b --steps 3 --option steps=4", "expected steps once"),
         ("predict --benchmark b --option seed=3 --option seed=4", "expected seed once"),
         ("predict --benchmark b --option images=3", "got --option images=..."),
         ("predict --benchmark b --limit 0", "expected limit of 1 or more, got 0"),
         ("predict --benchmark b --warmup -1", "expected warmup of 0 or more, got -1"),
         ("latency --option max_new_tokens=4", "got max_new_tokens, of answers"),
-        ("latency --adaptive-value 0.5", "expected --threshold, --factor or --entropy-bound, got"),
         ("sweep --option steps=3", "expected steps once"),
         ("sweep --option factor=1.0", "expected factor once"),
-        ("synthetic --prompt-cache 4", "expected --prompt-refresh-interval, got --prompt-cache"),
     ],
 )
 def test_evaluate_refuses_an_option_without_a_use(here, command, message, capsys):

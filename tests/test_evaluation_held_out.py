@@ -35,9 +35,8 @@ class SeeingModel:
     """
 
     device, dtype = torch.device("cpu"), torch.float32
-    config = SimpleNamespace(
-        eot_token_id=END, eos_token_id=None, num_region_prompts=3, generation_defaults={}
-    )
+    config = SimpleNamespace(eot_token_id=END, eos_token_id=None, num_region_prompts=3)
+    decoding_defaults = {}
 
     def __init__(self):
         self.calls = []

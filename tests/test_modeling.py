@@ -314,12 +314,12 @@ def test_placeholders_are_found_in_the_prompt_alone(make, picture, blobs):
     assert bool(model(**inputs).logits.isfinite().all())
 
 
-@pytest.mark.parametrize("name", ["picture", "RoI"])
+@pytest.mark.parametrize("name", ["image", "RoI"])
 def test_placeholders_that_do_not_match_their_tokens_are_refused(make, picture, blobs, name):
     model, processor = make()
     inputs = processor(picture(40, 40), masks=blobs(40, 40, 1), caption_length=4)
     ids = inputs["input_ids"]
-    token = model.config.image_token_id if name == "picture" else model.config.roi_token_ids[0]
+    token = model.config.image_token_id if name == "image" else model.config.roi_token_ids[0]
     count = int((ids == token).sum())
     ids[ids == token] = torch.tensor([token] * (count - 1) + [5])
     with pytest.raises(
@@ -331,7 +331,7 @@ def test_placeholders_that_do_not_match_their_tokens_are_refused(make, picture, 
 def test_a_picture_placeholder_without_a_picture_is_refused(make):
     model, _ = make(num_region_prompts=0)
     ids = torch.tensor([[3, model.config.image_token_id]])
-    with pytest.raises(ValueError, match="expected 0 picture placeholders"):
+    with pytest.raises(ValueError, match="expected 0 image placeholders"):
         model(input_ids=ids)
 
 

@@ -125,8 +125,8 @@ class CaptionRun:
         layout = captioner.model.config.region_layout
         if args.prompt_refresh_interval is not None and layout == "independent":
             raise ValueError(
-                "expected no --prompt-cache with this checkpoint, which keeps the prompt exactly"
-                f" (region_layout {layout!r}), got {args.prompt_refresh_interval}"
+                "expected no --prompt-refresh-interval with this checkpoint, which keeps the prompt"
+                f" exactly (region_layout {layout!r}), got {args.prompt_refresh_interval}"
             )
         return captioner
 
