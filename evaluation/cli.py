@@ -1,4 +1,4 @@
-"""`perceptiondlm evaluate`: one table of steps, each imported only when it is asked for."""
+"""`perceptiondlm evaluate`: runs one of a table of steps, imported only when it is asked for."""
 
 import argparse
 import importlib
@@ -16,12 +16,12 @@ STEPS = {
     "report": ("perceptiondlm.evaluation.report", "write a report with figures"),
     "synthetic": ("perceptiondlm.evaluation.synthetic", "measure on drawn scenes, judged exactly"),
     "sweep": ("perceptiondlm.evaluation.sweep", "accuracy against forward passes, rule by rule"),
-    "latency": ("perceptiondlm.evaluation.latency", "seconds against regions in a picture"),
+    "latency": ("perceptiondlm.evaluation.latency", "seconds against regions in an image"),
 }
 
 
 class _StepParser(argparse.ArgumentParser):
-    """A parser that learns its options from its module when it is first used."""
+    """A parser that asks its step's module for the options when it is first used."""
 
     module: str | None = None
 
@@ -49,13 +49,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         with only_run(*_outputs(args)):
             return args.run_step(args)
-    except (ValueError, OSError) as error:  # transformers' for a checkpoint that is not there
+    except (ValueError, OSError) as error:  # OSError: a checkpoint that is not there, among others
         print(f"perceptiondlm evaluate {args.step}: {error}", file=sys.stderr)
         return 2
 
 
 def _outputs(args: argparse.Namespace) -> list[str | None]:
-    """What a step writes; of several processes of one run the first alone answers for it."""
+    """Returns the paths that a step writes; in a run of several processes the first alone does."""
     if os.environ.get("RANK", "0") != "0":
         return []
     return [getattr(args, name, None) for name in ("output", "own_output", "texts")]

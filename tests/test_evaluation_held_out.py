@@ -120,7 +120,7 @@ def test_regions_can_go_one_at_a_time(model, scenes):
     model.calls.clear()
     alone = describe(model, scenes, regions_per_pass=1)
     assert together.captions == alone.captions
-    assert alone.passes == sum(len(scene.objects) for scene in scenes)
+    assert alone.num_groups == sum(len(scene.objects) for scene in scenes)
     assert {len(own) for call in model.calls for own in call["masks"] or []} == {1}
 
 
