@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _outputs(args: argparse.Namespace) -> list[str | None]:
-    """Returns the paths that a step writes; in a run of several processes the first alone does."""
+    """What a step writes; of several processes of one run the first alone answers for it."""
     if os.environ.get("RANK", "0") != "0":
         return []
     return [getattr(args, name, None) for name in ("output", "own_output", "texts")]
