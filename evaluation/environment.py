@@ -26,7 +26,7 @@ def hardware() -> dict:
     """Returns the names of the processor and of the accelerators."""
     import torch
 
-    record = {"cpu": _cpu_name(), "cpu_cores": os.cpu_count(), "accelerators": []}
+    record = {"cpu": cpu_name(), "cpu_cores": os.cpu_count(), "accelerators": []}
     if torch.cuda.is_available():
         record["accelerators"] = [
             torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
@@ -36,7 +36,7 @@ def hardware() -> dict:
     return record
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """Returns the processor's name, which Linux tells in /proc alone."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
