@@ -99,6 +99,7 @@ def interference(
             if question.subtype == INTERFERENCE_SUBTYPE
         ]
 
+        # Regions count alike, however many such questions they have.
         scores = [question_score(q, index, region.recognition) for q, index in chosen]
         region_means += [mean(scores)] if scores else []
         mentioned += [index is not None and q.scores[index] < 0 for q, index in chosen]
@@ -121,6 +122,7 @@ def coverage(evaluation: Evaluation, answers: Mapping[str, Sequence | None]) -> 
 
     unmatched = unanswered = recognition = 0
     for key, region in answered.items():
+        # Questions beyond the list have no answer either.
         given = [*answers[key], *[None] * (len(region.choice_index) - len(answers[key]))]
         recognition += region.choice_index[0] is None
         unanswered += given.count(None)

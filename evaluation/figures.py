@@ -84,6 +84,7 @@ def _draw(rows: Sequence[dict], fields: Sequence[str], titles: Sequence[str], fi
         axes.grid(alpha=0.3)
         axes.legend()
 
+    # Into memory first, so that the file is written whole or not at all
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=150)
     write_bytes(file, drawn.getvalue())

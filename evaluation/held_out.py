@@ -102,6 +102,7 @@ def _caption(groups, scenes, options, *, model, processor, batch_size, progress)
                 model, len(batch), images=images, masks=masks, processor=processor, **options
             )
 
+            # Back to where the regions stand in their scenes
             for (i, regions), texts in zip(batch, result.texts, strict=True):
                 for k, text in zip(regions, texts, strict=True):
                     captions[i][k] = text

@@ -203,6 +203,7 @@ def judge(
     if concurrency < 1:
         raise ValueError(f"expected concurrency of 1 or more, got {concurrency}")
     if prompt.mode == "image":
+        # A missing image is found before anything is paid for.
         _expect_images(benchmark, captions)
 
     asked: dict[str, list[str]] = {}
@@ -229,6 +230,8 @@ def _ask_all(run: _JudgeRun, calls: Iterator[JudgeCall], asked: dict, concurrenc
     submitted, pending = set(), set()
     with ThreadPoolExecutor(concurrency) as pool, contextlib.ExitStack() as unless_done:
         unless_done.callback(run.endpoint.stop.set)
+
+        # A question that comes twice is asked once.
         for call in calls:
             asked.setdefault(call.region, []).append(call.key)
             if call.key in run.known or call.key in submitted or run.stopped:
@@ -247,7 +250,7 @@ def _ask_all(run: _JudgeRun, calls: Iterator[JudgeCall], asked: dict, concurrenc
 
 
 def _expect_images(benchmark: Benchmark, captions: Mapping[str, str]):
-    """Looks for the image files before anything is paid for."""
+    """Raises FileNotFoundError unless the images of all captioned regions are there."""
     paths = {sample.image_path for sample in benchmark.samples if sample.key in captions}
     missing = sorted(path for path in paths if not path.is_file())
     if missing:
@@ -340,6 +343,7 @@ def run(args: argparse.Namespace) -> int:
         print(_incomplete_message(outcome, cache))
         return 1
 
+    # Only complete answers are written, so that none are scored by mistake.
     write_json(args.output, outcome.answers)
     write_json(run_record_path(args.output), _run_record(args, endpoint, prompt, outcome))
     print(

@@ -124,6 +124,7 @@ class Endpoint:
         import openai
 
         try:
+            # The raw response, since the client makes a completion of any JSON.
             raw = self.client.chat.completions.with_raw_response.create(
                 model=self.model, messages=messages, **self.request
             )

@@ -97,10 +97,12 @@ def run(args: argparse.Namespace) -> int:
 
     model, processor = load_checkpoint(args)
     chosen = resolved_options(model, options)
+
+    # The same scenes in every row, so that only the regions differ
     scenes = list(crowded_scenes(args.pictures))
     plan = [(regions, together) for together in (True, False) for regions in args.regions]
 
-    measure_latency(model, processor, scenes[:1], args.regions[0], True, options)  # warm-up
+    measure_latency(model, processor, scenes[:1], args.regions[0], True, options)  # to warm up
     rows = [
         measure_latency(model, processor, scenes, regions, together, options)
         for regions, together in tqdm(plan, desc="latency")

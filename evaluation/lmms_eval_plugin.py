@@ -73,9 +73,12 @@ class PerceptionDLMForLMMSEval(lmms):
     ):
         super().__init__()
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+
+        # Each of several processes has a device of its own.
         several = self.accelerator.num_processes > 1
         device = str(self.accelerator.device) if several or device is None else device
         self.model, self.processor = load_model(pretrained, subfolder, dtype, device)
+
         self.options = options
         DiffusionOptions.build(self.model.decoding_defaults, options)
         self.batch_size = int(batch_size)

@@ -114,6 +114,8 @@ def _merge(samples: Sequence[RegionSample], output: str | Path, identity: dict) 
     """Joins all journals by key and writes the prediction file."""
     journals = _journals(output)
     found = _captions_in(journals, identity)
+
+    # In the order of the samples, whoever captioned them
     captions = {sample.key: found[sample.key] for sample in samples}
     costs = [
         BatchCost(**record["cost"])
@@ -122,6 +124,8 @@ def _merge(samples: Sequence[RegionSample], output: str | Path, identity: dict) 
         if "cost" in record
     ]
     write_json(output, captions)
+
+    # Only now are journals that a restart replaces no longer needed.
     for path in _journals(output, ASIDE):
         path.unlink()
     return Prediction(captions, total_throughput(costs))
@@ -241,6 +245,7 @@ def run(args: argparse.Namespace) -> int:
     benchmark = load_benchmark(args.benchmark, images=args.images)
     samples = benchmark.samples[: args.limit]
 
+    # Each process loads the model on its own device.
     shard = Shard.from_accelerate()
     device = args.device or str(process_state().device)
     model, processor = load_model(args.model, args.subfolder, args.dtype, device)

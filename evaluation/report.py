@@ -133,6 +133,7 @@ def _summary(report: Mapping) -> str:
     rows = []
     for name in AVERAGES:
         row = [name.replace("_", " "), _percent(report["summary"][name])]
+        # Scores from elsewhere may have no intervals.
         rows.append(row + ([" to ".join(map(_percent, intervals[name]))] if intervals else []))
 
     parts = ["## Scores", markdown_table(header, rows)]
@@ -228,6 +229,7 @@ def _provenance(report: Mapping) -> str:
         "environment": "This report",
     }
     records = {name: dict(report[field] or {}) for field, name in names.items()}
+    # What was measured has tables of its own, above.
     records["Exact judge"] = _run_of(records["Exact judge"], MEASURED_RUN)
     runs = report.get("row_runs") or {}
     records |= {f"Measurements in {path}": _run_of(run, run) for path, run in runs.items()}

@@ -199,6 +199,7 @@ def score_benchmark(
             f" first {unknown[0]!r}"
         )
 
+    # A region without answers is scored as one with an empty list, or not at all.
     absent = {key: [] for key in questions if answers.get(key) in (None, [])}
     regions = {
         key: _score_named(key, asked, absent[key] if key in absent else answers[key])

@@ -64,13 +64,12 @@ class SweepRule:
         if name == FIXED:
             return cls(name)
         try:
-            rule = cls(
-                name,
-                float(value) if value else ACCEPT_RULES[name]().value,
-                float(verify) if verify else None,
-            )
-            DiffusionOptions(**rule.options(None))  # checks the values
-            return rule
+            number = float(value) if value else ACCEPT_RULES[name]().value
+            parsed = cls(name, number, float(verify) if verify else None)
+
+            # The options know which numbers make sense.
+            DiffusionOptions(**parsed.options(None))
+            return parsed
         except ValueError as error:
             raise argparse.ArgumentTypeError(
                 f"expected a rule with a number of 0 or more, got {text!r}"

@@ -75,6 +75,7 @@ def _write_scenes(folder: Path, seeds: range, split: str, progress: bool):
         scene.image.save(folder / "images" / f"{image_id}.png")
         annotations.append(_annotation(image_id, scene))
 
+        # What is true of each region, and the questions about it
         attributes = [thing.attributes for thing in scene.objects]
         for index, own in enumerate(attributes):
             truth[f"{image_id}_{index}"] = own
@@ -201,6 +202,7 @@ def configure(parser: argparse.ArgumentParser):
     add("--texts", help="also write every caption and answer beside the truth (JSON)")
     parser.set_defaults(run_action=run_measure, of_measuring=parser.get_default)
 
+    # Options of the actions are stored under other names: argparse would overwrite those above.
     actions = parser.add_subparsers(dest="action", metavar="[write | judge]")
     write = actions.add_parser("write", help="draw scenes into a benchmark folder")
     write.add_argument("--output", dest="own_output", required=True, help="benchmark folder")

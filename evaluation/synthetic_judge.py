@@ -75,6 +75,7 @@ def score_captions(scenes: Sequence[Scene], captions: Sequence[Sequence[str | No
     if not regions:
         raise ValueError("expected at least one region, got none")
 
+    # Shares of regions
     right = {name: sum(name not in one.wrong for one in judged) for name in VOCABULARY}
     borrowed = {name: sum(name in one.borrowed for one in judged) for name in VOCABULARY}
     return {

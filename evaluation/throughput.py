@@ -9,8 +9,8 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class BatchCost:
-    """The cost of captioning one batch of images."""
+class Cost:
+    """What captioning some images took."""
 
     images: int
     regions: int
@@ -19,20 +19,19 @@ class BatchCost:
     effective_tokens: int  # tokens before each caption's end of turn
     generate_seconds: float  # of the generating call alone, the device idle before and after
     end_to_end_seconds: float  # from opening the files to having the captions
+
+
+@dataclass(frozen=True)
+class BatchCost(Cost):
+    """The cost of one batch of images."""
+
     rank: int = 0  # the process that did it
 
 
 @dataclass(frozen=True)
-class Throughput:
+class Throughput(Cost):
     """The cost of a whole run: counts summed, seconds of the slowest process."""
 
-    images: int
-    regions: int
-    forwards: int
-    nominal_tokens: int
-    effective_tokens: int
-    generate_seconds: float
-    end_to_end_seconds: float
     nominal_tpf: float  # caption positions per forward pass, as the paper counts
     effective_tpf: float  # tokens before end of turn per forward pass
     tokens_per_second: float  # effective tokens per end-to-end second
@@ -104,6 +103,7 @@ def total_throughput(costs: Iterable[BatchCost]) -> Throughput:
         for name in ("images", "regions", "forwards", "nominal_tokens", "effective_tokens")
     }
 
+    # Processes work side by side, so their seconds are not summed.
     generating = _slowest(costs, "generate_seconds")
     seconds = _slowest(costs, "end_to_end_seconds")
     return Throughput(

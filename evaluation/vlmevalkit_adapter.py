@@ -59,6 +59,8 @@ class PerceptionDLMForVLMEvalKit(BaseModel):
             else {"type": "text", "text": str(part["value"])}
             for part in message
         ]
+
+        # The template puts each image where the message has it.
         conversation = [{"role": "user", "content": content}]
         prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
 
