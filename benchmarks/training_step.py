@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None):
     add("recipe")
     add("overrides", nargs="*", metavar="section.key=value", help="options of the recipe")
     add("--preset", choices=sorted(name for name in PRESETS if "llada" not in name), default="cpu")
-    add("--regions", type=int, default=6, help="of each picture")
+    add("--regions", type=int, default=6, help="of each image")
     add("--steps", type=int, default=5, help="that count")
     add("--output", required=True, help="JSON")
     parsed = parser.parse_args(arguments)

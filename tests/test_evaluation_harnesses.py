@@ -190,7 +190,7 @@ def test_a_message_is_answered_as_the_same_question(adapter, pair, picture):
     assert wrapped.generate(message) == expected.texts[0][0]
 
 
-def test_pictures_stand_where_the_message_has_them(adapter, pair, picture, monkeypatch):
+def test_images_stand_where_the_message_has_them(adapter, pair, picture, monkeypatch):
     model, processor = pair
     seen = []
     monkeypatch.setattr(
