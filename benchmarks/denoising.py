@@ -47,6 +47,8 @@ class Method:
     exact: bool = True
 
 
+FLOOR_REPEATS = 7  # of each measurement of the machine
+
 # The `published` method is one of `benchmarks.published`; these are ours.
 METHODS = {
     "released-exact": Method("released", {}),
@@ -264,9 +266,9 @@ def floor_seconds(row: dict, floor: dict, arguments) -> float | None:
     return sequences * (length - response_length) * per_token + steps * step
 
 
-def _median_seconds(run: Callable, device: str, repeats: int = 7) -> float:
+def _median_seconds(run: Callable, device: str) -> float:
     times = []
-    for _ in range(repeats):
+    for _ in range(FLOOR_REPEATS):
         _synchronize(device)
         start = time.perf_counter()
         run()

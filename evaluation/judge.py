@@ -180,7 +180,6 @@ def judge(
     cache_path: str | Path,
     *,
     concurrency: int = 8,
-    progress: bool = True,
 ) -> JudgeOutcome:
     """Asks every question about every captioned region that the cache has not answered.
 
@@ -195,7 +194,6 @@ def judge(
         cache_path: a JSONL file that only grows. It may serve many runs and judges, also at the
             same time: what one run is asking, the others wait for.
         concurrency: calls under way at once.
-        progress: shows a progress bar.
 
     Raises ValueError for concurrency below 1, FileNotFoundError for images that are to be shown
     and are not there.
@@ -213,7 +211,7 @@ def judge(
             1 + len(benchmark.questions[s.key]) for s in benchmark.samples if s.key in captions
         )
         calls = plan_calls(benchmark, captions, prompt, endpoint)
-        with tqdm(total=total, desc="judge", unit="question", disable=not progress) as bar:
+        with tqdm(total=total, desc="judge", unit="question") as bar:
             _ask_all(run, calls, asked, concurrency, bar)
 
     answers = {region: [run.known.get(key) for key in keys] for region, keys in asked.items()}

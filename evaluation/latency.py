@@ -5,6 +5,7 @@ one region at a time, as the paper's Figures 1b and 1c compare.
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 
@@ -26,15 +27,11 @@ from .throughput import effective_length, stop_ids, timed
 LABELS = {True: "all regions together", False: "one region at a time"}  # by `together`
 
 
-def crowded_scenes(count: int, first_seed: int = 0) -> Iterator[Scene]:
-    """Yields the first `count` held-out scenes that have as many objects as a scene can."""
-    seed = first_seed
-    while count:
-        scene = render_scene(seed, SPLIT)
-        seed += 1
-        if len(scene.objects) == MAX_OBJECTS:
-            count -= 1
-            yield scene
+def crowded_scenes(count: int) -> Iterator[Scene]:
+    """Returns the first `count` held-out scenes that have as many objects as a scene can."""
+    scenes = (render_scene(seed, SPLIT) for seed in itertools.count())
+    crowded = (scene for scene in scenes if len(scene.objects) == MAX_OBJECTS)
+    return itertools.islice(crowded, count)
 
 
 def measure_latency(
