@@ -31,13 +31,12 @@ def known_scenes() -> dict:
 class SeeingModel:
     """Knows every scene by heart, and says of each region that it is red.
 
-    A caption has 4 tokens before the end of turn; a pass takes as many forwards as steps.
+    A caption has 4 tokens before the end of turn; a group takes as many forward passes as steps.
     """
 
     device, dtype = torch.device("cpu"), torch.float32
-    config = SimpleNamespace(
-        eot_token_id=END, eos_token_id=None, num_region_prompts=3, generation_defaults={}
-    )
+    decoding_defaults = {}
+    config = SimpleNamespace(eot_token_id=END, eos_token_id=None, num_region_prompts=3)
 
     def __init__(self):
         self.calls = []
