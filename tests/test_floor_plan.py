@@ -21,6 +21,7 @@ ALLOWED = {
     "root": {"root"},
     "common": {"root"},
     "scenes": {"root", "common"},
+    # evaluation, for the fingerprint by which a report names the weights that it is of
     "publishing": {"root", "common", "conversion", "evaluation"},
     "conversion": {"root", "common", "publishing"},
     "training": {"root", "common", "scenes", "conversion", "publishing"},
