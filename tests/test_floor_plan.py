@@ -69,17 +69,23 @@ def imports() -> tuple[Import, ...]:
 
 
 def imports_of(module: str) -> Iterator[Import]:
-    for statement, is_deferred in import_statements(ast.parse(modules()[module].read_text())):
+    for statement, is_deferred in statements_of(module):
         for name in names_of(statement, module):
             yield Import(module, name, is_deferred)
 
 
+@functools.cache
+def statements_of(module: str) -> tuple:
+    return tuple(import_statements(ast.parse(modules()[module].read_text())))
+
+
 def import_statements(tree: ast.AST, is_deferred: bool = False):
     """All import statements below a node, and whether each runs only when a function is called."""
-    for child in ast.iter_child_nodes(tree):
+    blocks = ("body", "orelse", "finalbody", "handlers", "cases")  # where statements stand
+    for child in (child for block in blocks for child in getattr(tree, block, ())):
         if isinstance(child, (ast.Import, ast.ImportFrom)):
             yield child, is_deferred
-        is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
         yield from import_statements(child, is_deferred or is_function)
 
 
@@ -141,8 +147,8 @@ def test_no_folder_imports_a_command():
 
 def test_nothing_imports_the_tests():
     own = {path.stem for path in (PACKAGE / "tests").glob("*.py")} | {"tests"}
-    for module, path in modules().items():
-        for statement, _ in import_statements(ast.parse(path.read_text())):
+    for module in modules():
+        for statement, _ in statements_of(module):
             named = [alias.name for alias in statement.names]
             if isinstance(statement, ast.ImportFrom):
                 named = [] if statement.level else [statement.module]
