@@ -1,4 +1,4 @@
-"""What each part of the model buys: one recipe and budget, a part taken away at a time.
+"""Measures what each part of the model buys: one recipe and budget, a part taken away at a time.
 
     python -m perceptiondlm.benchmarks.ablation configs/tiny.yaml --steps 700 --scenes 300 \\
         --output benchmarks/results/ablation.json
@@ -29,17 +29,17 @@ class Row:
     """A variant: overrides of the recipe, or another row's weights decoded another way."""
 
     title: str
-    overrides: tuple[str, ...] = ()
-    weights_of: str | None = None
-    decoding: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()  # of the recipe
+    weights_of: str | None = None  # the row that is trained in place of this one
+    decoding: tuple[str, ...] = ()  # arguments of `perceptiondlm evaluate synthetic`
 
 
-# other layouts have no branches in which several questions share a picture
+# Only the independent layout has branches in which several questions can share an image.
 ONE_QUESTION = ("data.questions_per_sample=1",)
 ROWS = {
     "full": Row("full"),
     "sequential": Row(
-        "full, one region a pass", weights_of="full", decoding=("--regions-per-pass", "1")
+        "full, one region at a time", weights_of="full", decoding=("--regions-per-pass", "1")
     ),
     "no-prompts": Row("no region prompts", ("parameters.zeroed=[region_prompts]",)),
     "no-roi": Row("no RoI replay", ("model.config.roi_output_size=0",)),
@@ -57,7 +57,7 @@ COLUMNS = {
 
 
 def train_row(name: str, arguments) -> Path:
-    """The weights of a row, trained unless they are there."""
+    """Returns the folder of a row's weights, which are trained unless they are there."""
     row = ROWS[name]
     folder = Path(arguments.runs) / (row.weights_of or name)
     overrides = (
@@ -72,6 +72,7 @@ def train_row(name: str, arguments) -> Path:
         *arguments.overrides,
         *ROWS[row.weights_of or name].overrides,
     )
+
     recipe = asdict(load_recipe(arguments.recipe, overrides))
     if not (folder / "model.safetensors").exists():
         write_json(folder / RECIPE_FILE, recipe)
@@ -81,7 +82,7 @@ def train_row(name: str, arguments) -> Path:
 
 
 def measure_row(name: str, arguments) -> dict:
-    """The measurements of a row, made unless they are there."""
+    """Returns the measurements of a row, which are made unless they are there."""
     folder = train_row(name, arguments)
     report = folder / f"measured-{name}.json"
     if not report.exists():
@@ -93,7 +94,7 @@ def measure_row(name: str, arguments) -> dict:
 
 
 def _expect_made_with(file: Path, wanted: dict):
-    """What an earlier run has kept must be of this one's sizes and recipe."""
+    """Refuses what an earlier run has left if its sizes or recipe were others than `wanted`."""
     kept = read_json(file)
     for name, value in wanted.items():
         if kept[name] != value:
@@ -105,7 +106,7 @@ def _run(*command: str):
 
 
 def table(result: dict) -> str:
-    """Markdown, a row a variant."""
+    """Renders the result as a Markdown table with a row for each variant."""
     attributes = list(next(iter(result["rows"]))["per_attribute"])
     recipe = " ".join([result["recipe"], *result["overrides"]])
     lines = [
@@ -113,9 +114,10 @@ def table(result: dict) -> str:
         f" {result['training_scenes']} scenes each, {result['scenes']} held-out scenes from seed"
         f" {result['seed']}; in per cent.",
         "",
-        "| | " + " | ".join([*COLUMNS, *attributes, "forwards a picture"]) + " |",
+        "| | " + " | ".join([*COLUMNS, *attributes, "forwards per image"]) + " |",
         "|---|" + "---:|" * (len(COLUMNS) + len(attributes) + 1),
     ]
+
     for row in result["rows"]:
         shares = [row[name] for name in COLUMNS.values()]
         shares += [row["per_attribute"][name] for name in attributes]
@@ -125,8 +127,8 @@ def table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main():
-    """Command line."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("recipe")
@@ -138,16 +140,23 @@ def main():
     add("--rows", default=",".join(ROWS), help="comma-separated, out of the default")
     add("--runs", default="runs/ablation", help="folder of weights and measurements")
     add("--output", required=True, help="JSON; the table goes beside it")
-    arguments = parser.parse_args()
-    names = arguments.rows.split(",")
-    unknown = sorted(set(names) - set(ROWS))
-    if unknown:
+
+    parsed = parser.parse_args(arguments)
+    parsed.rows = parsed.rows.split(",")
+    if unknown := sorted(set(parsed.rows) - set(ROWS)):
         parser.error(f"expected rows among {', '.join(ROWS)}, got {unknown}")
+    return parsed
+
+
+def main():
+    """Trains and measures the rows, and writes them as JSON and as a table."""
+    arguments = parse()
     kept = (*COLUMNS.values(), "per_attribute", "forwards", "regions", "seconds")
     rows = []
-    for name in names:
+    for name in arguments.rows:
         measured = measure_row(name, arguments)
         rows.append({"row": name, "title": ROWS[name].title, **{k: measured[k] for k in kept}})
+
     sizes = ("recipe", "overrides", "steps", "training_scenes", "scenes", "seed")
     result = {
         "machine": describe_machine("cpu"),

@@ -1,12 +1,12 @@
-"""Times ways of denoising against the published one, alternating in one run.
+"""Times ways of denoising against the published one; all alternate in one run.
 
     python -m perceptiondlm.benchmarks.denoising --preset cpu --regions 4 --images 1 \\
         --methods published,independent-exact --repeats 3 --output result.json
 
-Presets `llada-v-cpu` and `llada-v-8b` answer a question about each picture instead of captioning
+Presets `llada-v-cpu` and `llada-v-8b` answer a question about each image instead of captioning
 regions. A row's `seconds` is the median over the repeats of generation alone (inputs ready on the
-device, the pictures' encoding included), its `ratio` the published way's seconds over it, for the
-same regions and images in the same run.
+device, the encoding of the images included). Its `ratio` is the published way's seconds over it,
+for the same regions and images in the same run.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from ..configuration_perceptiondlm import ROLE_CAPTION
+from ..evaluation.environment import cpu_name
 from ..evaluation.files import write_json
 from ..modeling_language import fastest_linear
 from .published import answer_questions_plainly, caption_regions_plainly
@@ -46,6 +47,8 @@ class Method:
     exact: bool = True
 
 
+FLOOR_REPEATS = 7  # of each measurement of the machine
+
 # The `published` method is one of `benchmarks.published`; these are ours.
 METHODS = {
     "released-exact": Method("released", {}),
@@ -66,12 +69,14 @@ def measure(arguments) -> dict:
     tokenizer = build_tokenizer()
     model = build_model(arguments.preset, tokenizer, device)
     floor = measure_floor(model, device)
+
     rows = []
     for images in arguments.images:
         for regions in arguments.regions if model.config.num_region_prompts else [1]:
             rows += _measure_size(model, tokenizer, regions, images, arguments)
     for row in rows:
         row["floor_seconds"] = floor_seconds(row, floor, arguments)
+
     return {
         "machine": describe_machine(device),
         "versions": {
@@ -91,10 +96,12 @@ def measure(arguments) -> dict:
 
 
 def _measure_size(model, tokenizer, regions: int, images: int, arguments) -> list[dict]:
-    """Alternates the methods `repeats` times after one warm-up of each; one row a method."""
+    """Alternates the methods `repeats` times after one warm-up of each; returns their rows."""
     runs, sizes = {}, {}
     for name in arguments.methods:
         runs[name], sizes[name] = _runner(name, model, tokenizer, regions, images, arguments)
+
+    # Alternating, so that whatever else the machine does slows all methods alike
     timings = {name: [] for name in runs}
     forwards, peaks = {}, {}
     for repeat in range(arguments.repeats + (0 if arguments.no_warm_up else 1)):
@@ -104,6 +111,7 @@ def _measure_size(model, tokenizer, regions: int, images: int, arguments) -> lis
                 timings[name].append(seconds)
                 peaks[name] = max(peak, peaks.get(name, 0))
             print(f"{name} regions={regions} images={images} {seconds:.3f} s", file=sys.stderr)
+
     medians = {name: statistics.median(values) for name, values in timings.items()}
     tokens = regions * images * arguments.caption_length
     return [
@@ -126,8 +134,11 @@ def _measure_size(model, tokenizer, regions: int, images: int, arguments) -> lis
 
 
 def _runner(name, model, tokenizer, regions, images, arguments):
-    """A call that denoises once and returns the forward passes it took; and its size: passes,
-    positions of one, answer positions of one."""
+    """Prepares a method's inputs; returns a function that denoises them once, and their size.
+
+    The function returns the forward passes that it took. The size is (sequences, positions of one,
+    response positions of one).
+    """
     layout = "released" if name == "published" else METHODS[name].layout
     processor = set_layout(model, tokenizer, layout)
     if model.config.num_region_prompts:
@@ -136,7 +147,7 @@ def _runner(name, model, tokenizer, regions, images, arguments):
     else:
         plainly = answer_questions_plainly
         inputs = question_inputs(processor, images, arguments.caption_length)
-    inputs = {k: v.to(arguments.device) for k, v in inputs.items()}
+    inputs = {k: v.to(arguments.device) for k, v in inputs.items()}  # before any clock runs
 
     def run() -> int:
         set_layout(model, tokenizer, layout)
@@ -148,23 +159,26 @@ def _runner(name, model, tokenizer, regions, images, arguments):
         return model.diffusion_generate(inputs=inputs, steps=steps, **options).num_forwards
 
     roles = inputs["role_ids"]
-    answer = int((roles == ROLE_CAPTION).any(0).sum())
-    return run, (*roles.shape, answer)
+    response_length = int((roles == ROLE_CAPTION).any(0).sum())
+    return run, (*roles.shape, response_length)
 
 
 def timed(run: Callable[[], int], device: str) -> tuple[float, int, int]:
-    """Seconds, peak bytes during the run (device memory, or resident memory on CPU), forwards."""
+    """Runs a function; returns seconds, peak bytes meanwhile, and the forward passes it took.
+
+    The bytes are the device's on CUDA, else the process's resident memory.
+    """
     with PeakMemory(device) as memory:
-        _synchronise(device)
+        _synchronize(device)
         start = time.perf_counter()
         forwards = run()
-        _synchronise(device)
+        _synchronize(device)
         seconds = time.perf_counter() - start
     return seconds, memory.peak, forwards
 
 
 class PeakMemory:
-    """Highest memory use inside a `with` block."""
+    """Measures the highest memory use inside a `with` block; `peak` holds it, in bytes."""
 
     def __init__(self, device: str):
         self.cuda = device.startswith("cuda")
@@ -187,6 +201,7 @@ class PeakMemory:
             self.thread.join()
 
     def _watch(self):
+        """Looks at the resident memory, in pages of 4 KiB, until it is told to stop."""
         while True:
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
             self.peak = max(self.peak, resident)
@@ -194,34 +209,39 @@ class PeakMemory:
                 return
 
 
-def _synchronise(device: str):
+def _synchronize(device: str):
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def measure_floor(model, device: str) -> dict:
-    """Matmul rate and copy bandwidth of the device, in the model's dtype, and what they bound.
+    """Measures the device's matmul rate and copy bandwidth, in the model's dtype.
 
-    A cached step reads every weight of the language model once; the prompt's pass does two
-    operations a weight and token. The rate is that of linear layers as `diffusion_generate` runs
-    them; the default rate, PyTorch's own, is the published way's.
+    They bound the time of denoising: a cached step reads every weight of the language model once,
+    and the prompt's forward pass does two operations per weight and token. The rate is that of
+    linear layers as `diffusion_generate` runs them; the default rate, PyTorch's own, is that of the
+    published way.
     """
     dtype = next(model.language_model.parameters()).dtype
     size = 8192 if device.startswith("cuda") else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
+
+    # Matrix products
     with torch.no_grad():
         default = _median_seconds(lambda: torch.nn.functional.linear(a, b), device)
-        layer = torch.nn.Linear(size, size, bias=False, device=device, dtype=dtype)
-        fastest_linear(parent := torch.nn.Sequential(layer))
-        seconds = _median_seconds(lambda: parent(a), device)
-    rate = 2 * size**3 / seconds
+        layers = torch.nn.Sequential(torch.nn.Linear(size, size, False, device, dtype))
+        fastest_linear(layers)
+        seconds = _median_seconds(lambda: layers(a), device)
+
+    # Copies, which read and write every byte once
     source = torch.randn(2**28 if device.startswith("cuda") else 2**25, device=device)
     target = torch.empty_like(source)
     copy = _median_seconds(lambda: target.copy_(source), device)
-    weights = sum(p.numel() * p.element_size() for p in model.language_model.parameters())
     bandwidth = 2 * source.numel() * source.element_size() / copy
+
+    weights = sum(p.numel() * p.element_size() for p in model.language_model.parameters())
     return {
-        "matmul_flops_per_second": rate,
+        "matmul_flops_per_second": 2 * size**3 / seconds,
         "default_matmul_flops_per_second": 2 * size**3 / default,
         "copy_bytes_per_second": bandwidth,
         "language_model_bytes": weights,
@@ -231,39 +251,35 @@ def measure_floor(model, device: str) -> dict:
 
 
 def floor_seconds(row: dict, floor: dict, arguments) -> float | None:
-    """Least time of a method that computes the prompt once: its arithmetic, then for each step the
-    larger of the answer's arithmetic and reading the weights once. None for the others."""
+    """Returns the least seconds in which a method that computes the prompt once can be done.
+
+    That is the prompt's arithmetic and, for each step, the larger of the response's arithmetic and
+    the time to read the weights once. Returns None for methods that compute the prompt again.
+    """
     if row["method"] == "published" or row["method"] == "released-exact":
         return None
-    rows, length, answer = row["tokens"]
-    operation = 2 * floor["language_model_parameters"] / floor["matmul_flops_per_second"]
+    sequences, length, response_length = row["tokens"]
+
+    per_token = 2 * floor["language_model_parameters"] / floor["matmul_flops_per_second"]
     steps = arguments.budget if "adaptive" in row["method"] else arguments.steps
-    step = max(rows * answer * operation, floor["seconds_to_read_weights"])
-    return rows * (length - answer) * operation + steps * step
+    step = max(sequences * response_length * per_token, floor["seconds_to_read_weights"])
+    return sequences * (length - response_length) * per_token + steps * step
 
 
-def _median_seconds(run: Callable, device: str, repeats: int = 7) -> float:
+def _median_seconds(run: Callable, device: str) -> float:
     times = []
-    for _ in range(repeats):
-        _synchronise(device)
+    for _ in range(FLOOR_REPEATS):
+        _synchronize(device)
         start = time.perf_counter()
         run()
-        _synchronise(device)
+        _synchronize(device)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times[1:])  # without the warm-up
 
 
 def describe_machine(device: str) -> dict:
-    """Names of the processor and, on CUDA, of the accelerator."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    machine = {"cpu": cpu, "threads": torch.get_num_threads(), "device": device}
+    """Returns the names of the processor and, on CUDA, of the accelerator."""
+    machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "device": device}
     if device.startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name()
     return machine
@@ -274,25 +290,26 @@ def _integers(text: str) -> list[int]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
-    parser.add_argument("--regions", type=_integers, default=[4], help="say 1,2,4,6,12,24")
-    parser.add_argument("--images", type=_integers, default=[1], help="say 1,8")
-    parser.add_argument(
-        "--methods",
-        help=f"among published,{','.join(METHODS)}",
-    )
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--budget", type=int, default=12, help="forwards of adaptive methods")
-    parser.add_argument("--caption-length", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-warm-up", action="store_true", help="time the first run too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--plots", type=Path, help="folder to draw the plots in")
-    parser.add_argument("--readme", type=Path, help="README whose table to replace")
+    add = parser.add_argument
+    add("--preset", choices=sorted(PRESETS), default="cpu")
+    add("--regions", type=_integers, default=[4], help="say 1,2,4,6,12,24")
+    add("--images", type=_integers, default=[1], help="say 1,8")
+    add("--methods", help=f"among published,{','.join(METHODS)}")
+    add("--steps", type=int, default=32)
+    add("--budget", type=int, default=12, help="forward passes of adaptive methods")
+    add("--caption-length", type=int, default=32)
+    add("--repeats", type=int, default=3)
+    add("--no-warm-up", action="store_true", help="time the first run too")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    add("--output", type=Path, help="JSON file to write")
+    add("--plots", type=Path, help="folder to draw the plots in")
+    add("--readme", type=Path, help="README whose table to replace")
     parsed = parser.parse_args(arguments)
+
+    # A model without region prompts answers questions, in the one layout that it has.
     answers = PRESETS[parsed.preset][0].get("num_region_prompts") == 0
     best = "released-exact" if answers else "independent-exact"
     parsed.methods = (parsed.methods or f"published,{best}").split(",")

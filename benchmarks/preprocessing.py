@@ -1,9 +1,9 @@
-"""Preprocessing of a 12-megapixel photograph with 6 masks, against PIL's resizes alone.
+"""Times the preprocessing of a 12-megapixel photograph with 6 masks, against PIL's resizes alone.
 
     python -m perceptiondlm.benchmarks.preprocessing --output benchmarks/results/preprocessing.json
 
 Both alternate in one run. The resizes are those that the pixels need whatever code does them: the
-picture to its tiles' canvas and its thumbnail, each region's 8-bit image likewise.
+image to its tiles' canvas and to its thumbnail, and each region's 8-bit image likewise.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from .denoising import describe_machine
 
 
 def photograph(size: tuple[int, int]) -> Image.Image:
-    """A smooth picture with grain, RGB."""
+    """Draws a smooth image with grain, RGB."""
     random = np.random.default_rng(0)
     coarse = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     values = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
@@ -28,7 +28,7 @@ def photograph(size: tuple[int, int]) -> Image.Image:
 
 
 def ellipses(size: tuple[int, int], count: int) -> list[np.ndarray]:
-    """Bool masks (H, W)."""
+    """Draws region masks, bool (H, W): ellipses at random places."""
     random = np.random.default_rng(1)
     y, x = np.ogrid[0 : 1 : size[1] * 1j, 0 : 1 : size[0] * 1j]
     masks = []
@@ -38,38 +38,44 @@ def ellipses(size: tuple[int, int], count: int) -> list[np.ndarray]:
     return masks
 
 
+def measure(size: tuple[int, int], num_masks: int, repeats: int) -> dict[str, float]:
+    """Returns the median seconds of the preprocessing, and of the resizes alone."""
+    processor = PerceptionDLMImageProcessor()
+    image, masks = photograph(size), ellipses(size, num_masks)
+    regions = [Image.fromarray(np.where(mask, 0, 255).astype(np.uint8)) for mask in masks]
+    columns, rows = processor.choose_grid(size)
+    tile = processor.image_size
+
+    def resizes():
+        for source in (image, *regions):
+            resize(source, (columns * tile, rows * tile))
+            resize(source, (tile, tile))
+
+    def whole():
+        processor(image, masks)
+
+    ways = {"resizes": resizes, "preprocessing": whole}
+    seconds = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if repeat:  # the first is to warm up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def main():
-    """Command line."""
+    """Measures, prints the ratio and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, nargs=2, default=(4000, 3000), help="width, height")
     parser.add_argument("--masks", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", help="JSON")
     arguments = parser.parse_args()
-    processor = PerceptionDLMImageProcessor()
+
     size = tuple(arguments.size)
-    picture, masks = photograph(size), ellipses(size, arguments.masks)
-    regions = [Image.fromarray(np.where(mask, 0, 255).astype(np.uint8)) for mask in masks]
-    columns, rows = processor.choose_grid(size)
-    tile = processor.image_size
-
-    def resizes():
-        for image in (picture, *regions):
-            resize(image, (columns * tile, rows * tile))
-            resize(image, (tile, tile))
-
-    def whole():
-        processor(picture, masks)
-
-    ways = {"resizes": resizes, "preprocessing": whole}
-    seconds = {name: [] for name in ways}
-    for repeat in range(arguments.repeats + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if repeat:  # the first is to warm up
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = measure(size, arguments.masks, arguments.repeats)
     result = {
         "machine": describe_machine("cpu"),
         "size": size,
@@ -80,6 +86,7 @@ def main():
     }
     if arguments.output:
         write_json(arguments.output, result)
+
     print(
         f"resizes {medians['resizes']:.3f} s, preprocessing {medians['preprocessing']:.3f} s,"
         f" ratio {result['ratio']:.3f}"

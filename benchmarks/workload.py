@@ -1,5 +1,7 @@
-"""What the benchmarks run: a model of random weights, a tokenizer that knows the special tokens,
-and inputs: pictures with regions, or with a question where the model knows no regions."""
+"""Builds what the benchmarks run: a model of random weights, a tokenizer, and inputs.
+
+The inputs are noise images with regions, or with a question where the model has no region prompts.
+"""
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from ..configuration_perceptiondlm import FLAGSHIP_VISION, PerceptionDLMConfig
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 
-PICTURE_SIZE = (1536, 1024)  # six tiles of 512 and the thumbnail
+IMAGE_SIZE = (1536, 1024)  # six tiles of 512 and the thumbnail
 
 CPU_PRESET = {
     "vision_config": {
@@ -30,7 +32,7 @@ CPU_PRESET = {
         "num_attention_heads": 8,
     },
 }
-# LLaDA-V: up to 36 tiles, whose map is shrunk to four tiles' worth of cells; no regions.
+# LLaDA-V: up to 36 tiles, whose map is shrunk to four tiles' worth of cells; no region prompts.
 LLAVA_LAYOUT = {"image_layout": "anyres", "spatial_merge_size": 1, "num_region_prompts": 0}
 LLAVA_CPU_PRESET = {
     **CPU_PRESET,
@@ -65,7 +67,7 @@ SPECIAL_TOKENS = [
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes and the special tokens."""
+    """Builds a tokenizer of single bytes and the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,7 +81,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(preset: str, tokenizer, device: str) -> PerceptionDLMForConditionalGeneration:
-    """The preset's model with random weights made on the device (seed 0)."""
+    """Builds the preset's model with random weights (seed 0), made on the device."""
     fields, dtype = PRESETS[preset]
     token_id = tokenizer.convert_tokens_to_ids
     config = PerceptionDLMConfig(
@@ -97,6 +99,8 @@ def build_model(preset: str, tokenizer, device: str) -> PerceptionDLMForConditio
         roi_token_ids=token_id([f"<|reserved_token_{i}|>" for i in range(16)]),
         caption_token_ids=token_id([f"<|Mask_Cap_{i}|>" for i in range(16)]),
     )
+
+    # Made in its dtype at once: the largest preset has no room for float32.
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -114,37 +118,37 @@ def set_layout(model, tokenizer, layout: str) -> PerceptionDLMProcessor:
     return PerceptionDLMProcessor.from_config(model.config, tokenizer)
 
 
-def question_inputs(processor, images: int, max_new_tokens: int) -> dict:
-    """Inputs for a question about each of `images` noise pictures."""
+def question_inputs(processor, num_images: int, max_new_tokens: int) -> dict:
+    """Makes inputs for a question about each of some noise images."""
     random = np.random.default_rng(0)
-    pictures = [[noise_picture(random)] for _ in range(images)]
-    prompts = ["Please describe the image in detail."] * images
-    return processor(pictures, prompts=prompts, max_new_tokens=max_new_tokens)
+    images = [[noise_image(random)] for _ in range(num_images)]
+    prompts = ["Please describe the image in detail."] * num_images
+    return processor(images, prompts=prompts, max_new_tokens=max_new_tokens)
 
 
-def region_inputs(processor, regions: int, images: int, caption_length: int) -> dict:
-    """Inputs for `images` noise pictures with `regions` boxes each, split into passes."""
+def region_inputs(processor, num_regions: int, num_images: int, caption_length: int) -> dict:
+    """Makes inputs for noise images with some boxes each, divided into region groups."""
     random = np.random.default_rng(0)
-    width, height = PICTURE_SIZE
-    most = processor.image_processor.num_region_prompts
-    pictures, masks = [], []
-    for _ in range(images):
-        picture = noise_picture(random)
-        boxes = [random_box(random, width, height) for _ in range(regions)]
-        for first in range(0, regions, most):
-            pictures.append(picture)
-            masks.append(boxes[first : first + most])
-    return processor(pictures, masks=masks, caption_length=caption_length)
+    width, height = IMAGE_SIZE
+    max_regions = processor.image_processor.num_region_prompts
+    images, masks = [], []
+    for _ in range(num_images):
+        image = noise_image(random)
+        boxes = [random_box(random, width, height) for _ in range(num_regions)]
+        for first in range(0, num_regions, max_regions):
+            images.append(image)
+            masks.append(boxes[first : first + max_regions])
+    return processor(images, masks=masks, caption_length=caption_length)
 
 
-def noise_picture(random) -> Image.Image:
-    """A picture of `PICTURE_SIZE` drawn from a numpy generator."""
-    width, height = PICTURE_SIZE
+def noise_image(random) -> Image.Image:
+    """Draws an image of `IMAGE_SIZE` from a numpy generator."""
+    width, height = IMAGE_SIZE
     return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def random_box(random, width: int, height: int) -> dict:
-    """A box of at least 64 and at most half the sides, as the processor takes it."""
+    """Draws a box of at least 64 and at most half the sides, as the processor takes it."""
     w, h = random.integers(64, width // 2), random.integers(64, height // 2)
     x, y = random.integers(0, width - w), random.integers(0, height - h)
     return {"box": [int(x), int(y), int(x + w), int(y + h)]}

@@ -1,8 +1,8 @@
-"""Benchmarks of region captions: pictures, region masks, and what is asked about each caption.
+"""Reads benchmarks of region captions: images, region masks, and questions about each caption.
 
 Three forms are read: a ParaDLC-Bench folder and a DLC-Bench folder as published
-(`annotations.json`, `qa.json`, `class_names.json`, pictures in `images/`), and a COCO-style JSON
-file of one's own. A Hub dataset of the first two forms is downloaded first.
+(`annotations.json`, `qa.json`, `class_names.json`, image files in `images/`), and a user's own
+COCO-style JSON file. A Hub dataset of the first two forms is downloaded first.
 """
 
 import os
@@ -28,10 +28,10 @@ class RegionSample:
     Attributes:
         key: names the region in predictions, answers and scores: "{image_id}_{index}" for
             ParaDLC-Bench, the annotation id for COCO-style files.
-        image_id: groups the regions of one picture.
-        image_path: the picture's file.
-        size: (height, width) of the picture in pixels.
-        mask: the region as a COCO RLE dict of that size.
+        image_id: shared by the regions of one image.
+        image_path: the image's file.
+        size: (height, width) of the image in pixels.
+        mask: the region mask as a COCO RLE dict of that size.
         category: the annotation's category.
         class_name: the class that the recognition question asks about.
     """
@@ -62,7 +62,7 @@ class Benchmark:
     questions: Mapping[str, tuple[Question, ...]] = field(default_factory=dict)
 
     def regions_per_image(self) -> Counter:
-        """How many regions each picture has."""
+        """Counts the regions of each image."""
         return Counter(sample.image_id for sample in self.samples)
 
 
@@ -73,26 +73,31 @@ def load_benchmark(
 
     Args:
         source: a folder that holds `annotations.json`, a JSON file, or a Hub id "owner/name".
-        images: the pictures' folder; by default `images` beside the annotations. The pictures
-            themselves are not opened.
+        images: the folder of the image files; by default `images` beside the annotations. The
+            images themselves are not opened.
         revision: branch, tag or commit of a Hub dataset.
 
-    Raises FileNotFoundError if there is no such benchmark, ValueError naming file and record for
-    one that cannot be read.
+    Raises FileNotFoundError if there is no such benchmark, and ValueError, with file and record,
+    for one that cannot be read.
     """
     annotations = _annotation_file(source, revision)
-    images = Path(images) if images is not None else annotations.parent / "images"
-    content = read_json(annotations)
+    folder = Path(images) if images is not None else annotations.parent / "images"
     class_names = _optional_json(annotations.parent / "class_names.json")
+    reader = _SampleReader(annotations, folder, class_names)
+
+    # The form is told by the content: COCO's is an object, ParaDLC-Bench's a list of images.
+    content = read_json(annotations)
     if isinstance(content, list):
-        name, samples = "paradlc", _paradlc_samples(content, annotations, images, class_names)
+        name, samples = "paradlc", reader.read_paradlc(content)
     elif isinstance(content, dict) and {"images", "annotations"} <= set(content):
-        name, samples = "coco", _coco_samples(content, annotations, images, class_names)
+        name, samples = "coco", reader.read_coco(content)
     else:
         raise ValueError(
             f"{annotations}: expected a list of images (ParaDLC-Bench) or an object with 'images'"
             f" and 'annotations' (COCO), got {type(content).__name__}"
         )
+
+    # Scores are summed in the order of the questions.
     by_key = _by_unique_key(samples, annotations)
     questions = _read_questions(annotations.parent / "qa.json", by_key)
     ordered = [by_key[key] for key in questions] if questions else samples
@@ -120,82 +125,68 @@ def _annotation_file(source: str | Path, revision: str | None) -> Path:
     )
 
 
-def _paradlc_samples(content: list, file: Path, images: Path, class_names: dict) -> list:
-    samples = []
-    for number, image in enumerate(content):
-        where = f"{file}: image {number}"
-        _expect_fields(image, ("image_id", "file_name", "height", "width", "annotations"), where)
-        for position, region in enumerate(_expect_list(image["annotations"], where)):
-            at = f"{where}, annotation {position}"
-            _expect_fields(region, ("index", "category_name", "mask_rle"), at)
-            key = f"{image['image_id']}_{region['index']}"
-            samples.append(
-                _sample(
-                    key,
-                    image,
-                    region["mask_rle"],
-                    region["category_name"],
-                    class_names,
-                    images,
-                    str(image["image_id"]),
-                    at,
-                )
-            )
-    return samples
+@dataclass(frozen=True)
+class _SampleReader:
+    """Reads the regions of an annotation file; errors name the file and the record in it."""
 
+    file: Path
+    images: Path  # folder of the image files
+    class_names: dict[str, str]  # of some regions, by key
 
-def _coco_samples(content: dict, file: Path, images: Path, class_names: dict) -> list:
-    pictures = _table(content["images"], ("id", "file_name", "height", "width"), f"{file}: image")
-    categories = _table(content.get("categories", []), ("id", "name"), f"{file}: category")
-    samples = []
-    for number, region in enumerate(_expect_list(content["annotations"], f"{file}: annotations")):
-        at = f"{file}: annotation {number}"
-        _expect_fields(region, ("id", "image_id", "segmentation"), at)
-        if region["image_id"] not in pictures:
-            raise ValueError(f"{at}: expected the id of an image, got {region['image_id']!r}")
-        image = pictures[region["image_id"]]
-        category = categories.get(region.get("category_id"), {}).get("name", "object")
-        samples.append(
-            _sample(
-                str(region["id"]),
-                image,
-                region["segmentation"],
-                category,
-                class_names,
-                images,
-                str(image["id"]),
-                at,
-            )
+    def read_paradlc(self, content: list) -> list[RegionSample]:
+        """Reads ParaDLC-Bench's form: a list of images, each with its annotations."""
+        samples = []
+        for number, image in enumerate(content):
+            where = f"{self.file}: image {number}"
+            fields = ("image_id", "file_name", "height", "width", "annotations")
+            _expect_fields(image, fields, where)
+
+            for position, region in enumerate(_expect_list(image["annotations"], where)):
+                at = f"{where}, annotation {position}"
+                _expect_fields(region, ("index", "category_name", "mask_rle"), at)
+                image_id, category = str(image["image_id"]), region["category_name"]
+                key = f"{image_id}_{region['index']}"
+                samples.append(self._sample(key, image_id, image, region["mask_rle"], category, at))
+        return samples
+
+    def read_coco(self, content: dict) -> list[RegionSample]:
+        """Reads COCO's form: lists of images, annotations and, optionally, categories."""
+        fields = ("id", "file_name", "height", "width")
+        images = _table(content["images"], fields, f"{self.file}: image")
+        categories = _table(content.get("categories", []), ("id", "name"), f"{self.file}: category")
+        regions = _expect_list(content["annotations"], f"{self.file}: annotations")
+
+        samples = []
+        for number, region in enumerate(regions):
+            at = f"{self.file}: annotation {number}"
+            _expect_fields(region, ("id", "image_id", "segmentation"), at)
+            if region["image_id"] not in images:
+                raise ValueError(f"{at}: expected the id of an image, got {region['image_id']!r}")
+            image = images[region["image_id"]]
+            category = categories.get(region.get("category_id"), {}).get("name", "object")
+            key, image_id = str(region["id"]), str(image["id"])
+            samples.append(self._sample(key, image_id, image, region["segmentation"], category, at))
+        return samples
+
+    def _sample(
+        self, key: str, image_id: str, image: dict, segmentation: object, category: str, where: str
+    ) -> RegionSample:
+        size = (image["height"], image["width"])
+        if not all(isinstance(side, int) and side > 0 for side in size):
+            raise ValueError(f"{where}: expected a height and width of 1 or more, got {size}")
+        return RegionSample(
+            key=key,
+            image_id=image_id,
+            image_path=_image_path(self.images, image["file_name"], where),
+            size=size,
+            mask=_to_rle(segmentation, size, where),
+            category=category,
+            class_name=self.class_names.get(key, category),
         )
-    return samples
 
 
-def _sample(
-    key: str,
-    image: dict,
-    segmentation: object,
-    category: str,
-    class_names: dict,
-    images: Path,
-    image_id: str,
-    where: str,
-) -> RegionSample:
-    size = (image["height"], image["width"])
-    if not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"{where}: expected a height and width of 1 or more, got {size}")
-    return RegionSample(
-        key=key,
-        image_id=image_id,
-        image_path=_inside(images, image["file_name"], where),
-        size=size,
-        mask=_rle(segmentation, size, where),
-        category=category,
-        class_name=class_names.get(key, category),
-    )
-
-
-def _inside(folder: Path, name: object, where: str) -> Path:
-    """The path of a picture that must lie inside the folder, whatever its name says."""
+def _image_path(folder: Path, name: object, where: str) -> Path:
+    """Returns the path of an image, which must lie inside the folder whatever its name says."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"{where}: expected a file_name, got {name!r}")
     try:
@@ -204,10 +195,14 @@ def _inside(folder: Path, name: object, where: str) -> Path:
         raise ValueError(f"{where}: expected a file_name inside {folder}, got {name!r}") from error
 
 
-def _rle(segmentation: object, size: tuple[int, int], where: str) -> dict:
-    """A region as COCO RLE: already one, or polygons in pixels."""
+def _to_rle(segmentation: object, size: tuple[int, int], where: str) -> dict:
+    """Returns a region as COCO RLE, given as one or as polygons in pixels; size (height, width)."""
     if isinstance(segmentation, list) and segmentation:
-        return _polygons_to_rle(segmentation, size, where)
+        try:
+            return encode_rle(fill_polygons(segmentation, size[::-1]))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= set(segmentation):
         raise ValueError(f"{where}: expected a COCO RLE or polygons, got {segmentation!r:.80}")
     if list(segmentation["size"]) != list(size):
@@ -218,15 +213,8 @@ def _rle(segmentation: object, size: tuple[int, int], where: str) -> dict:
     return segmentation
 
 
-def _polygons_to_rle(polygons: list, size: tuple[int, int], where: str) -> dict:
-    try:
-        return encode_rle(fill_polygons(polygons, size[::-1]))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
 def _read_questions(file: Path, samples: Mapping[str, RegionSample]) -> dict:
-    """Per region its questions, in the file's order; {} if there is no such file."""
+    """Reads the questions of each region, in the file's order; {} if there is no such file."""
     content = _optional_json(file)
     unknown = [key for key in content if key not in samples]
     if unknown:
@@ -241,6 +229,7 @@ def _read_questions(file: Path, samples: Mapping[str, RegionSample]) -> dict:
 
 
 def _by_unique_key(samples: list[RegionSample], file: Path) -> dict[str, RegionSample]:
+    """Returns the samples by key. Raises ValueError where two have the same."""
     by_key = {sample.key: sample for sample in samples}
     if len(by_key) < len(samples):
         key = Counter(sample.key for sample in samples).most_common(1)[0][0]
@@ -249,6 +238,7 @@ def _by_unique_key(samples: list[RegionSample], file: Path) -> dict[str, RegionS
 
 
 def _optional_json(file: Path) -> dict:
+    """Reads a JSON object; {} if there is no such file."""
     content = read_json(file) if file.is_file() else {}
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected an object, got {type(content).__name__}")
@@ -256,6 +246,7 @@ def _optional_json(file: Path) -> dict:
 
 
 def _table(records: object, fields: tuple[str, ...], where: str) -> dict:
+    """Returns records by their `id`, once each has been found to have the fields."""
     for number, record in enumerate(_expect_list(records, f"{where}s")):
         _expect_fields(record, fields, f"{where} {number}")
     return {record["id"]: record for record in records}

@@ -1,4 +1,4 @@
-"""The checkpoint that a step measures and how it is to decode: options that several steps share."""
+"""Options that several steps share: which checkpoint is measured, and how it decodes."""
 
 import argparse
 import hashlib
@@ -15,7 +15,7 @@ CALL_ARGUMENTS = ("images", "masks", "prompts", "inputs", "processor", "callback
 
 
 def parse_option(text: str) -> tuple[str, object]:
-    """NAME=VALUE, the value as JSON where it is (`steps=16`), else as text (`remasking=random`)."""
+    """Parses NAME=VALUE: a value that is JSON as such (`steps=16`), any other as text."""
     name, separator, value = text.partition("=")
     if not (name and separator):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
@@ -43,6 +43,7 @@ def load_model(path: str, subfolder: str, dtype: str, device: str):
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, required: bool = True):
+    """Adds the options that say which checkpoint is loaded, and how."""
     add = parser.add_argument
     add("--model", required=required, help="checkpoint: folder or Hub id")
     add("--subfolder", default="", help="of the checkpoint, for weights and processor")
@@ -51,7 +52,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, required: bool 
 
 
 def load_checkpoint(args: argparse.Namespace):
-    """The model and processor that `add_checkpoint_arguments` names."""
+    """Loads the model and processor that the options of `add_checkpoint_arguments` name."""
     if args.model is None:
         raise ValueError("expected --model PATH, a checkpoint's folder or Hub id, got none")
     return load_model(args.model, args.subfolder, args.dtype, args.device or default_device())
@@ -66,7 +67,7 @@ def default_device() -> str:
 
 
 def checkpoint_record(args: argparse.Namespace, model) -> dict:
-    """What a report says of the checkpoint."""
+    """Returns what a report says of the checkpoint."""
     return {
         "model": args.model,
         "subfolder": args.subfolder,
@@ -82,7 +83,7 @@ FINGERPRINT_VALUES = 16  # of each parameter
 def weights_fingerprint(model) -> str:
     """Returns a short name of a model's weights: a hash of a few values of each parameter.
 
-    Training changes it; a copy of the folder does not.
+    Training changes it; copying the folder does not.
     """
     return _fingerprint(model.named_parameters())
 
@@ -91,7 +92,7 @@ def folder_fingerprint(folder: Path, dtype: str) -> str:
     """Returns the `weights_fingerprint` of a checkpoint's folder, as loaded in a dtype.
 
     Only the values that are hashed are read. Raises ValueError where the weights do not fit the
-    config, or for a dtype that torch does not know.
+    config, or for a dtype that torch does not have.
     """
     import torch
     from safetensors import safe_open
@@ -102,10 +103,14 @@ def folder_fingerprint(folder: Path, dtype: str) -> str:
 
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"expected a dtype such as float32, got {dtype!r}")
+
+    # The first values of each tensor, in the parameters' first dimension
     first = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             first |= {name: file.get_slice(name)[:FINGERPRINT_VALUES] for name in file.keys()}
+
+    # The names and their order are those of the model, which needs no memory for them.
     with torch.device("meta"):
         model = PerceptionDLMForConditionalGeneration(PerceptionDLMConfig.from_pretrained(folder))
     names = [name for name, _ in model.named_parameters()]
@@ -126,6 +131,7 @@ FLAGS = ("steps", *ACCEPT_RULES)  # decoding options that have an argument of th
 
 
 def add_option_argument(parser: argparse.ArgumentParser):
+    """Adds `--option NAME=VALUE`, for any option of decoding."""
     parser.add_argument(
         "--option",
         action="append",
@@ -157,7 +163,7 @@ def decoding_options(args: argparse.Namespace, *, questions: bool = True) -> dic
 
 
 def named_options(args: argparse.Namespace, reserved: Sequence[str] = ()) -> dict:
-    """What `--option` gave; ValueError for one given twice, or `reserved` for another flag."""
+    """Returns what `--option` gave. Raises ValueError for a name given twice or `reserved`."""
     names = [name for name, _ in args.options]
     for name in names:
         if name in CALL_ARGUMENTS:

@@ -1,4 +1,4 @@
-"""`perceptiondlm evaluate`: one table of steps, each imported only when it is asked for."""
+"""`perceptiondlm evaluate`: runs one of a table of steps, imported only when it is asked for."""
 
 import argparse
 import importlib
@@ -16,12 +16,12 @@ STEPS = {
     "report": ("perceptiondlm.evaluation.report", "write a report with figures"),
     "synthetic": ("perceptiondlm.evaluation.synthetic", "measure on drawn scenes, judged exactly"),
     "sweep": ("perceptiondlm.evaluation.sweep", "accuracy against forward passes, rule by rule"),
-    "latency": ("perceptiondlm.evaluation.latency", "seconds against regions in a picture"),
+    "latency": ("perceptiondlm.evaluation.latency", "seconds against regions in an image"),
 }
 
 
 class _StepParser(argparse.ArgumentParser):
-    """A parser that learns its options from its module when it is first used."""
+    """A parser that asks its step's module for the options when it is first used."""
 
     module: str | None = None
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with only_run(*_outputs(args)):
             return args.run_step(args)
-    except (ValueError, OSError) as error:  # transformers' for a checkpoint that is not there
+    except (ValueError, OSError) as error:  # OSError: a checkpoint that is not there, among others
         print(f"perceptiondlm evaluate {args.step}: {error}", file=sys.stderr)
         return 2
 

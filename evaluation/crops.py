@@ -1,4 +1,4 @@
-"""What an image judge is shown of a region: the picture and the mask around it."""
+"""Cuts out what an image judge is shown of a region: the image and the mask around it."""
 
 import base64
 import io
@@ -13,13 +13,13 @@ MIN_BOX_SIDE = 56  # pixels
 
 
 def crop_window(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The window shown for a mask: three times its box, cut at the picture's borders.
+    """Returns the window shown for a region: three times its box, cut at the image's borders.
 
-    A side of the box below 56 pixels is widened to 56 about the box's centre first; as in the
+    A side of the box below 56 pixels is widened to 56 about the box's center first; as in the
     published code the corner is then rounded towards zero.
 
     Args:
-        mask: (H, W), non-zero inside the region.
+        mask: region mask (H, W), non-zero inside.
 
     Returns (x0, y0, x1, y1), half-open, in pixels. Raises ValueError for an empty mask.
     """
@@ -33,27 +33,30 @@ def crop_window(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _widened(start: int, end: int, limit: int) -> tuple[int, int]:
-    """One axis of the window: the box's [start, end) to three boxes, within [0, limit)."""
+    """Widens one axis of a box, [start, end), to that of three boxes within [0, limit)."""
     side = max(end - start, MIN_BOX_SIDE)
     corner = int((start + end) / 2 - side / 2)
     return max(corner - side, 0), min(corner + 2 * side, limit)
 
 
 def region_crops(sample: RegionSample) -> tuple[Image.Image, Image.Image]:
-    """The crops of a region's picture (RGB) and mask (8-bit, 255 inside)."""
-    picture = load_image(sample.image_path)
-    if picture.size != sample.size[::-1]:
+    """Crops a region's image (RGB) and its mask (8-bit, 255 inside) to its `crop_window`.
+
+    Raises ValueError for an image of another size than the annotations say.
+    """
+    image = load_image(sample.image_path)
+    if image.size != sample.size[::-1]:
         raise ValueError(
             f"{sample.image_path}: expected the annotated {sample.size[1]}x{sample.size[0]} pixels"
-            f" (width x height), got {picture.size[0]}x{picture.size[1]}"
+            f" (width x height), got {image.size[0]}x{image.size[1]}"
         )
-    mask = np.asarray(load_mask(sample.mask, picture.size)) > 0
+    mask = np.asarray(load_mask(sample.mask, image.size)) > 0
     window = crop_window(mask)
-    return picture.crop(window), Image.fromarray(mask.astype(np.uint8) * 255).crop(window)
+    return image.crop(window), Image.fromarray(mask.astype(np.uint8) * 255).crop(window)
 
 
 def png_data_url(image: Image.Image) -> str:
-    """A picture as a `data:` URL."""
+    """Encodes an image as a `data:` URL that holds a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,4 +1,4 @@
-"""Where a run took place: hardware, versions, git revision."""
+"""Records where a run took place: hardware, versions, git revision."""
 
 import importlib.metadata
 import os
@@ -18,15 +18,15 @@ PACKAGES = (
 
 
 def run_environment() -> dict:
-    """Hardware, versions and revision, for the record of a run."""
+    """Returns hardware, versions and git revision, for the record of a run."""
     return {"hardware": hardware(), "versions": versions(), "git_revision": git_revision()}
 
 
 def hardware() -> dict:
-    """Processor and accelerators, by their names."""
+    """Returns the names of the processor and of the accelerators."""
     import torch
 
-    record = {"cpu": _cpu_name(), "cpu_cores": os.cpu_count(), "accelerators": []}
+    record = {"cpu": cpu_name(), "cpu_cores": os.cpu_count(), "accelerators": []}
     if torch.cuda.is_available():
         record["accelerators"] = [
             torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
@@ -36,8 +36,8 @@ def hardware() -> dict:
     return record
 
 
-def _cpu_name() -> str:
-    """The processor's name; Linux keeps it in /proc alone."""
+def cpu_name() -> str:
+    """Returns the processor's name, which Linux tells in /proc alone."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -45,7 +45,7 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict:
-    """Versions of Python and of the packages that results may depend on."""
+    """Returns the versions of Python and of the packages that results may depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -56,10 +56,10 @@ def versions() -> dict:
 
 
 def git_revision(folder: str | Path | None = None) -> str | None:
-    """The commit that a source folder is at, "+changes" if edited since.
+    """Returns the commit that a folder is at, with "+changes" if its files were edited since.
 
-    By default the folder of this package. None if it is not the root of a git repository, as when
-    the package is installed somewhere inside another one.
+    The default folder is this package's. Returns None for one that is not the root of a git
+    repository, as when the package is installed somewhere inside another repository.
     """
     folder = Path(folder or Path(__file__).parent.parent).resolve()
     commit = _git(folder, "rev-parse", "--verify", "HEAD")

@@ -1,4 +1,4 @@
-"""Figures of a report, from rows of measurements."""
+"""Draws the figures of a report from rows of measurements."""
 
 import io
 from collections.abc import Sequence
@@ -13,15 +13,16 @@ FIGURES = {
     "accuracy_forwards.png": (("forwards", "accuracy"), ("forward passes", "accuracy (%)")),
     "regions.png": (
         ("regions", "latency", "tokens_per_second"),
-        ("regions in a picture", "seconds a picture", "tokens per second"),
+        ("regions in an image", "seconds per image", "tokens per second"),
     ),
 }
 
 
 def figure_rows(content: object, source: str = "rows") -> list[dict]:
-    """Rows as `draw_figures` takes them: a list of them, or what `sweep` or `latency` wrote.
+    """Returns rows as `draw_figures` takes them, from a list or from what a step wrote.
 
-    A sweep's rows become a line for each rule, with the accuracy of the attributes.
+    The rows of `latency` are such rows already; those of `sweep` become a line for each rule, with
+    the accuracy of the attributes. Raises ValueError, with the `source`, for anything else.
     """
     rows = content.get("rows") if isinstance(content, dict) else content
     if not isinstance(rows, list):
@@ -30,6 +31,7 @@ def figure_rows(content: object, source: str = "rows") -> list[dict]:
 
 
 def _of_sweep(row: dict) -> dict:
+    """Turns a row of `sweep` into one of the figures, labeled by rule, value and verification."""
     value, verify = row.get("value"), row.get("verify")
     label = row["rule"] + ("" if value is None else f" {value:g}")
     return {
@@ -42,14 +44,15 @@ def _of_sweep(row: dict) -> dict:
 
 
 def draw_figures(rows: Sequence[dict], folder: str | Path) -> list[Path]:
-    """Draws each figure whose fields some rows have, one line a label.
+    """Draws each figure whose fields some rows have, with a line for each label.
 
     Args:
-        rows: measurements; `label` names a system, and numbers go by `accuracy` (in [-1, 1]),
-            `seconds`, `forwards`, `regions`, `latency` (seconds a picture), `tokens_per_second`.
+        rows: measurements; `label` names a system, and the numbers are `accuracy` (in [-1, 1]),
+            `seconds`, `forwards`, `regions`, `latency` (seconds per image), `tokens_per_second`.
         folder: where the PNG files go.
 
-    Returns the files drawn.
+    Returns the files drawn. Raises ValueError for a row without a label, or with a field that is
+    no number.
     """
     _check_rows(rows)
     folder = Path(folder)
@@ -63,7 +66,7 @@ def draw_figures(rows: Sequence[dict], folder: str | Path) -> list[Path]:
 
 
 def _draw(rows: Sequence[dict], fields: Sequence[str], titles: Sequence[str], file: Path):
-    """Panels side by side, one for each y field, over a shared x field."""
+    """Draws panels side by side, one for each y field, over a shared x field."""
     with extra("eval"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -71,9 +74,8 @@ def _draw(rows: Sequence[dict], fields: Sequence[str], titles: Sequence[str], fi
     x, *ys = fields
     figure = Figure(figsize=(5.2 * len(ys), 3.8), layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever the user's backend is
-    for axes, y, title in zip(
-        figure.subplots(1, len(ys), squeeze=False)[0], ys, titles[1:], strict=True
-    ):
+    panels = figure.subplots(1, len(ys), squeeze=False)[0]
+    for axes, y, title in zip(panels, ys, titles[1:], strict=True):
         for label in dict.fromkeys(row["label"] for row in rows):
             points = sorted((row[x], _scaled(y, row[y])) for row in rows if row["label"] == label)
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
@@ -81,6 +83,8 @@ def _draw(rows: Sequence[dict], fields: Sequence[str], titles: Sequence[str], fi
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
         axes.legend()
+
+    # Into memory first, so that the file is written whole or not at all
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=150)
     write_bytes(file, drawn.getvalue())
@@ -95,6 +99,7 @@ def _check_rows(rows: Sequence[dict]):
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("label"), str):
             raise ValueError(f"row {number}: expected an object with a 'label', got {row!r:.80}")
+
         for field in numeric & set(row):
             if not isinstance(row[field], int | float):
                 raise ValueError(f"row {number}: expected a number for {field}, got {row[field]!r}")

@@ -1,4 +1,4 @@
-"""Files of an evaluation: those of `common.files`, and journals that only grow."""
+"""Reads and writes an evaluation's files: those of `common.files`, and journals that only grow."""
 
 import contextlib
 import json
@@ -22,26 +22,26 @@ __all__ = [
 
 
 def run_record_path(output: str | Path) -> Path:
-    """Returns where the record of the run that wrote `output` lies: `x.json` has `x.run.json`."""
+    """Returns the path of the record of the run that wrote `output`: `x.run.json` for `x.json`."""
     return Path(output).with_suffix(".run.json")
 
 
 class Journal:
     """An append-only file of JSON lines, each synced to disk before `append` returns.
 
-    Several processes may append to one. A last line torn by a kill is cut off, since whatever it
-    recorded was never acknowledged; a broken line before the last is a ValueError.
+    Several processes may append to the same file. A last line torn by a kill is cut off, since
+    whatever it recorded was never acknowledged. Raises ValueError for a broken line before it.
 
     Attributes:
-        records: the records in the file, in order, those appended here included; those that others
-            append as of the last `append` or `refresh`.
+        records: the records in the file, in order: all that were appended here, and what other
+            processes had appended at the last `append` or `refresh`.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.records: list[dict] = []
-        self._end = 0  # of the lines that were read
+        self._end = 0  # of the lines that were read, in bytes
         self._lock = threading.Lock()
         self._file = open(self.path, "ab+")
         with locked(self._file):
@@ -49,11 +49,11 @@ class Journal:
             self._file.truncate(self._end)
 
     def append(self, record: dict):
-        """Adds one record; safe to call from several threads and processes."""
+        """Adds one record. Several threads and processes may call it at once."""
         line = encode_json(json.dumps(record, ensure_ascii=False) + "\n")
         with self._lock, locked(self._file):
             self._read_on()
-            self._file.truncate(self._end)  # what another was killed in the middle of
+            self._file.truncate(self._end)  # cuts off what a killed process had begun to write
             self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -61,13 +61,16 @@ class Journal:
             self.records.append(record)
 
     def refresh(self):
-        """Adds to `records` what others have appended since."""
+        """Adds to `records` what other processes have appended since."""
         with self._lock:
             self._read_on()
 
     def claim(self, key: str):
-        """Takes the work of this name, unless another process or journal has it: a context of
-        whether it is taken. It is free again after the context, or the death of its holder."""
+        """Claims the work named `key`, unless another process or journal holds it.
+
+        Returns a context manager that gives whether the claim was granted. The claim ends with the
+        context, or with the death of the process.
+        """
         return try_lock(self._claims / key)
 
     @property
@@ -75,12 +78,12 @@ class Journal:
         return self.path.with_name(f".{self.path.name}.claims")
 
     def close(self):
-        """Closes the file, and clears away claims of the dead."""
+        """Closes the file, and removes the claims of processes that died."""
         self._file.close()
         for path in self._claims.iterdir() if self._claims.is_dir() else ():
-            with try_lock(path):
+            with try_lock(path):  # which removes the file once it is free
                 pass
-        with contextlib.suppress(OSError):  # there is none, or others have claims
+        with contextlib.suppress(OSError):  # the folder is not there, or others have claims in it
             self._claims.rmdir()
 
     def __enter__(self):
@@ -100,7 +103,7 @@ class Journal:
 
 
 def read_journal(path: str | Path) -> list[dict]:
-    """Reads the complete records of a journal, without changing the file."""
+    """Reads the complete records of a journal without changing the file."""
     lines = Path(path).read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
     return [_parse_line(path, number, line) for number, line in enumerate(lines, start=1)]
 

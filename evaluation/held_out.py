@@ -1,4 +1,4 @@
-"""A checkpoint measured on held-out scenes: every region captioned, every question answered."""
+"""Measures a checkpoint on held-out scenes: captions every region, answers every question."""
 
 import dataclasses
 import time
@@ -18,20 +18,13 @@ SPLIT = "heldout"  # never trained on
 
 @dataclass(frozen=True)
 class SceneTexts:
-    """What a checkpoint said about some scenes, and what it took.
+    """What a checkpoint said about some scenes, and how long that took."""
 
-    Attributes:
-        captions: for each scene the caption of each region.
-        answers: for each scene the answer to each question.
-        captioning, answering: efficiency of the two.
-        passes: region passes, several for a scene with more regions than go into one.
-    """
-
-    captions: list[list[str]]
-    answers: list[list[str]]
+    captions: list[list[str]]  # for each scene the caption of each region
+    answers: list[list[str]]  # for each scene the answer to each question
     captioning: Throughput
     answering: Throughput
-    passes: int
+    num_groups: int  # region groups; several for a scene with more regions than one may have
 
 
 def held_out_scenes(first_seed: int, count: int, *, progress: bool = True) -> list[Scene]:
@@ -57,26 +50,30 @@ def describe_scenes(
     Args:
         model: has `diffusion_generate` and `config`; processor: passed on to it.
         scenes: of any sizes, batched in their order.
-        batch_size: pictures, or questions, in one call.
-        regions_per_pass: fewer than the checkpoint takes at once, 1 for one region at a time.
+        batch_size: images, or questions, in one call.
+        regions_per_pass: bounds the regions of a group, 1 for one region at a time; None for as
+            many as the checkpoint takes at once.
         options: of `diffusion_generate`. An answer takes no more steps than it has positions.
         progress: shows progress bars.
     """
     for name, value in (("batch_size", batch_size), ("regions_per_pass", regions_per_pass or 1)):
         if value < 1:
             raise ValueError(f"expected {name} of 1 or more, got {value}")
+
     options = options or {}
     groups = list(_region_groups(scenes, regions_per_pass))
     common = {"model": model, "processor": processor, "batch_size": batch_size}
     captions, captioning = _caption(groups, scenes, options, progress=progress, **common)
     answers, answering = _answer(scenes, answer_options(model, options), progress, **common)
-    most = model.config.num_region_prompts
-    passes = len(plan_groups([len(regions) for _, regions in groups], most))
-    return SceneTexts(captions, answers, captioning, answering, passes)
+
+    # The model divides again what is more than it takes at once.
+    max_regions = model.config.num_region_prompts
+    num_groups = len(plan_groups([len(regions) for _, regions in groups], max_regions))
+    return SceneTexts(captions, answers, captioning, answering, num_groups)
 
 
 def answer_options(model, options: dict) -> dict:
-    """`options` as questions take them: no more steps than an answer has positions."""
+    """Limits the options' steps to the positions of an answer."""
     chosen = DiffusionOptions.build(model.decoding_defaults, options)
     if chosen.steps is None:
         return options
@@ -84,7 +81,7 @@ def answer_options(model, options: dict) -> dict:
 
 
 def _region_groups(scenes: Sequence[Scene], size: int | None) -> Iterator[tuple[int, list[int]]]:
-    """(scene, its regions) that are handed to the model together."""
+    """Yields (index of a scene, indices of its regions) that are handed to the model together."""
     for i, scene in enumerate(scenes):
         regions = list(range(len(scene.objects)))
         step = size or len(regions)
@@ -92,7 +89,7 @@ def _region_groups(scenes: Sequence[Scene], size: int | None) -> Iterator[tuple[
 
 
 def _caption(groups, scenes, options, *, model, processor, batch_size, progress):
-    """Captions of every scene's regions, and the `Throughput`."""
+    """Captions the regions of every scene; returns the captions and the `Throughput`."""
     captions = [[""] * len(scene.objects) for scene in scenes]
     costs = []
     bar = tqdm(total=sum(map(len, captions)), desc="caption", unit="region", disable=not progress)
@@ -104,6 +101,8 @@ def _caption(groups, scenes, options, *, model, processor, batch_size, progress)
             result, cost = _generate(
                 model, len(batch), images=images, masks=masks, processor=processor, **options
             )
+
+            # Back to where the regions stand in their scenes
             for (i, regions), texts in zip(batch, result.texts, strict=True):
                 for k, text in zip(regions, texts, strict=True):
                     captions[i][k] = text
@@ -113,7 +112,10 @@ def _caption(groups, scenes, options, *, model, processor, batch_size, progress)
 
 
 def _answer(scenes, options, progress, *, model, processor, batch_size):
-    """Answers to every scene's questions, and the `Throughput`, whose regions are answers."""
+    """Answers the questions of every scene; returns the answers and the `Throughput`.
+
+    The regions that the `Throughput` counts are answers here.
+    """
     asked = [(scene.image, question) for scene in scenes for question in scene.questions]
     texts, costs = [], []
     with tqdm(total=len(asked), desc="answer", unit="question", disable=not progress) as bar:
@@ -124,6 +126,7 @@ def _answer(scenes, options, progress, *, model, processor, batch_size):
             result, cost = _generate(
                 model, len(batch), images=images, prompts=prompts, processor=processor, **options
             )
+
             texts += [row[0] for row in result.texts]
             costs.append(cost)
             bar.update(len(batch))
@@ -132,7 +135,7 @@ def _answer(scenes, options, progress, *, model, processor, batch_size):
 
 
 def _generate(model, count: int, **inputs):
-    """One call of `diffusion_generate`, and what it took."""
+    """Calls `diffusion_generate` once; returns the result and its cost."""
     start = time.perf_counter()
     task = "captions" if "masks" in inputs else "answers"
     result, seconds = timed(model, model.diffusion_generate, **options_for(task, inputs))
@@ -147,16 +150,17 @@ def _generate(model, count: int, **inputs):
 
 
 def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
-    """Accuracies and costs of what a checkpoint said, as a report has them.
+    """Returns accuracies and costs of what a checkpoint said, as a report has them.
 
-    Those of `score_captions` and `score_answers`; then `tokens_per_forward` (caption positions
-    over forward passes, padding counted) and `tokens_per_forward_effective` (tokens before end of
-    turn), `forwards`, `forwards_per_pass`, `seconds` (captions and answers); and `captioning` and
-    `answering` in full.
+    They are those of `score_captions` and `score_answers`; then `tokens_per_forward` (caption
+    positions per forward pass, padding counted) and `tokens_per_forward_effective` (tokens before
+    end of turn), `forwards`, `passes` (region groups), `forwards_per_pass`, `seconds` (captions and
+    answers); and `captioning` and `answering` in full.
     """
     questions = [question for scene in scenes for question in scene.questions]
     answers = score_answers(questions, [text for texts in said.answers for text in texts])
     captioning, answering = said.captioning, said.answering
+
     return {
         **score_captions(scenes, said.captions),
         "question_accuracy": answers.pop("question_accuracy"),
@@ -168,8 +172,8 @@ def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
         "tokens_per_forward": captioning.nominal_tpf,
         "tokens_per_forward_effective": captioning.effective_tpf,
         "forwards": captioning.forwards,
-        "passes": said.passes,
-        "forwards_per_pass": captioning.forwards / said.passes,
+        "passes": said.num_groups,
+        "forwards_per_pass": captioning.forwards / said.num_groups,
         "seconds": captioning.end_to_end_seconds + answering.end_to_end_seconds,
         "captioning": captioning.to_json(),
         "answering": answering.to_json(),
@@ -177,7 +181,7 @@ def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
 
 
 def resolved_options(model, options: dict) -> dict:
-    """Every decoding option in force: those given, over the checkpoint's and the defaults."""
+    """Returns every decoding option in force: those given, then the checkpoint's, then defaults."""
     chosen = DiffusionOptions.build(model.decoding_defaults, options)
     record = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
     record.pop("generator")

@@ -1,4 +1,4 @@
-"""`perceptiondlm evaluate judge`: asks a judge every question, each answer paid for once."""
+"""`perceptiondlm evaluate judge`: asks a judge every question, and pays for each answer once."""
 
 import argparse
 import contextlib
@@ -44,15 +44,16 @@ class JudgeCall:
 
 @dataclass(frozen=True)
 class JudgeOutcome:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
-        answers: per region the recognition answer, then one a question; None where it failed or
-            was not asked.
-        failures: region, question and reason of each call that failed.
+        answers: per region the recognition answer, then one per question; None where a question
+            failed or was not asked.
+        failures: region, question and reason of each question that failed.
         stopped: why the run ended early, if it did.
         calls: HTTP calls made, retries included.
-        cached: questions that the cache answered, before or from another run beside this one.
+        cached: questions answered by the cache, from earlier runs or from one under way beside
+            this one.
     """
 
     answers: dict[str, list[str | None]]
@@ -67,7 +68,7 @@ class JudgeOutcome:
 
 
 def call_key(model: str, messages: list, prompt_version: str, request: dict) -> str:
-    """What a judge's answer depends on, hashed."""
+    """Hashes everything that a judge's answer depends on."""
     content = [model, messages, prompt_version, request]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -75,10 +76,11 @@ def call_key(model: str, messages: list, prompt_version: str, request: dict) -> 
 def plan_calls(
     benchmark: Benchmark, captions: Mapping[str, str], prompt: JudgePrompt, endpoint: Endpoint
 ) -> Iterator[JudgeCall]:
-    """Every question about a captioned region; pictures are cropped as they are needed."""
+    """Yields every question about a captioned region; images are cropped as they are needed."""
     for sample in benchmark.samples:
         if sample.key not in captions:
             continue
+
         questions = benchmark.questions[sample.key]
         messages = prompt.region_messages(sample, questions, captions[sample.key])
         for number, message in enumerate(messages):
@@ -103,8 +105,11 @@ class _JudgeRun:
         self._learn()
 
     def _learn(self):
-        """Takes in what the cache holds by now. One thread at a time, so that none looks at `known`
-        while another has read an answer and not yet put it there."""
+        """Adds the answers that have come into the cache to `known`.
+
+        One thread does it at a time, so that none looks at `known` while another has read an
+        answer but has not put it there yet.
+        """
         with self._lock:
             self.cache.refresh()
             records = self.cache.records[self._learned :]
@@ -112,7 +117,7 @@ class _JudgeRun:
             self.known |= {r["key"]: r["answer"] for r in records if "answer" in r}
 
     def answer(self, call: JudgeCall):
-        """Asks one question, unless another run that shares the cache does, or has done."""
+        """Asks one question, unless another run that shares the cache asks or has asked it."""
         while not self.endpoint.stop.is_set():
             with self.cache.claim(call.key) as is_mine:
                 self._learn()
@@ -124,7 +129,7 @@ class _JudgeRun:
             self.endpoint.stop.wait(POLL_SECONDS)
 
     def _ask(self, call: JudgeCall):
-        """Asks one question and records what came of it, on disk first."""
+        """Asks one question and records the answer or the failure, on disk first."""
         try:
             answer = self.endpoint.ask(call.messages)
         except JudgeFailure as failure:
@@ -137,14 +142,17 @@ class _JudgeRun:
             self._in_a_row = 0
 
     def _fail(self, call: JudgeCall, failure: JudgeFailure):
+        """Records a failure, and stops the run where it is fatal or one of many in a row."""
         if self.endpoint.stop.is_set():
             return  # the reason for stopping is known already
         if not failure.fatal:
             self.cache.append({**self._record(call), "failure": str(failure)})
+
         with self._lock:
             record = {"region": call.region, "question": call.question, "reason": str(failure)}
             self.failures.append(record)
             self._in_a_row += 1
+
             if failure.fatal:
                 self._stop(str(failure))
             elif self._in_a_row >= FAILURES_IN_A_ROW:
@@ -172,27 +180,30 @@ def judge(
     cache_path: str | Path,
     *,
     concurrency: int = 8,
-    progress: bool = True,
 ) -> JudgeOutcome:
     """Asks every question about every captioned region that the cache has not answered.
 
-    Each answer is on disk before it counts, so a killed run loses at most the calls under way and
-    the next one repeats none that were answered. Failed calls are asked again by the next run.
+    Each answer is on disk before it counts. A killed run loses at most the calls under way, and the
+    next run repeats none that were answered. Questions that failed are asked again by the next run.
 
     Args:
         benchmark: regions and questions.
         captions: per region key its caption; regions without one are not asked about.
         endpoint: the judge.
-        prompt: the wording, and whether pictures are shown.
-        cache_path: a JSONL file that only grows; it may serve many runs and judges, at once too:
-            what one is asking, the others wait for.
+        prompt: the wording, and whether images are shown.
+        cache_path: a JSONL file that only grows. It may serve many runs and judges, also at the
+            same time: what one run is asking, the others wait for.
         concurrency: calls under way at once.
-        progress: shows a progress bar.
+
+    Raises ValueError for concurrency below 1, FileNotFoundError for images that are to be shown
+    and are not there.
     """
     if concurrency < 1:
         raise ValueError(f"expected concurrency of 1 or more, got {concurrency}")
     if prompt.mode == "image":
-        _expect_pictures(benchmark, captions)
+        # A missing image is found before anything is paid for.
+        _expect_images(benchmark, captions)
+
     asked: dict[str, list[str]] = {}
     with Journal(cache_path) as cache:
         run = _JudgeRun(endpoint, cache, prompt.version)
@@ -200,8 +211,9 @@ def judge(
             1 + len(benchmark.questions[s.key]) for s in benchmark.samples if s.key in captions
         )
         calls = plan_calls(benchmark, captions, prompt, endpoint)
-        with tqdm(total=total, desc="judge", unit="question", disable=not progress) as bar:
+        with tqdm(total=total, desc="judge", unit="question") as bar:
             _ask_all(run, calls, asked, concurrency, bar)
+
     answers = {region: [run.known.get(key) for key in keys] for region, keys in asked.items()}
     found = run.known.keys() - run.own
     cached = sum(key in found for keys in asked.values() for key in keys)
@@ -209,53 +221,65 @@ def judge(
 
 
 def _ask_all(run: _JudgeRun, calls: Iterator[JudgeCall], asked: dict, concurrency: int, bar: tqdm):
-    """Keeps `concurrency` calls under way, and few more in memory: pictures are large."""
+    """Keeps `concurrency` calls under way, and few more in memory, since images are large.
+
+    The keys of each region's questions are put into `asked`, in their order.
+    """
     submitted, pending = set(), set()
     with ThreadPoolExecutor(concurrency) as pool, contextlib.ExitStack() as unless_done:
         unless_done.callback(run.endpoint.stop.set)
+
+        # A question that comes twice is asked once.
         for call in calls:
             asked.setdefault(call.region, []).append(call.key)
             if call.key in run.known or call.key in submitted or run.stopped:
                 bar.update()
                 continue
+
             submitted.add(call.key)
             pending.add(pool.submit(run.answer, call))
             if len(pending) >= 2 * concurrency:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 _collect(done, bar)
+
         done, _ = wait(pending)
         _collect(done, bar)
         unless_done.pop_all()
 
 
-def _expect_pictures(benchmark: Benchmark, captions: Mapping[str, str]):
-    """Looks for the pictures before anything is paid for."""
+def _expect_images(benchmark: Benchmark, captions: Mapping[str, str]):
+    """Raises FileNotFoundError unless the images of all captioned regions are there."""
     paths = {sample.image_path for sample in benchmark.samples if sample.key in captions}
     missing = sorted(path for path in paths if not path.is_file())
     if missing:
         raise FileNotFoundError(
-            f"expected the pictures of {benchmark.source}, found {len(missing)} of {len(paths)}"
+            f"expected the images of {benchmark.source}, found {len(missing)} of {len(paths)}"
             f" missing, first {missing[0]}"
         )
 
 
 def _collect(done: set, bar: tqdm):
     for future in done:
-        future.result()  # an internal error must not pass unseen
+        future.result()  # raises an internal error, which must not pass unseen
         bar.update()
 
 
 def read_captions(path: str | Path, benchmark: Benchmark) -> dict[str, str]:
-    """Reads a prediction file, and says how it differs from the benchmark."""
+    """Reads a prediction file, and warns where its regions are not those of the benchmark.
+
+    Raises ValueError for a file of another form, and for one without any of the regions.
+    """
     captions = read_json(path)
     if not isinstance(captions, dict):
         raise ValueError(f"{path}: expected an object, got {type(captions).__name__}")
     for key, caption in captions.items():
         if not isinstance(caption, str):
             raise ValueError(f"{path}: region {key}: expected a caption, got {caption!r}")
+
     keys = {sample.key for sample in benchmark.samples}
     if not keys & set(captions):
         raise ValueError(f"{path}: expected captions of the benchmark's regions, got none of them")
+
     if missing := len(keys - set(captions)):
         logger.warning("%d of %d regions have no caption in %s", missing, len(keys), path)
     if unknown := len(set(captions) - keys):
@@ -263,8 +287,8 @@ def read_captions(path: str | Path, benchmark: Benchmark) -> dict[str, str]:
     return captions
 
 
-def json_object(text: str) -> dict:
-    """A JSON object on the command line."""
+def parse_object(text: str) -> dict:
+    """Parses a JSON object given on the command line."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -275,41 +299,49 @@ def json_object(text: str) -> dict:
 
 
 def configure(parser: argparse.ArgumentParser):
+    """Adds the options of this step."""
     add = parser.add_argument
     add("--benchmark", required=True, help="benchmark folder, COCO-style JSON, or Hub dataset id")
-    add("--images", help="the pictures' folder, if not beside the annotations")
+    add("--images", help="folder of the image files, if not beside the annotations")
     add("--predictions", required=True, help="JSON: {region: caption}")
     add("--output", required=True, help="where the answers go (JSON)")
+
     add("--model", required=True, help="the judge's name at its endpoint")
     add("--base-url", help="OpenAI-compatible endpoint (default: OPENAI_BASE_URL, or OpenAI)")
     add("--azure-api-version", help="speak to Azure, at --base-url or AZURE_OPENAI_ENDPOINT")
-    add("--mode", choices=MODES, help="show pictures or text alone (default: as published)")
+    add("--mode", choices=MODES, help="show images or text alone (default: as published)")
     add("--prompt-file", help="another wording, with {caption} and {question}")
+    help_text = "further request fields; null removes a default (temperature 0, max_tokens 300)"
+    add("--request", type=parse_object, default={}, metavar="JSON", help=help_text)
+
     add("--cache", help="JSONL of answers (default: beside the output, .cache.jsonl)")
     add("--concurrency", type=int, default=8, help="calls under way at once")
     add("--max-calls", type=int, help="call budget, retries included")
-    add("--attempts", type=int, default=RetryPolicy.attempts, help="calls a question at most")
+    add("--attempts", type=int, default=RetryPolicy.attempts, help="calls per question at most")
     add("--first-delay", type=float, default=RetryPolicy.first_delay, help="seconds of back-off")
-    add("--timeout", type=float, default=120, help="seconds a call")
-    help_text = "further request fields; null removes a default (temperature 0, max_tokens 300)"
-    add("--request", type=json_object, default={}, metavar="JSON", help=help_text)
+    add("--timeout", type=float, default=120, help="seconds per call")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Judges the predictions; returns 1 where questions are left, for the same command to go on."""
     benchmark = load_benchmark(args.benchmark, images=args.images)
     if not benchmark.questions:
         raise ValueError(f"expected questions in {benchmark.source.parent / 'qa.json'}, got none")
     captions = read_captions(args.predictions, benchmark)
+
     mode = args.mode or default_mode(benchmark)
     prompt = (
         JudgePrompt.from_file(args.prompt_file, mode) if args.prompt_file else JudgePrompt(mode)
     )
     endpoint = _endpoint(args)
+
     cache = args.cache or Path(args.output).with_suffix(".cache.jsonl")
     outcome = judge(benchmark, captions, endpoint, prompt, cache, concurrency=args.concurrency)
     if not outcome.complete:
         print(_incomplete_message(outcome, cache))
         return 1
+
+    # Only complete answers are written, so that none are scored by mistake.
     write_json(args.output, outcome.answers)
     write_json(run_record_path(args.output), _run_record(args, endpoint, prompt, outcome))
     print(
@@ -331,6 +363,7 @@ def _endpoint(args: argparse.Namespace) -> Endpoint:
 
 
 def _incomplete_message(outcome: JudgeOutcome, cache: str | Path) -> str:
+    """Says how much is left, why, and how to go on."""
     unanswered = sum(answer is None for row in outcome.answers.values() for answer in row)
     why = outcome.stopped or outcome.failures[0]["reason"]
     return (

@@ -1,4 +1,10 @@
-"""One question to an OpenAI-compatible endpoint: retried, counted, and never showing the key."""
+"""Asks an OpenAI-compatible endpoint one question: retried, counted, and never showing the key.
+
+The `openai` client does the requests and their timeouts. Its own retries are off, since they would
+break what a paid run promises: they are counted by nobody, so that a call budget could not stop
+them; they take a completion without text for an answer and go on when the credit is spent; they
+cut a Retry-After at one or two minutes; and their waits cannot be ended when the run is stopped.
+"""
 
 import email.utils
 import json
@@ -13,11 +19,11 @@ from ..common.extras import extra
 
 RETRIED_STATUSES = (408, 409, 429)  # and every 5xx
 FATAL_STATUSES = (401, 403, 404)  # no other call can do better
-NO_KEY = "none"  # sent to servers of one's own that ask for no key
+NO_KEY = "none"  # sent to a user's own server, which asks for no key
 
 
 class JudgeFailure(Exception):
-    """A question that got no answer; `fatal` means that no other will."""
+    """A question that got no answer; `fatal` means that no other question will get one."""
 
     def __init__(self, reason: str, *, fatal: bool = False):
         super().__init__(reason)
@@ -26,32 +32,29 @@ class JudgeFailure(Exception):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """When to try again.
+    """How often, and after how many seconds, a failed call is made again."""
 
-    Attributes:
-        attempts: calls made for one question at most.
-        first_delay: seconds before the second attempt; it doubles from then on.
-        longest_delay: seconds that this doubling ends at.
-        longest_retry_after: a server that asks for a longer wait is given up on.
-    """
-
-    attempts: int = 6
-    first_delay: float = 1.0
-    longest_delay: float = 60.0
-    longest_retry_after: float = 600.0
+    attempts: int = 6  # calls made for one question at most
+    first_delay: float = 1.0  # before the second attempt; it doubles from then on
+    max_delay: float = 60.0  # that this doubling ends at
+    max_retry_after: float = 600.0  # a server that asks for a longer wait is given up on
 
     def __post_init__(self):
         if self.attempts < 1:
             raise ValueError(f"expected attempts of 1 or more, got {self.attempts}")
 
     def delay(self, attempt: int) -> float:
-        """Seconds to wait after a failed attempt (from 0), shortened at random by up to half."""
-        longest = min(self.first_delay * 2**attempt, self.longest_delay)
-        return longest * random.uniform(0.5, 1.0)
+        """Returns the seconds to wait after a failed attempt, which are counted from 0.
+
+        They are shortened at random by up to half, so that calls that failed together are not
+        repeated together.
+        """
+        delay = min(self.first_delay * 2**attempt, self.max_delay)
+        return delay * random.uniform(0.5, 1.0)
 
 
 class CallBudget:
-    """Counts the calls made, retries included, and refuses the one beyond the limit."""
+    """Counts the calls made, retries included, and refuses those beyond the limit."""
 
     def __init__(self, limit: int | None = None):
         if limit is not None and limit < 0:
@@ -61,6 +64,7 @@ class CallBudget:
         self._lock = threading.Lock()
 
     def spend(self):
+        """Counts a call that is about to be made. Raises a fatal JudgeFailure at the limit."""
         with self._lock:
             if self.limit is not None and self.spent >= self.limit:
                 raise JudgeFailure(f"the budget of {self.limit} calls is spent", fatal=True)
@@ -71,11 +75,11 @@ class Endpoint:
     """A chat model behind an `openai` client.
 
     Args:
-        client: an `openai.OpenAI` or `AzureOpenAI` that does not retry by itself.
-        model: its name there.
+        client: an `openai.OpenAI` or `AzureOpenAI` as `make_client` makes it.
+        model: the model's name there.
         request: further fields of each request (temperature, max_tokens, ...).
         policy: when to try again.
-        budget: what the calls are counted in.
+        budget: counts the calls.
 
     Attributes:
         stop: when set, waiting ends and no further call is made.
@@ -98,23 +102,29 @@ class Endpoint:
         self.stop = threading.Event()
 
     def ask(self, messages: list[dict]) -> str:
-        """The answer's text; JudgeFailure with the last reason when there is none."""
+        """Returns the text of the answer. Raises JudgeFailure with the last reason for none."""
         for attempt in range(self.policy.attempts):
             if self.stop.is_set():
                 raise JudgeFailure("the run was stopped")
             self.budget.spend()
+
             answer, reason, wait = self._attempt(messages)
             if reason is None:
                 return answer
             if attempt + 1 < self.policy.attempts:
                 self.stop.wait(self.policy.delay(attempt) if wait is None else wait)
+
         raise JudgeFailure(f"{reason} ({self.policy.attempts} attempts)")
 
     def _attempt(self, messages: list[dict]) -> tuple[str | None, str | None, float | None]:
-        """One call: (answer, None, None), or (None, why to try again, seconds asked for if any)."""
+        """Makes one call: (answer, None, None), or (None, reason, seconds asked for).
+
+        Raises JudgeFailure where trying again cannot help.
+        """
         import openai
 
         try:
+            # The raw response, since the client makes a completion of any JSON.
             raw = self.client.chat.completions.with_raw_response.create(
                 model=self.model, messages=messages, **self.request
             )
@@ -129,14 +139,15 @@ class Endpoint:
             return None, self._redact(str(error)), None
 
     def _judge_status(self, error) -> tuple[str, float | None]:
-        """Why and when to try again after an HTTP error; JudgeFailure if that cannot help."""
+        """Returns why and when to try again after an HTTP error. Raises as `_attempt`."""
         status = error.status_code
         reason = self._redact(f"HTTP {status}: {error.response.text[:200].strip()}")
-        out_of_credit = error.code == "insufficient_quota"
-        if out_of_credit or not (status in RETRIED_STATUSES or status >= 500):
-            raise JudgeFailure(reason, fatal=out_of_credit or status in FATAL_STATUSES)
+        is_out_of_credit = error.code == "insufficient_quota"
+        if is_out_of_credit or not (status in RETRIED_STATUSES or status >= 500):
+            raise JudgeFailure(reason, fatal=is_out_of_credit or status in FATAL_STATUSES)
+
         wait = retry_after(error.response.headers)
-        if wait is not None and wait > self.policy.longest_retry_after:
+        if wait is not None and wait > self.policy.max_retry_after:
             raise JudgeFailure(f"{reason}, to be tried again in {wait:.0f} s", fatal=True)
         return reason, wait
 
@@ -146,11 +157,11 @@ class Endpoint:
 
 
 class MalformedCompletion(Exception):
-    """A response that is no chat completion."""
+    """A body that is no chat completion with text."""
 
 
 def parse_completion(body: str) -> str:
-    """The text of a chat completion's first choice."""
+    """Returns the text of a chat completion's first choice. Raises MalformedCompletion."""
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
     except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
@@ -163,7 +174,10 @@ def parse_completion(body: str) -> str:
 
 
 def retry_after(headers) -> float | None:
-    """Seconds that a Retry-After header (seconds or a date) asks for; None without a usable one."""
+    """Returns the seconds that a Retry-After header asks for, given in seconds or as a date.
+
+    None without a header that can be read.
+    """
     value = headers.get("retry-after")
     if value is None:
         return None
@@ -175,24 +189,31 @@ def retry_after(headers) -> float | None:
 
 
 def make_client(base_url: str | None, timeout: float, azure_api_version: str | None = None):
-    """An `openai` client with the key from the environment.
+    """Makes an `openai` client with the key from the environment.
 
-    OPENAI_API_KEY holds the key (AZURE_OPENAI_API_KEY for Azure, whose endpoint is `base_url`). A
-    server of one's own given by `base_url` needs none.
+    Args:
+        base_url: the endpoint; None: OPENAI_BASE_URL, or OpenAI's own (AZURE_OPENAI_ENDPOINT for
+            Azure). A user's own server needs no key.
+        timeout: seconds that a call may take.
+        azure_api_version: of Azure, if it is to be spoken to.
+
+    The key is taken from OPENAI_API_KEY, or AZURE_OPENAI_API_KEY. Raises ValueError for a timeout
+    that is not positive, or where a key or an endpoint is needed and there is none.
     """
     with extra("eval"):
         import openai
 
     if timeout <= 0:
         raise ValueError(f"expected a timeout of more than 0 seconds, got {timeout}")
+
+    # Azure has variables of its own.
     variable = "AZURE_OPENAI_API_KEY" if azure_api_version else "OPENAI_API_KEY"
-    key = os.environ.get(variable)
-    base_url = base_url or os.environ.get(
-        "AZURE_OPENAI_ENDPOINT" if azure_api_version else "OPENAI_BASE_URL"
-    )
+    endpoint = "AZURE_OPENAI_ENDPOINT" if azure_api_version else "OPENAI_BASE_URL"
+    key, base_url = os.environ.get(variable), base_url or os.environ.get(endpoint)
     if not key and not base_url:
         raise ValueError(f"expected the judge's key in {variable}, got none and no base URL")
-    common = {"api_key": key or NO_KEY, "timeout": timeout, "max_retries": 0}
+
+    common = {"api_key": key or NO_KEY, "timeout": timeout, "max_retries": 0}  # see above: ours
     if azure_api_version:
         if not base_url:
             raise ValueError("expected a base URL or AZURE_OPENAI_ENDPOINT for Azure, got none")
@@ -201,7 +222,7 @@ def make_client(base_url: str | None, timeout: float, azure_api_version: str | N
 
 
 def public_url(url: str) -> str:
-    """A URL without the credentials and query that it may carry."""
+    """Returns a URL without the credentials and query that it may carry."""
     parts = urlsplit(str(url))
     host = parts.hostname or ""
     return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path}"

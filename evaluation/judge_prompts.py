@@ -1,8 +1,8 @@
-"""What a judge is asked: one chat message a question, with or without pictures.
+"""Words what a judge is asked: one chat message per question, with or without images.
 
-The questions, ParaDLC-Bench's recognition question among them, are the benchmarks'; the
-instructions around them and the recognition question without a picture are worded here. Figures
-that are to be compared with others need the same wording: `JudgePrompt.from_file` takes another.
+The questions, ParaDLC-Bench's recognition question among them, are the benchmarks'. The
+instructions around them and the recognition question without an image are worded here. Scores can
+be compared only where the wording is the same, so `JudgePrompt.from_file` takes another one.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from .benchmarks import Benchmark, RegionSample
 from .scoring import RECOGNITION_CHOICES, Question
 
 MODES = ("image", "text")
-PROMPT_VERSION = "perceptiondlm-judge-1"  # changes whenever a word below does
+PROMPT_VERSION = "perceptiondlm-judge-1"  # to be changed whenever a word below is
 
 TEMPLATE = """\
 Judge a description of one object by answering a multiple-choice question about it.
@@ -29,7 +29,7 @@ Description:
 Question:
 {question}
 """
-# ParaDLC-Bench asks about the class with the picture in view; text alone needs no picture.
+# ParaDLC-Bench asks about the class with the image in view; the question in text needs none.
 RECOGNITION = {
     "image": (
         "The object in the image is {name}. Based on the image, is it likely that the object in"
@@ -47,10 +47,10 @@ class JudgePrompt:
     """The wording of a judge's questions.
 
     Attributes:
-        mode: "image" shows crops of picture and mask, "text" shows nothing.
+        mode: "image" shows crops of the image and the region mask, "text" shows nothing.
         template: text with the fields {caption} and {question}.
         version: names the wording in caches and reports.
-        recognition: the recognition question, with the field {name}; None: the mode's own.
+        recognition: the recognition question, with the field {name}; None for the mode's own.
     """
 
     mode: str
@@ -64,31 +64,34 @@ class JudgePrompt:
 
     @classmethod
     def from_file(cls, path: str | Path, mode: str) -> "JudgePrompt":
-        """Another wording, versioned by its content: a template with {caption} and {question}.
+        """Reads a wording from a file: a template with {caption} and {question}.
 
-        Above a line of three dashes a file may give the recognition question, with {name}.
+        Above a line of three dashes the file may give the recognition question, with {name}. The
+        version is a hash of the content. Raises ValueError for other fields.
         """
         content = read_text(path)
         above, separator, below = content.partition("\n---\n")
         recognition, template = (above.strip(), below) if separator else (None, content)
+
         _expect_fields(path, template, {"caption", "question"})
         if recognition is not None:
             _expect_fields(path, recognition, {"name"})
+
         version = "file-" + hashlib.sha256(content.encode()).hexdigest()[:12]
         return cls(mode, template, version, recognition)
 
     def region_messages(
         self, sample: RegionSample, questions: tuple[Question, ...], caption: str
     ) -> list[list[dict]]:
-        """The chat messages of a region's questions, recognition first."""
+        """Returns the chat messages of a region's questions, recognition first."""
         recognition = (self.recognition or RECOGNITION[self.mode]).format(name=sample.class_name)
         asked = [(recognition, RECOGNITION_CHOICES), *((q.text, q.choices) for q in questions)]
-        pictures = _picture_parts(sample) if self.mode == "image" else []
-        return [self._message(pictures, caption, *question) for question in asked]
+        shown = _image_parts(sample) if self.mode == "image" else []
+        return [self._message(shown, caption, *question) for question in asked]
 
-    def _message(self, pictures: list, caption: str, text: str, choices: tuple) -> list[dict]:
+    def _message(self, shown: list, caption: str, text: str, choices: tuple) -> list[dict]:
         prompt = self.template.format(caption=caption, question=lettered(text, choices))
-        content = [*pictures, {"type": "text", "text": prompt}] if pictures else prompt
+        content = [*shown, {"type": "text", "text": prompt}] if shown else prompt
         return [{"role": "user", "content": content}]
 
 
@@ -100,24 +103,25 @@ def _expect_fields(path: str | Path, text: str, expected: set[str]):
 
 
 def lettered(text: str, choices: tuple[str, ...]) -> str:
-    """A question and its choices under the letters A, B, ..."""
+    """Writes a question and, below it, its choices under the letters A, B, ..."""
     letters = string.ascii_uppercase
     lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=False)]
     return "\n".join([text, *lines])
 
 
 def default_mode(benchmark: Benchmark) -> str:
-    """ParaDLC-Bench shows the judge the picture; DLC-Bench and the like show text alone."""
+    """Returns the published mode: ParaDLC-Bench shows the judge images, others text alone."""
     return "image" if benchmark.name == "paradlc" else "text"
 
 
-def _picture_parts(sample: RegionSample) -> list[dict]:
+def _image_parts(sample: RegionSample) -> list[dict]:
+    """Returns the parts of a chat message that show a region: the image around it, and its mask."""
     from .crops import png_data_url, region_crops  # needs torch, which text alone does not
 
-    picture, mask = region_crops(sample)
+    image, mask = region_crops(sample)
     return [
         {"type": "text", "text": "The image around the object:"},
-        {"type": "image_url", "image_url": {"url": png_data_url(picture)}},
+        {"type": "image_url", "image_url": {"url": png_data_url(image)}},
         {"type": "text", "text": "The mask of the object in it:"},
         {"type": "image_url", "image_url": {"url": png_data_url(mask)}},
     ]

@@ -1,10 +1,11 @@
-"""`perceptiondlm evaluate latency`: seconds and tokens a second against the regions of a picture.
+"""`perceptiondlm evaluate latency`: measures seconds and tokens per second against regions.
 
-Scenes with enough objects are captioned one picture at a time, all chosen regions together and
-then one region at a time, as the paper's Figures 1b and 1c compare.
+Scenes with enough objects are captioned one image at a time, all chosen regions together and then
+one region at a time, as the paper's Figures 1b and 1c compare.
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 
@@ -23,32 +24,30 @@ from .files import write_json
 from .held_out import SPLIT, resolved_options
 from .throughput import effective_length, stop_ids, timed
 
-LABELS = {None: "all regions together", 1: "one region at a time"}
+LABELS = {True: "all regions together", False: "one region at a time"}  # by `together`
 
 
-def crowded_scenes(count: int, first_seed: int = 0) -> Iterator[Scene]:
-    """The first `count` held-out scenes with as many objects as scenes have."""
-    seed = first_seed
-    while count:
-        scene = render_scene(seed, SPLIT)
-        seed += 1
-        if len(scene.objects) == MAX_OBJECTS:
-            count -= 1
-            yield scene
+def crowded_scenes(count: int) -> Iterator[Scene]:
+    """Returns the first `count` held-out scenes that have as many objects as a scene can."""
+    scenes = (render_scene(seed, SPLIT) for seed in itertools.count())
+    crowded = (scene for scene in scenes if len(scene.objects) == MAX_OBJECTS)
+    return itertools.islice(crowded, count)
 
 
 def measure_latency(
     model, processor, scenes: Sequence[Scene], regions: int, together: bool, options: dict
 ) -> dict:
-    """A row for the figures: the median over scenes of captioning their first `regions` regions.
+    """Captions the first `regions` regions of each scene; returns a row for the figures.
 
-    `latency` is seconds a picture; `tokens_per_second` counts tokens before end of turn.
+    Its `latency` is the median over scenes of the seconds per image, its `tokens_per_second` that
+    of the tokens before end of turn per second.
     """
     seconds, rates = [], []
     for scene in scenes:
         masks = [thing.mask for thing in scene.objects[:regions]]
         groups = [masks] if together else [[mask] for mask in masks]
         tokens = elapsed = 0
+
         for group in groups:
             result, spent = timed(
                 model,
@@ -61,10 +60,12 @@ def measure_latency(
             ids = result.token_ids[0]
             tokens += sum(effective_length(caption, stop_ids(model.config)) for caption in ids)
             elapsed += spent
+
         seconds.append(elapsed)
         rates.append(tokens / elapsed)
+
     return {
-        "label": LABELS[None if together else 1],
+        "label": LABELS[together],
         "regions": regions,
         "latency": statistics.median(seconds),
         "tokens_per_second": statistics.median(rates),
@@ -72,31 +73,38 @@ def measure_latency(
 
 
 def configure(parser: argparse.ArgumentParser):
+    """Adds the options of this step."""
     add_checkpoint_arguments(parser)
     add_decoding_arguments(parser)
     add = parser.add_argument
     help_text = f"how many are captioned, from 1 to {MAX_OBJECTS} (default: 1 2 4 6 8)"
     add("--regions", type=int, nargs="+", default=[1, 2, 4, 6, 8], help=help_text)
-    add("--pictures", type=int, default=10, help="over which the median is taken")
+    add("--pictures", type=int, default=10, help="images over which the median is taken")
     add("--output", required=True, help="where the rows go (JSON)")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measures every number of regions both ways and writes the rows."""
     for regions in args.regions:
         if not 1 <= regions <= MAX_OBJECTS:
             raise ValueError(f"expected regions from 1 to {MAX_OBJECTS}, got {regions}")
     options = decoding_options(args, questions=False)
     if args.pictures < 1:
         raise ValueError(f"expected pictures of 1 or more, got {args.pictures}")
+
     model, processor = load_checkpoint(args)
     chosen = resolved_options(model, options)
+
+    # The same scenes in every row, so that only the regions differ
     scenes = list(crowded_scenes(args.pictures))
     plan = [(regions, together) for together in (True, False) for regions in args.regions]
-    measure_latency(model, processor, scenes[:1], args.regions[0], True, options)  # warm-up
+
+    measure_latency(model, processor, scenes[:1], args.regions[0], True, options)  # to warm up
     rows = [
         measure_latency(model, processor, scenes, regions, together, options)
         for regions, together in tqdm(plan, desc="latency")
     ]
+
     record = {
         **checkpoint_record(args, model),
         "decoding_options": chosen,

@@ -1,8 +1,10 @@
-"""How likely an answer is to a masked-diffusion model: the Monte-Carlo bound of LLaDA.
+"""Bounds how likely an answer is to a masked-diffusion model, by LLaDA's Monte-Carlo estimate.
 
-log p(r | prompt) >= E_l E_m [ (n / l) sum_{i in m} log p(r_i | prompt, r with m masked) ], where l
-is uniform over 1 ... n, n the answer's length, and m is l of its positions, every choice of them
-equally likely (equation 6 of LLaDA, arXiv:2502.09992). S samples, L prompt length, V vocabulary.
+    log p(r | prompt) >= E_l E_m [ (n / l) sum_{i in m} log p(r_i | prompt, r with m masked) ]
+
+Here n is the answer's length, l is uniform over 1 ... n, and m is l of its positions, every choice
+of them equally likely (equation 6 of LLaDA, arXiv:2502.09992). In shapes S is the number of
+samples, L the prompt's length, V the size of the vocabulary.
 """
 
 from collections.abc import Callable
@@ -18,10 +20,10 @@ COLUMNS = ("region_ids", "role_ids", "attention_mask")
 def masked_counts(
     length: int, samples: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """How many positions each sample masks, int64 (samples,) in 1 ... length.
+    """Draws how many positions each sample masks, int64 (samples,) in 1 ... length.
 
-    Evenly spaced around the circle of counts from a random start: each is uniform, and together
-    they vary less than independent draws.
+    The counts are spaced evenly from a random start, going on at 1 after the last. Each is uniform,
+    and the mean over them varies less than that of independent draws.
     """
     start = torch.rand((), generator=generator, dtype=torch.float64)
     places = (start + torch.arange(samples, dtype=torch.float64) / samples) % 1.0
@@ -31,17 +33,18 @@ def masked_counts(
 def draw_masks(
     counts: torch.Tensor, length: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Bool (S, length) with `counts` (S,) positions set, every choice of them equally likely."""
+    """Draws bool (S, length) with `counts` (S,) positions set, all choices equally likely."""
     order = torch.rand(len(counts), length, generator=generator, dtype=torch.float64).argsort(-1)
     return order.argsort(-1) < counts[:, None]
 
 
 def bound_terms(logits: torch.Tensor, target: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """One estimate of the bound from each sample, float64 (S,), in nats.
+    """Estimates the bound from each sample, float64 (S,), in nats.
 
     Args:
         logits: (S, n, V) of the answer with the masked positions masked.
-        target: int64 (n,), the answer; masked: bool (S, n), one position or more in each sample.
+        target: int64 (n,), the answer.
+        masked: bool (S, n), one position or more in each sample.
     """
     chosen = logits.double().log_softmax(-1).gather(-1, target.expand(len(logits), -1)[..., None])
     weights = target.shape[0] / masked.sum(-1)
@@ -57,18 +60,21 @@ def log_likelihood_bound(
     batch_size: int = 16,
     generator: torch.Generator | None = None,
 ) -> float:
-    """The bound of log p(target) in nats, averaged over `samples` draws.
+    """Returns the bound of log p(target) in nats, averaged over `samples` draws.
 
     Args:
-        predict: logits (S, n, V) of an answer's ids (S, n), some of them the mask token.
+        predict: gives logits (S, n, V) for an answer's ids (S, n), some of them the mask token.
         target: int64 (n,), the answer.
-        samples: more of them, less noise; batch_size: run together.
+        mask_token_id: of the mask token.
+        samples: draws; the more, the less noise.
+        batch_size: samples in one forward pass.
         generator: of the draws, on the CPU.
     """
     if samples < 1 or batch_size < 1:
         raise ValueError(
             f"expected samples and batch_size of 1 or more, got {samples} and {batch_size}"
         )
+
     counts = masked_counts(len(target), samples, generator)
     masked = draw_masks(counts, len(target), generator).to(target.device)
     terms = [
@@ -79,10 +85,11 @@ def log_likelihood_bound(
 
 
 class AnswerLogits:
-    """Logits of one prompt's answer positions, the pictures encoded once.
+    """Predicts the logits of one prompt's answer positions; images are encoded once.
 
     Args:
-        model: the model; `inputs`: what the processor made of one prompt, its answer masked.
+        model: the model.
+        inputs: what the processor made of one prompt, its answer masked.
     """
 
     def __init__(self, model, inputs: dict):
@@ -101,7 +108,7 @@ class AnswerLogits:
 
     @torch.no_grad()
     def __call__(self, answers: torch.Tensor) -> torch.Tensor:
-        """Logits (S, n, V) of answers (S, n)."""
+        """Returns logits (S, n, V) of answers (S, n)."""
         S = len(answers)
         own = self.text.get_input_embeddings()(answers).to(self.prompt.device)
         embeds = torch.cat([self.prompt.expand(S, -1, -1), own], dim=1)

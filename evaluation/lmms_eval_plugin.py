@@ -1,4 +1,4 @@
-"""PerceptionDLM for lmms-eval: answers by denoising, and LLaDA's bound for likelihoods.
+"""Offers PerceptionDLM to lmms-eval: answers by denoising, and LLaDA's bound for likelihoods.
 
 lmms-eval finds `manifest` through the entry-point group `lmms_eval.models`, so that where both
 packages are installed its own command line knows the model:
@@ -27,12 +27,12 @@ with extra("lmms"):
 
 logger = logging.getLogger(__name__)
 
-# generation arguments of tasks that mean nothing here; any other is warned about
+# Generation arguments of tasks that mean nothing here; any other is warned about.
 WITHOUT_MEANING = {"do_sample", "num_beams", "image_aspect_ratio", "use_cache"}
 
 
 def manifest():
-    """What lmms-eval registers."""
+    """Returns what lmms-eval registers."""
     with extra("lmms"):
         from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -73,9 +73,12 @@ class PerceptionDLMForLMMSEval(lmms):
     ):
         super().__init__()
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+
+        # Each of several processes has a device of its own.
         several = self.accelerator.num_processes > 1
         device = str(self.accelerator.device) if several or device is None else device
         self.model, self.processor = load_model(pretrained, subfolder, dtype, device)
+
         self.options = options
         DiffusionOptions.build(self.model.decoding_defaults, options)
         self.batch_size = int(batch_size)
@@ -88,19 +91,19 @@ class PerceptionDLMForLMMSEval(lmms):
         self._reported: set[str] = set()
 
     def generate_until(self, requests) -> list[str]:
-        """Answers, in the order of the requests; those of like options are batched."""
+        """Answers requests, in their order; those with the same options are batched."""
         answers: list[str] = [""] * len(requests)
-        bar = tqdm(total=len(requests), desc="answer", disable=self.rank > 0)
-        with bar:
+        with tqdm(total=len(requests), desc="answer", disable=self.rank > 0) as bar:
             for batch in self._batches(requests):
                 arguments = [requests[i].args for i in batch]
                 options, until = self.decoding_options(arguments[0][1])
                 result = self.model.diffusion_generate(
-                    images=[self._pictures(*args[2:]) for args in arguments],
+                    images=[self._images(*args[2:]) for args in arguments],
                     prompts=[args[0] for args in arguments],
                     processor=self.processor,
                     **options,
                 )
+
                 for i, row in zip(batch, result.texts, strict=True):
                     answers[i] = cut_at(row[0], until)
                     self.cache_hook.add_partial("generate_until", requests[i].args[:2], answers[i])
@@ -108,7 +111,7 @@ class PerceptionDLMForLMMSEval(lmms):
         return answers
 
     def _batches(self, requests) -> Iterator[list[int]]:
-        """Indices of requests that can be answered together."""
+        """Yields indices of requests that can be answered together."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             key = json.dumps(request.args[1], sort_keys=True, default=str)
@@ -118,12 +121,14 @@ class PerceptionDLMForLMMSEval(lmms):
                 yield group[first : first + self.batch_size]
 
     def decoding_options(self, generation: dict) -> tuple[dict, list[str]]:
-        """A task's generation arguments as options of `diffusion_generate`, and where to cut.
+        """Turns a task's generation arguments into options of `diffusion_generate`.
 
-        A task's length is rounded up to whole blocks.
+        A task's length is rounded up to whole blocks. Returns also the strings at which the answer
+        is cut.
         """
         generation = {name: value for name, value in generation.items() if value is not None}
         until = generation.pop("until", [])
+
         options = {}
         if "max_new_tokens" in generation:
             block = self.options.get("block_length") or 1
@@ -131,26 +136,32 @@ class PerceptionDLMForLMMSEval(lmms):
         temperature, top_p = generation.pop("temperature", 0), generation.pop("top_p", None)
         if temperature > 0:
             options |= {"temperature": temperature} | ({"top_p": top_p} if top_p else {})
+
         for name in sorted(set(generation) - WITHOUT_MEANING - self._reported):
             logger.warning("generation argument %s=%r is not used", name, generation[name])
             self._reported.add(name)
+
         return options | self.options, [until] if isinstance(until, str) else list(until)
 
     def loglikelihood(self, requests) -> list:
-        """Pairs of LLaDA's bound of each continuation, end-of-turn included, in nats (or its
-        negative), and whether decoding one token a step gives the continuation."""
+        """Returns, for each request, LLaDA's bound of the continuation, and whether it is decoded.
+
+        The bound is in nats (or its negative, see `return_loss`) and includes end of turn; decoded
+        means that decoding one token per step gives just this continuation.
+        """
         results = []
         for request in tqdm(requests, desc="likelihood", disable=self.rank > 0):
             context, continuation, *rest = request.args
             if callable(continuation):
                 doc_id, task, split = rest[1:]
                 continuation = continuation(self.task_dict[task][split][doc_id])
-            pictures = self._pictures(*rest) if rest else []
-            results.append(as_response(self._likelihood(context, continuation.strip(), pictures)))
+
+            images = self._images(*rest) if rest else []
+            results.append(as_response(self._likelihood(context, continuation.strip(), images)))
         return results
 
-    def _likelihood(self, context: str, continuation: str, pictures: list) -> tuple[float, bool]:
-        inputs, target = self._masked_answer(context, continuation, pictures)
+    def _likelihood(self, context: str, continuation: str, images: list) -> tuple[float, bool]:
+        inputs, target = self._masked_answer(context, continuation, images)
         bound = log_likelihood_bound(
             AnswerLogits(self.model, inputs),
             target.to(self.model.device),
@@ -163,12 +174,12 @@ class PerceptionDLMForLMMSEval(lmms):
         is_greedy = decoded.token_ids[0][0] == target.tolist()
         return (-bound if self.return_loss else bound), is_greedy
 
-    def _masked_answer(self, context: str, text: str, pictures: list) -> tuple[dict, torch.Tensor]:
-        """The network's inputs with the answer masked, and the answer's ids."""
+    def _masked_answer(self, context: str, text: str, images: list) -> tuple[dict, torch.Tensor]:
+        """Makes the network's inputs with the answer masked; returns them and the answer's ids."""
         length = len(encode_text(self.processor.tokenizer, text))
         slot = self.answer_length if length < (self.answer_length or 0) else None
         inputs = dict(
-            self.processor([pictures], prompts=[context], answers=[text], max_new_tokens=slot)
+            self.processor([images], prompts=[context], answers=[text], max_new_tokens=slot)
         )
         labels = inputs.pop("labels")
         answer = labels != IGNORED_LABEL
@@ -176,26 +187,27 @@ class PerceptionDLMForLMMSEval(lmms):
         return inputs | {"input_ids": masked}, labels[answer]
 
     def generate_until_multi_round(self, requests) -> list[str]:
+        """Refuses such tasks, which lmms-eval's interface provides for."""
         raise NotImplementedError("expected tasks of one round: a turn ends with its answer")
 
-    def _pictures(self, doc_to_visual, doc_id, task, split) -> list:
-        """A document's pictures."""
-        pictures = list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])
-        for picture in pictures:
-            if isinstance(picture, (str, dict)):
+    def _images(self, doc_to_visual, doc_id, task, split) -> list:
+        """Returns a document's images. Raises ValueError for video or other kinds of content."""
+        images = list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])
+        for image in images:
+            if isinstance(image, (str, dict)):
                 raise ValueError(
-                    f"expected pictures for {task}, document {doc_id}, got {type(picture).__name__}"
+                    f"expected images for {task}, document {doc_id}, got {type(image).__name__}"
                 )
-        return pictures
+        return images
 
 
 def as_response(pair: tuple[float, bool]):
-    """A likelihood as lmms-eval keeps it: 0.7.3 makes text of a pair that is not wrapped."""
+    """Wraps a likelihood where lmms-eval would else make text of the pair, as 0.7.3 does."""
     kept, _ = unwrap_generation_output(pair)
     return pair if kept == pair else GenerationResult(pair)
 
 
 def cut_at(text: str, until: Sequence[str]) -> str:
-    """The text before the first of some strings."""
+    """Returns the text before the first of some strings."""
     places = [text.find(stop) for stop in until if stop and stop in text]
     return text[: min(places)].strip() if places else text

@@ -1,6 +1,6 @@
-"""`perceptiondlm evaluate predict`: captions for a benchmark's regions, picture by picture.
+"""`perceptiondlm evaluate predict`: captions a benchmark's regions, image by image.
 
-Every batch is journalled when it is done, so a killed run goes on where it stopped, also with
+Every batch is journaled when it is done, so a killed run goes on where it stopped, also with
 another number of processes. Each process writes a journal of its own; the first merges them.
 """
 
@@ -29,12 +29,12 @@ from .files import Journal, read_journal, run_record_path, write_json
 from .sharding import Shard, process_state
 from .throughput import BatchCost, Throughput, batch_cost, stop_ids, timed, total_throughput
 
-ASIDE = ".old"  # ends the names of journals that a restart replaces, until it is done
+ASIDE = ".old"  # ends the names of journals that a restart replaces, until the restart is done
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Captions by region key, and what they took; both of all processes."""
+    """Captions by region key, and their cost; both of all processes."""
 
     captions: dict[str, str]
     throughput: Throughput
@@ -59,15 +59,14 @@ def predict(
     Args:
         model: has `diffusion_generate` and `config`.
         processor: passed on to it.
-        samples: the regions; those of one picture are captioned together.
-        output: the prediction file, written when all is done; journals lie beside it until then
-            and after.
-        batch_size: pictures in one call.
+        samples: the regions; those of one image are captioned together.
+        output: the prediction file, written when all is done; the journals lie beside it, and stay.
+        batch_size: images in one call.
         options: of `diffusion_generate`.
         checkpoint: names the model in the journal; a journal of another model or of other options
             is refused.
         warmup: untimed calls on the first batch beforehand.
-        shard: this process's part of the pictures.
+        shard: this process's part of the images.
         restart: does not go on from the journals of earlier runs; they are kept aside, and removed
             when the prediction file is written.
         progress: shows a progress bar.
@@ -79,15 +78,19 @@ def predict(
     shard = shard or Shard()
     options = options or {}
     identity = json.loads(json.dumps({"checkpoint": checkpoint, "options": options}))
+
+    # What earlier runs have done is left out, and the rest is divided among the processes.
     if restart:
         _set_aside(output, shard)
     done = _captions_in(_journals(output), identity)
-    pictures = _by_picture(s for s in samples if s.key not in done)
+    images = _by_image(s for s in samples if s.key not in done)
     shard.barrier()  # everyone has read the journals before anyone adds to them
-    mine = pictures[shard.rank :: shard.count]
+    mine = images[shard.rank :: shard.count]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+
     for _ in range(warmup if batches else 0):
         _caption(model, processor, batches[0], options, shard.rank)
+
     with Journal(_journal_path(output, shard.rank)) as journal:
         if not journal.records:
             journal.append(identity)
@@ -102,6 +105,7 @@ def predict(
                 captions, cost = _caption(model, processor, batch, options, shard.rank)
                 journal.append({"captions": captions, "cost": asdict(cost)})
                 bar.update(len(captions))
+
     shard.barrier()
     return _merge(samples, output, identity) if shard.rank == 0 else None
 
@@ -110,6 +114,8 @@ def _merge(samples: Sequence[RegionSample], output: str | Path, identity: dict) 
     """Joins all journals by key and writes the prediction file."""
     journals = _journals(output)
     found = _captions_in(journals, identity)
+
+    # In the order of the samples, whoever captioned them
     captions = {sample.key: found[sample.key] for sample in samples}
     costs = [
         BatchCost(**record["cost"])
@@ -118,6 +124,8 @@ def _merge(samples: Sequence[RegionSample], output: str | Path, identity: dict) 
         if "cost" in record
     ]
     write_json(output, captions)
+
+    # Only now are journals that a restart replaces no longer needed.
     for path in _journals(output, ASIDE):
         path.unlink()
     return Prediction(captions, total_throughput(costs))
@@ -126,13 +134,14 @@ def _merge(samples: Sequence[RegionSample], output: str | Path, identity: dict) 
 def _caption(
     model, processor, batch: Sequence[Sequence[RegionSample]], options: dict, rank: int
 ) -> tuple[dict[str, str], BatchCost]:
-    """Captions one batch of pictures and measures it."""
+    """Captions one batch of images and measures it."""
     start = time.perf_counter()
     images = [load_image(regions[0].image_path) for regions in batch]
     masks = [
         [_load_region(region, image) for region in regions]
         for regions, image in zip(batch, images, strict=True)
     ]
+
     result, seconds = timed(
         model,
         model.diffusion_generate,
@@ -142,6 +151,7 @@ def _caption(
         **options,
     )
     end = time.perf_counter()
+
     captions = {
         region.key: text
         for regions, texts in zip(batch, result.texts, strict=True)
@@ -165,12 +175,12 @@ def _load_region(region: RegionSample, image):
         raise ValueError(f"region {region.key} of {region.image_path}: {error}") from error
 
 
-def _by_picture(samples: Iterator[RegionSample]) -> list[list[RegionSample]]:
-    """The regions of each picture, pictures in the order of their first region."""
-    pictures: dict[Path, list[RegionSample]] = {}
+def _by_image(samples: Iterator[RegionSample]) -> list[list[RegionSample]]:
+    """Returns the regions of each image, images in the order of their first region."""
+    images: dict[Path, list[RegionSample]] = {}
     for sample in samples:
-        pictures.setdefault(sample.image_path, []).append(sample)
-    return list(pictures.values())
+        images.setdefault(sample.image_path, []).append(sample)
+    return list(images.values())
 
 
 def _journal_path(output: str | Path, rank: int) -> Path:
@@ -178,7 +188,7 @@ def _journal_path(output: str | Path, rank: int) -> Path:
 
 
 def _journals(output: str | Path, aside: str = "") -> dict[Path, list[dict]]:
-    """The records of every process's journal, also of processes that are not there now."""
+    """Reads every process's journal, also of processes that are not there now."""
     output = Path(output)
     paths = output.parent.glob(f"{glob.escape(output.stem)}.rank*.journal.jsonl{aside}")
     return {path: read_journal(path) for path in sorted(paths)}
@@ -198,7 +208,7 @@ def _set_aside(output: str | Path, shard: Shard):
 
 
 def _captions_in(journals: dict[Path, list[dict]], identity: dict) -> dict[str, str]:
-    """All captions in the journals, which must be of the same checkpoint and options."""
+    """Returns all captions in the journals, which must be of the same checkpoint and options."""
     captions = {}
     for path, records in journals.items():
         if records and records[0] != identity:
@@ -212,12 +222,13 @@ def _captions_in(journals: dict[Path, list[dict]], identity: dict) -> dict[str, 
 
 
 def configure(parser: argparse.ArgumentParser):
+    """Adds the options of this step."""
     add = parser.add_argument
     add_checkpoint_arguments(parser)
     add("--benchmark", required=True, help="benchmark folder, COCO-style JSON, or Hub dataset id")
-    add("--images", help="the pictures' folder, if not beside the annotations")
+    add("--images", help="folder of the image files, if not beside the annotations")
     add("--output", required=True, help="where the captions go (JSON)")
-    add("--batch-size", type=int, default=1, help="pictures in one call")
+    add("--batch-size", type=int, default=1, help="images in one call")
     add("--limit", type=int, help="only the first regions")
     add("--warmup", type=int, default=0, help="untimed calls beforehand")
     add("--restart", action="store_true", help="forget an earlier run instead of going on from it")
@@ -225,17 +236,22 @@ def configure(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
-    for name, least in (("limit", 1), ("warmup", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ValueError(f"expected {name} of {least} or more, got {getattr(args, name)}")
+    """Captions the benchmark's regions; the first process writes captions and record."""
+    for name, minimum in (("limit", 1), ("warmup", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < minimum:
+            raise ValueError(f"expected {name} of {minimum} or more, got {getattr(args, name)}")
     options = decoding_options(args, questions=False)
+
     benchmark = load_benchmark(args.benchmark, images=args.images)
     samples = benchmark.samples[: args.limit]
+
+    # Each process loads the model on its own device.
     shard = Shard.from_accelerate()
     device = args.device or str(process_state().device)
     model, processor = load_model(args.model, args.subfolder, args.dtype, device)
     checkpoint = f"{args.model}/{args.subfolder}" if args.subfolder else args.model
     identity = f"{checkpoint} {weights_fingerprint(model)}"
+
     prediction = predict(
         model,
         processor,
@@ -248,6 +264,7 @@ def run(args: argparse.Namespace) -> int:
         shard=shard,
         restart=args.restart,
     )
+
     if prediction is not None:
         record = _run_record(args, model, checkpoint, prediction)
         write_json(run_record_path(args.output), record)

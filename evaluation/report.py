@@ -1,7 +1,8 @@
-"""`perceptiondlm evaluate report`: scores, speed and where they come from, for people and machines.
+"""`perceptiondlm evaluate report`: joins scores, speed and where they come from in one report.
 
-Every number is traced: the report names files with their hashes, judge, prompt version, options,
-hardware, versions and git revision, as the runs recorded them.
+It is written as Markdown for people and as JSON for machines. Every number is traced: the report
+names files with their hashes, judge, prompt version, options, hardware, versions and git revision,
+as the runs recorded them.
 """
 
 import argparse
@@ -13,8 +14,16 @@ from .figures import draw_figures, figure_rows
 from .files import file_sha256, read_json, run_record_path, write_json, write_text
 
 SECTIONS = (  # (field of the scores, title of its table, title of its first column)
-    ("per_region_count", "By regions in a picture", "regions in the picture"),
+    ("per_region_count", "By regions in an image", "regions in the image"),
     ("per_category", "By category", "category"),
+)
+SCORED = (  # sections of the scores that the report takes over as they are
+    "confidence_intervals",
+    "coverage",
+    "missing",
+    "interference",
+    "per_region_count",
+    "per_category",
 )
 THROUGHPUT = "throughput"  # has a table of its own
 MEASURED_RUN = (  # what `synthetic` records of its run, besides what it measures
@@ -45,7 +54,7 @@ def build_report(
     row_runs: Mapping[str, Mapping] | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> dict:
-    """Joins what a benchmark's steps wrote into one object.
+    """Joins what the steps of an evaluation wrote into one object.
 
     Args:
         scores: what `score` wrote.
@@ -55,19 +64,17 @@ def build_report(
         rows: measurements for the figures (see `draw_figures`).
         row_runs: by file, what `sweep` or `latency` recorded of the run that gave some rows.
         sources: SHA-256 of each file that went in.
+
+    Raises ValueError for scores of another form, or runs of two checkpoints.
     """
     lacking = [name for name in ("summary", "regions") if name not in scores]
     if lacking:
         raise ValueError(f"expected scores with summary and regions, got none for {lacking}")
     _expect_same_weights(prediction_run or {}, measurements or {})
+
     return {
         "summary": scores["summary"],
-        "confidence_intervals": scores.get("confidence_intervals"),
-        "coverage": scores.get("coverage"),
-        "missing": scores.get("missing"),
-        "interference": scores.get("interference"),
-        "per_region_count": scores.get("per_region_count"),
-        "per_category": scores.get("per_category"),
+        **{name: scores.get(name) for name in SCORED},
         "prediction_run": prediction_run,
         "judge_run": judge_run,
         "measurements": dict(measurements) if measurements else None,
@@ -80,7 +87,10 @@ def build_report(
 
 
 def _expect_same_weights(prediction_run: Mapping, measurements: Mapping):
-    """Refuses runs of two checkpoints; in two dtypes one checkpoint has two fingerprints."""
+    """Refuses runs of two checkpoints, told apart by their weights' fingerprints.
+
+    In two dtypes one checkpoint has two fingerprints, so those are not compared.
+    """
     compared = ("dtype", "weights")
     (dtype, weights), (other_dtype, other) = (
         [run.get(name) for name in compared] for run in (prediction_run, measurements)
@@ -101,7 +111,7 @@ def write_report(report: Mapping, folder: str | Path, *, title: str) -> Path:
 
 
 def render_markdown(report: Mapping, figures: Sequence[Path] = (), *, title: str) -> str:
-    """The report as Markdown; figures are linked by name."""
+    """Renders the report as Markdown; figures are linked by name."""
     parts = [
         f"# {title}",
         _summary(report),
@@ -117,12 +127,15 @@ def render_markdown(report: Mapping, figures: Sequence[Path] = (), *, title: str
 
 
 def _summary(report: Mapping) -> str:
+    """Renders the averages with their intervals, and what they do not rest on."""
     intervals = report["confidence_intervals"]
     header = ["", "%"] + ([f"{intervals['interval_percent']} % interval"] if intervals else [])
     rows = []
     for name in AVERAGES:
         row = [name.replace("_", " "), _percent(report["summary"][name])]
+        # Scores from elsewhere may have no intervals.
         rows.append(row + ([" to ".join(map(_percent, intervals[name]))] if intervals else []))
+
     parts = ["## Scores", markdown_table(header, rows)]
     if coverage := report["coverage"]:
         counts = ", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in coverage.items())
@@ -134,9 +147,10 @@ def _summary(report: Mapping) -> str:
 
 
 def _synthetic(measured: Mapping | None) -> str:
-    """What the exact judge of synthetic scenes found, attribute by attribute."""
+    """Renders what the exact judge of synthetic scenes found, attribute by attribute."""
     if not measured:
         return ""
+
     shares = {
         "attributes, mean": measured["attribute_accuracy"],
         **measured["per_attribute"],
@@ -149,6 +163,7 @@ def _synthetic(measured: Mapping | None) -> str:
             for kind, found in measured["questions_per_kind"].items()
         },
     }
+
     title = f"## Exact judge, {measured['regions']} regions of {measured['scenes']} scenes\n\n"
     return title + markdown_table(["", "%"], [[name, _percent(v)] for name, v in shares.items()])
 
@@ -157,6 +172,7 @@ def _efficiency(report: Mapping) -> str:
     throughput = (report["prediction_run"] or {}).get("throughput")
     if not throughput:
         return ""
+
     rows = [
         ["images, regions", f"{throughput['images']}, {throughput['regions']}"],
         ["forward passes", f"{throughput['forwards']}"],
@@ -203,8 +219,7 @@ def _groups(groups: Mapping | None, title: str, column: str) -> str:
 
 
 def _provenance(report: Mapping) -> str:
-    """All that was recorded about the runs, flattened to one table each."""
-    parts = ["## Provenance"]
+    """Renders all that was recorded about the runs, each flattened to one table."""
     names = {
         "prediction_run": "Prediction",
         "judge_run": "Judge",
@@ -214,13 +229,17 @@ def _provenance(report: Mapping) -> str:
         "environment": "This report",
     }
     records = {name: dict(report[field] or {}) for field, name in names.items()}
+    # What was measured has tables of its own, above.
     records["Exact judge"] = _run_of(records["Exact judge"], MEASURED_RUN)
     runs = report.get("row_runs") or {}
     records |= {f"Measurements in {path}": _run_of(run, run) for path, run in runs.items()}
+
+    parts = ["## Provenance"]
     for name, record in records.items():
         record.pop(THROUGHPUT, None)
         if record.get("environment") == report["environment"]:
             record["environment"] = "as of this report"
+
         pairs = _flatten(record)
         if pairs:
             parts.append(f"**{name}**\n\n" + markdown_table(["", "recorded"], pairs))
@@ -228,13 +247,14 @@ def _provenance(report: Mapping) -> str:
 
 
 def _run_of(record: Mapping, names: Iterable[str]) -> dict:
-    """The named parts of a record, with what tells of the machine under `environment`."""
+    """Returns the named parts of a record, those about the machine under `environment`."""
     run = {name: record[name] for name in names if name in record and name not in ENVIRONMENT}
     environment = {name: record[name] for name in ENVIRONMENT if name in record}
     return run | ({"environment": environment} if environment else {})
 
 
 def _flatten(record: Mapping, prefix: str = "") -> list[list[str]]:
+    """Turns a nested record into pairs of a dotted name and a value."""
     pairs = []
     for name, value in record.items():
         if isinstance(value, Mapping):
@@ -245,7 +265,7 @@ def _flatten(record: Mapping, prefix: str = "") -> list[list[str]]:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of cells of text."""
+    """Renders a Markdown table of cells of text."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
@@ -265,6 +285,7 @@ def _number(value: object) -> str:
 
 
 def configure(parser: argparse.ArgumentParser):
+    """Adds the options of this step."""
     add = parser.add_argument
     add("--scores", required=True, help="what score wrote")
     add("--predictions", help="prediction file; its run record lies beside it")
@@ -277,11 +298,15 @@ def configure(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
+    """Writes the report of the files that were given."""
     measured = {path: read_json(path) for path in args.rows}
     given = (args.scores, args.predictions, args.answers, args.measurements, *args.rows)
     scores, judge_run = read_json(args.scores), _run_record(args.answers)
+
+    # Each step recorded the hash of what it was made from.
     _expect_made_from(args.answers, (scores.get("provenance") or {}).get("answers_sha256"))
     _expect_made_from(args.predictions, (judge_run or {}).get("predictions_sha256"))
+
     report = build_report(
         scores,
         prediction_run=_run_record(args.predictions),
@@ -300,7 +325,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _expect_made_from(path: str | None, recorded: str | None):
-    """Refuses a file other than the one that the next step's result was made from."""
+    """Refuses a file other than the one whose hash the next step recorded."""
     if path is not None and recorded is not None and file_sha256(path) != recorded:
         raise ValueError(
             f"expected the file that was judged and scored (SHA-256 {recorded[:16]}...), got"
@@ -309,7 +334,7 @@ def _expect_made_from(path: str | None, recorded: str | None):
 
 
 def _run_record(output: str | None) -> dict | None:
-    """The record of the run that wrote a file; None if no such file was named or it has none."""
+    """Reads the record of the run that wrote a file; None without a file or a record."""
     if output is None or not run_record_path(output).is_file():
         return None
     return read_json(run_record_path(output))

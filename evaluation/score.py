@@ -1,4 +1,4 @@
-"""`perceptiondlm evaluate score`: a judge's recorded answers to scores."""
+"""`perceptiondlm evaluate score`: turns a judge's recorded answers into scores."""
 
 import argparse
 import logging
@@ -24,7 +24,7 @@ def score(
 
     Args:
         benchmark: what was asked.
-        answers: per region key the recognition answer, then one a question.
+        answers: per region key the recognition answer, then one per question.
         missing: how regions without answers count (see `score_benchmark`).
         resamples: bootstrap draws for the confidence intervals.
         seed: of those draws.
@@ -45,6 +45,7 @@ def score(
 
 
 def configure(parser: argparse.ArgumentParser):
+    """Adds the options of this step."""
     parser.add_argument("--annotations", required=True, help="benchmark folder, or Hub dataset id")
     parser.add_argument("--answers", required=True, help="JSON: {region: [recognition, ...]}")
     parser.add_argument("--output", required=True, help="where the scores go (JSON)")
@@ -59,10 +60,12 @@ def configure(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
+    """Scores the answers, writes the scores and prints the averages."""
     benchmark = load_benchmark(args.annotations)
     answers = read_json(args.answers)
     if not isinstance(answers, dict):
         raise ValueError(f"{args.answers}: expected an object, got {type(answers).__name__}")
+
     result = score(
         benchmark, answers, missing=args.missing, resamples=args.resamples, seed=args.seed
     )
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _provenance(benchmark: Benchmark, args: argparse.Namespace) -> dict:
+    """Names the files that the scores come from, with their hashes."""
     return {
         "annotations": str(args.annotations),
         "questions_sha256": file_sha256(benchmark.source.parent / "qa.json"),
@@ -83,6 +87,7 @@ def _provenance(benchmark: Benchmark, args: argparse.Namespace) -> dict:
 
 
 def _report_missing(missing: dict):
+    """Warns of regions without answers, and says how they count."""
     if missing["regions"]:
         verdict = "counted as wrong" if missing["policy"] == "wrong" else "dropped"
         first = ", ".join(missing["regions"][:5])

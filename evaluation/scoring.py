@@ -1,7 +1,8 @@
-"""The published scoring protocol of DLC-Bench and ParaDLC-Bench, as pure functions.
+"""Scores a judge's answers by the published protocol of DLC-Bench and ParaDLC-Bench.
 
 A region is judged by a Yes/No recognition question and then by its own questions. A judge's answer
-is text; `match_choice` says which choice it names, and that choice carries the score.
+is text; `match_choice` says which choice it names, and that choice carries the score. All functions
+are pure.
 """
 
 import math
@@ -36,7 +37,7 @@ class Question:
 
 @dataclass(frozen=True)
 class RegionScore:
-    """What one region's answers are worth.
+    """The scores of one region.
 
     Attributes:
         score: mean over all questions (0 if there are none).
@@ -53,12 +54,13 @@ class RegionScore:
     choice_index: tuple[int | None, ...]
 
     def to_json(self) -> dict:
+        """Returns the score as JSON holds it."""
         return {**asdict(self), "choice_index": list(self.choice_index)}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a whole benchmark.
+    """The scores of a whole benchmark.
 
     Attributes:
         summary: `average_positive`, `average_negative` and their mean `average`.
@@ -72,7 +74,7 @@ class Evaluation:
 
 
 def match_choice(answer: object, choices: Sequence[str]) -> int | None:
-    """Which choice an answer names: its index, or None if it names none.
+    """Finds the choice that an answer names: its index, or None if it names none.
 
     Case and surrounding space never count. The first rule that applies decides:
 
@@ -94,41 +96,48 @@ def match_choice(answer: object, choices: Sequence[str]) -> int | None:
         return None
     text = answer.strip().lower()
     options = [choice.strip().lower() for choice in choices]
+
+    # Rule 1
     for index, (letter, option) in enumerate(zip(_letters(options), options, strict=False)):
         if text in (option, f"{letter}. {option}", letter):
             return index
+
+    # Rules 2 to 4
     named = [index for index, option in enumerate(options) if option in text]
     if len(named) == 1:
         return named[0]
     if text[1:2] == "." and text[0] in _letters(options):
-        return _labelled(text[0], options)
+        return _labeled(text[0], options)
     if named:
         return max(named, key=lambda index: (text.index(options[index]), len(options[index])))
+
+    # Rules 5 and 6
     containing = [index for index, option in enumerate(options) if text in option]
     if containing:
         return max(containing, key=lambda index: len(options[index]))
     if text[:1] in _letters(options) and text[1:2] in ("", "\n"):
-        return _labelled(text[0], options)
+        return _labeled(text[0], options)
     return None
 
 
 def _letters(options: Sequence[str]) -> str:
-    """The letters that may label a choice: a to e, more only if there are more choices."""
+    """Returns the letters that may label a choice: a to e, more only if there are more choices."""
     return string.ascii_lowercase[: max(5, len(options))]
 
 
-def _labelled(letter: str, options: Sequence[str]) -> int | None:
+def _labeled(letter: str, options: Sequence[str]) -> int | None:
+    """Returns the index of the choice under a letter, or None beyond the choices."""
     index = string.ascii_lowercase.index(letter)
     return index if index < len(options) else None
 
 
 def score_region(questions: Sequence[Question], answers: Sequence[object]) -> RegionScore:
-    """Scores one region from its answers: recognition first, then one a question.
+    """Scores one region from its answers: recognition first, then one per question.
 
     An answer that names no choice scores 0. Unless recognition names Yes, every score becomes
     min(0, score): a recognition that fits neither choice counts as No, so an odd answer never earns
-    anything. Fewer answers than questions leave the rest unanswered (score 0); more are a
-    ValueError.
+    anything. Questions beyond the answers are unanswered (score 0). Raises ValueError for more
+    answers than questions.
     """
     if len(answers) > 1 + len(questions):
         raise ValueError(
@@ -136,13 +145,16 @@ def score_region(questions: Sequence[Question], answers: Sequence[object]) -> Re
             f" questions), got {len(answers)}"
         )
     answers = [*answers, *[None] * (1 + len(questions) - len(answers))]
+
+    # From the answers' text to choices, and from choices to scores
     recognition_index = match_choice(answers[0], RECOGNITION_CHOICES)
-    recognised = recognition_index == 0
+    is_recognized = recognition_index == 0
     indices = [match_choice(a, q.choices) for a, q in zip(answers[1:], questions, strict=True)]
     scores = [
-        question_score(question, index, recognised)
+        question_score(question, index, is_recognized)
         for question, index in zip(questions, indices, strict=True)
     ]
+
     positives = [s for s, q in zip(scores, questions, strict=True) if q.type == "positive"]
     negatives = [s for s, q in zip(scores, questions, strict=True) if q.type == "negative"]
     total = ordered_sum(positives) + ordered_sum(negatives)
@@ -150,15 +162,15 @@ def score_region(questions: Sequence[Question], answers: Sequence[object]) -> Re
         score=total / len(scores) if scores else 0,
         positive=mean(positives),
         negative=mean(negatives) if negatives else None,
-        recognition=recognised,
+        recognition=is_recognized,
         choice_index=(recognition_index, *indices),
     )
 
 
-def question_score(question: Question, index: int | None, recognised: bool) -> float:
-    """What the named choice is worth; never more than 0 for an object that is not recognised."""
+def question_score(question: Question, index: int | None, is_recognized: bool) -> float:
+    """Returns the score of a choice; never more than 0 for an object that is not recognized."""
     score = 0 if index is None else question.scores[index]
-    return score if recognised else min(0, score)
+    return score if is_recognized else min(0, score)
 
 
 def score_benchmark(
@@ -167,14 +179,16 @@ def score_benchmark(
     *,
     missing: str = "wrong",
 ) -> Evaluation:
-    """Scores every region of a benchmark: a pure function of questions and answers.
+    """Scores every region of a benchmark.
 
     Args:
         questions: the questions of each region; their order is the order of summation.
-        answers: per region the recognition answer, then one a question. A region that is absent
+        answers: per region the recognition answer, then one per question. A region that is absent
             or None or has an empty list has no prediction.
         missing: "wrong" gives such a region no recognition and 0 for every question, so it stays
             in the averages; "drop" leaves it out of them, as the published script does.
+
+    Raises ValueError for answers about other regions, or for more answers than questions.
     """
     if missing not in MISSING_POLICIES:
         raise ValueError(f"expected missing to be one of {MISSING_POLICIES}, got {missing!r}")
@@ -184,13 +198,15 @@ def score_benchmark(
             f"expected answers about the benchmark's regions, got {len(unknown)} unknown,"
             f" first {unknown[0]!r}"
         )
+
+    # A region without answers is scored as one with an empty list, or not at all.
     absent = {key: [] for key in questions if answers.get(key) in (None, [])}
     regions = {
         key: _score_named(key, asked, absent[key] if key in absent else answers[key])
         for key, asked in questions.items()
         if missing == "wrong" or key not in absent
     }
-    return Evaluation(summarise(regions.values()), regions, tuple(absent))
+    return Evaluation(summarize(regions.values()), regions, tuple(absent))
 
 
 def _score_named(key: str, questions: Sequence[Question], answers: object) -> RegionScore:
@@ -202,8 +218,8 @@ def _score_named(key: str, questions: Sequence[Question], answers: object) -> Re
         raise ValueError(f"region {key}: {error}") from error
 
 
-def summarise(regions: Iterable[RegionScore]) -> dict[str, float]:
-    """Means over regions, those without negative questions left out of the negative one."""
+def summarize(regions: Iterable[RegionScore]) -> dict[str, float]:
+    """Averages scores over regions; those without negative questions are left out of theirs."""
     regions = list(regions)
     positive = mean([region.positive for region in regions])
     negative = mean([region.negative for region in regions if region.negative is not None])
@@ -215,12 +231,12 @@ def summarise(regions: Iterable[RegionScore]) -> dict[str, float]:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean, summed in order; 0 of nothing."""
+    """Returns the mean, summed in order; 0 of nothing."""
     return ordered_sum(values) / len(values) if values else 0
 
 
 def ordered_sum(values: Iterable[float]) -> float:
-    """Left-to-right sum: `sum` compensates rounding from Python 3.12 on and changes last bits."""
+    """Sums from left to right; `sum` compensates rounding from Python 3.12 on: other last bits."""
     total = 0
     for value in values:
         total += value
@@ -228,7 +244,7 @@ def ordered_sum(values: Iterable[float]) -> float:
 
 
 def parse_question(record: object, where: str) -> Question:
-    """One question of a `qa.json`; `where` names file and record in errors."""
+    """Parses one question of a `qa.json`. Raises ValueError, in which `where` names the place."""
     if not isinstance(record, dict) or not isinstance(record.get("question"), str):
         raise ValueError(f"{where}: expected an object with a text 'question', got {record!r}")
     if record.get("type") not in QUESTION_TYPES:

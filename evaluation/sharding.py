@@ -1,4 +1,4 @@
-"""Which part of the work a process has, among those that accelerate or torchrun started."""
+"""Divides work among the processes that accelerate or torchrun started."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,23 +7,23 @@ from ..common.extras import extra
 
 
 def process_state():
-    """What accelerate knows of this process: its rank, and the device that it is to use."""
+    """Returns what accelerate knows of this process: its rank and the device that it is to use."""
     import torch
 
     with extra("eval"):
         from accelerate import PartialState
 
-    # Without being told so, it takes processes on CPUs alone for strangers to each other.
+    # On a machine without an accelerator it connects the processes only if it is told to use CPUs.
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of the work this process has, and how it waits for the others."""
+    """One process's share of the work, and how it waits for the other processes."""
 
-    rank: int = 0
-    count: int = 1
-    barrier: Callable[[], None] = lambda: None
+    rank: int = 0  # of this process, from 0
+    count: int = 1  # of processes
+    barrier: Callable[[], None] = lambda: None  # returns when every process has called it
 
     def __post_init__(self):
         if not 0 <= self.rank < self.count:
@@ -31,6 +31,6 @@ class Shard:
 
     @classmethod
     def from_accelerate(cls) -> "Shard":
-        """This process's place among those that accelerate or torchrun started."""
+        """Makes the shard of this process, among those that accelerate or torchrun started."""
         state = process_state()
         return cls(state.process_index, state.num_processes, state.wait_for_everyone)

@@ -1,4 +1,4 @@
-"""`perceptiondlm evaluate sweep`: accuracy against forward passes, for each adaptive rule.
+"""`perceptiondlm evaluate sweep`: measures accuracy against forward passes, rule by rule.
 
 Every row measures the same held-out scenes under another rule, value or budget of steps.
 """
@@ -47,16 +47,15 @@ PERCENT = {
 
 @dataclass(frozen=True)
 class SweepRule:
-    """A rule of the sweep: "fixed", or an adaptive one with its value and, where committed tokens
-    are doubted again, the probability under which they are."""
+    """A rule of the sweep: "fixed", or an adaptive one with its numbers."""
 
     name: str
-    value: float | None = None
-    verify: float | None = None
+    value: float | None = None  # the threshold, factor or bound
+    verify: float | None = None  # the probability below which committed tokens are masked again
 
     @classmethod
     def parse(cls, text: str) -> "SweepRule":
-        """NAME[:VALUE][+VERIFY]; an adaptive rule without a value takes its default."""
+        """Parses NAME[:VALUE][+VERIFY]; an adaptive rule without a value takes its default."""
         rule, _, verify = text.strip().partition("+")
         name, _, value = rule.partition(":")
         if name not in (FIXED, *ACCEPT_RULES) or (name == FIXED and (value or verify)):
@@ -65,20 +64,19 @@ class SweepRule:
         if name == FIXED:
             return cls(name)
         try:
-            rule = cls(
-                name,
-                float(value) if value else ACCEPT_RULES[name]().value,
-                float(verify) if verify else None,
-            )
-            DiffusionOptions(**rule.options(None))  # checks the values
-            return rule
+            number = float(value) if value else ACCEPT_RULES[name]().value
+            parsed = cls(name, number, float(verify) if verify else None)
+
+            # The options know which numbers make sense.
+            DiffusionOptions(**parsed.options(None))
+            return parsed
         except ValueError as error:
             raise argparse.ArgumentTypeError(
                 f"expected a rule with a number of 0 or more, got {text!r}"
             ) from error
 
     def options(self, steps: int | None) -> dict:
-        """As options of `diffusion_generate`."""
+        """Returns the rule as options of `diffusion_generate`; `steps` None for the default."""
         budget = {} if steps is None else {"steps": steps}
         if self.name == FIXED:
             return budget
@@ -86,11 +84,12 @@ class SweepRule:
 
 
 def parse_rules(text: str) -> list[SweepRule]:
+    """Parses rules, comma-separated."""
     return [SweepRule.parse(part) for part in text.split(",")]
 
 
 def parse_steps(text: str) -> list[int | None]:
-    """Budgets, comma-separated; "full" is a step for each position of a caption."""
+    """Parses budgets, comma-separated; "full" (None) is a step for each position of a caption."""
     try:
         return [None if part.strip() == "full" else int(part) for part in text.split(",")]
     except ValueError as error:
@@ -98,13 +97,13 @@ def parse_steps(text: str) -> list[int | None]:
 
 
 def sweep_row(rule: SweepRule, steps: int, measured: Mapping) -> dict:
-    """One row: what was asked for, then what was measured."""
+    """Makes one row: what was asked for, then what was measured."""
     asked = {"rule": rule.name, "value": rule.value, "verify": rule.verify, "steps": steps}
     return asked | {name: measured[name] for name in MEASURED}
 
 
 def render_sweep(rows: Sequence[Mapping]) -> str:
-    """The rows as a Markdown table, shares in per cent."""
+    """Renders the rows as a Markdown table, shares in per cent."""
     header = [name.replace("_", " ") + (" %" if name in PERCENT else "") for name in rows[0]]
     return markdown_table(header, [[_cell(name, row[name]) for name in row] for row in rows]) + "\n"
 
@@ -118,6 +117,7 @@ def _cell(name: str, value) -> str:
 
 
 def configure(parser: argparse.ArgumentParser):
+    """Adds the options of this step."""
     add_checkpoint_arguments(parser)
     add_scene_arguments(parser)
     add_option_argument(parser)
@@ -128,12 +128,16 @@ def configure(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measures every rule under every budget; the rows are saved as they come."""
     if args.output is None:
         raise ValueError("expected --output SWEEP.json, got none")
+
+    # Every mistake in the options is found before any work.
     common = named_options(args, reserved=RULED)
     model, processor = load_checkpoint(args)
     plan = [(rule, rule.options(steps)) for rule in args.rules for steps in args.steps]
     resolved = [resolved_options(model, common | own) for _, own in plan]
+
     scenes = held_out_scenes(args.seed, args.scenes)
     record = {
         **checkpoint_record(args, model),
@@ -144,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         **run_environment(),
     }
+
     rows, report = [], GrowingFile(args.output)
     for (rule, own), chosen in zip(plan, resolved, strict=True):
         said = describe_scenes(
@@ -154,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
         report.save(json_bytes({"rows": rows} | record))
         print(f"{rule.name} {'' if rule.value is None else rule.value}: {summary_line(measured)}")
     report.finish(json_bytes({"rows": rows} | record))
+
     table = Path(args.output).with_suffix(".md")
     write_text(table, render_sweep(rows))
     print(f"{args.output}, {table}")

@@ -1,12 +1,12 @@
-"""`perceptiondlm evaluate synthetic`: drawn scenes with an exact judge.
+"""`perceptiondlm evaluate synthetic`: evaluates on drawn scenes, which are judged exactly.
 
 Alone, it measures a checkpoint on held-out scenes in one go (`held_out`). `write` makes a folder in
-ParaDLC-Bench's form, so that `predict`, `score` and `report` take it as any other; `judge` answers
-its questions from what is known to be drawn, without asking anybody.
+ParaDLC-Bench's form, so that `predict`, `score` and `report` take it as any other. `judge` answers
+the questions of such a folder from what is known to be drawn, without asking anybody.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +39,7 @@ from .synthetic_judge import borrowed_attributes, score_captions, wrong_attribut
 
 TRUTH_FILE = "truth.json"  # per region its attributes
 WRITTEN = {"images", "annotations.json", "class_names.json", "qa.json", TRUTH_FILE}
-JUDGE_VERSION = "synthetic-exact-1"  # changes whenever a question or its answer below does
+JUDGE_VERSION = "synthetic-exact-1"  # to be changed whenever a question or answer below is
 RIGHT, UNNAMED, WRONG = range(3)  # choices of a question about an attribute
 MENTIONED, UNMENTIONED = range(2)  # choices of a question about another region
 MEASURING = (  # options of measuring, which `write` and `judge` have no use for
@@ -52,10 +52,10 @@ IDENTIFYING = ("shape", "colour", "position")  # what tells regions apart; other
 def write_scenes(
     folder: str | Path, seeds: range, *, split: str = "heldout", progress: bool = True
 ) -> Path:
-    """Draws one scene for each seed and writes pictures, masks, questions and the truth.
+    """Draws one scene for each seed and writes images, region masks, questions and the truth.
 
-    The folder is there whole or not at all. Raises FileExistsError for one that holds anything
-    but what was written here.
+    The folder is written whole or not at all. Raises FileExistsError for one that holds anything
+    else than this function writes.
     """
     folder = Path(folder)
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -74,11 +74,14 @@ def _write_scenes(folder: Path, seeds: range, split: str, progress: bool):
         image_id = f"{split}-{seed:06d}"
         scene.image.save(folder / "images" / f"{image_id}.png")
         annotations.append(_annotation(image_id, scene))
+
+        # What is true of each region, and the questions about it
         attributes = [thing.attributes for thing in scene.objects]
         for index, own in enumerate(attributes):
             truth[f"{image_id}_{index}"] = own
             others = attributes[:index] + attributes[index + 1 :]
             questions[f"{image_id}_{index}"] = region_questions(own, others)
+
     write_json(folder / "annotations.json", annotations)
     write_json(folder / "class_names.json", {key: own["shape"] for key, own in truth.items()})
     write_json(folder / "qa.json", questions)
@@ -86,6 +89,7 @@ def _write_scenes(folder: Path, seeds: range, split: str, progress: bool):
 
 
 def _annotation(image_id: str, scene: Scene) -> dict:
+    """Returns a scene's record in an `annotations.json`."""
     width, height = scene.image.size
     return {
         "image_id": image_id,
@@ -104,7 +108,7 @@ def _annotation(image_id: str, scene: Scene) -> dict:
 
 
 def region_questions(own: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> list[dict]:
-    """A region's questions in the form of a `qa.json`: its attributes, then the other regions."""
+    """Words a region's questions as a `qa.json` has them: its attributes, then other regions."""
     return [
         *(_attribute_question(name, own) for name in VOCABULARY),
         *(_other_question(other) for other in others),
@@ -139,17 +143,19 @@ def _other_question(other: Mapping[str, str]) -> dict:
 def exact_answers(
     caption: str, own: Mapping[str, str], others: Sequence[Mapping[str, str]]
 ) -> list[str]:
-    """The answers to a region's recognition question and to `region_questions`.
+    """Answers a region's recognition question and its `region_questions`, in letters.
 
-    An object is recognised by its shape, named alone. Another region is described when a shape,
-    colour or position is named that is its, and not the region's own.
+    An object is recognized by its shape, named alone. Another region is described when a shape,
+    color or position is named that is its, and not the region's own.
     """
     named = named_values(caption)
     wrong = wrong_attributes(caption, own)
     answers = ["Yes" if named["shape"] == {own["shape"]} else "No"]
+
     for name in VOCABULARY:
         choice = RIGHT if name not in wrong else WRONG if named[name] else UNNAMED
         answers.append("ABC"[choice])
+
     for other in others:
         borrowed = borrowed_attributes(wrong, [other]) & set(IDENTIFYING)
         answers.append("AB"[MENTIONED if borrowed else UNMENTIONED])
@@ -159,36 +165,44 @@ def exact_answers(
 def judge_scenes(
     benchmark: Benchmark, truth: Mapping[str, dict], captions: Mapping[str, str]
 ) -> tuple[dict[str, list[str]], dict]:
-    """Judges captions exactly: the answers to be scored, and accuracies by attribute.
+    """Judges captions exactly; returns the answers to be scored, and accuracies by attribute.
 
     Regions without a caption have no answers, and count as wrong in the accuracies.
     """
     answers, scenes, texts = {}, [], []
-    for keys in _keys_by_picture(benchmark):
+    for keys in _keys_by_image(benchmark):
+        # The scene as far as its judge looks at it
         attributes = [truth[key] for key in keys]
         scenes.append(SimpleNamespace(objects=[SimpleNamespace(attributes=a) for a in attributes]))
         texts.append([captions.get(key) for key in keys])
+
         for index, key in enumerate(keys):
             if key in captions:
                 others = attributes[:index] + attributes[index + 1 :]
                 answers[key] = exact_answers(captions[key], attributes[index], others)
+
     return answers, score_captions(scenes, texts)
 
 
-def _keys_by_picture(benchmark: Benchmark) -> Iterator[list[str]]:
-    pictures: dict[str, list[str]] = {}
+def _keys_by_image(benchmark: Benchmark) -> list[list[str]]:
+    """Returns the keys of each image's regions."""
+    keys: dict[str, list[str]] = {}
     for sample in benchmark.samples:
-        pictures.setdefault(sample.image_id, []).append(sample.key)
-    yield from pictures.values()
+        keys.setdefault(sample.image_id, []).append(sample.key)
+    return list(keys.values())
 
 
 def configure(parser: argparse.ArgumentParser):
+    """Adds the options of measuring, and those of `write` and `judge`."""
     add_checkpoint_arguments(parser, required=False)
     add_scene_arguments(parser)
     add_decoding_arguments(parser)
     add = parser.add_argument
     add("--regions-per-pass", type=int, help="at most; 1: one region at a time")
     add("--texts", help="also write every caption and answer beside the truth (JSON)")
+    parser.set_defaults(run_action=run_measure, of_measuring=parser.get_default)
+
+    # Options of the actions are stored under other names: argparse would overwrite those above.
     actions = parser.add_subparsers(dest="action", metavar="[write | judge]")
     write = actions.add_parser("write", help="draw scenes into a benchmark folder")
     write.add_argument("--output", dest="own_output", required=True, help="benchmark folder")
@@ -196,6 +210,7 @@ def configure(parser: argparse.ArgumentParser):
     write.add_argument("--start", type=int, default=0, help="first seed")
     write.add_argument("--split", choices=SPLITS, default="heldout")
     write.set_defaults(run_action=run_write)
+
     judge = actions.add_parser("judge", help="answer a folder's questions about captions")
     judge.add_argument("--benchmark", required=True, help="folder that `write` made")
     judge.add_argument("--predictions", required=True, help="JSON: {region: caption}")
@@ -203,18 +218,19 @@ def configure(parser: argparse.ArgumentParser):
         "--output", dest="own_output", required=True, help="where the answers go (JSON)"
     )
     judge.set_defaults(run_action=run_judge)
-    parser.set_defaults(run_action=run_measure, of_measuring=parser.get_default)
 
 
 def add_scene_arguments(parser: argparse.ArgumentParser):
+    """Adds the options of measuring on held-out scenes."""
     add = parser.add_argument
     add("--scenes", type=int, default=500, help="how many held-out scenes")
     add("--seed", type=int, default=0, help="of the first scene; the next ones follow")
-    add("--batch-size", type=int, default=16, help="pictures, or questions, in one call")
+    add("--batch-size", type=int, default=16, help="images, or questions, in one call")
     add("--output", help="where the report goes (JSON)")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measures, writes or judges."""
     if args.action is not None:
         _refuse_measuring(args)
     return args.run_action(args)
@@ -229,11 +245,13 @@ def _refuse_measuring(args: argparse.Namespace):
 
 
 def run_measure(args: argparse.Namespace) -> int:
+    """Measures a checkpoint on held-out scenes and writes what was measured."""
     if args.output is None:
         raise ValueError("expected --output REPORT.json, got none")
     options = decoding_options(args)
     model, processor = load_checkpoint(args)
     resolved_options(model, options)  # refuses a mistake before any work
+
     scenes = held_out_scenes(args.seed, args.scenes)
     said = describe_scenes(
         model,
@@ -243,6 +261,7 @@ def run_measure(args: argparse.Namespace) -> int:
         regions_per_pass=args.regions_per_pass,
         options=options,
     )
+
     measured = measurements(scenes, said)
     record = _scene_record(args, model, options) | {"regions_per_pass": args.regions_per_pass}
     write_json(args.output, measured | record)
@@ -253,7 +272,7 @@ def run_measure(args: argparse.Namespace) -> int:
 
 
 def _scene_record(args: argparse.Namespace, model, options: dict) -> dict:
-    """Where measurements on scenes come from."""
+    """Records where measurements on scenes come from."""
     return {
         **checkpoint_record(args, model),
         "decoding_options": resolved_options(model, options),
@@ -267,38 +286,36 @@ def _scene_record(args: argparse.Namespace, model, options: dict) -> dict:
 
 
 def _texts_beside_truth(first_seed: int, scenes: Sequence[Scene], said: SceneTexts) -> list[dict]:
-    return [
-        {
-            "seed": seed,
-            "captions": [
-                {"truth": thing.caption, "caption": text}
-                for thing, text in zip(scene.objects, captions, strict=True)
-            ],
-            "answers": [
-                {"question": asked.question, "truth": asked.answer, "answer": text}
-                for asked, text in zip(scene.questions, answers, strict=True)
-            ],
-        }
-        for seed, (scene, captions, answers) in enumerate(
-            zip(scenes, said.captions, said.answers, strict=True), start=first_seed
-        )
-    ]
+    """Returns every caption and answer of the scenes beside what is right."""
+    records = []
+    for number, scene in enumerate(scenes):
+        captions = [
+            {"truth": thing.caption, "caption": text}
+            for thing, text in zip(scene.objects, said.captions[number], strict=True)
+        ]
+        answers = [
+            {"question": asked.question, "truth": asked.answer, "answer": text}
+            for asked, text in zip(scene.questions, said.answers[number], strict=True)
+        ]
+        records.append({"seed": first_seed + number, "captions": captions, "answers": answers})
+    return records
 
 
 def summary_line(measured: Mapping) -> str:
-    """The measurements that matter most, in one line."""
+    """Tells the measurements that matter most in one line."""
     return (
         f"attributes {100 * measured['attribute_accuracy']:.2f} %,"
         f" whole captions {100 * measured['exact_caption_rate']:.2f} %,"
         f" interference {100 * measured['interference_rate']:.2f} %"
         f" ({100 * measured['interference_by_chance']:.2f} % by chance),"
         f" questions {100 * measured['question_accuracy']:.2f} %;"
-        f" {measured['regions']} regions, {measured['forwards_per_pass']:.1f} forwards a pass,"
+        f" {measured['regions']} regions, {measured['forwards_per_pass']:.1f} forwards per group,"
         f" TPF {measured['tokens_per_forward']:.2f}, {measured['seconds']:.1f} s"
     )
 
 
 def run_write(args: argparse.Namespace) -> int:
+    """Writes a benchmark folder."""
     if args.own_scenes < 1:
         raise ValueError(f"expected scenes of 1 or more, got {args.own_scenes}")
     seeds = range(args.start, args.start + args.own_scenes)
@@ -308,10 +325,12 @@ def run_write(args: argparse.Namespace) -> int:
 
 
 def run_judge(args: argparse.Namespace) -> int:
+    """Judges captions of a benchmark folder and writes the answers."""
     benchmark = load_benchmark(args.benchmark)
     truth = read_json(Path(args.benchmark) / TRUTH_FILE)
     captions = read_captions(args.predictions, benchmark)
     answers, accuracies = judge_scenes(benchmark, truth, captions)
+
     write_json(args.own_output, answers)
     record = {
         "judge": "exact",
@@ -322,6 +341,7 @@ def run_judge(args: argparse.Namespace) -> int:
         "environment": run_environment(),
     }
     write_json(run_record_path(args.own_output), record)
+
     print(
         f"{args.own_output}: attributes {100 * accuracies['attribute_accuracy']:.2f} % right,"
         f" captions {100 * accuracies['exact_caption_rate']:.2f} %,"

@@ -1,18 +1,20 @@
-"""An exact judge for synthetic scenes: captions and answers against what is known to be drawn.
+"""Judges captions and answers about synthetic scenes exactly, against what is known to be drawn.
 
-A caption is right in an attribute when it names the region's value of it and no other value. The
-functions are pure; a missing caption or answer (None, empty, or past the end of a scene's list)
-is wrong in everything, never dropped.
+A caption is right in an attribute when it names the region's value of it and no other value. A
+missing caption or answer (None, empty, or past the end of a scene's list) is wrong in everything,
+never dropped. All functions are pure.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from ..scenes.shapes import VOCABULARY, Question, Scene, answer_matches, named_values
+from .scoring import ordered_sum
 
 
 def wrong_attributes(caption: str | None, truth: Mapping[str, str]) -> dict[str, set[str]]:
-    """The attributes that a caption gets wrong, each with the wrong values that it names.
+    """Finds the attributes that a caption gets wrong, each with the wrong values that it names.
 
     Args:
         caption: free text, or None.
@@ -30,7 +32,7 @@ def wrong_attributes(caption: str | None, truth: Mapping[str, str]) -> dict[str,
 def borrowed_attributes(
     wrong: Mapping[str, set[str]], truths: Sequence[Mapping[str, str]]
 ) -> set[str]:
-    """The wrong attributes of which a named value is that of another region of the scene.
+    """Finds the wrong attributes of which a named value is that of another region of the scene.
 
     Args:
         wrong: what `wrong_attributes` found; never the region's own value.
@@ -42,7 +44,7 @@ def borrowed_attributes(
 
 
 def score_captions(scenes: Sequence[Scene], captions: Sequence[Sequence[str | None]]) -> dict:
-    """Score the captions of every region of some scenes.
+    """Scores the captions of every region of some scenes.
 
     Args:
         scenes: the scenes, or anything whose `objects` have `attributes`.
@@ -67,47 +69,63 @@ def score_captions(scenes: Sequence[Scene], captions: Sequence[Sequence[str | No
     """
     if len(scenes) != len(captions):
         raise ValueError(f"expected captions of {len(scenes)} scenes, got {len(captions)}")
-    right, borrowed = dict.fromkeys(VOCABULARY, 0), dict.fromkeys(VOCABULARY, 0)
-    regions = exact = interfered = missing = 0
-    chance = 0.0
-    alike = _scenes_by_size(scenes)
-    for index, (scene, texts) in enumerate(zip(scenes, captions, strict=True)):
-        truths = [thing.attributes for thing in scene.objects]
-        for k, text in enumerate(_padded(texts, len(truths), index)):
-            wrong = wrong_attributes(text, truths[k])
-            taken = borrowed_attributes(wrong, truths)
-            for name in VOCABULARY:
-                right[name] += name not in wrong
-                borrowed[name] += name in taken
-            regions += 1
-            exact += not wrong
-            interfered += bool(taken)
-            missing += not (text or "").strip()
-            chance += _borrowed_by_chance(wrong, k, alike[len(truths)], scene)
+
+    judged = list(_judge_regions(scenes, captions))
+    regions = len(judged)
     if not regions:
         raise ValueError("expected at least one region, got none")
+
+    # Shares of regions
+    right = {name: sum(name not in one.wrong for one in judged) for name in VOCABULARY}
+    borrowed = {name: sum(name in one.borrowed for one in judged) for name in VOCABULARY}
     return {
         "regions": regions,
         "attribute_accuracy": sum(right.values()) / (len(VOCABULARY) * regions),
         "per_attribute": _shares(right, regions),
-        "exact_caption_rate": exact / regions,
-        "interference_rate": interfered / regions,
-        "interference_by_chance": chance / regions,
+        "exact_caption_rate": sum(not one.wrong for one in judged) / regions,
+        "interference_rate": sum(bool(one.borrowed) for one in judged) / regions,
+        "interference_by_chance": ordered_sum(one.by_chance for one in judged) / regions,
         "interference_per_attribute": _shares(borrowed, regions),
-        "missing": missing,
+        "missing": sum(one.is_missing for one in judged),
     }
 
 
-def _scenes_by_size(scenes: Sequence[Scene]) -> dict[int, list[Scene]]:
-    found = defaultdict(list)
+@dataclass(frozen=True)
+class _JudgedCaption:
+    """What the judge found in one region's caption."""
+
+    wrong: dict[str, set[str]]  # as `wrong_attributes` finds
+    borrowed: set[str]  # as `borrowed_attributes` finds
+    by_chance: float  # as `_borrowed_by_chance` estimates
+    is_missing: bool
+
+
+def _judge_regions(
+    scenes: Sequence[Scene], captions: Sequence[Sequence[str | None]]
+) -> Iterator[_JudgedCaption]:
+    """Judges the captions of all scenes, region by region."""
+    alike = defaultdict(list)  # the scenes with so many regions
     for scene in scenes:
-        found[len(scene.objects)].append(scene)
-    return found
+        alike[len(scene.objects)].append(scene)
+
+    for index, (scene, texts) in enumerate(zip(scenes, captions, strict=True)):
+        truths = [thing.attributes for thing in scene.objects]
+        for k, text in enumerate(_padded(texts, len(truths), index)):
+            wrong = wrong_attributes(text, truths[k])
+            yield _JudgedCaption(
+                wrong,
+                borrowed_attributes(wrong, truths),
+                _borrowed_by_chance(wrong, k, alike[len(truths)], scene),
+                is_missing=not (text or "").strip(),
+            )
 
 
 def _borrowed_by_chance(wrong: Mapping, k: int, alike: Sequence[Scene], own: Scene) -> float:
-    """Share of the other scenes with as many regions whose regions, but for number `k`, have a
-    wrong value that was named."""
+    """Returns how often a wrong value would be another region's in scenes that were not shown.
+
+    It is the share of the other scenes with as many regions in which a region, number `k` left out,
+    has a wrong value that was named.
+    """
     if not any(wrong.values()) or len(alike) == 1:
         return 0.0
     others = [[thing.attributes for thing in scene.objects] for scene in alike if scene is not own]
@@ -116,7 +134,7 @@ def _borrowed_by_chance(wrong: Mapping, k: int, alike: Sequence[Scene], own: Sce
 
 
 def score_answers(expected: Sequence[Question], answers: Sequence[str | None]) -> dict:
-    """Score short answers, exact up to case, spaces and punctuation.
+    """Scores short answers, exact up to case, spaces and punctuation.
 
     Args:
         expected: the questions with their answers.
@@ -133,9 +151,11 @@ def score_answers(expected: Sequence[Question], answers: Sequence[str | None]) -
         raise ValueError(f"expected {len(expected)} answers, got {len(answers)}")
     if not expected:
         raise ValueError("expected at least one question, got none")
+
     marks: dict[str, list[bool]] = defaultdict(list)
     for question, answer in zip(expected, answers, strict=True):
         marks[question.kind].append(answer_matches(answer or "", question.answer))
+
     return {
         "questions": len(expected),
         "question_accuracy": sum(map(sum, marks.values())) / len(expected),
@@ -145,6 +165,7 @@ def score_answers(expected: Sequence[Question], answers: Sequence[str | None]) -
 
 
 def _padded(texts: Sequence[str | None], regions: int, scene: int) -> list[str | None]:
+    """Fills the captions of a scene up with None. Raises ValueError for too many."""
     if len(texts) > regions:
         raise ValueError(f"expected at most {regions} captions of scene {scene}, got {len(texts)}")
     return [*texts, *[None] * (regions - len(texts))]

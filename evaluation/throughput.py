@@ -1,4 +1,4 @@
-"""Efficiency of a prediction run: tokens per forward pass and seconds, counted two ways each."""
+"""Measures the efficiency of a run: tokens per forward pass and seconds, counted two ways each."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,58 +9,37 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class BatchCost:
-    """What captioning one batch of pictures took.
-
-    Attributes:
-        images, regions: how many were captioned.
-        forwards: denoising forward passes as the model counts them: those of each picture, whether
-            pictures share a batch or not.
-        nominal_tokens: caption positions, padding counted.
-        effective_tokens: tokens before each caption's end of turn.
-        generate_seconds: of the generating call alone, with the device idle before and after.
-        end_to_end_seconds: from opening the files to having the captions.
-        rank: the process that did it.
-    """
+class Cost:
+    """What captioning some images took."""
 
     images: int
     regions: int
-    forwards: int
-    nominal_tokens: int
-    effective_tokens: int
-    generate_seconds: float
-    end_to_end_seconds: float
-    rank: int = 0
+    forwards: int  # forward passes, those of each image counted though images share a batch
+    nominal_tokens: int  # caption positions, padding counted
+    effective_tokens: int  # tokens before each caption's end of turn
+    generate_seconds: float  # of the generating call alone, the device idle before and after
+    end_to_end_seconds: float  # from opening the files to having the captions
 
 
 @dataclass(frozen=True)
-class Throughput:
-    """The sum of a run's batches.
+class BatchCost(Cost):
+    """The cost of one batch of images."""
 
-    Attributes:
-        images ... effective_tokens: as in `BatchCost`, summed.
-        generate_seconds, end_to_end_seconds: of the slowest process, since they run side by side.
-        nominal_tpf: caption positions per forward pass, as the paper counts.
-        effective_tpf: tokens before end of turn per forward pass.
-        tokens_per_second: effective tokens per end-to-end second.
-        regions_per_second: captions per end-to-end second.
-        processes: how many shared the work.
-    """
+    rank: int = 0  # the process that did it
 
-    images: int
-    regions: int
-    forwards: int
-    nominal_tokens: int
-    effective_tokens: int
-    generate_seconds: float
-    end_to_end_seconds: float
-    nominal_tpf: float
-    effective_tpf: float
-    tokens_per_second: float
-    regions_per_second: float
-    processes: int
+
+@dataclass(frozen=True)
+class Throughput(Cost):
+    """The cost of a whole run: counts summed, seconds of the slowest process."""
+
+    nominal_tpf: float  # caption positions per forward pass, as the paper counts
+    effective_tpf: float  # tokens before end of turn per forward pass
+    tokens_per_second: float  # effective tokens per end-to-end second
+    regions_per_second: float  # captions per end-to-end second
+    processes: int  # that shared the work
 
     def to_json(self) -> dict:
+        """Returns the record as JSON holds it."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -73,15 +52,18 @@ class Throughput:
 
 
 def timed(model, function: Callable[..., Result], **inputs) -> tuple[Result, float]:
-    """`function(**inputs)` and the seconds it took, the model's device idle before and after."""
-    _synchronise(model)
+    """Calls a function; returns its result and the seconds it took.
+
+    The model's device is idle before and after, so that all of the work is counted.
+    """
+    _synchronize(model)
     start = time.perf_counter()
     result = function(**inputs)
-    _synchronise(model)
+    _synchronize(model)
     return result, time.perf_counter() - start
 
 
-def _synchronise(model):
+def _synchronize(model):
     """Waits for the device, so that a clock read afterwards counts the work that was queued."""
     import torch
 
@@ -99,7 +81,7 @@ def batch_cost(
     end_to_end_seconds: float,
     rank: int = 0,
 ) -> BatchCost:
-    """What a `DiffusionOutput` took; `stops` are the ids that end a caption."""
+    """Counts what a `DiffusionOutput` took; `stops` are the ids that end a caption."""
     ids = [caption for image_ids in result.token_ids for caption in image_ids]
     return BatchCost(
         images=images,
@@ -120,6 +102,8 @@ def total_throughput(costs: Iterable[BatchCost]) -> Throughput:
         name: sum(getattr(cost, name) for cost in costs)
         for name in ("images", "regions", "forwards", "nominal_tokens", "effective_tokens")
     }
+
+    # Processes work side by side, so their seconds are not summed.
     generating = _slowest(costs, "generate_seconds")
     seconds = _slowest(costs, "end_to_end_seconds")
     return Throughput(
@@ -135,19 +119,20 @@ def total_throughput(costs: Iterable[BatchCost]) -> Throughput:
 
 
 def effective_length(ids: Sequence[int], stop_ids: Iterable[int]) -> int:
-    """How many tokens come before the first that ends the turn."""
+    """Counts the tokens before the first that ends the turn."""
     stops = set(stop_ids)
     return next((position for position, token in enumerate(ids) if token in stops), len(ids))
 
 
 def stop_ids(config) -> tuple[int, ...]:
-    """The token ids that end a caption: end of turn, and end of text if the checkpoint has it."""
+    """Returns the token ids that end a caption: end of turn and, if there is one, end of text."""
     ends = config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     return (config.eot_token_id, *ends)
 
 
 def _slowest(costs: list[BatchCost], name: str) -> float:
+    """Returns the seconds of the slowest process; the processes work side by side."""
     per_rank = {}
     for cost in costs:
         per_rank[cost.rank] = per_rank.get(cost.rank, 0.0) + getattr(cost, name)

@@ -1,7 +1,8 @@
-"""PerceptionDLM for VLMEvalKit: a checkpoint among its models, and its own command line.
+"""Adds a checkpoint to VLMEvalKit's models, and runs its command line.
 
 VLMEvalKit (the package `vlmeval`, installed from its repository) looks models up by name in
-`vlmeval.config.supported_VLM`. This adds a checkpoint there, then runs a script of VLMEvalKit's:
+`vlmeval.config.supported_VLM`. This command adds a checkpoint there, then runs a script of
+VLMEvalKit's:
 
     python -m perceptiondlm.evaluation.vlmevalkit_adapter --checkpoint PATH --option steps=32 \\
         VLMEvalKit/run.py --model perceptiondlm --data MMBench_DEV_EN
@@ -28,7 +29,7 @@ class PerceptionDLMForVLMEvalKit(BaseModel):
         options: of `diffusion_generate`.
     """
 
-    INTERLEAVE = True  # pictures stand in the prompt where the message has them
+    INTERLEAVE = True  # images stand in the prompt where the message has them
 
     def __init__(
         self,
@@ -47,20 +48,24 @@ class PerceptionDLMForVLMEvalKit(BaseModel):
         self.max_new_tokens = DiffusionOptions.build(defaults, options).max_new_tokens
 
     def generate_inner(self, message: list[dict], dataset: str | None = None) -> str:
-        """The answer to one message, a list of `{"type": "image" or "text", "value": ...}`."""
+        """Answers one message, a list of `{"type": "image" or "text", "value": ...}`."""
         kinds = {part["type"] for part in message}
         if not kinds <= {"image", "text"}:
             raise ValueError(f"expected parts of type image and text, got {sorted(kinds)}")
+
         content = [
             {"type": "image"}
             if part["type"] == "image"
             else {"type": "text", "text": str(part["value"])}
             for part in message
         ]
+
+        # The template puts each image where the message has it.
         conversation = [{"role": "user", "content": content}]
         prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
-        pictures = [part["value"] for part in message if part["type"] == "image"]
-        inputs = self.processor(pictures, text=[prompt], max_new_tokens=self.max_new_tokens)
+
+        images = [part["value"] for part in message if part["type"] == "image"]
+        inputs = self.processor(images, text=[prompt], max_new_tokens=self.max_new_tokens)
         result = self.model.diffusion_generate(
             inputs=dict(inputs), processor=self.processor, **self.options
         )

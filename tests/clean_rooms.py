@@ -1,4 +1,4 @@
-"""Where a user has less than the developer: a Hub cache instead of a folder, few packages."""
+"""Sets up what a user has: a Hub cache in place of a folder, and few packages."""
 
 import hashlib
 import importlib.machinery
@@ -37,7 +37,7 @@ def write_hub_cache(source: Path, home: Path, repo_id: str) -> Path:
 
 
 def hide_other_packages(kept: set[str] = REQUIRED):
-    """From here on, only distributions `kept`, and what they depend on, can be imported or found.
+    """Hides all distributions but those `kept`, and what they depend on, from here on.
 
     For a fresh process, before anything else is imported.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints, tiny models and pictures that the tests share."""
+"""Makes the checkpoints, tiny models, images and region masks that the tests share."""
 
 # ruff: noqa: E402  (the environment comes before the imports that read it)
 
@@ -46,13 +46,13 @@ VISION = {
 
 @pytest.fixture(scope="session")
 def vectors() -> Path:
-    """The recorded checkpoints and what the released code computed from them."""
+    """Gives the folder of the recorded checkpoints and of what the released code computed."""
     return VECTORS
 
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
-    """Folder of a recorded checkpoint, by its name, in this package's layout."""
+    """Gives a function that converts a recorded checkpoint, by its name, and returns its folder."""
     root = tmp_path_factory.mktemp("converted")
 
     @functools.cache
@@ -69,7 +69,7 @@ def converted(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def load(converted):
-    """Model and processor of a recorded checkpoint, by its name."""
+    """Gives a function that loads a recorded checkpoint's model and processor, by its name."""
 
     @functools.cache
     def load_once(name: str):
@@ -88,7 +88,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def make_config(tokenizer):
-    """A tiny configuration for `tokenizer`; keywords change it, `text` and `vision` their parts."""
+    """Gives a function that makes a tiny configuration for `tokenizer`.
+
+    Keywords change its fields, `text` and `vision` those of its parts.
+    """
     ids = tokenizer.convert_tokens_to_ids
 
     def make(*, text=None, vision=None, **changes) -> PerceptionDLMConfig:
@@ -117,9 +120,10 @@ def make_config(tokenizer):
 
 @pytest.fixture(scope="session")
 def make(make_config, tokenizer):
-    """A tiny model with loud random weights and its processor; the same pair for the same call.
+    """Gives a function that makes a tiny model and its processor; equal calls share a pair.
 
-    Loud: every norm, bias and embedding matters, and predictions differ from place to place.
+    The random weights are loud: every norm, bias and embedding matters, and predictions differ
+    from place to place.
     """
     pairs = {}
 
@@ -128,14 +132,15 @@ def make(make_config, tokenizer):
         if key not in pairs:
             config = make_config(**changes)
             model = PerceptionDLMForConditionalGeneration(config).eval()
-            randomise(model, seed)
+            randomize(model, seed)
             pairs[key] = model, PerceptionDLMProcessor.from_config(config, tokenizer)
         return pairs[key]
 
     return make_once
 
 
-def randomise(model: torch.nn.Module, seed: int):
+def randomize(model: torch.nn.Module, seed: int):
+    """Draws loud weights: large enough that a change in any of them shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in sorted(model.named_parameters()):
         noise = torch.randn(weight.shape, generator=generator)
@@ -149,7 +154,7 @@ def randomise(model: torch.nn.Module, seed: int):
 
 @pytest.fixture(scope="session")
 def picture():
-    """A smooth, asymmetric picture of a size (width, height); another for another seed."""
+    """Gives a function that draws a smooth, asymmetric image; another for another seed."""
 
     def draw(width: int, height: int, seed: int = 0) -> Image.Image:
         noise = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
@@ -160,7 +165,10 @@ def picture():
 
 @pytest.fixture(scope="session")
 def blobs():
-    """Irregular masks, uint8 arrays, that may overlap, of distinct areas."""
+    """Gives a function that draws irregular region masks of distinct areas, which may overlap.
+
+    They are uint8 arrays (H, W): 0 outside, 255 inside, or any value above 0 with `soft`.
+    """
 
     def draw(width: int, height: int, count: int, seed: int = 0, soft: bool = False) -> list:
         rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Checkpoints in other layouts made from the fixtures, and the replay of the reference vectors.
+"""Makes checkpoints in other layouts from the fixtures, and replays the reference vectors.
 
 Run as a script with folders, it replays the vectors in a process that cannot import this package
 and prints what came out as JSON.
@@ -34,7 +34,7 @@ ORIGINAL_NAMES = {
 
 
 def copy_source(name: str, target: Path) -> Path:
-    """A checkpoint of the fixtures to be spoilt."""
+    """Copies a checkpoint of the fixtures, to be spoiled."""
     return Path(shutil.copytree(VECTORS / name, target))
 
 
@@ -65,14 +65,14 @@ def split_weights(folder: Path, count: int = 2):
 
 
 def language_tensors(dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """The fixture Base's language model under Llama's names."""
+    """Returns the fixture Base's language model under Llama's names."""
     prefix = "language_model."
     tensors = load_file(VECTORS / "released-base" / "model.safetensors")
     return {k[len(prefix) :]: v.to(dtype) for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def make_llada(target: Path, *, original: bool, dtype=torch.float32, rows: int = 512) -> Path:
-    """A LLaDA checkpoint, under its own names or Llama's, that knows nothing of pictures."""
+    """Makes a LLaDA checkpoint, under its own names or Llama's, that knows nothing of images."""
     target.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(VECTORS / "released-llava" / name, target / name)
@@ -90,14 +90,14 @@ def make_llada(target: Path, *, original: bool, dtype=torch.float32, rows: int =
 
 
 def original_name(name: str) -> str:
-    """A Llama name in LLaDA's own code."""
+    """Returns a Llama name as LLaDA's own code has it."""
     for llama, original in ORIGINAL_NAMES.items():
         name = name.replace(llama, original)
     return name
 
 
 def original_config(config: dict) -> dict:
-    """A Llama config in the fields of LLaDA's own code, as GSAI-ML/LLaDA-8B-Instruct has them."""
+    """Writes a Llama config in the fields of LLaDA's own code, as GSAI-ML/LLaDA-8B-Instruct has."""
     return {
         "model_type": "llada",
         "activation_type": "silu",
@@ -122,7 +122,7 @@ def original_config(config: dict) -> dict:
 
 
 def make_siglip(target: Path, *, whole: bool, old_names: bool = False) -> Path:
-    """A SigLIP folder: the whole model, or its vision part under its new or old names."""
+    """Makes a SigLIP folder: the whole model, or its vision part under its new or old names."""
     target.mkdir()
     prefix = "vision_model." if whole or old_names else "vision_model.vision_model."
     tensors = load_file(VECTORS / "released-base" / "model.safetensors")
@@ -139,7 +139,7 @@ def make_siglip(target: Path, *, whole: bool, old_names: bool = False) -> Path:
 
 
 def replay_in_fresh_process(folders: dict[str, Path], cwd: Path) -> dict:
-    """What the Auto classes make of converted folders where this package cannot be imported."""
+    """Replays the cases of converted folders where this package cannot be imported."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(cwd / "modules"), "HF_HUB_OFFLINE": "1"}
     arguments = [f"{kind}={folder}" for kind, folder in folders.items()]
@@ -155,12 +155,12 @@ def replay_in_fresh_process(folders: dict[str, Path], cwd: Path) -> dict:
 
 
 def deviation(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest magnitude."""
+    """Returns the largest difference, relative to the largest magnitude."""
     return float((got - expected).abs().max() / expected.abs().max())
 
 
 def replay_region(model, processor, vectors: Path, case: dict) -> dict:
-    """One region case: inputs, features, first-step logits, captions."""
+    """Replays one region case: inputs, features, first-step logits, captions."""
     v = load_file(vectors / f"{case['name']}.safetensors")
     picture, masks = vectors / f"{case['name']}.png", [vectors / m for m in case["masks"]]
     inputs = processor(picture, masks=masks, caption_length=case["gen_length"])
@@ -179,7 +179,7 @@ def replay_region(model, processor, vectors: Path, case: dict) -> dict:
 
 
 def replay_chat(model, processor, vectors: Path, case: dict) -> dict:
-    """One image-level case of Base or LLaDA-V: inputs, first-step logits, answer."""
+    """Replays one question of Base or LLaDA-V: inputs, first-step logits, answer."""
     v = load_file(vectors / f"{case['name']}.safetensors")
     picture, options = vectors / f"{case['name']}.png", dict(case["generation"])
     length = options.pop("gen_length")
@@ -202,14 +202,14 @@ def replay_chat(model, processor, vectors: Path, case: dict) -> dict:
 
 
 def visual_tokens(model, inputs) -> torch.Tensor:
-    """What takes the place of the picture, (tokens, D)."""
+    """Returns what takes the place of the image, (tokens, D)."""
     grids = [tuple(grid) for grid in inputs["image_grids"].tolist()]
     features = model.encode_images(inputs["pixel_values"])
     return model.image_tokens(features, grids, inputs["image_sizes"].tolist())
 
 
 def embeds_of(vectors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Recorded visual tokens, (tokens, D)."""
+    """Returns the recorded visual tokens, (tokens, D)."""
     name = "image_embeds" if "image_embeds" in vectors else "vision_embeds"
     return vectors[name].flatten(0, -2)
 
@@ -223,14 +223,14 @@ CASES = {
 
 
 def case_names(kind: str) -> list[str]:
-    """The recorded cases of a kind of checkpoint."""
+    """Returns the names of the recorded cases of a kind of checkpoint."""
     vectors, key, _ = CASES[kind]
     return [case["name"] for case in json.loads((vectors / "manifest.json").read_text())[key]]
 
 
 @torch.no_grad()
 def replay(kind: str, folder: str) -> dict:
-    """Every recorded case of a kind, through the Auto classes."""
+    """Replays every recorded case of a kind through the Auto classes."""
     from transformers import AutoModel, AutoProcessor
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()

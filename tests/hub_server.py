@@ -1,4 +1,4 @@
-"""A Hub on loopback: enough of its HTTP protocol for the real client to publish and to download.
+"""Plays a Hub on loopback: enough of its HTTP protocol for the real client to up- and download.
 
 Repositories are branches of commits, each a tree of path to blob; large files live apart, by their
 SHA-256, as the Hub's do. Faults can be planted. What the protocol has beside this (Xet, datasets,
@@ -37,7 +37,7 @@ class Blob:
 
 @dataclass
 class Repository:
-    """Branches name commits, commits are trees."""
+    """Holds the branches, which name commits, and the commits, which are trees."""
 
     private: bool
     branches: dict[str, str] = field(default_factory=dict)
@@ -93,8 +93,10 @@ class HubServer:
         self.server.server_close()
 
     def fail(self, method: str, path: str, *, after: int = 0, status: int | None = 403):
-        """Plants a fault: once `after` such requests have passed, one is refused with `status`,
-        or, with None, cut off in the middle."""
+        """Plants a fault in one request, once `after` such requests have passed.
+
+        It is refused with `status` or, with None, cut off in the middle.
+        """
         self.faults.append([method, re.compile(path), after, status])
 
     def files(self, repo_id: str, revision: str = "main") -> set[str]:
@@ -109,7 +111,7 @@ class HubServer:
         return sum(m == method and bool(re.search(path, p)) for m, p in self.requests)
 
     def uploads(self) -> Counter:
-        """How often each large file was sent."""
+        """Counts how often each large file was sent."""
         return Counter(p for m, p in self.requests if m == "PUT")
 
 

@@ -1,9 +1,9 @@
-"""Tiny LLaDA-V models of many shapes, with loud random weights."""
+"""Makes tiny LLaDA-V models of many shapes, with loud random weights."""
 
 import functools
 
 import torch
-from conftest import TEXT, VISION, randomise
+from conftest import TEXT, VISION, randomize
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
@@ -17,8 +17,10 @@ VISION_SHAPES = {
 
 
 def maker(load):
-    """A function that makes a model and its processor; the same pair for the same call. Tokenizer,
-    template and special tokens are the recorded checkpoint's."""
+    """Gives a function that makes a model and its processor; equal calls share a pair.
+
+    Tokenizer, template and special tokens are the recorded checkpoint's.
+    """
     recorded, saved = load("released-llava")
 
     @functools.cache
@@ -33,7 +35,7 @@ def maker(load):
         }
         config = PerceptionDLMConfig.from_dict(fields)
         model = PerceptionDLMForConditionalGeneration(config).eval()
-        randomise(model, seed)
+        randomize(model, seed)
         with torch.no_grad():
             for name in loud:
                 model.get_output_embeddings().weight[getattr(config, name)] *= 2.5
@@ -44,6 +46,6 @@ def maker(load):
 
 
 def deviation(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest magnitude."""
+    """Returns the largest difference over the largest magnitude."""
     assert got.shape == expected.shape
     return float((got - expected).abs().max() / expected.abs().max())

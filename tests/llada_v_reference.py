@@ -1,4 +1,4 @@
-"""LLaDA-V's way with pictures, prompts and answers again, plainly, from its description alone.
+"""Does again what LLaDA-V does with images, prompts and answers, from its description alone.
 
 Nothing is shared with the package; the network itself is `reference.Network`. Loops over canvases,
 cells and positions.
@@ -22,7 +22,7 @@ SYSTEM = (
 
 
 def best_canvas(width: int, height: int, side: int) -> tuple[int, int]:
-    """Tiles across and down."""
+    """Returns the tiles across and down."""
     best = None
     for i in range(1, 7):
         for j in range(1, 7):
@@ -35,7 +35,7 @@ def best_canvas(width: int, height: int, side: int) -> tuple[int, int]:
 
 
 def cut(picture: Image.Image, canvas: tuple[int, int], side: int) -> np.ndarray:
-    """uint8 (T, side, side, 3): the squeezed picture, then the canvas row by row."""
+    """Cuts tiles, uint8 (T, side, side, 3): the squeezed image, then the canvas row by row."""
     across, down = canvas
     scale_x, scale_y = across * side / picture.width, down * side / picture.height
     if scale_x < scale_y:
@@ -53,7 +53,7 @@ def cut(picture: Image.Image, canvas: tuple[int, int], side: int) -> np.ndarray:
 
 
 def cut_padded(picture: Image.Image, side: int) -> np.ndarray:
-    """uint8 (1, side, side, 3): one of several pictures, on a grey square."""
+    """Makes the only tile, uint8 (1, side, side, 3), of one of several images, on a gray square."""
     long = max(picture.size)
     grey = np.full((long, long, 3), 127, np.uint8)
     left, top = (long - picture.width) // 2, (long - picture.height) // 2
@@ -62,8 +62,10 @@ def cut_padded(picture: Image.Image, side: int) -> np.ndarray:
 
 
 def rows_with_newlines(features, canvas, size, newline, most: int) -> torch.Tensor:
-    """Visual tokens of the features (T, n * n, D) of a picture's tiles; `size` is its width and
-    height, `most` how many tiles' worth of cells its map may have."""
+    """Joins the features (T, n * n, D) of an image's tiles to visual tokens.
+
+    `size` is the image's width and height; its map may have the cells of `most` tiles.
+    """
     across, down = canvas
     unit = math.isqrt(features.shape[1])
     cells = [
@@ -91,7 +93,7 @@ def rows_with_newlines(features, canvas, size, newline, most: int) -> torch.Tens
 
 
 def shrink(cells, rows: int, columns: int):
-    """Bilinear, without anti-aliasing, between cell centres."""
+    """Resizes bilinearly, without anti-aliasing, between the centers of cells."""
     h, w = len(cells), len(cells[0])
 
     def places(count, length):
@@ -111,16 +113,16 @@ def shrink(cells, rows: int, columns: int):
 
 
 def visual_tokens(network: reference.Network, pictures: list[Image.Image]) -> list[torch.Tensor]:
-    """What replaces each picture of one prompt."""
+    """Returns the tokens that replace each image of one prompt."""
     side = network.config.vision_config.image_size
     newline = network.weights["image_newline"]
     if len(pictures) > 1:
-        tiles = [reference.normalise(cut_padded(picture, side)) for picture in pictures]
+        tiles = [reference.normalize(cut_padded(picture, side)) for picture in pictures]
         return [torch.cat([network.vision(tile)[0], newline[None]]) for tile in tiles]
     out = []
     for picture in pictures:
         canvas = best_canvas(*picture.size, side)
-        features = network.vision(reference.normalise(cut(picture, canvas, side)))
+        features = network.vision(reference.normalize(cut(picture, canvas, side)))
         most = network.config.anyres_max_tiles
         out.append(rows_with_newlines(features, canvas, picture.size, newline, most))
     return out
@@ -130,7 +132,7 @@ def visual_tokens(network: reference.Network, pictures: list[Image.Image]) -> li
 
 
 def prompt_of(turns: list[tuple[str, str]]) -> str:
-    """The rendered conversation of (role, text), up to the assistant's next words."""
+    """Renders a conversation of (role, text), up to the assistant's next words."""
     text = "<|startoftext|>"
     if turns[0][0] != "system":
         turns = [("system", SYSTEM), *turns]
@@ -140,7 +142,7 @@ def prompt_of(turns: list[tuple[str, str]]) -> str:
 
 
 class Conversation:
-    """Logits of the answer to a rendered prompt with its pictures."""
+    """Predicts the logits of the answer to a rendered prompt with its images."""
 
     def __init__(self, network: reference.Network, tokenizer, text: str, pictures=()):
         self.network = network
@@ -159,7 +161,7 @@ class Conversation:
         self.prompt = torch.cat(parts)
 
     def logits(self, answer: list[int]) -> torch.Tensor:
-        """(len(answer), V)."""
+        """Returns logits (len(answer), V)."""
         hidden = torch.cat([self.prompt, self.network.embed(torch.tensor(answer))])
         length = len(hidden)
         everything = torch.ones(length, length, dtype=torch.bool)
@@ -167,8 +169,11 @@ class Conversation:
 
 
 def answer(predict, length, steps, block, *, mask, suppressed, stops) -> tuple[list[int], int]:
-    """LLaDA-V's sampler, in which what is masked is what holds the mask token: the ids, and where
-    the first stop stands (`length`: nowhere). `predict(ids)` gives logits (length, V)."""
+    """Samples as LLaDA-V does, where a position is masked that holds the mask token.
+
+    `predict(ids)` gives logits (length, V). Returns the ids, and where the first stop stands
+    (`length` where there is none).
+    """
     ids, stop = [mask] * length, length
     for first in range(0, length, block):
         if stop <= first:

@@ -1,7 +1,8 @@
-"""The same system again, plainly, from its description alone: what the tests compare with.
+"""Computes the whole system again, plainly, from its description: what the tests compare with.
 
-Nothing is shared with the package. Float64, loops over pixels, patches, boxes and positions, no
-cache, every pass computes everything. Weights are a model's `state_dict()`, shapes its config.
+Nothing is shared with the package. It works in float64, by loops over pixels, patches, boxes and
+positions, without a cache: every forward pass computes everything. Weights are a model's
+`state_dict()`, shapes its config.
 """
 
 import math
@@ -12,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-# Pictures.
+# Images: tiles and grids
 
 
 def best_grid(width: int, height: int, side: int, most: int = 6) -> tuple[int, int]:
+    """Returns the (columns, rows) nearest to the image's shape, of at most `most` tiles."""
     grids = []
     for tiles in range(1, most + 1):
         for columns in range(1, tiles + 1):
@@ -32,7 +34,7 @@ def best_grid(width: int, height: int, side: int, most: int = 6) -> tuple[int, i
 
 
 def resize(picture: Image.Image, width: int, height: int) -> np.ndarray:
-    """Bicubic, by Pillow 13's order of passes whichever Pillow there is."""
+    """Resizes bicubically, one axis first as Pillow 13 does, whichever Pillow there is."""
     if picture.height > height and picture.height - height > 2 * (picture.width - width):
         sizes = [(picture.width, height), (width, height)]
     else:
@@ -43,7 +45,7 @@ def resize(picture: Image.Image, width: int, height: int) -> np.ndarray:
 
 
 def cut(picture: Image.Image, grid: tuple[int, int], side: int) -> np.ndarray:
-    """uint8 (T, side, side, 3): tiles row by row, then the thumbnail if there are several."""
+    """Cuts tiles, uint8 (T, side, side, 3), row by row; after several, a thumbnail."""
     columns, rows = grid
     whole = resize(picture, columns * side, rows * side)
     tiles = []
@@ -55,14 +57,16 @@ def cut(picture: Image.Image, grid: tuple[int, int], side: int) -> np.ndarray:
     return np.stack(tiles)
 
 
-def normalise(tiles: np.ndarray) -> torch.Tensor:
+def normalize(tiles: np.ndarray) -> torch.Tensor:
+    """Maps uint8 (T, H, W, 3) to float64 (T, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(tiles.astype(np.float64) / 127.5 - 1).permute(0, 3, 1, 2)
 
 
-# LLaVA's pictures ("anyres").
+# Images as LLaVA takes them ("anyres")
 
 
 def best_canvas(width: int, height: int, side: int) -> tuple[int, int]:
+    """Returns the (columns, rows) that show most of the image's pixels and waste least."""
     best = None
     for columns in range(1, 7):
         for rows in range(1, 7):
@@ -75,7 +79,7 @@ def best_canvas(width: int, height: int, side: int) -> tuple[int, int]:
 
 
 def cut_anyres(picture: Image.Image, grid: tuple[int, int], side: int) -> np.ndarray:
-    """The squeezed picture, then the fitted one on black, tile by tile."""
+    """Cuts tiles: the squeezed image, then the image fitted on black, tile by tile."""
     columns, rows = grid
     canvas = np.zeros((rows * side, columns * side, 3), np.uint8)
     wide, high = columns * side / picture.width, rows * side / picture.height
@@ -93,11 +97,11 @@ def cut_anyres(picture: Image.Image, grid: tuple[int, int], side: int) -> np.nda
 
 
 def anyres_tokens(network, picture: Image.Image) -> torch.Tensor:
-    """Visual tokens of a picture, its newlines included."""
+    """Computes the visual tokens of an image, its newlines included."""
     config = network.config
     side, unit = config.vision_config.image_size, config.cells_per_side
     columns, rows = best_canvas(*picture.size, side)
-    squeezed, *tiles = network.vision(normalise(cut_anyres(picture, (columns, rows), side)))
+    squeezed, *tiles = network.vision(normalize(cut_anyres(picture, (columns, rows), side)))
     cells = [
         [
             tiles[y // unit * columns + x // unit][y % unit * unit + x % unit]
@@ -120,7 +124,7 @@ def anyres_tokens(network, picture: Image.Image) -> torch.Tensor:
 
 
 def shrink(cells: list[list[torch.Tensor]], h: int, w: int) -> list[list[torch.Tensor]]:
-    """Bilinear, pixel centres at halves, borders repeated."""
+    """Shrinks a map bilinearly; the centers of cells are at halves, the borders repeated."""
     grid = torch.stack([torch.stack(row) for row in cells])
     height, width = grid.shape[:2]
 
@@ -133,11 +137,11 @@ def shrink(cells: list[list[torch.Tensor]], h: int, w: int) -> list[list[torch.T
     ]
 
 
-# Regions. A mask is an array (H, W); its pixels are the non-zero ones.
+# Regions: a region mask is an array (H, W); its pixels are the non-zero ones
 
 
 def numbering(masks: list[np.ndarray]) -> list[int]:
-    """Indices of the masks, largest area first, equals as given."""
+    """Returns the indices of the masks, largest area first, equals as given."""
     areas = [int((mask != 0).sum()) for mask in masks]
     order = []
     while len(order) < len(masks):
@@ -147,7 +151,7 @@ def numbering(masks: list[np.ndarray]) -> list[int]:
 
 
 def members(mask: np.ndarray, number: int, grid, side: int, patch: int) -> np.ndarray:
-    """Bool (T, h, w): patches of region `number`, found through an RGB picture as released."""
+    """Finds the patches of region `number`, bool (T, h, w), by way of an RGB image as released."""
     values = np.where(mask != 0, number, 255).astype(np.uint8)
     tiles = cut(Image.fromarray(np.stack([values] * 3, axis=-1)), grid, side)
     h = side // patch
@@ -155,12 +159,13 @@ def members(mask: np.ndarray, number: int, grid, side: int, patch: int) -> np.nd
     for t in range(len(tiles)):
         for y in range(h):
             for x in range(h):
-                normalised = tiles[t, y * patch, x * patch, 0] / 127.5 - 1
-                found[t, y, x] = round((normalised + 1) * 127.5) != 255
+                normalized = tiles[t, y * patch, x * patch, 0] / 127.5 - 1
+                found[t, y, x] = round((normalized + 1) * 127.5) != 255
     return found
 
 
 def box(mask: np.ndarray, inclusive: bool) -> tuple[float, float, float, float]:
+    """Returns the box of a mask, normalized xyxy; `inclusive` of the last row and column."""
     height, width = mask.shape
     rows = [y for y in range(height) if mask[y].any()]
     columns = [x for x in range(width) if mask[:, x].any()]
@@ -174,7 +179,7 @@ def box(mask: np.ndarray, inclusive: bool) -> tuple[float, float, float, float]:
 
 
 def roi_align(cells: torch.Tensor, corners, rows: int, columns: int) -> torch.Tensor:
-    """(rows * columns, D) of a map (h, w, D) and a box xyxy in cells, half a cell subtracted."""
+    """Samples a map (h, w, D) in a box xyxy, in cells, by RoI-align: (rows * columns, D)."""
     h, w, _ = cells.shape
     x0, y0, x1, y1 = (float(c) - 0.5 for c in corners)
     out = []
@@ -191,6 +196,7 @@ def roi_align(cells: torch.Tensor, corners, rows: int, columns: int) -> torch.Te
 
 
 def bilinear(cells: torch.Tensor, y: float, x: float, h: int, w: int) -> torch.Tensor:
+    """Interpolates a map (h, w, D) at a place; more than a cell outside it is zero."""
     if y < -1 or y > h or x < -1 or x > w:
         return torch.zeros_like(cells[0, 0])
     y, x = min(max(y, 0.0), h - 1), min(max(x, 0.0), w - 1)
@@ -202,11 +208,11 @@ def bilinear(cells: torch.Tensor, y: float, x: float, h: int, w: int) -> torch.T
     return upper * (1 - dy) + lower * dy
 
 
-# Network.
+# Network
 
 
 class Network:
-    """The forward pass of a model's weights in float64."""
+    """Runs the forward pass of a model's weights in float64."""
 
     def __init__(self, model):
         self.config = model.config
@@ -226,7 +232,7 @@ class Network:
         return x / scale * self.weights[name + ".weight"]
 
     def vision(self, pixels, prompts=None) -> torch.Tensor:
-        """Features (T, tokens, D) after the connector; prompts (T, P, C) go to the patches."""
+        """Returns features (T, tokens, D) after the connector; prompts (T, P, C) join patches."""
         config, merge = self.config.vision_config, self.config.spatial_merge_size
         p, n = config.patch_size, config.image_size // config.patch_size
         kernel = self.weights["vision_tower.embeddings.patch_embedding.weight"].flatten(1)
@@ -268,7 +274,7 @@ class Network:
         return self.weights["language_model.model.embed_tokens.weight"][torch.as_tensor(ids)]
 
     def text(self, hidden, positions, allowed) -> torch.Tensor:
-        """Logits (L, V) of embeddings (L, D), with `allowed` bool (L, L)."""
+        """Returns logits (L, V) of embeddings (L, D), with `allowed` bool (L, L)."""
         config = self.config.text_config
         theta = config.rope_parameters["rope_theta"]
         half = config.head_dim // 2
@@ -299,17 +305,18 @@ class Network:
 
 
 def rotate(x, angle):
+    """Rotates the halves of each vector by angles: RoPE."""
     first, second = x.chunk(2, -1)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-# Sequences.
+# Sequences
 
 
 @dataclass
 class Sequence:
-    """One prompt with its answers: ids, positions, what may see what, and where things are."""
+    """One prompt with its responses: ids, positions, what may see what, and where things are."""
 
     ids: list[int]
     positions: list[int]
@@ -320,7 +327,7 @@ class Sequence:
 
 
 class Prompt:
-    """Ids under construction, with the columns that each named piece takes."""
+    """Collects ids; every method returns the columns that its piece takes."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -351,7 +358,7 @@ ASK = (
 def released_sequence(
     tokenizer, visual: int, captions: list[list[int]], replay: int = 16
 ) -> Sequence:
-    """The released region prompt; `captions` are the ids of each slot (masks, or a text)."""
+    """Builds the released region prompt; `captions` are the ids of each slot (masks, or a text)."""
     prompt = Prompt(tokenizer)
     prompt.text(SYSTEM)
     pictures = prompt.token("<IMG_CONTEXT>", visual)
@@ -373,7 +380,7 @@ def released_sequence(
 
 
 def draw_released(length: int, replays, blocks) -> torch.Tensor:
-    """Everything sees everything, but a caption block only what is listed for it."""
+    """Draws the mask: everything sees everything, but a caption block only what is its own."""
     allowed = torch.ones(length, length, dtype=torch.bool)
     shared = [*range(replays[0][0]), *range(replays[-1][-1] + 1, blocks[0][0])]
     for replayed, block in zip(replays, blocks, strict=True):
@@ -385,7 +392,7 @@ def draw_released(length: int, replays, blocks) -> torch.Tensor:
 
 
 def independent_sequence(tokenizer, visual: int, number: int, caption: list[int], replay=16):
-    """One region's branch on its trunk, by itself: trunk, RoI tokens and marker, caption."""
+    """Builds one region's branch on its trunk: trunk, RoI tokens and marker, caption."""
     prompt = Prompt(tokenizer)
     prompt.text(SYSTEM)
     pictures = prompt.token("<IMG_CONTEXT>", visual)
@@ -406,8 +413,11 @@ def independent_sequence(tokenizer, visual: int, number: int, caption: list[int]
 def chat_sequence(
     tokenizer, visual: list[int], question: str, answer: list[int], tree: bool = False
 ) -> Sequence:
-    """A question about pictures of `visual` tokens each; in a tree the prompt sees no answer, and
-    nothing up to the last visual token what comes after."""
+    """Builds a question about images of `visual` tokens each.
+
+    In a tree the prompt sees no answer, and nothing up to the last visual token sees what comes
+    after it.
+    """
     prompt = Prompt(tokenizer)
     prompt.text("<|start_header_id|>user<|end_header_id|>\n")
     pictures = []
@@ -426,11 +436,11 @@ def chat_sequence(
     return Sequence(prompt.ids, list(range(length)), allowed, pictures, [], answers)
 
 
-# A picture with its regions, and the two tasks.
+# An image with its regions, and the two tasks
 
 
 class Regions:
-    """A picture's visual and RoI tokens; `masks` arrays in the order given."""
+    """Computes an image's visual and RoI tokens; `masks` are arrays in the order given."""
 
     def __init__(self, network: Network, picture: Image.Image, masks: list[np.ndarray]):
         config = network.config
@@ -451,7 +461,7 @@ class Regions:
                 for p in range(P):
                     if self.patches[t, k].reshape(-1)[p]:
                         added[t, p] += prompts[k]
-        self.pixels = normalise(cut(picture, self.grid, side))
+        self.pixels = normalize(cut(picture, self.grid, side))
         self.visual = network.vision(self.pixels, added)  # (T, tokens, D)
         self.replays = [self._replay(b, released) for b in self.boxes]
 
@@ -479,7 +489,7 @@ class Regions:
         return independent_sequence(tokenizer, visual, number, caption, replay)
 
     def logits(self, sequence: Sequence, ids=None, replays=None) -> torch.Tensor:
-        """(L, V), with `ids` in place of the sequence's own."""
+        """Returns logits (L, V), with `ids` in place of the sequence's own."""
         hidden = self.network.embed(sequence.ids if ids is None else ids).clone()
         hidden[sequence.pictures] = self.visual.flatten(0, 1)
         for columns, tokens in zip(sequence.replays, replays or self.replays, strict=True):
@@ -488,7 +498,7 @@ class Regions:
 
 
 def caption_regions(regions: Regions, tokenizer, length: int, steps: int) -> list[list[int]]:
-    """Captions' ids in the order the masks were given."""
+    """Captions all regions; returns the ids in the order in which the masks were given."""
     mask = regions.network.config.mask_token_id
     slot = [mask] * length
     count = len(regions.order)
@@ -512,7 +522,7 @@ def caption_regions(regions: Regions, tokenizer, length: int, steps: int) -> lis
 
 
 def joint_remasking(predict, sequence: Sequence, steps: int, mask: int) -> list[list[int]]:
-    """The released region sampler: fill all, re-mask the least confident of all."""
+    """Samples as released for regions: fills all positions, remasks the least confident of all."""
     ids = list(sequence.ids)
     columns = [c for answer in sequence.answers for c in answer]
     masked = set(columns)
@@ -531,20 +541,20 @@ def joint_remasking(predict, sequence: Sequence, steps: int, mask: int) -> list[
 
 
 def visual_tokens(network: Network, pictures: list[Image.Image]) -> list[torch.Tensor]:
-    """Of each picture; where there are several, each is a single tile."""
+    """Computes the visual tokens of each image; of several, each is a single tile."""
     side, alone = network.config.vision_config.image_size, len(pictures) == 1
     tokens = []
     for picture in pictures:
         if network.config.image_layout == "tiled":
             grid = best_grid(*picture.size, side) if alone else (1, 1)
-            tokens.append(network.vision(normalise(cut(picture, grid, side))).flatten(0, 1))
+            tokens.append(network.vision(normalize(cut(picture, grid, side))).flatten(0, 1))
         elif alone:
             tokens.append(anyres_tokens(network, picture))
         else:
             longer = max(picture.size)
             square = Image.new("RGB", (longer, longer), (127, 127, 127))
             square.paste(picture, ((longer - picture.width) // 2, (longer - picture.height) // 2))
-            (tile,) = network.vision(normalise(resize(square, side, side)[None]))
+            (tile,) = network.vision(normalize(resize(square, side, side)[None]))
             tokens.append(torch.cat([tile, network.weights["image_newline"][None]]))
     return tokens
 
@@ -561,7 +571,7 @@ def answer_question(
     cfg: float = 0.0,
     tree: bool = False,
 ) -> list[int]:
-    """The released image-level sampler."""
+    """Samples as released for questions: block by block, the most confident positions first."""
     visual = visual_tokens(network, pictures)
     mask = network.config.mask_token_id
     sequence = chat_sequence(tokenizer, [len(v) for v in visual], question, [mask] * length, tree)
@@ -596,7 +606,7 @@ def answer_question(
 
 
 def diffusion_loss(logits_of, ids, labels, t: float, noise, mask: int) -> float:
-    """LLaDA's loss of one sample; `logits_of(ids)` gives (L, V)."""
+    """Returns LLaDA's loss of one sample; `logits_of(ids)` gives (L, V)."""
     p = (1 - 1e-3) * t + 1e-3
     targets = [i for i, label in enumerate(labels) if label != -100]
     masked = [i for i in targets if noise[i] < p]

@@ -1,4 +1,4 @@
-"""A server on loopback for tests: an application run by the real uvicorn, in a thread."""
+"""Serves an application on loopback, run by the real uvicorn in a thread."""
 
 import base64
 import contextlib
@@ -43,7 +43,7 @@ def served(
 
 
 def data_url(content, kind: str = "image/png") -> str:
-    """A picture, path or bytes as a data URL."""
+    """Encodes an image, a path or bytes as a data URL."""
     if hasattr(content, "save"):
         buffer = io.BytesIO()
         content.save(buffer, "PNG")
@@ -54,21 +54,21 @@ def data_url(content, kind: str = "image/png") -> str:
 
 
 def image_part(content, kind: str = "image/png") -> dict:
-    """An image part of a message."""
+    """Makes the image part of a message."""
     url = content if isinstance(content, str) else data_url(content, kind)
     return {"type": "image_url", "image_url": {"url": url}}
 
 
 def mask_part(mask) -> dict:
-    """A mask part of a message, this server's own."""
+    """Makes a mask part of a message, this server's own extension."""
     return {"type": "mask", "mask": mask}
 
 
 def text_part(text: str) -> dict:
-    """A text part of a message."""
+    """Makes a text part of a message."""
     return {"type": "text", "text": text}
 
 
 def user(*parts: dict) -> list[dict]:
-    """A conversation of one message."""
+    """Makes a conversation of one message."""
     return [{"role": "user", "content": list(parts)}]

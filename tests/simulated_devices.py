@@ -1,4 +1,4 @@
-"""Several devices played on one CPU: tensors that say where they are, and refuse to be mixed."""
+"""Plays several devices on one CPU: tensors say where they are, and refuse to be mixed."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,7 +57,7 @@ def run_placed(func, args, kwargs: dict):
 
 
 class SimulatedDevices(TorchDispatchMode):
-    """Inside it `FIRST`, `SECOND` and `THIRD` are devices.
+    """Makes `FIRST`, `SECOND` and `THIRD` devices inside the context.
 
     `torch.tensor` and generators do not pass through a mode, so they are replaced meanwhile, and
     autocast is off, which would ask the device's driver.

@@ -38,7 +38,7 @@ def test_the_published_way_and_the_exact_one_give_the_same_ids(mini):
     tokenizer = workload.build_tokenizer()
     model = workload.build_model("mini", tokenizer, "cpu")
     processor = workload.set_layout(model, tokenizer, "released")
-    inputs = workload.region_inputs(processor, regions=8, images=1, caption_length=6)
+    inputs = workload.region_inputs(processor, num_regions=8, num_images=1, caption_length=6)
     plain = caption_regions_plainly(model, inputs, steps=4)
     ours = model.diffusion_generate(inputs=inputs, steps=4).token_ids
     assert plain == [[token for caption in row for token in caption] for row in ours]

@@ -9,7 +9,7 @@ from perceptiondlm.evaluation import benchmarks
 from perceptiondlm.evaluation.benchmarks import load_benchmark
 from PIL import Image
 
-SIZE = (40, 60)  # height, width of the pictures below
+SIZE = (40, 60)  # height, width of the images below
 CHOICES = [["It is red.", 1], ["It is not mentioned.", 0], ["It is blue.", -1]]
 QUESTIONS = [
     {"question": "Which applies?", "choices": CHOICES, "type": "positive"},
@@ -33,7 +33,7 @@ def box_rle(x0: int, y0: int, x1: int, y1: int, size=SIZE) -> dict:
 
 
 def write_paradlc(folder: Path, images: int = 2, regions: int = 2) -> Path:
-    """A folder in ParaDLC-Bench's form with pictures and two questions a region."""
+    """A folder in ParaDLC-Bench's form with images and two questions a region."""
     (folder / "images").mkdir(parents=True)
     content = []
     for i in range(images):
@@ -42,8 +42,8 @@ def write_paradlc(folder: Path, images: int = 2, regions: int = 2) -> Path:
             {"index": r, "category_name": "dog", "mask_rle": box_rle(5 + 9 * r, 4, 12 + 9 * r, 20)}
             for r in range(regions)
         ]
-        picture = {"image_id": f"7{i}", "file_name": f"{i}.png", "annotations": found}
-        content.append({**picture, "height": SIZE[0], "width": SIZE[1]})
+        image = {"image_id": f"7{i}", "file_name": f"{i}.png", "annotations": found}
+        content.append({**image, "height": SIZE[0], "width": SIZE[1]})
     keys = [f"{image['image_id']}_{a['index']}" for image in content for a in image["annotations"]]
     write(folder / "annotations.json", content)
     write(folder / "class_names.json", {key: f"hound {key}" for key in keys})
@@ -97,12 +97,12 @@ def test_a_coco_folder_with_questions_is_keyed_by_annotation(tmp_path):
 
 def test_a_coco_file_of_ones_own_needs_no_questions(tmp_path):
     file = write_coco(tmp_path, "mine.json")
-    benchmark = load_benchmark(file, images=tmp_path / "pictures")
+    benchmark = load_benchmark(file, images=tmp_path / "photos")
     assert benchmark.questions == {}
-    assert benchmark.samples[0].image_path == tmp_path / "pictures" / "a.png"
+    assert benchmark.samples[0].image_path == tmp_path / "photos" / "a.png"
 
 
-def test_polygons_become_masks_of_the_pictures_size(tmp_path):
+def test_polygons_become_masks_of_the_image_s_size(tmp_path):
     from pycocotools import mask as coco
 
     sample = load_benchmark(write_coco(tmp_path)).samples[1]

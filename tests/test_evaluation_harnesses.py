@@ -131,7 +131,7 @@ def test_unknown_options_and_videos_are_refused(lmms_model):
     with pytest.raises(ValueError, match=r"got \['stepz'\]"):
         lmms_model(stepz=3)
     asked = requests("generate_until", lambda doc: ["film.mp4"], {}, 1)
-    with pytest.raises(ValueError, match="expected pictures for task, document 0, got str"):
+    with pytest.raises(ValueError, match="expected images for task, document 0, got str"):
         lmms_model().generate_until(asked)
 
 
@@ -190,7 +190,7 @@ def test_a_message_is_answered_as_the_same_question(adapter, pair, picture):
     assert wrapped.generate(message) == expected.texts[0][0]
 
 
-def test_pictures_stand_where_the_message_has_them(adapter, pair, picture, monkeypatch):
+def test_images_stand_where_the_message_has_them(adapter, pair, picture, monkeypatch):
     model, processor = pair
     seen = []
     monkeypatch.setattr(

@@ -31,7 +31,7 @@ def known_scenes() -> dict:
 class SeeingModel:
     """Knows every scene by heart, and says of each region that it is red.
 
-    A caption has 4 tokens before the end of turn; a pass takes as many forwards as steps.
+    A caption has 4 tokens before the end of turn; a group takes as many forward passes as steps.
     """
 
     device, dtype = torch.device("cpu"), torch.float32
@@ -119,7 +119,7 @@ def test_regions_can_go_one_at_a_time(model, scenes):
     model.calls.clear()
     alone = describe(model, scenes, regions_per_pass=1)
     assert together.captions == alone.captions
-    assert alone.passes == sum(len(scene.objects) for scene in scenes)
+    assert alone.num_groups == sum(len(scene.objects) for scene in scenes)
     assert {len(own) for call in model.calls for own in call["masks"] or []} == {1}
 
 

@@ -32,7 +32,7 @@ END, PAD = 7, 8  # end of turn, end of text
 
 
 class FakeModel:
-    """Captions a region by the left edge of its mask, in 4 forwards a picture.
+    """Captions a region by the left edge of its mask, in 4 forward passes per image.
 
     Of each caption's 6 positions the first 2 come before the end of turn. `fail_at` is the call
     that ends like a kill.
@@ -87,7 +87,7 @@ def test_every_region_gets_the_caption_of_its_own_mask(samples, output):
     assert list(json.loads(output.read_text()).items()) == list(EXPECTED.items())
 
 
-def test_regions_of_one_picture_go_together_in_batches(samples, output):
+def test_regions_of_one_image_go_together_in_batches(samples, output):
     model = FakeModel()
     mixed = [*samples[::2], *samples[1::2]]
     prediction = run(mixed, output, model, batch_size=2)
@@ -153,7 +153,7 @@ def run_shards(samples, output, models: list[FakeModel]) -> list:
     return results
 
 
-def test_shards_share_the_pictures_and_the_first_merges(samples, output):
+def test_shards_share_the_images_and_the_first_merges(samples, output):
     models = [FakeModel(), FakeModel(), FakeModel()]
     merged, *rest = run_shards(samples, output, models)
     assert merged.captions == read_json(output) == EXPECTED and rest == [None, None]

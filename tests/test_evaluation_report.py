@@ -36,7 +36,7 @@ def test_interference_counts_questions_about_other_regions_alone():
         "a": ["Yes", "said", "unsaid", "said"],
         "b": ["Yes", "unsaid"],
         "c": ["Yes", "said"],
-        "d": ["No", "unsaid"],  # not recognised: earns nothing
+        "d": ["No", "unsaid"],  # not recognized: earns nothing
     }
     found = interference(questions, score_benchmark(questions, answers).regions)
     assert found == {
@@ -77,7 +77,7 @@ def test_coverage_tells_missing_unanswered_and_unmatched_apart():
     }
 
 
-def test_intervals_are_those_of_a_plain_bootstrap_over_pictures():
+def test_intervals_are_those_of_a_plain_bootstrap_over_images():
     draw = np.random.default_rng(3)
     image_of = {str(i): str(i // 3) for i in range(90)}
     regions = {

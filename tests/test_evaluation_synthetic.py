@@ -87,7 +87,7 @@ def test_missing_captions_are_reported_and_wrong(tmp_path, bench):
     assert scores["summary"]["average_positive"] == pytest.approx(1 - 1 / len(truth))
 
 
-def test_written_masks_and_pictures_are_the_scenes_own(tmp_path, bench):
+def test_written_masks_and_images_are_the_scenes_own(tmp_path, bench):
     from types import SimpleNamespace
 
     import numpy as np

@@ -39,7 +39,7 @@ def test_tiles_equal_the_plain_ones(process, picture, size):
     pixels = process(image)["pixel_values"]
     assert pixels.dtype == torch.float32
     assert np.array_equal(as_bytes(pixels), expected)
-    assert torch.allclose(pixels.double(), reference.normalise(expected), rtol=0, atol=1e-7)
+    assert torch.allclose(pixels.double(), reference.normalize(expected), rtol=0, atol=1e-7)
 
 
 def test_grids_equal_the_plain_ones_for_random_sizes():

@@ -4,9 +4,6 @@ import time
 
 import numpy as np
 import pytest
-from perceptiondlm.evaluation.benchmarks import load_benchmark
-from perceptiondlm.evaluation.files import write_json
-from perceptiondlm.image_loading import load_mask
 from perceptiondlm.image_masks import decode_rle, encode_rle, fill_polygons
 from pycocotools import mask as coco
 
@@ -107,23 +104,6 @@ def test_several_polygons_are_their_union_as_coco_merges_them():
     for _ in range(50):
         polygons = [random_polygons("reaching out", rng) for _ in range(4)]
         assert np.array_equal(fill_polygons(polygons, (50, 40)), coco_fill(polygons, 50, 40))
-
-
-def test_a_polygon_has_the_same_pixels_in_the_loader_and_in_a_benchmark(tmp_path):
-    angles = np.linspace(0, 2 * np.pi, 50, endpoint=False)
-    points = np.stack([30 + 19.3 * np.cos(angles), 25 + 18.1 * np.sin(angles)], 1)
-    polygon = points.ravel().tolist()
-    write_json(
-        tmp_path / "own.json",
-        {
-            "images": [{"id": 1, "file_name": "a.png", "height": 50, "width": 60}],
-            "annotations": [{"id": 2, "image_id": 1, "segmentation": [polygon]}],
-        },
-    )
-    (sample,) = load_benchmark(tmp_path / "own.json").samples
-    expected = coco_fill([polygon], 60, 50)
-    assert np.array_equal(np.asarray(load_mask(sample.mask, (60, 50))) > 0, expected)
-    assert np.array_equal(np.asarray(load_mask([polygon], (60, 50))) > 0, expected)
 
 
 def test_thousands_of_polygons_and_points_are_filled_in_time():

@@ -85,14 +85,14 @@ def test_another_model_or_caption_is_asked_anew(folder):
         assert server.answered == 2 * CALLS + 3
 
 
-def test_pictures_are_shown_with_the_question(folder):
+def test_images_are_shown_with_the_question(folder):
     with serving(lambda _, body: letter_of(body)) as server:
         assert main(command(folder, server.url, mode="image")) == 0
         content = server.requests[0]["messages"][0]["content"]
     assert [p["type"] for p in content] == ["text", "image_url", "text", "image_url", "text"]
 
 
-def test_a_missing_picture_is_noticed_before_anything_is_paid_for(folder, capsys):
+def test_a_missing_image_is_noticed_before_anything_is_paid_for(folder, capsys):
     (folder / "bench" / "images" / "2.png").unlink()
     with serving(lambda _, body: letter_of(body)) as server:
         assert main(command(folder, server.url, mode="image")) == 2

@@ -179,15 +179,35 @@ def test_an_answer_slower_than_the_time_out_is_asked_for_again(monkeypatch):
     assert answer == "A" and len(server.requests) == 2
 
 
-def test_retry_after_is_honoured(monkeypatch):
+def test_retry_after_is_honored(monkeypatch):
     _, server, _ = ask_of([error(429, Retry_After="0.5"), completion("A")], monkeypatch)
     assert server.times[1] - server.times[0] >= 0.5
 
 
-def test_delays_double_up_to_the_longest():
-    policy = RetryPolicy(first_delay=1, longest_delay=5)
-    for attempt, longest in enumerate([1, 2, 4, 5, 5]):
-        assert longest / 2 <= policy.delay(attempt) <= longest
+def test_a_retry_after_of_minutes_is_honored_too(monkeypatch):
+    replies = [error(429, Retry_After="300"), completion("A")]
+    with serving(lambda number, _: replies[number]) as server:
+        judge, waits = endpoint(server.url, monkeypatch), []
+        monkeypatch.setattr(judge.stop, "wait", waits.append)
+        assert judge.ask(MESSAGES) == "A"
+    assert waits == [300]
+
+
+def test_a_stopped_run_waits_for_nothing_and_asks_nothing_more(monkeypatch):
+    with serving(lambda *_: error(429, Retry_After="300")) as server:
+        judge = endpoint(server.url, monkeypatch)
+        threading.Timer(0.3, judge.stop.set).start()
+        start = time.monotonic()
+        with pytest.raises(JudgeFailure, match="stopped"):
+            judge.ask(MESSAGES)
+        assert time.monotonic() - start < 5
+        assert len(server.requests) == judge.budget.spent == 1
+
+
+def test_delays_double_up_to_a_maximum():
+    policy = RetryPolicy(first_delay=1, max_delay=5)
+    for attempt, delay in enumerate([1, 2, 4, 5, 5]):
+        assert delay / 2 <= policy.delay(attempt) <= delay
 
 
 def test_a_retry_after_that_is_too_long_ends_the_run(monkeypatch):

@@ -38,7 +38,7 @@ def test_the_published_way_and_the_exact_one_give_the_same_answers(mini, steps):
     tokenizer = workload.build_tokenizer()
     model = workload.build_model("mini", tokenizer, "cpu")
     processor = workload.set_layout(model, tokenizer, "released")
-    inputs = workload.question_inputs(processor, images=2, max_new_tokens=8)
+    inputs = workload.question_inputs(processor, num_images=2, max_new_tokens=8)
     plain = answer_questions_plainly(model, inputs, steps)
     ours = model.diffusion_generate(inputs=inputs, steps=steps).token_ids
     assert plain == [row[0] for row in ours]

@@ -1,4 +1,4 @@
-"""Very small recipes, and what tests read off their runs."""
+"""Makes very small recipes, and reads off what tests look at in their runs."""
 
 import functools
 import tempfile
@@ -37,14 +37,14 @@ TINY = {
 
 @functools.cache
 def small_tokenizer() -> str:
-    """Folder of a tokenizer to which every word of a scene is one token."""
+    """Saves a tokenizer to which every word of a scene is one token; returns its folder."""
     folder = tempfile.mkdtemp(prefix="perceptiondlm-tokenizer-")
     train_tokenizer(iter_corpus(100), 512).save_pretrained(folder)
     return folder
 
 
 def recipe_values(output: Path, **sections) -> dict:
-    """A recipe of a few steps as plain values; keywords replace options of its sections."""
+    """Returns a recipe of a few steps as plain values; keywords replace options of sections."""
     values = {
         "model": {"config": TINY, "tokenizer": small_tokenizer(), "max_tiles": 2},
         "data": {"kind": "synthetic", "scenes": 24, "caption_length": 12},
@@ -70,7 +70,7 @@ def recipe_values(output: Path, **sections) -> dict:
 
 
 def small_recipe(output: Path, **sections) -> Recipe:
-    """`recipe_values` as a recipe."""
+    """Returns `recipe_values` as a recipe."""
     return build_recipe(recipe_values(output, **sections))
 
 

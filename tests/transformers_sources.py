@@ -1,4 +1,4 @@
-"""transformers' own common tests, from the source distribution of the version installed.
+"""Fetches transformers' own common tests, from the source distribution of the installed version.
 
 Run as a script this downloads them. What they import beside each other and the distribution lacks
 is replaced: the tests of generation and of exporting by empty classes, the fetching of images from
@@ -36,7 +36,7 @@ def fetch():
 
 
 def load(name: str):
-    """A module of the tests, by its file's name."""
+    """Imports a module of the tests by its file's name."""
     if PACKAGE not in sys.modules:
         _prepare()
     return importlib.import_module(f"{PACKAGE}.{name}")
