@@ -68,7 +68,7 @@ def write_bytes(path: str | Path, data: bytes):
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:  # the umask has its say
-            _lock(file.fileno())  # tells that its writer lives
+            lock_handle(file.fileno())  # tells that its writer lives
             file.write(data)
             file.flush()
             _keep_owner_and_mode(target, file.fileno())
@@ -179,7 +179,7 @@ def _open_locked(path: Path) -> int | None:
         except FileNotFoundError:  # the folder went between the two calls
             continue
         try:
-            if not _lock(handle):
+            if not lock_handle(handle):
                 os.close(handle)
                 return None
             if _is_same_file(handle, path):
@@ -193,7 +193,7 @@ def _open_locked(path: Path) -> int | None:
 @contextmanager
 def locked(file) -> Iterator[None]:
     """Holds the lock of an open file, when others have let it go."""
-    _lock(file.fileno(), wait=True)
+    lock_handle(file.fileno(), wait=True)
     try:
         yield
     finally:
@@ -201,7 +201,7 @@ def locked(file) -> Iterator[None]:
             fcntl.flock(file.fileno(), fcntl.LOCK_UN)
 
 
-def _lock(handle: int, wait: bool = False) -> bool:
+def lock_handle(handle: int, wait: bool = False) -> bool:
     """Locks an open file; False where another has it. Where there are no locks all are free."""
     if fcntl is None:
         return True

@@ -22,13 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from ..common.folders import OutputExists, clear_unfinished, expect_folder, new_folder
+from ..common.loading import CheckpointError
 from ..configuration_perceptiondlm import AUTO_MAP
 from ..generation_options import take_defaults
-from .files import (
-    ConversionError,
-    fetch,
-)
-from .output import OutputExists, clear_unfinished, expect_folder, new_folder
+from .files import fetch
 from .sources import Source, read_source
 
 MODEL_CLASS = "PerceptionDLMForConditionalGeneration"
@@ -36,10 +34,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class VerificationFailed(ConversionError):
+class VerificationFailed(CheckpointError):
     """What was written does not equal the source."""
-
-    exit_code = 11
 
 
 # As it is named, not as it resolves: the files of a Hub snapshot are links into `blobs/`, where
@@ -74,8 +70,8 @@ def convert(
         verify: before the output appears, reload it through the Auto classes, compare every tensor
             with the source bit for bit, and run a forward pass on a random picture.
 
-    Returns the output's path. Raises a `ConversionError` (a ValueError; for files also a
-    FileNotFoundError or FileExistsError) that says what was expected and what came, or OSError
+    Returns the output's path. Raises a `CheckpointError` (a ValueError; for files that are not
+    there also a FileNotFoundError), FileExistsError for an output that would be lost, or OSError
     with ENOSPC on a full disk.
     """
     output, dtype = Path(os.path.abspath(output)), parse_dtype(dtype)
@@ -101,7 +97,7 @@ def parse_size(size: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", str(size).strip().upper())
     value = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
     if value < 1:
-        raise ConversionError(f"expected max_shard_size such as 5GB, got {size!r}")
+        raise CheckpointError(f"expected max_shard_size such as 5GB, got {size!r}")
     return value
 
 
@@ -109,7 +105,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A torch dtype by its name or itself."""
     dtype = DTYPES.get(dtype, dtype)
     if dtype is not None and dtype not in DTYPES.values():
-        raise ConversionError(f"expected dtype among {', '.join(DTYPES)}, got {dtype!r}")
+        raise CheckpointError(f"expected dtype among {', '.join(DTYPES)}, got {dtype!r}")
     return dtype
 
 

@@ -9,15 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import AddedToken
 
+from ..common.loading import CheckpointError, UnrecognizedCheckpoint
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from .files import (
-    ConversionError,
-    MissingTensor,
-    Tensors,
-    UnknownTensor,
-    UnrecognisedSource,
-    read_json,
-)
+from .files import MissingTensor, Tensors, UnknownTensor, read_json
 
 # Tensors
 
@@ -216,7 +210,7 @@ def original_text_config(source: dict) -> dict:
     """`text_config` from LLaDA's own config."""
     for name, expected in ORIGINAL_LLADA.items():
         if source.get(name, expected) != expected:
-            raise ConversionError(f"expected LLaDA with {name} {expected!r}, got {source[name]!r}")
+            raise CheckpointError(f"expected LLaDA with {name} {expected!r}, got {source[name]!r}")
     heads, width = source["n_heads"], source["d_model"]
     key_heads = source.get("n_kv_heads") or (1 if source.get("multi_query_attention") else heads)
     return {
@@ -236,7 +230,7 @@ def vision_settings(source: dict, select_layer: int) -> tuple[dict, int]:
     """`vision_config` and the layers in the source, from a SigLIP config, whole or vision part."""
     kind = source.get("model_type")
     if kind not in ("siglip", "siglip_vision_model"):
-        raise UnrecognisedSource(f"expected a SigLIP vision config, got model_type {kind!r}")
+        raise UnrecognizedCheckpoint(f"expected a SigLIP vision config, got model_type {kind!r}")
     vision = source["vision_config"] if kind == "siglip" else source
     layers = vision.get("num_hidden_layers", 12)  # SigLIP's default
     used = select_layer if select_layer >= 0 else layers + select_layer + 1
@@ -318,7 +312,7 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, image_tokens: dict[str, str]) 
     named = {**NAMED_TOKENS, **image_tokens}
     missing = [token for token in named.values() if token not in vocabulary]
     if missing:
-        raise ConversionError(f"expected a tokenizer with {' '.join(missing)}, got one without")
+        raise CheckpointError(f"expected a tokenizer with {' '.join(missing)}, got one without")
     ids = {"image_start_token_id": None, "image_end_token_id": None}
     ids |= {field: vocabulary[token] for field, token in named.items()}
     ids["pad_token_id"] = tokenizer.pad_token_id

@@ -14,20 +14,18 @@ import torch
 from transformers import GenerationConfig
 
 from ..common.extras import MissingExtra
+from ..common.loading import ADAPTER_FILE, CheckpointError, UnrecognizedCheckpoint
 from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..generation_options import OPTIONS, default_generation_config
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from .files import (
-    ADAPTER_FILE,
-    ConversionError,
     MissingFile,
     MissingTensor,
     StateDict,
     Tensors,
     UnknownTensor,
-    UnrecognisedSource,
     WeightFiles,
     WrongShape,
     fetch,
@@ -132,7 +130,7 @@ def _few(items: list[str]) -> str:
 def expect_no(name: str, value, why: str):
     """Refuses an option that a source has no use for."""
     if value is not None:
-        raise ConversionError(f"expected no {name} with {why}, got {str(value)!r}")
+        raise CheckpointError(f"expected no {name} with {why}, got {str(value)!r}")
 
 
 def read_released(folder: Path, settings: dict, vision_source, base) -> Source:
@@ -175,7 +173,7 @@ def read_llava(folder: Path, settings: dict, vision_source, base) -> Source:
     # LLaVA's code loses the first token after a picture, the newline of "<image>\n".
     add_missing_tokens(tokenizer, list(LLAVA_IMAGE_TOKENS.values()), rstrip=True)
     if not isinstance(tokenizer.chat_template, str):
-        raise ConversionError(f"expected a tokenizer with a chat template in {folder}, got none")
+        raise CheckpointError(f"expected a tokenizer with a chat template in {folder}, got none")
     template = LLAVA_TEMPLATE_PRELUDE + tokenizer.chat_template
     tokenizer.chat_template = None
     ids = token_ids(tokenizer, LLAVA_IMAGE_TOKENS)
@@ -206,18 +204,18 @@ def anyres_tiles(settings: dict, vision: dict) -> int:
     expected = {"mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "spatial_unpad"}
     for name, value in expected.items():
         if settings[name] != value:
-            raise ConversionError(f"expected {name} {value!r}, got {settings[name]!r}")
+            raise CheckpointError(f"expected {name} {value!r}, got {settings[name]!r}")
     sides = [i * vision["image_size"] for i in range(1, MAX_CANVAS_TILES + 1)]
     canvases, given = [[w, h] for w in sides for h in sides], settings.get("image_grid_pinpoints")
     if isinstance(given, list) and given != canvases:
-        raise ConversionError(
+        raise CheckpointError(
             f"expected image_grid_pinpoints of 1 to {MAX_CANVAS_TILES} tiles of {sides[0]} pixels a"
             f" side (as vision_source says), got {_few(list(map(str, given)))}"
         )
     aspect = settings["image_aspect_ratio"]
     shrunk = re.fullmatch(r"anyres_max_(\d+)", str(aspect))
     if not shrunk:
-        raise ConversionError(f"expected image_aspect_ratio 'anyres_max_N', got {aspect!r}")
+        raise CheckpointError(f"expected image_aspect_ratio 'anyres_max_N', got {aspect!r}")
     return int(shrunk[1])
 
 
@@ -225,7 +223,7 @@ def read_llada(folder: Path, settings: dict, vision_source, base) -> Source:
     """LLaDA, under its own names or Llama's, with SigLIP: a fresh Base to be trained."""
     expect_no("base", base, "a whole checkpoint")
     if vision_source is None:
-        raise ConversionError("expected vision_source, a SigLIP-2 model to build a Base from LLaDA")
+        raise CheckpointError("expected vision_source, a SigLIP-2 model to build a Base from LLaDA")
     tensors = WeightFiles(folder)
     is_original = any(name.startswith("model.transformer.") for name in tensors.shapes)
     if is_original:
@@ -305,11 +303,11 @@ def read_adapter(folder: Path, vision_source, base) -> Source:
 
     base = base or read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
     if base is None:
-        raise ConversionError(f"expected base, the model that {folder} adapts, got none")
+        raise CheckpointError(f"expected base, the model that {folder} adapts, got none")
     base_folder = fetch(base)
     kind = read_json(base_folder / "config.json").get("model_type")
     if kind != PerceptionDLMConfig.model_type:
-        raise UnrecognisedSource(f"expected a converted base in {base_folder}, got {kind!r}")
+        raise UnrecognizedCheckpoint(f"expected a converted base in {base_folder}, got {kind!r}")
     model = PerceptionDLMForConditionalGeneration.from_pretrained(base_folder, dtype="auto")
     merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
     return _read_own(StateDict(folder, merged.state_dict()), [folder, base_folder], vision_source)
@@ -390,11 +388,13 @@ def read_source(folder: Path, vision_source=None, base=None) -> Source:
 
 def _read_whole(folder: Path, vision_source, base) -> Source:
     if not (folder / "config.json").exists():
-        raise UnrecognisedSource(f"expected a checkpoint with a config.json in {folder}, got none")
+        raise UnrecognizedCheckpoint(
+            f"expected a checkpoint with a config.json in {folder}, got none"
+        )
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
     if kind not in READERS:
-        raise UnrecognisedSource(
+        raise UnrecognizedCheckpoint(
             f"expected a model_type among {', '.join(READERS)} in {folder / 'config.json'},"
             f" got {kind!r}"
         )

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from ..conversion.output import new_folder
+from ..common.folders import new_folder
 from ..generation_rules import ACCEPT_RULES
 from ..image_masks import encode_rle
 from ..scenes.shapes import SPLITS, VOCABULARY, Scene, named_values, render_scene

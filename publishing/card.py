@@ -1,13 +1,15 @@
 """The README of a published checkpoint, generated from the folder that is published."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import tqdm
+
+from ..common.files import write_text
+from ..common.json_text import read_json
+from .provenance import Provenance, is_hub_id, read_provenance
 
 GENERATED = "<!-- This card is generated: remove this line to keep your own changes. -->"
 TAGS = ("perceptiondlm", "diffusion", "masked-diffusion", "llada", "siglip", "custom_code")
@@ -16,8 +18,7 @@ METRICS = (  # (name in a report's summary, name on the card)
     ("average_positive", "Positive questions"),
     ("average_negative", "Negative questions"),
 )
-LICENCE = "apache-2.0"  # unless another is named
-PROVENANCE = "provenance.json"
+LICENSE = "apache-2.0"  # unless another is named
 CARD = "README.md"
 STALE = ["*.safetensors", "*.safetensors.index.json"]  # of an earlier upload with other shards
 PAPER = "https://arxiv.org/abs/2606.19534"
@@ -51,25 +52,6 @@ out = model.diffusion_generate(images=image, prompts="What is in the picture?", 
 print(out.texts[0][0])"""
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where a checkpoint comes from.
-
-    Attributes:
-        source: Hub id or name of what was converted or trained from.
-        revision: its commit on the Hub.
-        command: the command that made the folder.
-    """
-
-    source: str | None = None
-    revision: str | None = None
-    command: str | None = None
-
-    def to_dict(self) -> dict:
-        """Ready for JSON."""
-        return asdict(self)
-
-
 def write_card(folder: str | Path, repo_id: str, **options):
     """Writes README.md, unless there is one that was not generated; `options` of `model_card`.
 
@@ -78,20 +60,14 @@ def write_card(folder: str | Path, repo_id: str, **options):
     folder = Path(folder)
     if not writes_card(folder):
         return
-    provenance = Provenance(**read_json(folder / PROVENANCE))
-    card = model_card(folder, repo_id, **{"provenance": provenance, **options})
-    (folder / CARD).write_text(card, encoding="utf-8")
+    card = model_card(folder, repo_id, **{"provenance": read_provenance(folder), **options})
+    write_text(folder / CARD, card)
 
 
 def writes_card(folder: Path) -> bool:
     """Whether a folder has no card yet, or a generated one."""
     path = folder / CARD
     return not path.exists() or GENERATED in path.read_text(encoding="utf-8")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file's object, {} where there is no such file."""
-    return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
 def model_card(
@@ -102,7 +78,7 @@ def model_card(
     provenance: Provenance | None = None,
     report: Mapping | None = None,
     base_model: str | list[str] | None = None,
-    licence: str = LICENCE,
+    license: str = LICENSE,
     tags: Sequence[str] = (),
 ) -> str:
     """The card of the checkpoint in `folder`, as Markdown with a YAML header.
@@ -113,11 +89,11 @@ def model_card(
         provenance: its origin; report: what `perceptiondlm evaluate report` (or `score`) wrote.
         base_model: Hub id or ids of what it derives from (default: the provenance's source where
             that is a Hub id).
-        licence: identifier of the weights' licence.
+        license: identifier of the weights' license.
         tags: more of them than its own.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_bytes())
+    config = read_json(folder / "config.json")
     provenance = provenance or Provenance()
     if base_model is None and is_hub_id(provenance.source):
         base_model = provenance.source
@@ -128,7 +104,7 @@ def model_card(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         base_model=base_model,
-        license=licence,
+        license=license,
         language="en",
         tags=list(dict.fromkeys([*TAGS, *(["region-captioning"] if regions else []), *tags])),
         model_name=name if results else None,
@@ -145,11 +121,6 @@ def model_card(
         _limits(config, regions),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether a name has the form owner/name."""
-    return name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _what_it_is(config: Mapping, regions: bool) -> str:

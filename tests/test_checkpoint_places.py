@@ -10,11 +10,10 @@ from clean_rooms import write_hub_cache
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
 from perceptiondlm.apps.web.sam import find_sam
+from perceptiondlm.common.loading import load_model, local_path
 from perceptiondlm.conversion import command as convert_checkpoint
-from perceptiondlm.conversion.files import local_path
 from perceptiondlm.convert_checkpoint import convert
-from perceptiondlm.evaluation.checkpoint import load_model
-from perceptiondlm.publishing.command import push_folder
+from perceptiondlm.publishing.upload import push_folder
 from perceptiondlm.training.run import train
 from training_runs import recipe_values, small_recipe
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 from perceptiondlm.apps.cli import main
+from perceptiondlm.common.loading import load_model
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.training.build import load_processor
 from perceptiondlm.training.muon import Muon, WithMuon
 from perceptiondlm.training.parameters import belongs
 from perceptiondlm.training.recipe import SyntheticData, build_recipe, load_recipe
@@ -574,5 +574,5 @@ def test_starting_from_a_checkpoint_asks_nothing_on_the_terminal(monkeypatch):
         raise AssertionError("asked whether to trust the checkpoint's code")
 
     monkeypatch.setattr("builtins.input", asked)
-    processor = load_processor(str(ROOT / "tiny"))
+    _, processor = load_model(ROOT / "tiny")
     assert processor.tokenizer.convert_tokens_to_ids("<|mdm_mask|>") == processor.mask_token_id

@@ -5,12 +5,11 @@ import itertools
 import logging
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
+from ..common.loading import load_model, load_tokenizer
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..conversion.files import expect_checkpoint, local_path
 from ..generation_options import take_defaults
-from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from ..scenes.shapes import iter_corpus
@@ -27,44 +26,18 @@ def build_model(recipe: Recipe):
     if recipe.model.checkpoint is None:
         model, processor = _from_scratch(recipe)
     else:
-        model, processor = _from_checkpoint(recipe.model)
+        model, processor = load_model(
+            recipe.model.checkpoint,
+            recipe.model.subfolder,
+            getattr(torch, recipe.model.dtype),
+            attn_implementation=recipe.model.attn_implementation,
+            config_fields=recipe.model.config,
+        )
     if recipe.model.max_tiles is not None:
         processor.image_processor.max_tiles = recipe.model.max_tiles
     count = sum(parameter.numel() for parameter in model.parameters())
     logger.info("model with %.2f M parameters, %d tokens", count / 1e6, len(processor.tokenizer))
     return model, processor
-
-
-def _from_checkpoint(recipe: ModelRecipe):
-    place = {} if recipe.subfolder is None else {"subfolder": recipe.subfolder}
-    expect_checkpoint(recipe.checkpoint, **place)
-    config = PerceptionDLMConfig.from_pretrained(recipe.checkpoint, **place, **recipe.config)
-    model = PerceptionDLMForConditionalGeneration.from_pretrained(
-        recipe.checkpoint,
-        config=config,
-        dtype=getattr(torch, recipe.dtype),
-        attn_implementation=recipe.attn_implementation,
-        **place,
-    )
-    processor = load_processor(recipe.checkpoint, **place)
-    processor.follow(config)
-    return model, processor
-
-
-def load_processor(path: str, **place) -> PerceptionDLMProcessor:
-    """The processor saved in a checkpoint, by this package's classes, whatever code it names."""
-    values, _ = PerceptionDLMProcessor.get_processor_dict(path, **place)
-    image_options = dict(values.pop("image_processor"))
-    for name in ("auto_map", "image_processor_type", "processor_class"):
-        image_options.pop(name, None)
-        values.pop(name, None)
-    image_processor = PerceptionDLMImageProcessor(**image_options)
-    return PerceptionDLMProcessor(image_processor, load_tokenizer(path, **place), **values)
-
-
-def load_tokenizer(path: str, **place):
-    """A tokenizer; the config given spares the question whether to trust the code beside it."""
-    return AutoTokenizer.from_pretrained(path, config=PerceptionDLMConfig(), **place)
 
 
 def _from_scratch(recipe: Recipe):
@@ -101,7 +74,6 @@ def fresh_config(fields: dict, tokenizer, data) -> PerceptionDLMConfig:
 
 def _tokenizer(recipe: ModelRecipe):
     if recipe.tokenizer is not None:
-        local_path(recipe.tokenizer)  # a path that is not there is refused
         return load_tokenizer(recipe.tokenizer)
     defaults = inspect.signature(PerceptionDLMProcessor).parameters
     prompts = [defaults[name].default for name in ("system_prompt", "region_instruction")]
