@@ -12,7 +12,7 @@ from llada_v_models import maker
 from perceptiondlm.training.broken import BrokenRecords, TooManyBroken
 from perceptiondlm.training.conversations import ConversationSamples
 from perceptiondlm.training.order import EpochSampler
-from perceptiondlm.training.recipe import ConversationData, MaskingRecipe, RegionData
+from perceptiondlm.training.recipe_sections import ConversationData, MaskingRecipe, RegionData
 from perceptiondlm.training.records import open_records
 from perceptiondlm.training.regions import RegionSamples, partition
 from perceptiondlm.training.samples import DiffusionCollator

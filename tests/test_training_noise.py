@@ -8,7 +8,7 @@ import pytest
 import torch
 from perceptiondlm.modeling_loss import MINIMUM_MASK_RATE, draw_masked, mask_rate
 from perceptiondlm.processing_sequence import pad_sequences
-from perceptiondlm.training.recipe import MaskingRecipe
+from perceptiondlm.training.recipe_sections import MaskingRecipe
 from perceptiondlm.training.samples import (
     DiffusionCollator,
     Sample,

@@ -13,7 +13,8 @@ from perceptiondlm.common.loading import load_model
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.muon import Muon, WithMuon
 from perceptiondlm.training.parameters import belongs
-from perceptiondlm.training.recipe import SyntheticData, build_recipe, load_recipe
+from perceptiondlm.training.recipe import build_recipe, load_recipe
+from perceptiondlm.training.recipe_sections import SyntheticData
 from perceptiondlm.training.run import build_datasets, build_trainer, train
 from torch.distributed.fsdp import fully_shard
 from training_runs import TINY, arguments, losses_of, recipe_values, small_recipe, weights_of

@@ -13,7 +13,8 @@ from ..generation_options import take_defaults
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from ..scenes.shapes import iter_corpus
-from .recipe import ModelRecipe, Recipe, SyntheticData
+from .recipe import Recipe
+from .recipe_sections import ModelRecipe, SyntheticData
 from .starting_values import start_locally, zero_residuals
 from .tokenizer import special_token_ids, train_tokenizer
 

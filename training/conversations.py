@@ -1,7 +1,7 @@
 """Samples of conversations about pictures: each assistant turn, with the turns before it."""
 
 from ..processing_perceptiondlm import PerceptionDLMProcessor
-from .recipe import ConversationData
+from .recipe_sections import ConversationData
 from .records import Record, count_answers
 from .regions import picture_path
 from .samples import Sample

@@ -5,7 +5,7 @@ import warnings
 from transformers import PreTrainedModel
 
 from ..common.extras import extra
-from .recipe import LoraRecipe
+from .recipe_sections import LoraRecipe
 
 # the decoder's projections; the vision tower's have the same names, so the path is part of it
 TARGETS = (

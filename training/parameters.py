@@ -5,7 +5,7 @@ import re
 import torch
 from torch import nn
 
-from .recipe import ParametersRecipe
+from .recipe_sections import ParametersRecipe
 
 # what PEFT puts into the names of parameters that it has taken over
 ADAPTED = re.compile(r"\.(modules_to_save\.\w+|original_module|base_layer)(?=\.)")

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..image_loading import path_inside
 from ..processing_perceptiondlm import PerceptionDLMProcessor
-from .recipe import RegionData
+from .recipe_sections import RegionData
 from .records import Record, count_masks
 from .samples import CONTENT_STREAM, Sample, choose_regions, draw_prompts, generator_of
 

@@ -11,7 +11,8 @@ from .checkpoints import choose_checkpoint, has_final, read_state
 from .conversations import ConversationSamples
 from .lora import add_adapter
 from .parameters import choose_trainable, keep_masters
-from .recipe import Recipe, RegionData, SyntheticData
+from .recipe import Recipe
+from .recipe_sections import RegionData, SyntheticData
 from .regions import RegionSamples
 from .sources import FileDataset, StreamDataset
 from .stopping import RunStopped

@@ -12,7 +12,7 @@ from ..configuration_perceptiondlm import ROLE_CAPTION, ROLE_ROI, ROLE_SHARED, S
 from ..modeling_loss import MINIMUM_MASK_RATE
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from ..processing_sequence import TokenSequence, pad_sequences
-from .recipe import MaskingRecipe
+from .recipe_sections import MaskingRecipe
 
 # Streams of random numbers: what is drawn for one purpose does not shift another's draws.
 CONTENT_STREAM, NOISE_STREAM, ORDER_STREAM = range(3)

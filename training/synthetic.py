@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from ..scenes.shapes import Question, ask, caption_of, render_scene
-from .recipe import SyntheticData
+from .recipe_sections import SyntheticData
 from .samples import (
     CONTENT_STREAM,
     Sample,

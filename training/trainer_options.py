@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from .options import coerce, expect_known, field_names
+from .options import expect_known, expect_type, field_names
 
 HONORED = frozenset(
     """
@@ -100,11 +100,8 @@ CHECKPOINTING = {"activation_checkpointing": "gradient_checkpointing"}  # new na
 PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}  # of another name than the integration
 
 
-def check_trainer(values: dict | None) -> dict:
+def check_trainer(values: dict) -> dict:
     """Checks the trainer section: names, types, and that every option has its effect."""
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ValueError(f"expected options in section 'trainer', got {values!r}")
     values = _with_present_names(values)
     expect_known("trainer", values, field_names(TrainingArguments))
     if "output_dir" not in values:
@@ -113,7 +110,7 @@ def check_trainer(values: dict | None) -> dict:
     hints = typing.get_type_hints(TrainingArguments)
     for name, value in values.items():
         _check_use(name, value)
-        coerce(value, hints[name], f"trainer.{name}")
+        expect_type(f"trainer.{name}", value, hints[name])
     _check_combinations(values)
     _check_reports(values.get("report_to"))
     return values
