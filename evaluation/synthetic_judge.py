@@ -8,7 +8,8 @@ is wrong in everything, never dropped.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from ..scenes.shapes import VOCABULARY, Question, Scene, answer_matches, named_values
+from ..scenes.language import VOCABULARY, Question, answer_matches, named_values
+from ..scenes.shapes import Scene
 
 
 def wrong_attributes(caption: str | None, truth: Mapping[str, str]) -> dict[str, set[str]]:

@@ -10,19 +10,26 @@ import numpy as np
 import pytest
 from perceptiondlm.scenes import shape_objects as scene_objects
 from perceptiondlm.scenes import shapes as scenes
-from perceptiondlm.scenes.shapes import (
-    COLOURS,
+from perceptiondlm.scenes.language import (
     GRID,
     NUMBERS,
     VOCABULARY,
     answer_matches,
-    iter_corpus,
-    parse_caption,
-    render_scene,
+    ask,
+    caption_of,
+    named_values,
 )
+from perceptiondlm.scenes.shape_objects import COLORS
+from perceptiondlm.scenes.shapes import iter_corpus, render_scene
 from perceptiondlm.training.synthetic import draw_questions
 
 COUNT = 300
+
+
+def parse_caption(text: str) -> dict[str, str | None]:
+    """The attributes that a text states; None for one of which it names no value, or several."""
+    named = named_values(text)
+    return {name: min(values) if len(values) == 1 else None for name, values in named.items()}
 
 
 def digest(scene) -> str:
@@ -119,7 +126,7 @@ def in_polygon(x, y, corners):
 def redrawn(layer) -> np.ndarray:
     """The whole silhouette of a layer on the canvas, from its plan alone."""
     height, width = layer.visible.shape
-    plan, (x0, y0) = layer.plan, layer.centre
+    plan, (x0, y0) = layer.plan, layer.center
     x = np.arange(width)[None, :] + 0.5 - x0 - plan.offset[0]
     y = np.arange(height)[:, None] + 0.5 - y0 - plan.offset[1]
     turned = (x + 1j * y) * np.exp(-1j * plan.angle) / (plan.diameter / 2)
@@ -175,7 +182,7 @@ def test_small_and_large_are_far_apart():
 
 
 def test_plain_objects_have_their_colour_and_no_other(many):
-    mains = {name: np.array(main) for name, (main, _) in COLOURS.items()}
+    mains = {name: np.array(main) for name, (main, _) in COLORS.items()}
     for scene in many:
         for thing in scene.objects:
             if thing.attributes["pattern"] == "plain":
@@ -187,7 +194,7 @@ def test_plain_objects_have_their_colour_and_no_other(many):
 def test_patterned_objects_show_both_tones_of_their_colour(many):
     for scene in many:
         for thing in scene.objects:
-            tones = np.array(COLOURS[thing.attributes["colour"]])  # (2, 3)
+            tones = np.array(COLORS[thing.attributes["colour"]])  # (2, 3)
             seen = pixels(scene)[thing.mask][:, None]  # (N, 1, 3)
             nearest = np.linalg.norm(seen - tones, axis=-1).argmin(1)
             second = nearest.mean()
@@ -196,8 +203,8 @@ def test_patterned_objects_show_both_tones_of_their_colour(many):
 
 
 def test_colours_are_far_apart_and_far_from_their_second_tones():
-    tones = [np.array(main) for main, _ in COLOURS.values()]
-    for k, (_, second) in enumerate(COLOURS.values()):
+    tones = [np.array(main) for main, _ in COLORS.values()]
+    for k, (_, second) in enumerate(COLORS.values()):
         others = tones[:k] + tones[k + 1 :]
         assert min(np.linalg.norm(tones[k] - other) for other in others) > 95
         assert np.linalg.norm(tones[k] - second) > 120
@@ -208,7 +215,7 @@ def test_objects_stand_out_from_the_background(many):
         ground = ~np.any([thing.mask for thing in scene.objects], axis=0)
         ground = pixels(scene)[ground].mean(0)
         for thing in scene.objects:
-            main = np.array(COLOURS[thing.attributes["colour"]][0])
+            main = np.array(COLORS[thing.attributes["colour"]][0])
             assert np.linalg.norm(main - ground) > 80, thing.caption
 
 
@@ -322,7 +329,7 @@ def test_every_possible_caption_parses_back():
     for name in VOCABULARY:
         values += [{**values[0], name: value} for value in VOCABULARY[name]]
     for attributes in values:
-        assert parse_caption(scenes.caption_of(attributes)) == attributes
+        assert parse_caption(caption_of(attributes)) == attributes
 
 
 def test_free_text_parses_whatever_its_case_order_and_punctuation():
@@ -393,9 +400,9 @@ def test_yes_and_no_are_balanced(many):
 
 
 def test_questions_survive_a_scene_with_all_the_colours():
-    things = [{**parse_caption("a small plain star at the top"), "colour": c} for c in COLOURS]
+    things = [{**parse_caption("a small plain star at the top"), "colour": c} for c in COLORS]
     for seed in range(20):
-        for question in scenes.ask(np.random.default_rng(seed), things):
+        for question in ask(np.random.default_rng(seed), things):
             assert question.answer == answer(question, things)
 
 

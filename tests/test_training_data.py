@@ -11,12 +11,12 @@ import torch
 from llada_v_models import maker
 from perceptiondlm.training.broken import BrokenRecords, TooManyBroken
 from perceptiondlm.training.conversations import ConversationSamples
-from perceptiondlm.training.order import EpochSampler
+from perceptiondlm.training.datasets import FileDataset, StreamDataset
 from perceptiondlm.training.recipe_sections import ConversationData, MaskingRecipe, RegionData
 from perceptiondlm.training.records import open_records
 from perceptiondlm.training.regions import RegionSamples, partition
+from perceptiondlm.training.sampler import EpochSampler
 from perceptiondlm.training.samples import DiffusionCollator
-from perceptiondlm.training.sources import FileDataset, StreamDataset
 from pycocotools import mask as coco
 from torch.utils.data import DataLoader
 

@@ -12,7 +12,7 @@ from perceptiondlm.apps.cli import main
 from perceptiondlm.common.loading import load_model
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.muon import Muon, WithMuon
-from perceptiondlm.training.parameters import belongs
+from perceptiondlm.training.param_groups import belongs
 from perceptiondlm.training.recipe import build_recipe, load_recipe
 from perceptiondlm.training.recipe_sections import SyntheticData
 from perceptiondlm.training.run import build_datasets, build_trainer, train

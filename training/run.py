@@ -9,12 +9,12 @@ from transformers import TrainingArguments
 from .build import build_model
 from .checkpoints import choose_checkpoint, has_final, read_state
 from .conversations import ConversationSamples
+from .datasets import FileDataset, StreamDataset
 from .lora import add_adapter
-from .parameters import choose_trainable, keep_masters
+from .param_groups import choose_trainable, keep_masters
 from .recipe import Recipe
 from .recipe_sections import RegionData, SyntheticData
 from .regions import RegionSamples
-from .sources import FileDataset, StreamDataset
 from .stopping import RunStopped
 from .synthetic import SceneDataset
 from .trainer import DiffusionTrainer

@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..processing_perceptiondlm import PerceptionDLMProcessor
-from ..scenes.shapes import Question, ask, caption_of, render_scene
+from ..scenes.language import Question, ask, caption_of
+from ..scenes.shapes import render_scene
 from .recipe_sections import SyntheticData
 from .samples import (
     CONTENT_STREAM,

@@ -19,9 +19,9 @@ from .checkpoints import (
     wait_for_others,
 )
 from .muon import WithMuon, takes_muon
-from .order import EpochSampler
-from .parameters import parameter_groups
+from .param_groups import parameter_groups
 from .recipe import Recipe
+from .sampler import EpochSampler
 from .samples import DiffusionCollator
 from .sharding import gather_weights, keep_precise, shard_on_cpu
 from .stopping import RunStopped, any_process, is_distributed, plain_message
