@@ -26,6 +26,7 @@ except ImportError:  # Windows: nothing keeps two runs apart there
     fcntl = None
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # from file systems that know none
+BLOCK = 1 << 22  # bytes that are hashed at once
 UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -51,6 +52,7 @@ def file_to_replace(path: str | Path) -> Path:
         if error.errno != errno.ELOOP:
             raise
         found = os.lstat(path)
+
     is_target = target.exists() and os.path.samestat(found, os.stat(target))  # not, say, a pipe's
     if not stat.S_ISREG(found.st_mode) or not is_target:
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
@@ -65,6 +67,7 @@ def write_bytes(path: str | Path, data: bytes):
     target = file_to_replace(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{_short(target)}.{secrets.token_hex(8)}.tmp")
+
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:  # the umask has its say
@@ -78,6 +81,7 @@ def write_bytes(path: str | Path, data: bytes):
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)  # gone, if it has been renamed
+
     sync_folder(target.parent)
 
 
@@ -98,7 +102,11 @@ def json_bytes(content) -> bytes:
 
 def file_sha256(path: str | Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path):
@@ -172,12 +180,14 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 
 def _open_locked(path: Path) -> int | None:
+    """Opens and locks a file of this name; None where another has it."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # the folder went between the two calls
             continue
+
         try:
             if not lock_handle(handle):
                 os.close(handle)
@@ -240,6 +250,7 @@ def _short(path: Path) -> str:
 
 
 def _keep_owner_and_mode(target: Path, handle: int):
+    """Gives a new file the owner and the mode of the file that it is to replace."""
     if fcntl is None or not target.exists():
         return
     old = target.stat()

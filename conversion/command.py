@@ -51,6 +51,7 @@ def argument_parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
     add = parser.add_argument
     add("--source", required=True, help="checkpoint folder or Hub id")
     add("--output", required=True, type=Path, help="folder to make")
@@ -60,6 +61,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--base", help="model of an adapter; config and processor of a training checkpoint")
     add("--force", action="store_true", help="replace the output")
     add("--verify", action="store_true", help="reload, compare with the source, run once")
+
     add_push_options(parser.add_argument_group("publishing"))
     return parser
 

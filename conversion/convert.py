@@ -1,11 +1,4 @@
-"""Turns checkpoints of every known layout into a self-contained folder of this package's layout.
-
-    python convert_checkpoint.py --source RELEASED_FOLDER --output FOLDER [--push-to-hub OWNER/NAME]
-
-Sources: released PerceptionDLM and PerceptionDLM-Base; LLaDA (its own names or Llama's) with a
-SigLIP-2 tower, for a fresh Base; LLaDA-V; this package's own layout, training checkpoints (FSDP's
-sharded ones too) and PEFT adapters.
-"""
+"""Writes a checkpoint of any known layout as a self-contained folder, whole or not at all."""
 
 import errno
 import json
@@ -68,7 +61,7 @@ def convert(
             folder with the config and processor that it lacks.
         force: replace the output.
         verify: before the output appears, reload it through the Auto classes, compare every tensor
-            with the source bit for bit, and run a forward pass on a random picture.
+            with the source bit for bit, and run a forward pass on a random image.
 
     Returns the output's path. Raises a `CheckpointError` (a ValueError; for files that are not
     there also a FileNotFoundError), FileExistsError for an output that would be lost, or OSError
@@ -76,12 +69,15 @@ def convert(
     """
     output, dtype = Path(os.path.abspath(output)), parse_dtype(dtype)
     limit = parse_size(max_shard_size)
+
+    # all that can be refused is refused before anything is written
     folder = fetch(source)
     clear_unfinished(output)
     expect_free_output(output, [folder, vision_source, base], force)
     opened = read_source(folder, vision_source, base)
     dtype = dtype or opened.dtype
     shards = plan_shards(opened, dtype, limit)
+
     with new_folder(output, force) as unfinished:
         expect_space(unfinished, shards, dtype, opened)
         write_settings(unfinished, opened, dtype)
@@ -93,7 +89,7 @@ def convert(
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of a number or a text such as 5GB or 200 MiB."""
+    """Returns the bytes of a number or a text such as 5GB or 200 MiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", str(size).strip().upper())
     value = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
     if value < 1:
@@ -102,7 +98,7 @@ def parse_size(size: str | int) -> int:
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A torch dtype by its name or itself."""
+    """Returns a torch dtype, given by its name or itself."""
     dtype = DTYPES.get(dtype, dtype)
     if dtype is not None and dtype not in DTYPES.values():
         raise CheckpointError(f"expected dtype among {', '.join(DTYPES)}, got {dtype!r}")
@@ -121,7 +117,7 @@ def expect_free_output(output: Path, sources: Sequence[str | Path | None], force
 
 
 def plan_shards(source: Source, dtype: torch.dtype, limit: int) -> list[list[str]]:
-    """Target names of each shard, in the order in which the source holds them."""
+    """Chooses the names of each shard, in the order in which the source holds them."""
     shards, size = [[]], 0
     for name, origin in source.origins.items():
         own = byte_size(origin.shape, dtype)
@@ -134,7 +130,7 @@ def plan_shards(source: Source, dtype: torch.dtype, limit: int) -> list[list[str
 
 
 def byte_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of a tensor."""
+    """Returns the bytes of a tensor."""
     return torch.Size(shape).numel() * dtype.itemsize
 
 
@@ -156,6 +152,7 @@ def write_weights(folder: Path, source: Source, shards: list[list[str]], dtype: 
         write_shard(folder / file, source, names, dtype)
         shutil.copymode(folder / "config.json", folder / file)  # safetensors: for the owner only
         weight_map |= dict.fromkeys(names, file)
+
     if len(shards) > 1:
         sizes = [byte_size(origin.shape, dtype) for origin in source.origins.values()]
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
@@ -208,25 +205,26 @@ def check_folder(folder: Path, source: Source, dtype: torch.dtype):
         expected = origin.load().to(dtype).contiguous()
         if loaded[name].dtype != dtype or not same_bits(loaded[name], expected):
             raise VerificationFailed(f"expected {name} as in the source, got other values")
-    logits = forward_random_picture(model, processor)
+
+    logits = forward_random_image(model, processor)
     if not bool(logits.isfinite().all()):
-        raise VerificationFailed("expected finite logits for a random picture, got others")
+        raise VerificationFailed("expected finite logits for a random image, got others")
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in every bit, NaN included."""
+    """Tells whether two tensors are equal in every bit, NaN included."""
     return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @torch.no_grad()
-def forward_random_picture(model, processor) -> torch.Tensor:
-    """Logits of masked captions, or of an answer, for a picture of noise."""
+def forward_random_image(model, processor) -> torch.Tensor:
+    """Returns logits of masked captions, or of an answer, for an image of noise."""
     noise = torch.randint(0, 256, (61, 97, 3), generator=torch.Generator().manual_seed(0))
-    picture = Image.fromarray(noise.to(torch.uint8).numpy())
+    image = Image.fromarray(noise.to(torch.uint8).numpy())
     if model.config.num_region_prompts:
-        left_half = Image.new("L", picture.size)
+        left_half = Image.new("L", image.size)
         left_half.paste(255, (0, 0, 48, 61))
-        inputs = processor(picture, masks=[left_half], caption_length=4)
+        inputs = processor(image, masks=[left_half], caption_length=4)
     else:
-        inputs = processor(picture, prompts="What is this?", max_new_tokens=4)
+        inputs = processor(image, prompts="What is this?", max_new_tokens=4)
     return model(**inputs, logits_to_keep=4).logits

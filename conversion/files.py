@@ -1,4 +1,4 @@
-"""Weight files of a checkpoint, read tensor by tensor, and what can be wrong with them."""
+"""Reads the weight files of a checkpoint tensor by tensor, and says what is wrong with them."""
 
 import json
 import pickle
@@ -34,14 +34,11 @@ class WrongShape(CheckpointError):
     """A tensor of another shape than the config says."""
 
 
-# Files
-
-
 FETCHED = ["*.json", "*.jinja", "*.safetensors", "*.bin"]
 
 
 def fetch(source: str | Path, patterns: Sequence[str] = FETCHED) -> Path:
-    """A local path as it is, or the snapshot of a Hub id."""
+    """Returns a local path as it is, or the snapshot of a Hub id."""
     path = local_path(source)
     if path is not None:
         return path
@@ -61,7 +58,7 @@ class Settings(dict):
 
 
 def read_json(path: Path) -> Settings:
-    """A JSON object; MissingFile or DamagedFile says why there is none."""
+    """Reads a JSON object; MissingFile or DamagedFile says why there is none."""
     try:
         content = json.loads(path.read_bytes(), object_hook=Settings)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -86,13 +83,13 @@ class Tensors:
         self.shapes = shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; MissingTensor if there is none of that name."""
+        """Returns the shape of a tensor; MissingTensor if there is none of that name."""
         if name not in self.shapes:
             raise MissingTensor(f"expected a tensor {name!r} in {self.place}, got none")
         return self.shapes[name]
 
     def load(self, name: str) -> torch.Tensor:
-        """The tensor itself."""
+        """Loads one tensor."""
         raise NotImplementedError
 
 
@@ -124,7 +121,7 @@ class SafetensorsFile(Tensors):
 
 
 def open_weight_file(path: Path) -> Tensors:
-    """A safetensors or torch file, memory-mapped."""
+    """Opens a safetensors or torch file, memory-mapped."""
     if not path.exists():
         raise MissingFile(f"expected the shard {path.name} in {path.parent}, got no such file")
     if path.suffix == ".safetensors":
@@ -148,7 +145,7 @@ class WeightFiles(Tensors):
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file that an index names, which may be no other than a file of its folder.
+    """Returns the path of a file that an index names, which may be none outside its folder.
 
     Raises DamagedFile for a name that leads elsewhere; a link in the folder is the owner's own.
     """
@@ -163,7 +160,7 @@ INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Paths of the weights of a folder, shards in the order of their names."""
+    """Lists the weight files of a folder, shards in the order of their names."""
     for single, index in zip(WEIGHT_FILES, INDEX_FILES, strict=True):
         if (folder / single).exists():
             return [folder / single]

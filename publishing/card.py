@@ -1,13 +1,12 @@
-"""The README of a published checkpoint, generated from the folder that is published."""
+"""Generates the README of a published checkpoint from the folder that is published."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import tqdm
 
-from ..common.files import write_text
+from ..common.files import file_sha256, write_text
 from ..common.json_text import read_json
 from .provenance import Provenance, is_hub_id, read_provenance
 
@@ -48,7 +47,7 @@ model = AutoModel.from_pretrained({source}, trust_remote_code=True, dtype="auto"
 image = Image.new("RGB", (320, 240), "white")  # or Image.open("photo.jpg")
 ImageDraw.Draw(image).ellipse((110, 70, 210, 170), fill="red")
 
-out = model.diffusion_generate(images=image, prompts="What is in the picture?", max_new_tokens=64)
+out = model.diffusion_generate(images=image, prompts="What is in the image?", max_new_tokens=64)
 print(out.texts[0][0])"""
 
 
@@ -65,7 +64,7 @@ def write_card(folder: str | Path, repo_id: str, **options):
 
 
 def writes_card(folder: Path) -> bool:
-    """Whether a folder has no card yet, or a generated one."""
+    """Tells whether a folder has no card yet, or a generated one."""
     path = folder / CARD
     return not path.exists() or GENERATED in path.read_text(encoding="utf-8")
 
@@ -81,7 +80,7 @@ def model_card(
     license: str = LICENSE,
     tags: Sequence[str] = (),
 ) -> str:
-    """The card of the checkpoint in `folder`, as Markdown with a YAML header.
+    """Builds the card of the checkpoint in `folder`, as Markdown with a YAML header.
 
     Args:
         folder: holds `config.json` and the weights, whose checksums the card lists.
@@ -100,6 +99,7 @@ def model_card(
     regions = bool(config["num_region_prompts"])
     name = repo_id.split("/")[-1]
     results = evaluation_results(report) if report else None
+
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
@@ -110,6 +110,7 @@ def model_card(
         model_name=name if results else None,
         eval_results=results,
     )
+
     parts = [
         f"---\n{header.to_yaml()}\n---",
         GENERATED,
@@ -124,13 +125,15 @@ def model_card(
 
 
 def _what_it_is(config: Mapping, regions: bool) -> str:
+    """Says what the model does, and what it is made of."""
     text, vision = config["text_config"], config["vision_config"]
     does = (
-        "It describes several masked regions of a picture at once, in one denoising process, and"
-        " answers questions about whole pictures."
+        "It describes several masked regions of an image at once, in one denoising process, and"
+        " answers questions about whole images."
         if regions
-        else "It answers questions about pictures."
+        else "It answers questions about images."
     )
+
     rows = [
         f"| language model | {text['num_hidden_layers']} bidirectional layers of width"
         f" {text['hidden_size']} (LLaDA), vocabulary {text['vocab_size']} |",
@@ -139,9 +142,10 @@ def _what_it_is(config: Mapping, regions: bool) -> str:
     ]
     if regions:
         rows.append(
-            f"| regions | up to {config['num_region_prompts']} in one pass (more in several),"
+            f"| regions | up to {config['num_region_prompts']} in one sequence (more in several),"
             f" attention layout `{config['region_layout']}` |"
         )
+
     return (
         f"A multimodal masked-diffusion language model ([PerceptionDLM]({PAPER})). {does}"
         " Text is not written left to right: all positions start masked and are filled over a few"
@@ -150,19 +154,20 @@ def _what_it_is(config: Mapping, regions: bool) -> str:
 
 
 def _usage(repo_id: str, revision: str | None, regions: bool) -> str:
+    """Shows how to install and run it."""
     source = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
     snippet = (REGION_SNIPPET if regions else QUESTION_SNIPPET).format(source=source)
     return (
         '## Use\n\n```bash\npip install torch "transformers>=5.18" pillow\n```\n\n'
         f"```python\n{snippet}\n```\n\n"
-        "The modelling code is in this repository, which is why `trust_remote_code=True` is needed;"
+        "The modeling code is in this repository, which is why `trust_remote_code=True` is needed;"
         " pass `revision` with a commit to pin what is run. `AutoProcessor.from_pretrained` loads"
         " the processor alone."
     )
 
 
 def evaluation_results(report: Mapping) -> list[EvalResult]:
-    """A report's averages, and its tokens per forward where measured, for the Hub's model-index."""
+    """Returns a report's averages, and its tokens per forward pass, for the Hub's model index."""
     if "summary" not in report:
         raise ValueError(f"expected a report with a summary, got one with {sorted(report)[:8]}")
     dataset, name = _dataset(report)
@@ -172,11 +177,13 @@ def evaluation_results(report: Mapping) -> list[EvalResult]:
         "dataset_type": dataset,
         "dataset_name": name,
     }
+
     values = [
         (key, title, round(100 * report["summary"][key], 2), "accuracy")
         for key, title in METRICS
         if key in report["summary"]
     ]
+
     throughput = (report.get("prediction_run") or {}).get("throughput") or {}
     if "nominal_tpf" in throughput:
         title, value = "Tokens per forward, padding counted", round(throughput["nominal_tpf"], 3)
@@ -188,7 +195,7 @@ def evaluation_results(report: Mapping) -> list[EvalResult]:
 
 
 def _dataset(report: Mapping) -> tuple[str, str]:
-    """Hub id, or a plain word, and name of the benchmark."""
+    """Returns Hub id, or a plain word, and name of the benchmark."""
     scoring = report.get("scoring") or report.get("provenance") or {}
     place = str(scoring.get("annotations") or "region-captioning").rstrip("/")
     name = place.split("/")[-1]
@@ -196,6 +203,7 @@ def _dataset(report: Mapping) -> tuple[str, str]:
 
 
 def _evaluation(report: Mapping | None) -> str:
+    """Shows a report's scores; nothing without a report."""
     if not report:
         return ""
     _, name = _dataset(report)
@@ -207,6 +215,7 @@ def _evaluation(report: Mapping | None) -> str:
 
 
 def _provenance(folder: Path, provenance: Provenance) -> str:
+    """Says what it was made from, and lists the checksums."""
     lines = []
     if provenance.source:
         revision = f" at revision `{provenance.revision}`" if provenance.revision else ""
@@ -219,31 +228,25 @@ def _provenance(folder: Path, provenance: Provenance) -> str:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each weight file."""
+    """Returns the SHA-256 of each weight file."""
     files = sorted(folder.glob("*.safetensors"))
-    return {f.name: _sha256(f) for f in tqdm(files, desc="Checksums", disable=len(files) < 2)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return {f.name: file_sha256(f) for f in tqdm(files, desc="Checksums", disable=len(files) < 2)}
 
 
 def _limits(config: Mapping, regions: bool) -> str:
+    """Says what it cannot do."""
     limits = [
         "Captions and answers can be wrong, and say so with the same confidence as when right; do"
         " not use them where a mistake harms somebody.",
-        "It has the biases of the pictures and texts that it and its parts were trained on.",
+        "It has the biases of the images and texts that it and its parts were trained on.",
         "A caption has a fixed number of positions (`caption_length`, 32 by default): what does not"
         " fit is not said.",
     ]
+
     if regions:
         limits.append(
-            "It describes regions that it is given and finds none by itself; a careless mask gives"
-            " a careless caption."
+            "It describes regions that it is given and finds none by itself; a careless region mask"
+            " gives a careless caption."
         )
     if regions and config["region_layout"] == "released":
         limits.append(

@@ -30,6 +30,7 @@ def add_push_options(parser):
 
 
 def _add_card_options(parser):
+    """Adds the options of the repository and of its card."""
     parser.add_argument("--private", action="store_true", default=None, help="make it private")
     parser.add_argument("--revision", help="branch to publish on (default: main)")
     parser.add_argument(
@@ -54,7 +55,7 @@ def configure(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Publishes; prints the address of the commit."""
+    """Publishes, and prints the address of the commit."""
     return push_from(args, args.folder, args.repo_id)
 
 
@@ -77,6 +78,7 @@ def push_from(args: argparse.Namespace, folder: Path, repo_id: str) -> int:
         return _fail(2, error)
     except (OSError, RuntimeError, httpx.HTTPError) as error:  # the last: out of reach
         return _fail(1, error, publish_command(args, folder, repo_id))
+
     print(commit.commit_url)
     return 0
 
@@ -95,6 +97,7 @@ def publish_command(args: argparse.Namespace, folder: Path, repo_id: str) -> str
 
 
 def _fail(code: int, error: Exception, retry: str | None = None) -> int:
+    """Prints an error and, where trying again may help, a command; returns the exit code."""
     cause = f" ({error.__cause__})" if error.__cause__ else ""
     print(f"error: {error}{cause}", file=sys.stderr)
     if retry is not None:

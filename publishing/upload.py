@@ -76,9 +76,11 @@ def push_folder(
     folder = Path(folder)
     if not is_hub_id(repo_id):
         raise ValueError(f"expected a repository as owner/name, got {repo_id!r}")
+
     check_complete(folder)
     if report is not None:
         expect_report_of(folder, report)
+
     branch = revision or MAIN
     write_card(
         folder,
@@ -88,10 +90,12 @@ def push_folder(
         base_model=base_model,
         license=license,
     )
+
     files = model_files(folder)
     left = sorted(path.name for path in folder.iterdir() if path.name not in files)
     if left:
         logger.warning("not sent, as no part of a model: %s", ", ".join(left))
+
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if branch != MAIN:
@@ -107,8 +111,10 @@ def push_folder(
 
 
 def check_complete(folder: Path):
-    """Raises ValueError unless the folder loads by itself: code, weights, processor, license;
-    FileNotFoundError where there is none."""
+    """Raises ValueError unless the folder loads by itself: code, weights, processor, license.
+
+    Raises FileNotFoundError where there is none.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a checkpoint's folder, got {folder}, which is none")
     if (folder / ADAPTER_FILE).exists():
@@ -133,6 +139,7 @@ def expect_report_of(folder: Path, report: Mapping):
         raise ValueError(f"expected a report's JSON object, got a {type(report).__name__}")
     if not writes_card(folder):
         raise ValueError(f"expected no report for a card of one's own, {folder / 'README.md'}")
+
     runs = [report.get(name) or {} for name in ("prediction_run", "measurements")]
     runs = [run for run in runs if run.get("weights")]
     for run in runs:
@@ -143,12 +150,13 @@ def expect_report_of(folder: Path, report: Mapping):
                 f"expected a report of the weights in {folder} ({own}), got one of {name}"
                 f" ({run['weights']})"
             )
+
     if not runs:
         logger.warning("the report does not say which weights it is of: it goes on the card as is")
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Names of what a self-contained checkpoint lacks."""
+    """Lists what a self-contained checkpoint lacks."""
     auto_map = _auto_map(folder)
     needed = ["config.json", "processor_config.json", "tokenizer.json", "LICENSE"]
     if auto_map:
@@ -159,7 +167,7 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def model_files(folder: Path) -> list[str]:
-    """Names of the files of a folder that belong to its model.
+    """Lists the files of a folder that belong to its model.
 
     Raises ValueError for one that is a link to a place outside the folder, which would publish
     what lies there; the links of the Hub's own cache are taken.
@@ -184,12 +192,13 @@ INDEX = "model.safetensors.index.json"
 
 
 def weight_names(folder: Path) -> list[str]:
-    """Names of the files that hold a folder's weights."""
+    """Lists the files that hold a folder's weights."""
     index = read_optional_json(folder / INDEX)
     return sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
 
 
 def _auto_map(folder: Path) -> dict[str, str]:
+    """Returns the classes that the Auto classes of transformers are told to load."""
     return {
         **read_optional_json(folder / "processor_config.json").get("auto_map", {}),
         **read_optional_json(folder / "config.json").get("auto_map", {}),
@@ -197,12 +206,12 @@ def _auto_map(folder: Path) -> dict[str, str]:
 
 
 def _entry_modules(folder: Path) -> set[str]:
-    """Names of the modules that a folder's auto classes are in."""
+    """Returns the modules that a folder's Auto classes are in."""
     return {f"{name.split('.')[0]}.py" for name in _auto_map(folder).values()}
 
 
 def _modules(folder: Path, named: set[str]) -> set[str]:
-    """The modules named and all that they import from beside them."""
+    """Returns the modules named and all that they import from beside them."""
     found: set[str] = set()
     while new := named - found:
         found |= new

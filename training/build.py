@@ -8,6 +8,7 @@ import torch
 from transformers import set_seed
 
 from ..common.loading import load_model, load_tokenizer
+from ..common.special_tokens import IMAGE_TOKENS, token_ids
 from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..generation_options import take_defaults
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
@@ -16,7 +17,7 @@ from ..scenes.shapes import iter_corpus
 from .recipe import Recipe
 from .recipe_sections import ModelRecipe, SyntheticData
 from .starting_values import start_locally, zero_residuals
-from .tokenizer import special_token_ids, train_tokenizer
+from .tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def fresh_config(fields: dict, tokenizer, data) -> PerceptionDLMConfig:
         defaults = {name: getattr(data, name) for name in lengths}
     return PerceptionDLMConfig(
         **{
-            **special_token_ids(tokenizer),
+            **token_ids(tokenizer, IMAGE_TOKENS),
             **fields,
             "text_config": text,
             "generation_defaults": {**defaults, **fields.get("generation_defaults", {})},
