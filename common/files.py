@@ -53,6 +53,7 @@ def file_to_replace(path: str | Path) -> Path:
             raise
         found = os.lstat(path)
 
+    # a link such as /dev/stdout may lead to what has no path of its own
     is_target = target.exists() and os.path.samestat(found, os.stat(target))  # not, say, a pipe's
     if not stat.S_ISREG(found.st_mode) or not is_target:
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
@@ -68,6 +69,7 @@ def write_bytes(path: str | Path, data: bytes):
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{_short(target)}.{secrets.token_hex(8)}.tmp")
 
+    # the file is locked, so that no other run takes it for one that was left unfinished
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:  # the umask has its say
@@ -155,6 +157,7 @@ def only_run(*outputs: str | Path | None) -> Iterator[None]:
     ends, however it ends. Raises ValueError where another run holds one.
     """
     with contextlib.ExitStack() as held:
+        # of two names of one output, one lock
         for target in dict.fromkeys(Path(os.path.realpath(o)) for o in outputs if o is not None):
             if not held.enter_context(try_lock(lock_path(target))):
                 raise ValueError(f"expected no other run to write {target}, got one under way")
@@ -175,7 +178,8 @@ def try_lock(path: Path) -> Iterator[bool]:
         yield handle is not None
     finally:
         if handle is not None:
-            path.unlink(missing_ok=True)  # before it is released, so that nobody else's goes
+            # removed before it is released, so that nobody else's goes
+            path.unlink(missing_ok=True)
             os.close(handle)
 
 

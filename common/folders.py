@@ -34,6 +34,7 @@ def new_folder(output: Path, force: bool) -> Iterator[Path]:
             unfinished.mkdir()
             yield unfinished
 
+            # only what is whole and on the disk takes the name
             sync_tree(unfinished)
             _put_in_place(unfinished, target, holder / REPLACED, force)
         finally:
@@ -52,6 +53,8 @@ def clear_unfinished(output: Path, own: Path | None = None):
         with _locked(holder) as is_dead:
             if not is_dead:
                 raise OutputExists(f"expected no other run that makes {output}, got one under way")
+
+            # killed between two renamings: what was moved away goes back
             if (holder / REPLACED).exists() and not os.path.lexists(target):
                 (holder / REPLACED).rename(target)
             shutil.rmtree(holder, ignore_errors=True)

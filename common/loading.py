@@ -1,7 +1,8 @@
 """Loads a checkpoint's model and processor, from a folder or from the Hub: one way for everybody.
 
-Captioning, evaluation, training and conversion all load through this module, so that a path that is
-not there, an adapter or a checkpoint of another kind gets the same answer from each of them.
+Captioning, evaluation and training load through this module; publishing and conversion ask it about
+places. So a path that is not there, an adapter or a checkpoint of another kind gets the same answer
+from each of them.
 """
 
 from pathlib import Path
@@ -62,6 +63,7 @@ def load_model(
     place = {"revision": revision, "token": token, "subfolder": subfolder or ""}
     expect_checkpoint(source, **place)
 
+    # a config of other fields may have parts that were not saved, which begin at random
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if config_fields is not None:
         options["config"] = PerceptionDLMConfig.from_pretrained(source, **place, **config_fields)

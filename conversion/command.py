@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         return exit_code(error)
     print(output)
 
+    # the folder tells from now on where it comes from
     command = ["python", "convert_checkpoint.py", *(sys.argv[1:] if argv is None else argv)]
     write_provenance(args.output, args.source, fetch(args.source), command)
     if args.push_to_hub is None:

@@ -100,6 +100,7 @@ def model_card(
     name = repo_id.split("/")[-1]
     results = evaluation_results(report) if report else None
 
+    # the header is what the Hub's search and model index read
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
@@ -184,6 +185,7 @@ def evaluation_results(report: Mapping) -> list[EvalResult]:
         if key in report["summary"]
     ]
 
+    # the model's speed, where the predicting run measured it
     throughput = (report.get("prediction_run") or {}).get("throughput") or {}
     if "nominal_tpf" in throughput:
         title, value = "Tokens per forward, padding counted", round(throughput["nominal_tpf"], 3)

@@ -77,10 +77,12 @@ def push_folder(
     if not is_hub_id(repo_id):
         raise ValueError(f"expected a repository as owner/name, got {repo_id!r}")
 
+    # what is wrong with the folder is said before the Hub is asked for anything
     check_complete(folder)
     if report is not None:
         expect_report_of(folder, report)
 
+    # the card is one of the files that are sent
     branch = revision or MAIN
     write_card(
         folder,
@@ -96,6 +98,7 @@ def push_folder(
     if left:
         logger.warning("not sent, as no part of a model: %s", ", ".join(left))
 
+    # large files go up first, then one commit that refers to them
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if branch != MAIN:
@@ -140,6 +143,7 @@ def expect_report_of(folder: Path, report: Mapping):
     if not writes_card(folder):
         raise ValueError(f"expected no report for a card of one's own, {folder / 'README.md'}")
 
+    # the run that predicted captions, and the one of `evaluate synthetic`
     runs = [report.get(name) or {} for name in ("prediction_run", "measurements")]
     runs = [run for run in runs if run.get("weights")]
     for run in runs:
@@ -161,6 +165,8 @@ def missing_files(folder: Path) -> list[str]:
     needed = ["config.json", "processor_config.json", "tokenizer.json", "LICENSE"]
     if auto_map:
         needed += [f"auto_map entry for {name}" for name in CLASSES if name not in auto_map]
+
+    # entries that the Auto classes need, and the modules that they are in
     needed += sorted(_modules(folder, _entry_modules(folder)))
     needed += weight_names(folder)
     return [name for name in needed if not (folder / name).is_file()]
@@ -179,6 +185,7 @@ def model_files(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
         present.append(INDEX)
 
+    # a snapshot's files are links to the blobs of its own cache
     home = folder.resolve()
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     for name in present:

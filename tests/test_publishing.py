@@ -339,6 +339,22 @@ def test_provenance_names_a_hub_snapshots_commit_and_no_local_folder(checkpoint,
     assert str(tmp_path) not in card
 
 
+@pytest.mark.parametrize("name", ["README.md", "provenance.json"])
+def test_a_card_or_provenance_that_cannot_be_written_leaves_the_old_one(
+    checkpoint, monkeypatch, name
+):
+    def write(source: str):
+        write_provenance(checkpoint, source, checkpoint, ["convert"])
+        write_card(checkpoint, source)
+
+    write("owner/old")
+    before = (checkpoint / name).read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write("owner/new")
+    assert (checkpoint / name).read_bytes() == before and b"owner/old" in before
+
+
 def test_a_card_of_ones_own_is_kept(hub, checkpoint):
     (checkpoint / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
     push_folder(checkpoint, REPO)

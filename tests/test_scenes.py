@@ -138,7 +138,7 @@ def test_masks_are_the_redrawn_shapes_less_what_lies_above_them():
         above = np.zeros(layers[0].visible.shape, bool)
         for layer in reversed(layers):
             whole = redrawn(layer)
-            # a pixel centre exactly on an edge may fall either way
+            # a pixel center exactly on an edge may fall either way
             assert (layer.visible ^ (whole & ~above)).sum() <= 1, (seed, layer.plan)
             above |= whole
 
@@ -149,7 +149,7 @@ def test_scene_masks_are_those_of_the_arrangement(many):
             assert np.array_equal(thing.mask, layer.visible)
 
 
-def test_masks_are_bool_of_the_pictures_size_and_disjoint(many):
+def test_masks_are_bool_of_the_images_size_and_disjoint(many):
     for scene in many:
         assert {thing.mask.dtype for thing in scene.objects} == {np.dtype(bool)}
         assert sum(thing.mask.astype(int) for thing in scene.objects).max() == 1
@@ -164,7 +164,7 @@ def test_some_objects_are_occluded_and_none_loses_more_than_an_eighth():
     assert sum(share < 0.97 for share in shares) > 0.05 * len(shares)
 
 
-def test_objects_lie_inside_the_picture_and_are_32_pixels_across():
+def test_objects_lie_inside_the_image_and_are_32_pixels_across():
     for _, layers in arrangements(80):
         for layer in layers:
             whole = redrawn(layer)
@@ -181,7 +181,7 @@ def test_small_and_large_are_far_apart():
 # ------------------------------------------------------------------ what can be seen
 
 
-def test_plain_objects_have_their_colour_and_no_other(many):
+def test_plain_objects_have_their_color_and_no_other(many):
     mains = {name: np.array(main) for name, (main, _) in COLORS.items()}
     for scene in many:
         for thing in scene.objects:
@@ -191,7 +191,7 @@ def test_plain_objects_have_their_colour_and_no_other(many):
                 assert min(distances, key=distances.get) == thing.attributes["colour"]
 
 
-def test_patterned_objects_show_both_tones_of_their_colour(many):
+def test_patterned_objects_show_both_tones_of_their_color(many):
     for scene in many:
         for thing in scene.objects:
             tones = np.array(COLORS[thing.attributes["colour"]])  # (2, 3)
@@ -202,7 +202,7 @@ def test_patterned_objects_show_both_tones_of_their_colour(many):
                 assert 0.12 < second < 0.65, thing.caption
 
 
-def test_colours_are_far_apart_and_far_from_their_second_tones():
+def test_colors_are_far_apart_and_far_from_their_second_tones():
     tones = [np.array(main) for main, _ in COLORS.values()]
     for k, (_, second) in enumerate(COLORS.values()):
         others = tones[:k] + tones[k + 1 :]
@@ -219,7 +219,7 @@ def test_objects_stand_out_from_the_background(many):
             assert np.linalg.norm(main - ground) > 80, thing.caption
 
 
-def test_like_colours_never_touch(many):
+def test_like_colors_never_touch(many):
     for scene in many:
         things = scene.objects
         for k, one in enumerate(things):
@@ -399,7 +399,7 @@ def test_yes_and_no_are_balanced(many):
     assert 0.4 < marks.count("yes") / len(marks) < 0.6
 
 
-def test_questions_survive_a_scene_with_all_the_colours():
+def test_questions_survive_a_scene_with_all_the_colors():
     things = [{**parse_caption("a small plain star at the top"), "colour": c} for c in COLORS]
     for seed in range(20):
         for question in ask(np.random.default_rng(seed), things):

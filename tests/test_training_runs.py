@@ -278,11 +278,11 @@ def test_which_epochs_show_the_scenes_of_the_first(recipe_of, options, repeats):
     recipe = recipe_of(data={"scenes": 3, "region_share": 1.0, **options})
     data = build_trainer(recipe, arguments(recipe)).train_dataset
 
-    def pictures(epoch):
+    def images(epoch):
         return [data[3 * epoch + i].features["pixel_values"] for i in range(3)]
 
-    first = pictures(0)
-    assert [all(map(torch.equal, first, pictures(epoch))) for epoch in (1, 2, 3)] == repeats
+    first = images(0)
+    assert [all(map(torch.equal, first, images(epoch))) for epoch in (1, 2, 3)] == repeats
 
 
 def test_the_first_epoch_may_have_another_share_of_regions(recipe_of):
@@ -369,7 +369,7 @@ def test_batches_hold_samples_of_like_length_and_an_epoch_all(recipe_of):
 
 @pytest.fixture
 def files(tmp_path, picture, monkeypatch):
-    """Data files of both kinds: six pictures with two boxes each, and a question about each."""
+    """Data files of both kinds: six images with two boxes each, and a question about each."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     regions, conversations = [], []
     for k in range(6):
@@ -378,8 +378,8 @@ def files(tmp_path, picture, monkeypatch):
         captions = ["a red circle", "a small star"]
         regions.append({"image": f"{k}.png", "masks": masks, "captions": captions})
         turns = [{"from": "human", "value": "how many?"}, {"from": "gpt", "value": "two"}]
-        with_picture = {"image": f"{k}.png"} if k % 2 else {}
-        conversations.append({**with_picture, "conversations": turns})
+        with_image = {"image": f"{k}.png"} if k % 2 else {}
+        conversations.append({**with_image, "conversations": turns})
     for name, records in (("regions", regions), ("conversations", conversations)):
         text = "\n".join(map(json.dumps, records))
         (tmp_path / f"{name}.jsonl").write_text(text)

@@ -1,4 +1,4 @@
-"""The model and processor of a recipe: from a checkpoint, or from scratch."""
+"""Builds the model and processor of a recipe: from a checkpoint, or from scratch."""
 
 import inspect
 import itertools
@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(recipe: Recipe):
-    """The model, in training precision, and its processor."""
+    """Builds the model of a recipe, in training precision, and its processor."""
     set_seed(recipe.trainer.get("seed", 42))
+
     if recipe.model.checkpoint is None:
         model, processor = _from_scratch(recipe)
     else:
@@ -35,6 +36,7 @@ def build_model(recipe: Recipe):
             attn_implementation=recipe.model.attn_implementation,
             config_fields=recipe.model.config,
         )
+
     if recipe.model.max_tiles is not None:
         processor.image_processor.max_tiles = recipe.model.max_tiles
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -43,6 +45,7 @@ def build_model(recipe: Recipe):
 
 
 def _from_scratch(recipe: Recipe):
+    """Builds a model with fresh weights, and a processor of its config."""
     tokenizer = _tokenizer(recipe.model)
     config = fresh_config(recipe.model.config, tokenizer, recipe.data)
     processor = PerceptionDLMProcessor.from_config(config, tokenizer)
@@ -58,7 +61,7 @@ def _from_scratch(recipe: Recipe):
 
 
 def fresh_config(fields: dict, tokenizer, data) -> PerceptionDLMConfig:
-    """A config for a tokenizer: its size and ids, and the data's slots as decoding lengths."""
+    """Builds a config for a tokenizer, with the data's slots as decoding lengths."""
     text = {"vocab_size": len(tokenizer), **fields.get("text_config", {})}
     defaults = {}
     if isinstance(data, SyntheticData):
@@ -75,8 +78,10 @@ def fresh_config(fields: dict, tokenizer, data) -> PerceptionDLMConfig:
 
 
 def _tokenizer(recipe: ModelRecipe):
+    """Loads the recipe's tokenizer, or trains one on the texts of synthetic scenes."""
     if recipe.tokenizer is not None:
         return load_tokenizer(recipe.tokenizer)
+
     defaults = inspect.signature(PerceptionDLMProcessor).parameters
     prompts = [defaults[name].default for name in ("system_prompt", "region_instruction")]
     frame = [*prompts, "system\n", "user\n", "assistant\n"] * (recipe.tokenizer_scenes // 10 + 1)

@@ -68,15 +68,18 @@ def expect_defaults(options, where: str, names: Iterable[str], needs: str):
 
 
 def expect_one_of(name: str, value, allowed: tuple):
+    """Refuses a value that is not among the allowed ones."""
     if value not in allowed:
         raise ValueError(f"expected {name} to be one of {', '.join(allowed)}, got {value!r}")
 
 
 def expect_positive(name: str, value: int):
+    """Refuses a number under 1."""
     if value < 1:
         raise ValueError(f"expected {name} of at least 1, got {value}")
 
 
 def expect_share(name: str, value: float):
+    """Refuses a number that is not between 0 and 1."""
     if not 0 <= value <= 1:
         raise ValueError(f"expected {name} between 0 and 1, got {value}")

@@ -1,4 +1,4 @@
-"""Recipes: a YAML file and `key=value` overrides, read by OmegaConf into typed sections."""
+"""Reads recipes: a YAML file and `key=value` overrides, merged by OmegaConf into typed sections."""
 
 import os
 import re
@@ -87,6 +87,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _override(config: DictConfig, override: str):
+    """Sets one value of a recipe, by its dotted name."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ValueError(f"expected an override section.key=value, got {override!r}")
@@ -215,6 +216,7 @@ for _tag, _pattern in _PLAIN_VALUES.items():
 
 
 def _parse(text: str, where: str):
+    """Parses YAML; ValueError says where it stood."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:

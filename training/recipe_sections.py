@@ -1,4 +1,4 @@
-"""The sections of a recipe: what can be set, what it means, and what goes together within one."""
+"""Declares the sections of a recipe: what can be set, what it means, and what goes together."""
 
 from dataclasses import dataclass, field
 from typing import Any
