@@ -20,7 +20,8 @@ from ..common.loading import CheckpointError
 from ..configuration_perceptiondlm import AUTO_MAP
 from ..generation_options import take_defaults
 from .files import fetch
-from .sources import Source, read_source
+from .source import Source
+from .sources import read_source
 
 MODEL_CLASS = "PerceptionDLMForConditionalGeneration"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -4,17 +4,12 @@ No weights are loaded until they are asked for. Each `read_` function takes the 
 and the options `vision_source` and `base` of `convert`, of which it refuses what it has no use for.
 """
 
-import inspect
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
-from ..common.extras import MissingExtra
 from ..common.loading import ADAPTER_FILE, CheckpointError, UnrecognizedCheckpoint
 from ..common.special_tokens import (
     CAPTION_TOKENS,
@@ -24,24 +19,10 @@ from ..common.special_tokens import (
     token_ids,
 )
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..generation_options import OPTIONS, default_generation_config
-from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
-from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
-from .files import (
-    MissingFile,
-    MissingTensor,
-    StateDict,
-    Tensors,
-    UnknownTensor,
-    WeightFiles,
-    WrongShape,
-    fetch,
-    read_json,
-)
+from .files import StateDict, WeightFiles, fetch, read_json
 from .layouts import (
     LLAVA_TEMPLATE_PRELUDE,
-    OWN_RULES,
     PENULTIMATE_LAYER,
     SIGLIP2_SO400M_PATCH14_384,
     Origin,
@@ -60,83 +41,10 @@ from .layouts import (
     siglip_rules,
     vision_settings,
 )
-from .sharded import DistributedFiles
+from .own_layout import read_adapter, read_own, read_sharded
+from .source import EMBEDDING, HEAD, Source, expect_no, few
 
-EMBEDDING = "language_model.model.embed_tokens.weight"
-HEAD = "language_model.lm_head.weight"
 MAX_CANVAS_TILES = 6  # a side, of an anyres canvas
-
-
-@dataclass
-class Source:
-    """A checkpoint in this package's terms; `origins` has each of the model's tensors by name."""
-
-    config: PerceptionDLMConfig
-    processor: PerceptionDLMProcessor
-    origins: dict[str, Origin]
-    generation_config: GenerationConfig | None = None  # None: what the config says
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the language model."""
-        return self.origins[EMBEDDING].load().dtype
-
-    def check(self):
-        """Raises unless names, shapes and token ids are exactly what the config's model has."""
-        expected = model_shapes(self.config)
-        if self.config.tie_word_embeddings:
-            self.origins.pop(HEAD, None)
-
-        missing = sorted(expected.keys() - self.origins.keys())
-        if missing:
-            raise MissingTensor(
-                f"expected a tensor for each of the model's, got none for {_few(missing)}"
-            )
-
-        extra = sorted(self.origins[name].name for name in self.origins.keys() - expected.keys())
-        if extra:
-            raise UnknownTensor(f"expected only the model's tensors, got also {_few(extra)}")
-
-        wrong = [
-            f"{origin.name} of {list(origin.shape)} (expected {list(expected[target])})"
-            for target, origin in self.origins.items()
-            if origin.shape != expected[target]
-        ]
-        if wrong:
-            raise WrongShape(f"expected shapes as in the config, got {_few(wrong)}")
-        expect_ids_in_vocabulary(self.config)
-
-
-def model_shapes(config: PerceptionDLMConfig) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of the tensors that a checkpoint of this config holds."""
-    with torch.device("meta"):
-        model = PerceptionDLMForConditionalGeneration(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes[HEAD]
-    return shapes
-
-
-def expect_ids_in_vocabulary(config: PerceptionDLMConfig):
-    """Refuses special tokens without a row in the embedding."""
-    rows = config.text_config.vocab_size
-    single = [getattr(config, name) for name in (*NAMED_TOKENS, *IMAGE_TOKENS, "pad_token_id")]
-    ids = [i for i in (*single, *config.roi_token_ids, *config.caption_token_ids) if i is not None]
-    if max(ids) >= rows:
-        raise WrongShape(
-            f"expected token ids under the {rows} rows of the embedding, got {max(ids)}"
-        )
-
-
-def _few(items: list[str]) -> str:
-    rest = f" and {len(items) - 4} more" if len(items) > 4 else ""
-    return ", ".join(items[:4]) + rest
-
-
-def expect_no(name: str, value, why: str):
-    """Refuses an option that a source has no use for."""
-    if value is not None:
-        raise CheckpointError(f"expected no {name} with {why}, got {str(value)!r}")
 
 
 def read_released(folder: Path, settings: dict, vision_source, base) -> Source:
@@ -232,7 +140,7 @@ def anyres_tiles(settings: dict, vision: dict) -> int:
     if isinstance(given, list) and given != canvases:
         raise CheckpointError(
             f"expected image_grid_pinpoints of 1 to {MAX_CANVAS_TILES} tiles of {sides[0]} pixels a"
-            f" side (as vision_source says), got {_few(list(map(str, given)))}"
+            f" side (as vision_source says), got {few(list(map(str, given)))}"
         )
 
     aspect = settings["image_aspect_ratio"]
@@ -309,90 +217,6 @@ def read_vision_config(source: str | Path) -> dict:
     """Reads the config of a SigLIP folder, file or Hub id."""
     path = fetch(source, ["config.json"])
     return read_json(path if path.is_file() else path / "config.json")
-
-
-def read_own(folder: Path, settings: dict, vision_source, base) -> Source:
-    """Reads this package's layout: a saved model, or a training checkpoint.
-
-    A training checkpoint that lacks config and processor takes those of `base`.
-    """
-    folders = [folder] if base is None else [folder, fetch(base)]
-    return _read_own(WeightFiles(folder), folders, vision_source)
-
-
-def read_sharded(folder: Path, vision_source, base) -> Source:
-    """Reads a checkpoint that FSDP saved sharded; `base` has what is not beside it."""
-    folders = [folder.parent] if base is None else [folder.parent, fetch(base)]
-    return _read_own(DistributedFiles(folder), folders, vision_source)
-
-
-def read_adapter(folder: Path, vision_source, base) -> Source:
-    """Reads a PEFT adapter, merged into its base in memory."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MissingExtra(error, "train") from error
-
-    base = base or read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
-    if base is None:
-        raise CheckpointError(f"expected base, the model that {folder} adapts, got none")
-    base_folder = fetch(base)
-    kind = read_json(base_folder / "config.json").get("model_type")
-    if kind != PerceptionDLMConfig.model_type:
-        raise UnrecognizedCheckpoint(f"expected a converted base in {base_folder}, got {kind!r}")
-
-    model = PerceptionDLMForConditionalGeneration.from_pretrained(base_folder, dtype="auto")
-    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    return _read_own(StateDict(folder, merged.state_dict()), [folder, base_folder], vision_source)
-
-
-def _read_own(tensors: Tensors, folders: Sequence[Path], vision_source) -> Source:
-    expect_no("vision_source", vision_source, "a checkpoint that has its own vision tower")
-    config = PerceptionDLMConfig.from_dict(read_json(_first("config.json", folders)))
-    tokenizer = read_tokenizer(_first("tokenizer.json", folders).parent)
-    origins = map_names(tensors, OWN_RULES)
-    decoding = own_generation_config(folders, config)
-    return Source(config, own_processor(folders, config, tokenizer), origins, decoding)
-
-
-def own_generation_config(folders, config) -> GenerationConfig:
-    """Returns the decoding defaults of the config, and over them those saved in their own file."""
-    decoding = default_generation_config(config)
-    saved = next((f for f in folders if (f / "generation_config.json").exists()), None)
-    if saved is not None:
-        settings = read_json(saved / "generation_config.json")
-        decoding.update(**{name: settings[name] for name in OPTIONS if name in settings})
-    return decoding
-
-
-def own_processor(folders, config, tokenizer) -> PerceptionDLMProcessor:
-    """Builds the saved processor without running the checkpoint's code, else the config's."""
-    template = {"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
-    tokenizer.chat_template = None
-    saved = next((f for f in folders if (f / "processor_config.json").exists()), None)
-    if saved is None:
-        return PerceptionDLMProcessor.from_config(config, tokenizer, **template)
-    settings = read_json(saved / "processor_config.json")
-    images = settings.get("image_processor", {})
-    images = PerceptionDLMImageProcessor(**_known(PerceptionDLMImageProcessor, images))
-    own = _known(PerceptionDLMProcessor, settings)
-    own.pop("image_processor", None)
-    return PerceptionDLMProcessor(images, tokenizer, **{**own, **template})
-
-
-def _known(kind: type, settings: dict) -> dict:
-    """Settings that a class's constructor takes: what else a file says (whose code to load, say)
-    is not carried on."""
-    names = inspect.signature(kind).parameters.keys()
-    return {name: settings[name] for name in names if name in settings}
-
-
-def _first(name: str, folders: Sequence[Path]) -> Path:
-    for folder in folders:
-        if (folder / name).exists():
-            return folder / name
-    places = " or ".join(map(str, folders))
-    raise MissingFile(f"expected {name} in {places}, got no such file; name a base that has it")
 
 
 READERS: dict[str, Callable[..., Source]] = {
