@@ -1,0 +1,1 @@
+"""Holds what several folders share: files, folders, JSON, loading, special tokens."""

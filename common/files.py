@@ -26,6 +26,7 @@ except ImportError:  # Windows: nothing keeps two runs apart there
     fcntl = None
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # from file systems that know none
+BLOCK = 1 << 22  # bytes that are hashed at once
 UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -51,6 +52,8 @@ def file_to_replace(path: str | Path) -> Path:
         if error.errno != errno.ELOOP:
             raise
         found = os.lstat(path)
+
+    # a link such as /dev/stdout may lead to what has no path of its own
     is_target = target.exists() and os.path.samestat(found, os.stat(target))  # not, say, a pipe's
     if not stat.S_ISREG(found.st_mode) or not is_target:
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
@@ -65,10 +68,12 @@ def write_bytes(path: str | Path, data: bytes):
     target = file_to_replace(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{_short(target)}.{secrets.token_hex(8)}.tmp")
+
+    # the file is locked, so that no other run takes it for one that was left unfinished
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:  # the umask has its say
-            _lock(file.fileno())  # tells that its writer lives
+            lock_handle(file.fileno())  # tells that its writer lives
             file.write(data)
             file.flush()
             _keep_owner_and_mode(target, file.fileno())
@@ -78,6 +83,7 @@ def write_bytes(path: str | Path, data: bytes):
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)  # gone, if it has been renamed
+
     sync_folder(target.parent)
 
 
@@ -98,7 +104,11 @@ def json_bytes(content) -> bytes:
 
 def file_sha256(path: str | Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path):
@@ -147,6 +157,7 @@ def only_run(*outputs: str | Path | None) -> Iterator[None]:
     ends, however it ends. Raises ValueError where another run holds one.
     """
     with contextlib.ExitStack() as held:
+        # of two names of one output, one lock
         for target in dict.fromkeys(Path(os.path.realpath(o)) for o in outputs if o is not None):
             if not held.enter_context(try_lock(lock_path(target))):
                 raise ValueError(f"expected no other run to write {target}, got one under way")
@@ -167,19 +178,22 @@ def try_lock(path: Path) -> Iterator[bool]:
         yield handle is not None
     finally:
         if handle is not None:
-            path.unlink(missing_ok=True)  # before it is released, so that nobody else's goes
+            # removed before it is released, so that nobody else's goes
+            path.unlink(missing_ok=True)
             os.close(handle)
 
 
 def _open_locked(path: Path) -> int | None:
+    """Opens and locks a file of this name; None where another has it."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # the folder went between the two calls
             continue
+
         try:
-            if not _lock(handle):
+            if not lock_handle(handle):
                 os.close(handle)
                 return None
             if _is_same_file(handle, path):
@@ -193,7 +207,7 @@ def _open_locked(path: Path) -> int | None:
 @contextmanager
 def locked(file) -> Iterator[None]:
     """Holds the lock of an open file, when others have let it go."""
-    _lock(file.fileno(), wait=True)
+    lock_handle(file.fileno(), wait=True)
     try:
         yield
     finally:
@@ -201,7 +215,7 @@ def locked(file) -> Iterator[None]:
             fcntl.flock(file.fileno(), fcntl.LOCK_UN)
 
 
-def _lock(handle: int, wait: bool = False) -> bool:
+def lock_handle(handle: int, wait: bool = False) -> bool:
     """Locks an open file; False where another has it. Where there are no locks all are free."""
     if fcntl is None:
         return True
@@ -240,6 +254,7 @@ def _short(path: Path) -> str:
 
 
 def _keep_owner_and_mode(target: Path, handle: int):
+    """Gives a new file the owner and the mode of the file that it is to replace."""
     if fcntl is None or not target.exists():
         return
     old = target.stat()

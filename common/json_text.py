@@ -31,6 +31,11 @@ def read_json(path: str | Path):
     return parse_json(path.read_bytes(), path)
 
 
+def read_optional_json(path: str | Path):
+    """Reads a JSON file as `read_json`; returns {} where there is no such file."""
+    return read_json(path) if Path(path).is_file() else {}
+
+
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, bytes | str]]:
     """Yields number (from 1) and text, for `parse_json`, of each line that is not blank."""
     with open(path, "rb") as file:

@@ -1,11 +1,4 @@
-"""Turns checkpoints of every known layout into a self-contained folder of this package's layout.
-
-    python convert_checkpoint.py --source RELEASED_FOLDER --output FOLDER [--push-to-hub OWNER/NAME]
-
-Sources: released PerceptionDLM and PerceptionDLM-Base; LLaDA (its own names or Llama's) with a
-SigLIP-2 tower, for a fresh Base; LLaDA-V; this package's own layout, training checkpoints (FSDP's
-sharded ones too) and PEFT adapters.
-"""
+"""Writes a checkpoint of any known layout as a self-contained folder, whole or not at all."""
 
 import errno
 import json
@@ -22,24 +15,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from ..common.folders import OutputExists, clear_unfinished, expect_folder, new_folder
+from ..common.loading import CheckpointError
 from ..configuration_perceptiondlm import AUTO_MAP
 from ..generation_options import take_defaults
-from .files import (
-    ConversionError,
-    fetch,
-)
-from .output import OutputExists, clear_unfinished, expect_folder, new_folder
-from .sources import Source, read_source
+from .files import fetch
+from .source import Source
+from .sources import read_source
 
 MODEL_CLASS = "PerceptionDLMForConditionalGeneration"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class VerificationFailed(ConversionError):
+class VerificationFailed(CheckpointError):
     """What was written does not equal the source."""
-
-    exit_code = 11
 
 
 # As it is named, not as it resolves: the files of a Hub snapshot are links into `blobs/`, where
@@ -72,20 +62,23 @@ def convert(
             folder with the config and processor that it lacks.
         force: replace the output.
         verify: before the output appears, reload it through the Auto classes, compare every tensor
-            with the source bit for bit, and run a forward pass on a random picture.
+            with the source bit for bit, and run a forward pass on a random image.
 
-    Returns the output's path. Raises a `ConversionError` (a ValueError; for files also a
-    FileNotFoundError or FileExistsError) that says what was expected and what came, or OSError
+    Returns the output's path. Raises a `CheckpointError` (a ValueError; for files that are not
+    there also a FileNotFoundError), FileExistsError for an output that would be lost, or OSError
     with ENOSPC on a full disk.
     """
     output, dtype = Path(os.path.abspath(output)), parse_dtype(dtype)
     limit = parse_size(max_shard_size)
+
+    # all that can be refused is refused before anything is written
     folder = fetch(source)
     clear_unfinished(output)
     expect_free_output(output, [folder, vision_source, base], force)
     opened = read_source(folder, vision_source, base)
     dtype = dtype or opened.dtype
     shards = plan_shards(opened, dtype, limit)
+
     with new_folder(output, force) as unfinished:
         expect_space(unfinished, shards, dtype, opened)
         write_settings(unfinished, opened, dtype)
@@ -97,19 +90,19 @@ def convert(
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of a number or a text such as 5GB or 200 MiB."""
+    """Returns the bytes of a number or a text such as 5GB or 200 MiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", str(size).strip().upper())
     value = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
     if value < 1:
-        raise ConversionError(f"expected max_shard_size such as 5GB, got {size!r}")
+        raise CheckpointError(f"expected max_shard_size such as 5GB, got {size!r}")
     return value
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A torch dtype by its name or itself."""
+    """Returns a torch dtype, given by its name or itself."""
     dtype = DTYPES.get(dtype, dtype)
     if dtype is not None and dtype not in DTYPES.values():
-        raise ConversionError(f"expected dtype among {', '.join(DTYPES)}, got {dtype!r}")
+        raise CheckpointError(f"expected dtype among {', '.join(DTYPES)}, got {dtype!r}")
     return dtype
 
 
@@ -125,7 +118,7 @@ def expect_free_output(output: Path, sources: Sequence[str | Path | None], force
 
 
 def plan_shards(source: Source, dtype: torch.dtype, limit: int) -> list[list[str]]:
-    """Target names of each shard, in the order in which the source holds them."""
+    """Chooses the names of each shard, in the order in which the source holds them."""
     shards, size = [[]], 0
     for name, origin in source.origins.items():
         own = byte_size(origin.shape, dtype)
@@ -138,7 +131,7 @@ def plan_shards(source: Source, dtype: torch.dtype, limit: int) -> list[list[str
 
 
 def byte_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of a tensor."""
+    """Returns the bytes of a tensor."""
     return torch.Size(shape).numel() * dtype.itemsize
 
 
@@ -160,6 +153,7 @@ def write_weights(folder: Path, source: Source, shards: list[list[str]], dtype: 
         write_shard(folder / file, source, names, dtype)
         shutil.copymode(folder / "config.json", folder / file)  # safetensors: for the owner only
         weight_map |= dict.fromkeys(names, file)
+
     if len(shards) > 1:
         sizes = [byte_size(origin.shape, dtype) for origin in source.origins.values()]
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
@@ -212,25 +206,26 @@ def check_folder(folder: Path, source: Source, dtype: torch.dtype):
         expected = origin.load().to(dtype).contiguous()
         if loaded[name].dtype != dtype or not same_bits(loaded[name], expected):
             raise VerificationFailed(f"expected {name} as in the source, got other values")
-    logits = forward_random_picture(model, processor)
+
+    logits = forward_random_image(model, processor)
     if not bool(logits.isfinite().all()):
-        raise VerificationFailed("expected finite logits for a random picture, got others")
+        raise VerificationFailed("expected finite logits for a random image, got others")
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in every bit, NaN included."""
+    """Tells whether two tensors are equal in every bit, NaN included."""
     return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @torch.no_grad()
-def forward_random_picture(model, processor) -> torch.Tensor:
-    """Logits of masked captions, or of an answer, for a picture of noise."""
+def forward_random_image(model, processor) -> torch.Tensor:
+    """Returns logits of masked captions, or of an answer, for an image of noise."""
     noise = torch.randint(0, 256, (61, 97, 3), generator=torch.Generator().manual_seed(0))
-    picture = Image.fromarray(noise.to(torch.uint8).numpy())
+    image = Image.fromarray(noise.to(torch.uint8).numpy())
     if model.config.num_region_prompts:
-        left_half = Image.new("L", picture.size)
+        left_half = Image.new("L", image.size)
         left_half.paste(255, (0, 0, 48, 61))
-        inputs = processor(picture, masks=[left_half], caption_length=4)
+        inputs = processor(image, masks=[left_half], caption_length=4)
     else:
-        inputs = processor(picture, prompts="What is this?", max_new_tokens=4)
+        inputs = processor(image, prompts="What is this?", max_new_tokens=4)
     return model(**inputs, logits_to_keep=4).logits

@@ -1,4 +1,4 @@
-"""What every source calls things: its tensors, its config fields and its special tokens."""
+"""Translates what every source calls things: tensors, config fields and tokenizer settings."""
 
 import re
 from collections.abc import Sequence
@@ -9,15 +9,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import AddedToken
 
+from ..common.loading import CheckpointError, UnrecognizedCheckpoint
+from ..common.special_tokens import NAMED_TOKENS
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from .files import (
-    ConversionError,
-    MissingTensor,
-    Tensors,
-    UnknownTensor,
-    UnrecognisedSource,
-    read_json,
-)
+from .files import MissingTensor, Tensors, UnknownTensor, read_json
 
 # Tensors
 
@@ -44,7 +39,7 @@ class Origin:
 
 
 def fresh_tensor(shape: tuple[int, ...], std: float = 0.02, seed: int = 0) -> torch.Tensor:
-    """Normal draws, the same at every conversion."""
+    """Draws normal values, the same at every conversion."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
 
 
@@ -61,7 +56,7 @@ class Rule:
 
 
 def map_names(tensors: Tensors, rules: Sequence[Rule]) -> dict[str, Origin]:
-    """Origins by target name; the first rule that matches counts.
+    """Finds the origin of each target name; of several rules that match, the first counts.
 
     Raises UnknownTensor for a name that no rule matches or two that become one, MissingTensor for
     a rule that matches none, unless it is optional.
@@ -71,6 +66,7 @@ def map_names(tensors: Tensors, rules: Sequence[Rule]) -> dict[str, Origin]:
         rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
         if rule is None:
             raise UnknownTensor(f"expected only known names in {tensors.place}, got {name!r}")
+
         used.add(rule)
         if rule.target is None:
             continue
@@ -79,6 +75,7 @@ def map_names(tensors: Tensors, rules: Sequence[Rule]) -> dict[str, Origin]:
             pair = f"{origins[target].name!r} and {name!r}"
             raise UnknownTensor(f"expected one tensor for {target}, got {pair}")
         origins[target] = Origin(tensors, name)
+
     for rule in rules:
         if rule not in used and not rule.optional:
             raise MissingTensor(f"expected names like {rule.pattern} in {tensors.place}, got none")
@@ -87,7 +84,7 @@ def map_names(tensors: Tensors, rules: Sequence[Rule]) -> dict[str, Origin]:
 
 # fmt: off
 def siglip_rules(prefix: str, used: int, total: int) -> tuple[Rule, ...]:
-    """SigLIP below `prefix`, a whole SiglipModel or its vision part: the first `used` layers."""
+    """Lists the rules of SigLIP below `prefix`, or its vision part: the first `used` layers."""
     vision = prefix + r"(?:vision_model\.)?"
     unused = "|".join(map(str, range(used, total))) or "none"
     return (
@@ -100,7 +97,7 @@ def siglip_rules(prefix: str, used: int, total: int) -> tuple[Rule, ...]:
 
 
 def llama_rules(prefix: str, tied: bool) -> tuple[Rule, ...]:
-    """LLaDA under Llama's names, below `prefix`."""
+    """Lists the rules of LLaDA under Llama's names, below `prefix`."""
     text = "language_model."
     return (
         Rule(prefix + r".*rotary_emb\.inv_freq",      None, optional=True),
@@ -112,7 +109,7 @@ def llama_rules(prefix: str, tied: bool) -> tuple[Rule, ...]:
 
 
 def original_llada_rules(tied: bool) -> tuple[Rule, ...]:
-    """LLaDA under its own names."""
+    """Lists the rules of LLaDA under its own names."""
     top, text = r"model\.transformer\.", "language_model."
     block, layer = top + r"blocks\.(\d+)\.", text + r"model.layers.\1."
     return (
@@ -130,7 +127,7 @@ def original_llada_rules(tied: bool) -> tuple[Rule, ...]:
 
 
 def released_rules(config: PerceptionDLMConfig, vision_layers: int) -> tuple[Rule, ...]:
-    """A released PerceptionDLM or PerceptionDLM-Base."""
+    """Lists the rules of a released PerceptionDLM or PerceptionDLM-Base."""
     regions = (Rule(r"mask_id_embedding\.weight", "region_prompts.weight"),)
     return (
         Rule(r"vision_abstractor\.projection\.0\.(weight|bias)", r"connector.linear_1.\1"),
@@ -142,7 +139,7 @@ def released_rules(config: PerceptionDLMConfig, vision_layers: int) -> tuple[Rul
 
 
 def llava_rules(config: PerceptionDLMConfig, vision_layers: int) -> tuple[Rule, ...]:
-    """LLaDA-V."""
+    """Lists the rules of LLaDA-V."""
     tower = r"model\.vision_tower\.vision_tower\."
     return (
         Rule(r"model\.mm_projector\.0\.(weight|bias)", r"connector.linear_1.\1"),
@@ -203,20 +200,21 @@ PENULTIMATE_LAYER = -2  # of SigLIP: its last layer is not run
 
 
 def pick(source: dict, fields: Sequence[str]) -> dict:
-    """The fields that are given."""
+    """Returns the fields that are given."""
     return {name: source[name] for name in fields if source.get(name) is not None}
 
 
 def llama_text_config(source: dict) -> dict:
-    """`text_config` from a config in Llama's terms."""
+    """Builds `text_config` of a config in Llama's terms."""
     return {**{name: source[name] for name in TEXT_FIELDS}, **pick(source, OPTIONAL_TEXT_FIELDS)}
 
 
 def original_text_config(source: dict) -> dict:
-    """`text_config` from LLaDA's own config."""
+    """Builds `text_config` of LLaDA's own config."""
     for name, expected in ORIGINAL_LLADA.items():
         if source.get(name, expected) != expected:
-            raise ConversionError(f"expected LLaDA with {name} {expected!r}, got {source[name]!r}")
+            raise CheckpointError(f"expected LLaDA with {name} {expected!r}, got {source[name]!r}")
+
     heads, width = source["n_heads"], source["d_model"]
     key_heads = source.get("n_kv_heads") or (1 if source.get("multi_query_attention") else heads)
     return {
@@ -233,10 +231,15 @@ def original_text_config(source: dict) -> dict:
 
 
 def vision_settings(source: dict, select_layer: int) -> tuple[dict, int]:
-    """`vision_config` and the layers in the source, from a SigLIP config, whole or vision part."""
+    """Builds `vision_config` of a SigLIP config, whole or vision part.
+
+    `select_layer` is the last layer whose output is used, counted from the end if negative. Returns
+    also how many layers the source has.
+    """
     kind = source.get("model_type")
     if kind not in ("siglip", "siglip_vision_model"):
-        raise UnrecognisedSource(f"expected a SigLIP vision config, got model_type {kind!r}")
+        raise UnrecognizedCheckpoint(f"expected a SigLIP vision config, got model_type {kind!r}")
+
     vision = source["vision_config"] if kind == "siglip" else source
     layers = vision.get("num_hidden_layers", 12)  # SigLIP's default
     used = select_layer if select_layer >= 0 else layers + select_layer + 1
@@ -244,26 +247,7 @@ def vision_settings(source: dict, select_layer: int) -> tuple[dict, int]:
     return {**fields, "num_hidden_layers": used, "vision_use_head": False}, layers
 
 
-# Special tokens
-
-
-NAMED_TOKENS = {
-    "mask_token_id": "<|mdm_mask|>",
-    "eot_token_id": "<|eot_id|>",
-    "start_header_token_id": "<|start_header_id|>",
-    "end_header_token_id": "<|end_header_id|>",
-    "bos_token_id": "<|startoftext|>",
-    "eos_token_id": "<|endoftext|>",
-}
-IMAGE_TOKENS = {
-    "image_token_id": "<IMG_CONTEXT>",
-    "image_start_token_id": "<img>",
-    "image_end_token_id": "</img>",
-}
-LLAVA_IMAGE_TOKENS = {"image_token_id": "<image>"}
-REGION_SLOTS = 16
-CAPTION_TOKENS = [f"<|Mask_Cap_{i}|>" for i in range(REGION_SLOTS)]
-ROI_TOKENS = [f"<|reserved_token_{i}|>" for i in range(REGION_SLOTS)]
+# Tokenizers
 
 
 # Settings of a tokenizer that are carried on; whose code to load, say, is not.
@@ -288,7 +272,7 @@ TOKENIZER_SETTINGS = {
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of `tokenizer.json`; never a checkpoint's own code."""
+    """Reads the tokenizer of `tokenizer.json`; never a checkpoint's own code."""
     read_json(folder / "tokenizer.json")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
     known = TOKENIZER_SETTINGS & tokenizer.init_kwargs.keys()
@@ -299,8 +283,10 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def add_missing_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], rstrip=False):
-    """Adds those that the vocabulary lacks, as special tokens; `rstrip`: they take the white
-    space after them."""
+    """Adds the tokens that the vocabulary lacks, as special ones.
+
+    `rstrip`: they take the white space after them.
+    """
     vocabulary = tokenizer.get_vocab()
     missing = [t for t in tokens if t not in vocabulary]
     added = [AddedToken(t, special=True, normalized=False, rstrip=rstrip) for t in missing]
@@ -308,23 +294,8 @@ def add_missing_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]
 
 
 def rows_needed(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Rows of an embedding that has one for each token."""
+    """Counts the rows of an embedding that has one for each token."""
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def token_ids(tokenizer: PreTrainedTokenizerFast, image_tokens: dict[str, str]) -> dict:
-    """The config's special-token ids, from the vocabulary."""
-    vocabulary = tokenizer.get_vocab()
-    named = {**NAMED_TOKENS, **image_tokens}
-    missing = [token for token in named.values() if token not in vocabulary]
-    if missing:
-        raise ConversionError(f"expected a tokenizer with {' '.join(missing)}, got one without")
-    ids = {"image_start_token_id": None, "image_end_token_id": None}
-    ids |= {field: vocabulary[token] for field, token in named.items()}
-    ids["pad_token_id"] = tokenizer.pad_token_id
-    ids["roi_token_ids"] = [vocabulary[t] for t in ROI_TOKENS if t in vocabulary]
-    ids["caption_token_ids"] = [vocabulary[t] for t in CAPTION_TOKENS if t in vocabulary]
-    return ids
 
 
 # LLaDA-V's templates know strings only: flattens lists of parts, gives the default system text.

@@ -1,4 +1,4 @@
-"""Weights that FSDP saved sharded (torch.distributed.checkpoint), read without trusting them.
+"""Reads weights that FSDP saved sharded (torch.distributed.checkpoint), without trusting them.
 
 Their `.metadata` is a pickle, which torch loads as it is, so that it could run any code. Here only
 what such metadata consists of is let through.

@@ -1,45 +1,28 @@
-"""Checkpoints of every layout, understood: config, processor and where each tensor comes from.
+"""Understands checkpoints of every layout: config, processor and where each tensor comes from.
 
-No weights are loaded until they are asked for.
+No weights are loaded until they are asked for. Each `read_` function takes the folder, its config,
+and the options `vision_source` and `base` of `convert`, of which it refuses what it has no use for.
 """
 
-import inspect
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
-from ..common.extras import MissingExtra
-from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..generation_options import OPTIONS, default_generation_config
-from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
-from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from ..processing_perceptiondlm import PerceptionDLMProcessor
-from .files import (
-    ADAPTER_FILE,
-    ConversionError,
-    MissingFile,
-    MissingTensor,
-    StateDict,
-    Tensors,
-    UnknownTensor,
-    UnrecognisedSource,
-    WeightFiles,
-    WrongShape,
-    fetch,
-    read_json,
-)
-from .layouts import (
+from ..common.loading import ADAPTER_FILE, CheckpointError, UnrecognizedCheckpoint
+from ..common.special_tokens import (
     CAPTION_TOKENS,
     IMAGE_TOKENS,
     LLAVA_IMAGE_TOKENS,
-    LLAVA_TEMPLATE_PRELUDE,
     NAMED_TOKENS,
-    OWN_RULES,
+    token_ids,
+)
+from ..configuration_perceptiondlm import PerceptionDLMConfig
+from ..processing_perceptiondlm import PerceptionDLMProcessor
+from .files import StateDict, WeightFiles, fetch, read_json
+from .layouts import (
+    LLAVA_TEMPLATE_PRELUDE,
     PENULTIMATE_LAYER,
     SIGLIP2_SO400M_PATCH14_384,
     Origin,
@@ -56,97 +39,29 @@ from .layouts import (
     released_rules,
     rows_needed,
     siglip_rules,
-    token_ids,
     vision_settings,
 )
-from .sharded import DistributedFiles
+from .own_layout import read_adapter, read_own, read_sharded
+from .source import EMBEDDING, HEAD, Source, expect_no, few
 
-EMBEDDING = "language_model.model.embed_tokens.weight"
-HEAD = "language_model.lm_head.weight"
 MAX_CANVAS_TILES = 6  # a side, of an anyres canvas
 
 
-@dataclass
-class Source:
-    """A checkpoint in this package's terms; `origins` has each of the model's tensors by name."""
-
-    config: PerceptionDLMConfig
-    processor: PerceptionDLMProcessor
-    origins: dict[str, Origin]
-    generation_config: GenerationConfig | None = None  # None: what the config says
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The language model's."""
-        return self.origins[EMBEDDING].load().dtype
-
-    def check(self):
-        """Raises unless names, shapes and token ids are exactly what the config's model has."""
-        expected = model_shapes(self.config)
-        if self.config.tie_word_embeddings:
-            self.origins.pop(HEAD, None)
-        missing = sorted(expected.keys() - self.origins.keys())
-        if missing:
-            raise MissingTensor(
-                f"expected a tensor for each of the model's, got none for {_few(missing)}"
-            )
-        extra = sorted(self.origins[name].name for name in self.origins.keys() - expected.keys())
-        if extra:
-            raise UnknownTensor(f"expected only the model's tensors, got also {_few(extra)}")
-        wrong = [
-            f"{origin.name} of {list(origin.shape)} (expected {list(expected[target])})"
-            for target, origin in self.origins.items()
-            if origin.shape != expected[target]
-        ]
-        if wrong:
-            raise WrongShape(f"expected shapes as in the config, got {_few(wrong)}")
-        expect_ids_in_vocabulary(self.config)
-
-
-def model_shapes(config: PerceptionDLMConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a checkpoint of this config holds."""
-    with torch.device("meta"):
-        model = PerceptionDLMForConditionalGeneration(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes[HEAD]
-    return shapes
-
-
-def expect_ids_in_vocabulary(config: PerceptionDLMConfig):
-    """Refuses special tokens without a row in the embedding."""
-    rows = config.text_config.vocab_size
-    single = [getattr(config, name) for name in (*NAMED_TOKENS, *IMAGE_TOKENS, "pad_token_id")]
-    ids = [i for i in (*single, *config.roi_token_ids, *config.caption_token_ids) if i is not None]
-    if max(ids) >= rows:
-        raise WrongShape(
-            f"expected token ids under the {rows} rows of the embedding, got {max(ids)}"
-        )
-
-
-def _few(items: list[str]) -> str:
-    rest = f" and {len(items) - 4} more" if len(items) > 4 else ""
-    return ", ".join(items[:4]) + rest
-
-
-def expect_no(name: str, value, why: str):
-    """Refuses an option that a source has no use for."""
-    if value is not None:
-        raise ConversionError(f"expected no {name} with {why}, got {str(value)!r}")
-
-
 def read_released(folder: Path, settings: dict, vision_source, base) -> Source:
-    """A released PerceptionDLM (regions) or PerceptionDLM-Base."""
+    """Reads a released PerceptionDLM (regions) or PerceptionDLM-Base."""
     expect_no("vision_source", vision_source, "a checkpoint that has its own vision tower")
     expect_no("base", base, "a whole checkpoint")
+
     tensors = WeightFiles(folder)
     tokenizer = read_tokenizer(folder)
-    tokenizer.chat_template = None  # the language model's own, which knows no pictures
+    tokenizer.chat_template = None  # the language model's own, which knows no images
+
     text = llama_text_config(settings["language_model_config"])
     rows, _ = tensors.shape("language_model.model.embed_tokens.weight")
     vision, layers = vision_settings(
         settings["vision_model_config"], settings["vision_select_layer"]
     )
+
     config = PerceptionDLMConfig(
         vision_config=vision,
         text_config={**text, "vocab_size": rows},
@@ -158,30 +73,38 @@ def read_released(folder: Path, settings: dict, vision_source, base) -> Source:
         region_layout="released",
         **token_ids(tokenizer, IMAGE_TOKENS),
     )
+
     origins = map_names(tensors, released_rules(config, layers))
     return Source(config, PerceptionDLMProcessor.from_config(config, tokenizer), origins)
 
 
 def read_llava(folder: Path, settings: dict, vision_source, base) -> Source:
-    """LLaDA-V; `vision_source` has the SigLIP config, else SigLIP-2 so400m patch 14 at 384."""
+    """Reads LLaDA-V.
+
+    `vision_source` has the SigLIP config; default: SigLIP-2 so400m, patch 14, at 384 pixels.
+    """
     expect_no("base", base, "a whole checkpoint")
+
     tensors = WeightFiles(folder)
     vision, layers = vision_settings(
         read_vision_config(vision_source) if vision_source else SIGLIP2_SO400M_PATCH14_384,
         settings.get("mm_vision_select_layer", PENULTIMATE_LAYER),
     )
     max_tiles = anyres_tiles(settings, vision)
+
     tokenizer = read_tokenizer(folder)
-    # LLaVA's code loses the first token after a picture, the newline of "<image>\n".
+    # LLaVA's code loses the first token after an image, the newline of "<image>\n".
     add_missing_tokens(tokenizer, list(LLAVA_IMAGE_TOKENS.values()), rstrip=True)
     if not isinstance(tokenizer.chat_template, str):
-        raise ConversionError(f"expected a tokenizer with a chat template in {folder}, got none")
+        raise CheckpointError(f"expected a tokenizer with a chat template in {folder}, got none")
     template = LLAVA_TEMPLATE_PRELUDE + tokenizer.chat_template
     tokenizer.chat_template = None
+
     ids = token_ids(tokenizer, LLAVA_IMAGE_TOKENS)
     banned = ("eos_token_id", "bos_token_id", "start_header_token_id", "end_header_token_id")
     rows, _ = tensors.shape("model.embed_tokens.weight")
     rows = max(rows, rows_needed(tokenizer))
+
     config = PerceptionDLMConfig(
         vision_config=vision,
         text_config={**llama_text_config(settings), "vocab_size": rows},
@@ -193,6 +116,7 @@ def read_llava(folder: Path, settings: dict, vision_source, base) -> Source:
         generation_defaults={"stop_strings": [NAMED_TOKENS["eot_token_id"]]},
         **ids,
     )
+
     origins = map_names(tensors, llava_rules(config, layers))
     extend_vocabulary(origins, config)
     processor = PerceptionDLMProcessor.from_config(
@@ -202,42 +126,51 @@ def read_llava(folder: Path, settings: dict, vision_source, base) -> Source:
 
 
 def anyres_tiles(settings: dict, vision: dict) -> int:
-    """`anyres_max_tiles` of a LLaDA-V config; refuses another way with pictures than is built."""
+    """Returns `anyres_max_tiles` of a LLaDA-V config.
+
+    Raises CheckpointError for another way of dividing images than the one that is built here.
+    """
     expected = {"mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "spatial_unpad"}
     for name, value in expected.items():
         if settings[name] != value:
-            raise ConversionError(f"expected {name} {value!r}, got {settings[name]!r}")
+            raise CheckpointError(f"expected {name} {value!r}, got {settings[name]!r}")
+
     sides = [i * vision["image_size"] for i in range(1, MAX_CANVAS_TILES + 1)]
     canvases, given = [[w, h] for w in sides for h in sides], settings.get("image_grid_pinpoints")
     if isinstance(given, list) and given != canvases:
-        raise ConversionError(
+        raise CheckpointError(
             f"expected image_grid_pinpoints of 1 to {MAX_CANVAS_TILES} tiles of {sides[0]} pixels a"
-            f" side (as vision_source says), got {_few(list(map(str, given)))}"
+            f" side (as vision_source says), got {few(list(map(str, given)))}"
         )
+
     aspect = settings["image_aspect_ratio"]
     shrunk = re.fullmatch(r"anyres_max_(\d+)", str(aspect))
     if not shrunk:
-        raise ConversionError(f"expected image_aspect_ratio 'anyres_max_N', got {aspect!r}")
+        raise CheckpointError(f"expected image_aspect_ratio 'anyres_max_N', got {aspect!r}")
     return int(shrunk[1])
 
 
 def read_llada(folder: Path, settings: dict, vision_source, base) -> Source:
-    """LLaDA, under its own names or Llama's, with SigLIP: a fresh Base to be trained."""
+    """Reads LLaDA, under its own names or Llama's, with SigLIP: a fresh Base to be trained."""
     expect_no("base", base, "a whole checkpoint")
     if vision_source is None:
-        raise ConversionError("expected vision_source, a SigLIP-2 model to build a Base from LLaDA")
+        raise CheckpointError("expected vision_source, a SigLIP-2 model to build a Base from LLaDA")
+
     tensors = WeightFiles(folder)
     is_original = any(name.startswith("model.transformer.") for name in tensors.shapes)
     if is_original:
         text, embedding = original_text_config(settings), "model.transformer.wte.weight"
     else:
         text, embedding = llama_text_config(settings), "model.embed_tokens.weight"
+
     tokenizer = read_tokenizer(folder)
     tokenizer.chat_template = None
     add_missing_tokens(tokenizer, [*IMAGE_TOKENS.values(), *CAPTION_TOKENS])
+
     tower = fetch(vision_source)
     vision, layers = vision_settings(read_json(tower / "config.json"), PENULTIMATE_LAYER)
     rows, _ = tensors.shape(embedding)
+
     config = PerceptionDLMConfig(
         vision_config=vision,
         text_config={**text, "vocab_size": max(rows, rows_needed(tokenizer))},
@@ -245,6 +178,8 @@ def read_llada(folder: Path, settings: dict, vision_source, base) -> Source:
         roi_convention="aligned",
         **token_ids(tokenizer, IMAGE_TOKENS),
     )
+
+    # of the language model, the vision tower, and what is drawn: the connector, added rows
     tied = config.tie_word_embeddings
     rules = original_llada_rules(tied) if is_original else llama_rules("", tied)
     origins = map_names(tensors, rules)
@@ -257,7 +192,7 @@ def read_llada(folder: Path, settings: dict, vision_source, base) -> Source:
 
 
 def fresh_connector(config: PerceptionDLMConfig) -> dict[str, Origin]:
-    """A connector as initialised for training: normal weights, no biases."""
+    """Draws a connector as initialized for training: normal weights, no biases."""
     width = config.text_config.hidden_size
     merged = config.vision_config.hidden_size * config.spatial_merge_size**2
     tensors = {
@@ -279,90 +214,9 @@ def extend_vocabulary(origins: dict[str, Origin], config: PerceptionDLMConfig):
 
 
 def read_vision_config(source: str | Path) -> dict:
-    """The config of a SigLIP folder, file or Hub id."""
+    """Reads the config of a SigLIP folder, file or Hub id."""
     path = fetch(source, ["config.json"])
     return read_json(path if path.is_file() else path / "config.json")
-
-
-def read_own(folder: Path, settings: dict, vision_source, base) -> Source:
-    """This package's layout: a saved model, or a training checkpoint with its base's processor."""
-    folders = [folder] if base is None else [folder, fetch(base)]
-    return _read_own(WeightFiles(folder), folders, vision_source)
-
-
-def read_sharded(folder: Path, vision_source, base) -> Source:
-    """A checkpoint that FSDP saved sharded; `base` has what is not beside it."""
-    folders = [folder.parent] if base is None else [folder.parent, fetch(base)]
-    return _read_own(DistributedFiles(folder), folders, vision_source)
-
-
-def read_adapter(folder: Path, vision_source, base) -> Source:
-    """A PEFT adapter, merged into its base (in memory)."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MissingExtra(error, "train") from error
-
-    base = base or read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
-    if base is None:
-        raise ConversionError(f"expected base, the model that {folder} adapts, got none")
-    base_folder = fetch(base)
-    kind = read_json(base_folder / "config.json").get("model_type")
-    if kind != PerceptionDLMConfig.model_type:
-        raise UnrecognisedSource(f"expected a converted base in {base_folder}, got {kind!r}")
-    model = PerceptionDLMForConditionalGeneration.from_pretrained(base_folder, dtype="auto")
-    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    return _read_own(StateDict(folder, merged.state_dict()), [folder, base_folder], vision_source)
-
-
-def _read_own(tensors: Tensors, folders: Sequence[Path], vision_source) -> Source:
-    expect_no("vision_source", vision_source, "a checkpoint that has its own vision tower")
-    config = PerceptionDLMConfig.from_dict(read_json(_first("config.json", folders)))
-    tokenizer = read_tokenizer(_first("tokenizer.json", folders).parent)
-    origins = map_names(tensors, OWN_RULES)
-    decoding = own_generation_config(folders, config)
-    return Source(config, own_processor(folders, config, tokenizer), origins, decoding)
-
-
-def own_generation_config(folders, config) -> GenerationConfig:
-    """Returns the decoding defaults of the config, and over them those saved in their own file."""
-    decoding = default_generation_config(config)
-    saved = next((f for f in folders if (f / "generation_config.json").exists()), None)
-    if saved is not None:
-        settings = read_json(saved / "generation_config.json")
-        known = {name: settings[name] for name in (*OPTIONS, "do_sample") if name in settings}
-        decoding.update(**known)
-    return decoding
-
-
-def own_processor(folders, config, tokenizer) -> PerceptionDLMProcessor:
-    """The saved processor, without running the checkpoint's code; else the config's."""
-    template = {"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
-    tokenizer.chat_template = None
-    saved = next((f for f in folders if (f / "processor_config.json").exists()), None)
-    if saved is None:
-        return PerceptionDLMProcessor.from_config(config, tokenizer, **template)
-    settings = read_json(saved / "processor_config.json")
-    images = settings.get("image_processor", {})
-    images = PerceptionDLMImageProcessor(**_known(PerceptionDLMImageProcessor, images))
-    own = _known(PerceptionDLMProcessor, settings)
-    own.pop("image_processor", None)
-    return PerceptionDLMProcessor(images, tokenizer, **{**own, **template})
-
-
-def _known(kind: type, settings: dict) -> dict:
-    """Settings that a class's constructor takes: what else a file says (whose code to load, say)
-    is not carried on."""
-    names = inspect.signature(kind).parameters.keys()
-    return {name: settings[name] for name in names if name in settings}
-
-
-def _first(name: str, folders: Sequence[Path]) -> Path:
-    for folder in folders:
-        if (folder / name).exists():
-            return folder / name
-    places = " or ".join(map(str, folders))
-    raise MissingFile(f"expected {name} in {places}, got no such file; name a base that has it")
 
 
 READERS: dict[str, Callable[..., Source]] = {
@@ -391,11 +245,13 @@ def read_source(folder: Path, vision_source=None, base=None) -> Source:
 
 def _read_whole(folder: Path, vision_source, base) -> Source:
     if not (folder / "config.json").exists():
-        raise UnrecognisedSource(f"expected a checkpoint with a config.json in {folder}, got none")
+        raise UnrecognizedCheckpoint(
+            f"expected a checkpoint with a config.json in {folder}, got none"
+        )
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
     if kind not in READERS:
-        raise UnrecognisedSource(
+        raise UnrecognizedCheckpoint(
             f"expected a model_type among {', '.join(READERS)} in {folder / 'config.json'},"
             f" got {kind!r}"
         )

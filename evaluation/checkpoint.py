@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..common.loading import default_device, load_model
 from ..common.option_arguments import add_option_arguments, given_options
 from ..generation_options import options_of
 from ..generation_rules import ACCEPT_RULES
@@ -25,23 +26,6 @@ def parse_option(text: str) -> tuple[str, object]:
         return name, value
 
 
-def load_model(path: str, subfolder: str, dtype: str, device: str):
-    """Loads a checkpoint and its processor into this package's own classes, ready to caption.
-
-    No code of the checkpoint's repository is run. Raises as `expect_checkpoint`.
-    """
-    from ..conversion.files import expect_checkpoint
-    from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-    from ..processing_perceptiondlm import PerceptionDLMProcessor
-
-    expect_checkpoint(path, subfolder)
-    model = PerceptionDLMForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, subfolder=subfolder
-    )
-    processor = PerceptionDLMProcessor.from_pretrained(path, subfolder=subfolder)
-    return model.eval().to(device), processor
-
-
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, required: bool = True):
     """Adds the options that say which checkpoint is loaded, and how."""
     add = parser.add_argument
@@ -56,14 +40,6 @@ def load_checkpoint(args: argparse.Namespace):
     if args.model is None:
         raise ValueError("expected --model PATH, a checkpoint's folder or Hub id, got none")
     return load_model(args.model, args.subfolder, args.dtype, args.device or default_device())
-
-
-def default_device() -> str:
-    """The accelerator if there is one, else the CPU."""
-    import torch
-
-    found = torch.accelerator.is_available()
-    return str(torch.accelerator.current_accelerator()) if found else "cpu"
 
 
 def checkpoint_record(args: argparse.Namespace, model) -> dict:

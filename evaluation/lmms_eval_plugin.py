@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from ..common.extras import extra
+from ..common.loading import load_model
 from ..generation_options import DiffusionOptions
 from ..processing_sequence import IGNORED_LABEL, encode_text
-from .checkpoint import load_model
 from .likelihood import AnswerLogits, log_likelihood_bound
 
 with extra("lmms"):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..common.loading import load_model
 from ..image_processing_perceptiondlm import load_image, load_mask
 from .benchmarks import RegionSample, load_benchmark
 from .checkpoint import (
@@ -21,7 +22,6 @@ from .checkpoint import (
     add_decoding_arguments,
     checkpoint_record,
     decoding_options,
-    load_model,
     weights_fingerprint,
 )
 from .environment import run_environment

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from ..conversion.output import new_folder
+from ..common.folders import new_folder
 from ..generation_rules import ACCEPT_RULES
 from ..image_masks import encode_rle
-from ..scenes.shapes import SPLITS, VOCABULARY, Scene, named_values, render_scene
+from ..scenes.language import VOCABULARY, named_values
+from ..scenes.shapes import SPLITS, Scene, render_scene
 from .benchmarks import Benchmark, load_benchmark
 from .checkpoint import (
     add_checkpoint_arguments,

@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..scenes.shapes import VOCABULARY, Question, Scene, answer_matches, named_values
+from ..scenes.language import VOCABULARY, Question, answer_matches, named_values
+from ..scenes.shapes import Scene
 from .scoring import ordered_sum
 
 

@@ -15,8 +15,9 @@ import sys
 
 from vlmeval.vlm.base import BaseModel
 
+from ..common.loading import default_device, load_model
 from ..generation_options import DiffusionOptions
-from .checkpoint import add_option_argument, default_device, load_model
+from .checkpoint import add_option_argument
 
 MODEL_NAME = "perceptiondlm"
 

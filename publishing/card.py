@@ -1,13 +1,14 @@
-"""The README of a published checkpoint, generated from the folder that is published."""
+"""Generates the README of a published checkpoint from the folder that is published."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import tqdm
+
+from ..common.files import file_sha256, write_text
+from ..common.json_text import read_json
+from .provenance import Provenance, is_hub_id, read_provenance
 
 GENERATED = "<!-- This card is generated: remove this line to keep your own changes. -->"
 TAGS = ("perceptiondlm", "diffusion", "masked-diffusion", "llada", "siglip", "custom_code")
@@ -16,8 +17,7 @@ METRICS = (  # (name in a report's summary, name on the card)
     ("average_positive", "Positive questions"),
     ("average_negative", "Negative questions"),
 )
-LICENCE = "apache-2.0"  # unless another is named
-PROVENANCE = "provenance.json"
+LICENSE = "apache-2.0"  # unless another is named
 CARD = "README.md"
 STALE = ["*.safetensors", "*.safetensors.index.json"]  # of an earlier upload with other shards
 PAPER = "https://arxiv.org/abs/2606.19534"
@@ -47,27 +47,8 @@ model = AutoModel.from_pretrained({source}, trust_remote_code=True, dtype="auto"
 image = Image.new("RGB", (320, 240), "white")  # or Image.open("photo.jpg")
 ImageDraw.Draw(image).ellipse((110, 70, 210, 170), fill="red")
 
-out = model.diffusion_generate(images=image, prompts="What is in the picture?", max_new_tokens=64)
+out = model.diffusion_generate(images=image, prompts="What is in the image?", max_new_tokens=64)
 print(out.texts[0][0])"""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a checkpoint comes from.
-
-    Attributes:
-        source: Hub id or name of what was converted or trained from.
-        revision: its commit on the Hub.
-        command: the command that made the folder.
-    """
-
-    source: str | None = None
-    revision: str | None = None
-    command: str | None = None
-
-    def to_dict(self) -> dict:
-        """Ready for JSON."""
-        return asdict(self)
 
 
 def write_card(folder: str | Path, repo_id: str, **options):
@@ -78,20 +59,14 @@ def write_card(folder: str | Path, repo_id: str, **options):
     folder = Path(folder)
     if not writes_card(folder):
         return
-    provenance = Provenance(**read_json(folder / PROVENANCE))
-    card = model_card(folder, repo_id, **{"provenance": provenance, **options})
-    (folder / CARD).write_text(card, encoding="utf-8")
+    card = model_card(folder, repo_id, **{"provenance": read_provenance(folder), **options})
+    write_text(folder / CARD, card)
 
 
 def writes_card(folder: Path) -> bool:
-    """Whether a folder has no card yet, or a generated one."""
+    """Tells whether a folder has no card yet, or a generated one."""
     path = folder / CARD
     return not path.exists() or GENERATED in path.read_text(encoding="utf-8")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file's object, {} where there is no such file."""
-    return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
 def model_card(
@@ -102,10 +77,10 @@ def model_card(
     provenance: Provenance | None = None,
     report: Mapping | None = None,
     base_model: str | list[str] | None = None,
-    licence: str = LICENCE,
+    license: str = LICENSE,
     tags: Sequence[str] = (),
 ) -> str:
-    """The card of the checkpoint in `folder`, as Markdown with a YAML header.
+    """Builds the card of the checkpoint in `folder`, as Markdown with a YAML header.
 
     Args:
         folder: holds `config.json` and the weights, whose checksums the card lists.
@@ -113,27 +88,30 @@ def model_card(
         provenance: its origin; report: what `perceptiondlm evaluate report` (or `score`) wrote.
         base_model: Hub id or ids of what it derives from (default: the provenance's source where
             that is a Hub id).
-        licence: identifier of the weights' licence.
+        license: identifier of the weights' license.
         tags: more of them than its own.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_bytes())
+    config = read_json(folder / "config.json")
     provenance = provenance or Provenance()
     if base_model is None and is_hub_id(provenance.source):
         base_model = provenance.source
     regions = bool(config["num_region_prompts"])
     name = repo_id.split("/")[-1]
     results = evaluation_results(report) if report else None
+
+    # the header is what the Hub's search and model index read
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         base_model=base_model,
-        license=licence,
+        license=license,
         language="en",
         tags=list(dict.fromkeys([*TAGS, *(["region-captioning"] if regions else []), *tags])),
         model_name=name if results else None,
         eval_results=results,
     )
+
     parts = [
         f"---\n{header.to_yaml()}\n---",
         GENERATED,
@@ -147,19 +125,16 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def is_hub_id(name: str | None) -> bool:
-    """Whether a name has the form owner/name."""
-    return name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
 def _what_it_is(config: Mapping, regions: bool) -> str:
+    """Says what the model does, and what it is made of."""
     text, vision = config["text_config"], config["vision_config"]
     does = (
-        "It describes several masked regions of a picture at once, in one denoising process, and"
-        " answers questions about whole pictures."
+        "It describes several masked regions of an image at once, in one denoising process, and"
+        " answers questions about whole images."
         if regions
-        else "It answers questions about pictures."
+        else "It answers questions about images."
     )
+
     rows = [
         f"| language model | {text['num_hidden_layers']} bidirectional layers of width"
         f" {text['hidden_size']} (LLaDA), vocabulary {text['vocab_size']} |",
@@ -168,9 +143,10 @@ def _what_it_is(config: Mapping, regions: bool) -> str:
     ]
     if regions:
         rows.append(
-            f"| regions | up to {config['num_region_prompts']} in one pass (more in several),"
+            f"| regions | up to {config['num_region_prompts']} in one sequence (more in several),"
             f" attention layout `{config['region_layout']}` |"
         )
+
     return (
         f"A multimodal masked-diffusion language model ([PerceptionDLM]({PAPER})). {does}"
         " Text is not written left to right: all positions start masked and are filled over a few"
@@ -179,19 +155,20 @@ def _what_it_is(config: Mapping, regions: bool) -> str:
 
 
 def _usage(repo_id: str, revision: str | None, regions: bool) -> str:
+    """Shows how to install and run it."""
     source = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
     snippet = (REGION_SNIPPET if regions else QUESTION_SNIPPET).format(source=source)
     return (
         '## Use\n\n```bash\npip install torch "transformers>=5.18" pillow\n```\n\n'
         f"```python\n{snippet}\n```\n\n"
-        "The modelling code is in this repository, which is why `trust_remote_code=True` is needed;"
+        "The modeling code is in this repository, which is why `trust_remote_code=True` is needed;"
         " pass `revision` with a commit to pin what is run. `AutoProcessor.from_pretrained` loads"
         " the processor alone."
     )
 
 
 def evaluation_results(report: Mapping) -> list[EvalResult]:
-    """A report's averages, and its tokens per forward where measured, for the Hub's model-index."""
+    """Returns a report's averages, and its tokens per forward pass, for the Hub's model index."""
     if "summary" not in report:
         raise ValueError(f"expected a report with a summary, got one with {sorted(report)[:8]}")
     dataset, name = _dataset(report)
@@ -201,11 +178,14 @@ def evaluation_results(report: Mapping) -> list[EvalResult]:
         "dataset_type": dataset,
         "dataset_name": name,
     }
+
     values = [
         (key, title, round(100 * report["summary"][key], 2), "accuracy")
         for key, title in METRICS
         if key in report["summary"]
     ]
+
+    # the model's speed, where the predicting run measured it
     throughput = (report.get("prediction_run") or {}).get("throughput") or {}
     if "nominal_tpf" in throughput:
         title, value = "Tokens per forward, padding counted", round(throughput["nominal_tpf"], 3)
@@ -217,7 +197,7 @@ def evaluation_results(report: Mapping) -> list[EvalResult]:
 
 
 def _dataset(report: Mapping) -> tuple[str, str]:
-    """Hub id, or a plain word, and name of the benchmark."""
+    """Returns Hub id, or a plain word, and name of the benchmark."""
     scoring = report.get("scoring") or report.get("provenance") or {}
     place = str(scoring.get("annotations") or "region-captioning").rstrip("/")
     name = place.split("/")[-1]
@@ -225,6 +205,7 @@ def _dataset(report: Mapping) -> tuple[str, str]:
 
 
 def _evaluation(report: Mapping | None) -> str:
+    """Shows a report's scores; nothing without a report."""
     if not report:
         return ""
     _, name = _dataset(report)
@@ -236,6 +217,7 @@ def _evaluation(report: Mapping | None) -> str:
 
 
 def _provenance(folder: Path, provenance: Provenance) -> str:
+    """Says what it was made from, and lists the checksums."""
     lines = []
     if provenance.source:
         revision = f" at revision `{provenance.revision}`" if provenance.revision else ""
@@ -248,31 +230,25 @@ def _provenance(folder: Path, provenance: Provenance) -> str:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each weight file."""
+    """Returns the SHA-256 of each weight file."""
     files = sorted(folder.glob("*.safetensors"))
-    return {f.name: _sha256(f) for f in tqdm(files, desc="Checksums", disable=len(files) < 2)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return {f.name: file_sha256(f) for f in tqdm(files, desc="Checksums", disable=len(files) < 2)}
 
 
 def _limits(config: Mapping, regions: bool) -> str:
+    """Says what it cannot do."""
     limits = [
         "Captions and answers can be wrong, and say so with the same confidence as when right; do"
         " not use them where a mistake harms somebody.",
-        "It has the biases of the pictures and texts that it and its parts were trained on.",
+        "It has the biases of the images and texts that it and its parts were trained on.",
         "A caption has a fixed number of positions (`caption_length`, 32 by default): what does not"
         " fit is not said.",
     ]
+
     if regions:
         limits.append(
-            "It describes regions that it is given and finds none by itself; a careless mask gives"
-            " a careless caption."
+            "It describes regions that it is given and finds none by itself; a careless region mask"
+            " gives a careless caption."
         )
     if regions and config["region_layout"] == "released":
         limits.append(

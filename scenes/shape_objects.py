@@ -1,6 +1,6 @@
-"""One object of a synthetic scene: its shape as a signed distance, its pattern, its window.
+"""Draws one object of a synthetic scene: its shape as a signed distance, its pattern, its window.
 
-Distances are sampled at pixel centres and negative inside; points are (x, y), y downwards.
+Distances are sampled at pixel centers and negative inside; points are (x, y), y downwards.
 """
 
 import math
@@ -18,12 +18,12 @@ def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # apex (0, -0.87), base from (-1, 0.87) to (1, 0.87): its box is centred on the origin
+    # apex (0, -0.87), base from (-1, 0.87) to (1, 0.87): its box is centerd on the origin
     return np.maximum(y - 0.87, (1.74 * abs(x) - (y + 0.87)) / math.hypot(1.74, 1.0))
 
 
 def _fold_arms(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates along and across (>= 0) the nearest of five arms, the first one upwards."""
+    """Returns coordinates along and across (>= 0) the nearest of five arms; one points upwards."""
     arm = 2 * math.pi / 5
     angle, radius = np.arctan2(x, -y), np.hypot(x, y)
     angle = abs(angle - arm * np.round(angle / arm))
@@ -58,6 +58,20 @@ DISTANCES = {
     "cross": _cross,
 }
 SHAPES = tuple(DISTANCES)
+# name: (main tone, tone of its pattern). The second tone keeps the hue, so that it is never
+# another color of the table, and differs enough in lightness to survive down-sampling.
+COLORS = {
+    "red": ((222, 28, 32), (255, 178, 172)),
+    "green": ((22, 150, 56), (172, 244, 178)),
+    "blue": ((32, 64, 226), (164, 196, 255)),
+    "yellow": ((252, 228, 28), (128, 112, 0)),
+    "purple": ((140, 32, 172), (234, 176, 250)),
+    "orange": ((252, 132, 8), (122, 54, 0)),
+    "white": ((252, 252, 252), (98, 98, 102)),
+    "black": ((10, 10, 12), (98, 98, 102)),
+}
+SIZES = {"small": (0.29, 0.31), "large": (0.44, 0.48)}  # diameter over the image's short side
+PATTERNS = ("plain", "striped", "dotted")
 
 
 @dataclass(frozen=True)
@@ -65,18 +79,18 @@ class Plan:
     """What an object is, before it has a place; `cell` is (row, column) of the 3x3 grid."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     pattern: str
     cell: tuple[int, int]
     diameter: float  # pixels
     angle: float  # radians
     stripe_angle: float  # radians
-    offset: tuple[float, float]  # sub-pixel part of the centre (x, y)
-    tint: np.ndarray  # (3,) jitter of the colour
+    offset: tuple[float, float]  # sub-pixel part of the center (x, y)
+    tint: np.ndarray  # (3,) jitter of the color
 
     def local(self, half: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pixel centres of a window of 2 * half pixels, in the object's frame, in pixels."""
+        """Returns x and y of a window's pixel centers (2 * half a side), in the object's frame."""
         axis = np.arange(-half, half) + 0.5
         x, y = axis[None, :] - self.offset[0], axis[:, None] - self.offset[1]
         cos, sin = math.cos(self.angle), math.sin(self.angle)
@@ -94,39 +108,44 @@ class Layer:
 
     @classmethod
     def of(cls, plan: Plan) -> "Layer":
+        """Renders a plan; it is not placed yet."""
         radius = plan.diameter / 2
         x, y = plan.local(math.ceil(1.1 * radius) + 2)
         return cls(plan, DISTANCES[plan.shape](x / radius, y / radius) * radius)
 
     @property
     def window(self) -> tuple[slice, slice]:
+        """Rows and columns of the image that the layer covers."""
         (top, left), side = self.origin, len(self.distance)
         return slice(top, top + side), slice(left, left + side)
 
     @property
-    def centre(self) -> tuple[float, float]:
+    def center(self) -> tuple[float, float]:
+        """Center (x, y) of the window, in pixels of the image."""
         half = len(self.distance) / 2
         return self.origin[1] + half, self.origin[0] + half
 
 
 def coverage(distance: np.ndarray) -> np.ndarray:
-    """Share of a pixel inside an edge at a signed distance in pixels from its centre."""
+    """Returns the share of a pixel inside an edge, by the edge's signed distance in pixels."""
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
 def pattern_tone(plan: Plan, half: int) -> np.ndarray | float:
-    """Where the second tone shows, from 0 to 1: (S, S), or 0 for a plain object.
+    """Returns where the second tone shows, from 0 to 1: (S, S), or 0 for a plain object.
 
     Periods follow the diameter, so that a small object still shows three stripes or four dots.
     """
     if plan.pattern == "plain":
         return 0.0
+
     x, y = plan.local(half)
     small = plan.size == "small"
     if plan.pattern == "striped":
         period = plan.diameter / (3.6 if small else 5.0)
         cos, sin = math.cos(plan.stripe_angle), math.sin(plan.stripe_angle)
         return coverage(abs(_wrap(cos * x + sin * y, period)) - 0.22 * period)
+
     if plan.shape == "star":  # a square lattice would miss its arms
         radius = plan.diameter / 2
         along, across = _fold_arms(x, y)
@@ -137,5 +156,5 @@ def pattern_tone(plan: Plan, half: int) -> np.ndarray | float:
 
 
 def _wrap(x: np.ndarray, period: float) -> np.ndarray:
-    """Distance to the nearest multiple of the period, signed."""
+    """Returns the distance to the nearest multiple of the period, signed."""
     return x - period * np.round(x / period)

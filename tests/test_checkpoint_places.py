@@ -5,16 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from clean_rooms import write_hub_cache
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
 from perceptiondlm.apps.web.sam import find_sam
+from perceptiondlm.common.loading import load_model, local_path
 from perceptiondlm.conversion import command as convert_checkpoint
-from perceptiondlm.conversion.files import local_path
 from perceptiondlm.convert_checkpoint import convert
-from perceptiondlm.evaluation.checkpoint import load_model
-from perceptiondlm.publishing.command import push_folder
+from perceptiondlm.publishing.upload import push_folder
 from perceptiondlm.training.run import train
 from training_runs import recipe_values, small_recipe
 
@@ -147,6 +147,18 @@ def test_an_adapter_on_the_hub_is_named_as_one_and_a_checkpoint_is_taken(
     with pytest.raises(ValueError, match="the adapter in owner/adapter: .*--base"):
         RegionCaptioner.from_pretrained("owner/adapter")
     assert RegionCaptioner.from_pretrained("owner/whole").model.config.num_region_prompts
+
+
+def test_a_checkpoint_is_loaded_with_the_dtype_attention_and_config_asked_for(converted):
+    model, processor = load_model(
+        converted("released-region"),
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+        config_fields={"region_layout": "independent"},
+    )
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert model.config._attn_implementation == "eager"
+    assert model.config.region_layout == processor.region_layout == "independent"
 
 
 def test_the_converter_ends_with_its_code_for_a_source_that_is_not_there(tmp_path, capsys):

@@ -10,7 +10,7 @@ import threading
 import pytest
 from perceptiondlm.common import files
 from perceptiondlm.common.files import GrowingFile, only_run, try_lock, write_bytes, write_json
-from perceptiondlm.conversion.output import OutputExists, clear_unfinished, new_folder
+from perceptiondlm.common.folders import OutputExists, clear_unfinished, new_folder
 from perceptiondlm.evaluation.files import Journal, read_journal
 
 

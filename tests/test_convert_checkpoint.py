@@ -24,7 +24,7 @@ from perceptiondlm.conversion import files as checkpoint_files
 from perceptiondlm.conversion.convert import parse_size
 from perceptiondlm.conversion.files import StateDict, Tensors
 from perceptiondlm.conversion.layouts import llama_rules, map_names, original_llada_rules
-from perceptiondlm.conversion.sources import model_shapes
+from perceptiondlm.conversion.source import model_shapes
 from perceptiondlm.convert_checkpoint import convert
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor

@@ -239,7 +239,7 @@ def test_an_option_that_a_source_has_no_use_for_is_refused(capsys, tmp_path, opt
         ("image_grid_pinpoints", [[224, 224], [224, 448]]),
     ],
 )
-def test_another_way_with_pictures_than_llada_vs_is_refused(capsys, tmp_path, name, value):
+def test_another_way_with_images_than_llada_vs_is_refused(capsys, tmp_path, name, value):
     source = copy_source("released-llava", tmp_path / "source")
     edit_json(source / "config.json", **{name: value})
     options = ("--vision-source", str(source / "vision"))

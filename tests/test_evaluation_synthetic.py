@@ -8,7 +8,8 @@ from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.evaluation.files import read_json
 from perceptiondlm.evaluation.predict import predict
 from perceptiondlm.evaluation.synthetic import exact_answers, region_questions
-from perceptiondlm.scenes.shapes import caption_of, render_scene
+from perceptiondlm.scenes.language import caption_of
+from perceptiondlm.scenes.shapes import render_scene
 
 OWN = {"shape": "star", "colour": "red", "size": "small", "pattern": "plain", "position": "top"}
 OTHER = {"shape": "ring", "colour": "blue", "size": "large", "pattern": "plain", "position": "left"}

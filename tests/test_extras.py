@@ -95,7 +95,7 @@ def test_captioning_needs_no_extra(results, command):
     [
         ("web", "gradio", "apps", 2),
         ("serve", "fastapi|uvicorn", "apps", 2),
-        ("train", "accelerate|datasets", "train", 2),
+        ("train", "accelerate|datasets|omegaconf", "train", 2),
         ("judge", "openai", "eval", 2),
         ("report", "matplotlib", "eval", 2),
         ("adapter", "peft", "train", 1),

@@ -5,11 +5,16 @@ import os
 
 import pytest
 from perceptiondlm.common.files import write_json
-from perceptiondlm.common.json_text import ascii_json, parse_json, read_json, read_text
+from perceptiondlm.common.json_text import (
+    ascii_json,
+    parse_json,
+    read_json,
+    read_optional_json,
+    read_text,
+)
 from perceptiondlm.conversion.files import read_json as read_checkpoint_json
 from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.evaluation.judge_prompts import JudgePrompt
-from perceptiondlm.publishing.card import read_json as read_card_json
 from perceptiondlm.training.recipe import load_recipe
 from perceptiondlm.training.records import open_records, record_of
 from test_evaluation_benchmarks import write_paradlc
@@ -19,7 +24,7 @@ RECORDS = [{"image": "naïve.png", "captions": ["a\u2028b", "c"]}, {"image": "b.
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("read", [read_json, read_checkpoint_json, read_card_json])
+@pytest.mark.parametrize("read", [read_json, read_checkpoint_json, read_optional_json])
 def test_a_json_file_is_read_in_every_encoding(tmp_path, read, encoding):
     path = tmp_path / "a.json"
     path.write_bytes(json.dumps({"ä": 1}, ensure_ascii=False).encode(encoding))

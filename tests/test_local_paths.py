@@ -11,7 +11,7 @@ from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.image_loading import path_inside
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.records import Record
-from perceptiondlm.training.regions import picture_path
+from perceptiondlm.training.regions import image_path
 from test_evaluation_benchmarks import write_paradlc
 
 OUTSIDE = ["../secret", "a/../../secret", "/etc/passwd", "..", ".", "", "link", "C:\\x", "a\0b"]
@@ -88,11 +88,11 @@ def test_a_sharded_model_still_loads(converted, tmp_path):
 def test_a_record_names_images_beside_it_alone(place, name):
     record = Record({}, None, [], "here", (0, 0), place)
     if name.startswith("http"):  # is a file's name like any other, and never fetched
-        assert picture_path(name, record, None) == str(place / "http:/127.0.0.1:9/a.png")
+        assert image_path(name, record, None) == str(place / "http:/127.0.0.1:9/a.png")
         return
     with pytest.raises(ValueError, match="see data.image_root"):
-        picture_path(name, record, None)
-    assert picture_path("/etc/passwd", record, "/") == "/etc/passwd"
+        image_path(name, record, None)
+    assert image_path("/etc/passwd", record, "/") == "/etc/passwd"
 
 
 def test_a_benchmarks_pictures_are_no_links_out_of_its_folder(tmp_path):

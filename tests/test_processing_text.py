@@ -13,8 +13,8 @@ from perceptiondlm.apps.serving.jobs import ChatJob, RegionJob
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.processing_sequence import encode_prompt, encode_text
 from perceptiondlm.training.conversations import ConversationSamples
-from perceptiondlm.training.recipe import ConversationData
-from perceptiondlm.training.sources import FileDataset
+from perceptiondlm.training.datasets import FileDataset
+from perceptiondlm.training.recipe_sections import ConversationData
 from perceptiondlm.training.tokenizer import train_tokenizer
 from PIL import Image
 from transformers import AddedToken

@@ -17,12 +17,14 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
+from perceptiondlm.common.loading import load_model
 from perceptiondlm.conversion import command as convert_checkpoint
 from perceptiondlm.convert_checkpoint import convert
-from perceptiondlm.evaluation.checkpoint import load_model, weights_fingerprint
+from perceptiondlm.evaluation.checkpoint import weights_fingerprint
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.publishing.card import Provenance, checksums, model_card, write_card
-from perceptiondlm.publishing.command import expect_report_of, push_folder, write_provenance
+from perceptiondlm.publishing.card import checksums, model_card, write_card
+from perceptiondlm.publishing.provenance import Provenance, write_provenance
+from perceptiondlm.publishing.upload import expect_report_of, push_folder
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
@@ -335,6 +337,22 @@ def test_provenance_names_a_hub_snapshots_commit_and_no_local_folder(checkpoint,
     card = (checkpoint / "README.md").read_text()
     assert "a" * 40 in card
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("name", ["README.md", "provenance.json"])
+def test_a_card_or_provenance_that_cannot_be_written_leaves_the_old_one(
+    checkpoint, monkeypatch, name
+):
+    def write(source: str):
+        write_provenance(checkpoint, source, checkpoint, ["convert"])
+        write_card(checkpoint, source)
+
+    write("owner/old")
+    before = (checkpoint / name).read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write("owner/new")
+    assert (checkpoint / name).read_bytes() == before and b"owner/old" in before
 
 
 def test_a_card_of_ones_own_is_kept(hub, checkpoint):

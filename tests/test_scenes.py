@@ -10,19 +10,26 @@ import numpy as np
 import pytest
 from perceptiondlm.scenes import shape_objects as scene_objects
 from perceptiondlm.scenes import shapes as scenes
-from perceptiondlm.scenes.shapes import (
-    COLOURS,
+from perceptiondlm.scenes.language import (
     GRID,
     NUMBERS,
     VOCABULARY,
     answer_matches,
-    iter_corpus,
-    parse_caption,
-    render_scene,
+    ask,
+    caption_of,
+    named_values,
 )
+from perceptiondlm.scenes.shape_objects import COLORS
+from perceptiondlm.scenes.shapes import iter_corpus, render_scene
 from perceptiondlm.training.synthetic import draw_questions
 
 COUNT = 300
+
+
+def parse_caption(text: str) -> dict[str, str | None]:
+    """The attributes that a text states; None for one of which it names no value, or several."""
+    named = named_values(text)
+    return {name: min(values) if len(values) == 1 else None for name, values in named.items()}
 
 
 def digest(scene) -> str:
@@ -119,7 +126,7 @@ def in_polygon(x, y, corners):
 def redrawn(layer) -> np.ndarray:
     """The whole silhouette of a layer on the canvas, from its plan alone."""
     height, width = layer.visible.shape
-    plan, (x0, y0) = layer.plan, layer.centre
+    plan, (x0, y0) = layer.plan, layer.center
     x = np.arange(width)[None, :] + 0.5 - x0 - plan.offset[0]
     y = np.arange(height)[:, None] + 0.5 - y0 - plan.offset[1]
     turned = (x + 1j * y) * np.exp(-1j * plan.angle) / (plan.diameter / 2)
@@ -131,7 +138,7 @@ def test_masks_are_the_redrawn_shapes_less_what_lies_above_them():
         above = np.zeros(layers[0].visible.shape, bool)
         for layer in reversed(layers):
             whole = redrawn(layer)
-            # a pixel centre exactly on an edge may fall either way
+            # a pixel center exactly on an edge may fall either way
             assert (layer.visible ^ (whole & ~above)).sum() <= 1, (seed, layer.plan)
             above |= whole
 
@@ -142,7 +149,7 @@ def test_scene_masks_are_those_of_the_arrangement(many):
             assert np.array_equal(thing.mask, layer.visible)
 
 
-def test_masks_are_bool_of_the_pictures_size_and_disjoint(many):
+def test_masks_are_bool_of_the_images_size_and_disjoint(many):
     for scene in many:
         assert {thing.mask.dtype for thing in scene.objects} == {np.dtype(bool)}
         assert sum(thing.mask.astype(int) for thing in scene.objects).max() == 1
@@ -157,7 +164,7 @@ def test_some_objects_are_occluded_and_none_loses_more_than_an_eighth():
     assert sum(share < 0.97 for share in shares) > 0.05 * len(shares)
 
 
-def test_objects_lie_inside_the_picture_and_are_32_pixels_across():
+def test_objects_lie_inside_the_image_and_are_32_pixels_across():
     for _, layers in arrangements(80):
         for layer in layers:
             whole = redrawn(layer)
@@ -174,8 +181,8 @@ def test_small_and_large_are_far_apart():
 # ------------------------------------------------------------------ what can be seen
 
 
-def test_plain_objects_have_their_colour_and_no_other(many):
-    mains = {name: np.array(main) for name, (main, _) in COLOURS.items()}
+def test_plain_objects_have_their_color_and_no_other(many):
+    mains = {name: np.array(main) for name, (main, _) in COLORS.items()}
     for scene in many:
         for thing in scene.objects:
             if thing.attributes["pattern"] == "plain":
@@ -184,10 +191,10 @@ def test_plain_objects_have_their_colour_and_no_other(many):
                 assert min(distances, key=distances.get) == thing.attributes["colour"]
 
 
-def test_patterned_objects_show_both_tones_of_their_colour(many):
+def test_patterned_objects_show_both_tones_of_their_color(many):
     for scene in many:
         for thing in scene.objects:
-            tones = np.array(COLOURS[thing.attributes["colour"]])  # (2, 3)
+            tones = np.array(COLORS[thing.attributes["colour"]])  # (2, 3)
             seen = pixels(scene)[thing.mask][:, None]  # (N, 1, 3)
             nearest = np.linalg.norm(seen - tones, axis=-1).argmin(1)
             second = nearest.mean()
@@ -195,9 +202,9 @@ def test_patterned_objects_show_both_tones_of_their_colour(many):
                 assert 0.12 < second < 0.65, thing.caption
 
 
-def test_colours_are_far_apart_and_far_from_their_second_tones():
-    tones = [np.array(main) for main, _ in COLOURS.values()]
-    for k, (_, second) in enumerate(COLOURS.values()):
+def test_colors_are_far_apart_and_far_from_their_second_tones():
+    tones = [np.array(main) for main, _ in COLORS.values()]
+    for k, (_, second) in enumerate(COLORS.values()):
         others = tones[:k] + tones[k + 1 :]
         assert min(np.linalg.norm(tones[k] - other) for other in others) > 95
         assert np.linalg.norm(tones[k] - second) > 120
@@ -208,11 +215,11 @@ def test_objects_stand_out_from_the_background(many):
         ground = ~np.any([thing.mask for thing in scene.objects], axis=0)
         ground = pixels(scene)[ground].mean(0)
         for thing in scene.objects:
-            main = np.array(COLOURS[thing.attributes["colour"]][0])
+            main = np.array(COLORS[thing.attributes["colour"]][0])
             assert np.linalg.norm(main - ground) > 80, thing.caption
 
 
-def test_like_colours_never_touch(many):
+def test_like_colors_never_touch(many):
     for scene in many:
         things = scene.objects
         for k, one in enumerate(things):
@@ -322,7 +329,7 @@ def test_every_possible_caption_parses_back():
     for name in VOCABULARY:
         values += [{**values[0], name: value} for value in VOCABULARY[name]]
     for attributes in values:
-        assert parse_caption(scenes.caption_of(attributes)) == attributes
+        assert parse_caption(caption_of(attributes)) == attributes
 
 
 def test_free_text_parses_whatever_its_case_order_and_punctuation():
@@ -392,10 +399,10 @@ def test_yes_and_no_are_balanced(many):
     assert 0.4 < marks.count("yes") / len(marks) < 0.6
 
 
-def test_questions_survive_a_scene_with_all_the_colours():
-    things = [{**parse_caption("a small plain star at the top"), "colour": c} for c in COLOURS]
+def test_questions_survive_a_scene_with_all_the_colors():
+    things = [{**parse_caption("a small plain star at the top"), "colour": c} for c in COLORS]
     for seed in range(20):
-        for question in scenes.ask(np.random.default_rng(seed), things):
+        for question in ask(np.random.default_rng(seed), things):
             assert question.answer == answer(question, things)
 
 

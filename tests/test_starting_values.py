@@ -48,7 +48,7 @@ LOOKS = [
 
 
 @pytest.mark.parametrize("layer, looks", list(enumerate(LOOKS)))
-def test_each_head_of_a_local_layer_looks_at_one_neighbour(tmp_path, layer, looks):
+def test_each_head_of_a_local_layer_looks_at_one_neighbor(tmp_path, layer, looks):
     attended = most_attended(model_of(tmp_path, 3), layer)[:, 3 * SIDE + 4]
     assert [divmod(int(patch), SIDE) for patch in attended] == looks
 
@@ -58,7 +58,7 @@ def test_layers_beyond_the_local_ones_start_at_random(tmp_path):
     assert [divmod(int(patch), SIDE) for patch in attended] != LOOKS[1]
 
 
-def test_colours_and_region_prompts_leave_the_position_alone(tmp_path):
+def test_colors_and_region_prompts_leave_the_position_alone(tmp_path):
     model = model_of(tmp_path, 1)
     tower, width = model.vision_tower, 64 // 4
     one, other = (tower.embeddings(torch.rand(1, 3, 64, 64)) for _ in range(2))
@@ -75,7 +75,7 @@ def test_a_tower_that_cannot_start_locally_is_refused(tmp_path, layers, heads):
 
 
 @torch.no_grad()
-def test_without_residuals_every_local_layer_of_the_tower_looks_at_its_neighbours(tmp_path):
+def test_without_residuals_every_local_layer_of_the_tower_looks_at_its_neighbors(tmp_path):
     options = {"zero_residuals": True, "attn_implementation": "eager"}
     tower = model_of(tmp_path, 3, **options).vision_tower
     seen = []

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as distributed
 from conversion_sources import copy_source, edit_json
-from perceptiondlm.conversion.files import ConversionError, DamagedFile
+from perceptiondlm.common.loading import CheckpointError
+from perceptiondlm.conversion.files import DamagedFile
 from perceptiondlm.convert_checkpoint import convert
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from safetensors.torch import load_file
@@ -97,7 +98,7 @@ def test_commands_run_no_code_of_a_checkpoint(canary, converted, tmp_path):
         module.write_text(EVIL)
     program = (
         "import sys\n"
-        "from perceptiondlm.evaluation.checkpoint import load_model\n"
+        "from perceptiondlm.common.loading import load_model\n"
         "from perceptiondlm.apps.captioning.captioner import RegionCaptioner\n"
         "load_model(sys.argv[1], '', 'auto', 'cpu')\n"
         "RegionCaptioner.from_pretrained(sys.argv[1])\n"
@@ -112,7 +113,7 @@ def test_an_index_names_only_files_of_its_folder(converted, tmp_path, name):
     shutil.move(source / "model.safetensors", tmp_path / "outside.safetensors")
     index = {"weight_map": dict.fromkeys(weights, name)}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ConversionError, match="expected only files of .*source"):
+    with pytest.raises(CheckpointError, match="expected only files of .*source"):
         convert(source, tmp_path / "out")
 
 

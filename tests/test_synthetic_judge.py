@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 from perceptiondlm.evaluation.synthetic_judge import score_answers, score_captions
-from perceptiondlm.scenes.shapes import Question, render_scene
+from perceptiondlm.scenes.language import Question
+from perceptiondlm.scenes.shapes import render_scene
 
 RED_CIRCLE = {
     "shape": "circle",

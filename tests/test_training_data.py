@@ -11,12 +11,12 @@ import torch
 from llada_v_models import maker
 from perceptiondlm.training.broken import BrokenRecords, TooManyBroken
 from perceptiondlm.training.conversations import ConversationSamples
-from perceptiondlm.training.order import EpochSampler
-from perceptiondlm.training.recipe import ConversationData, MaskingRecipe, RegionData
+from perceptiondlm.training.datasets import FileDataset, StreamDataset
+from perceptiondlm.training.recipe_sections import ConversationData, MaskingRecipe, RegionData
 from perceptiondlm.training.records import open_records
 from perceptiondlm.training.regions import RegionSamples, partition
+from perceptiondlm.training.sampler import EpochSampler
 from perceptiondlm.training.samples import DiffusionCollator
-from perceptiondlm.training.sources import FileDataset, StreamDataset
 from pycocotools import mask as coco
 from torch.utils.data import DataLoader
 
@@ -105,7 +105,7 @@ def test_a_partition_holds_every_mask_once_in_as_few_groups_as_possible(count, m
     assert max(map(len, groups)) - min(map(len, groups)) <= 1
 
 
-def test_an_epoch_captions_every_mask_of_every_picture_once(folder, processor):
+def test_an_epoch_captions_every_mask_of_every_image_once(folder, processor):
     records = [region_record("0.jpg", 7), region_record("1.jpg", 2)]
     files = [write_lines(folder / "a.jsonl", records)]
     dataset = region_set(processor, files)
@@ -234,7 +234,7 @@ def test_a_damaged_table_is_named(folder, processor):
         region_set(processor, [str(folder / "a.parquet")])
 
 
-def test_an_arrow_table_with_picture_bytes_makes_the_same_samples(folder, processor):
+def test_an_arrow_table_with_image_bytes_makes_the_same_samples(folder, processor):
     record = region_record("0.jpg", 3)
     files = [write_lines(folder / "a.jsonl", [record])]
     data = (folder / "0.jpg").read_bytes()
@@ -247,8 +247,8 @@ def test_an_arrow_table_with_picture_bytes_makes_the_same_samples(folder, proces
 
 
 BROKEN_REGIONS = {
-    "a missing picture": ({**region_record("none.jpg", 1)}, "no such file"),
-    "a truncated picture": (region_record("cut.jpg", 1), "readable picture"),
+    "a missing image": ({**region_record("none.jpg", 1)}, "no such file"),
+    "a truncated image": (region_record("cut.jpg", 1), "readable picture"),
     "an empty mask": (
         {**region_record("0.jpg", 1), "mask_rles": [rle(np.zeros((48, 48)))]},
         "empty mask",
@@ -271,7 +271,7 @@ BROKEN_REGIONS = {
     "malformed JSON": ('{"image": "0.jpg", ', "expected a JSON object"),
     "a damaged AVIF": (region_record("damaged.avif", 1), "damaged.avif"),
     "HEIC without its reader": (region_record("photo.heic", 1), "pip install pillow-heif"),
-    "a folder as picture": (region_record(".", 1), "'"),
+    "a folder as image": (region_record(".", 1), "'"),
     "masks that are numbers": ({**region_record("0.jpg", 1), "mask_rles": [7]}, "mask"),
     "a mask of nested lists": ({**region_record("0.jpg", 1), "mask_rles": [[[["x"]]]]}, "got"),
     "a caption that is a list": ({**region_record("0.jpg", 1), "captions": [["x"]]}, "with text"),
@@ -318,9 +318,9 @@ BROKEN_TURNS = {
         {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": " "}]},
         "empty one",
     ),
-    "placeholders without pictures": (
+    "placeholders without images": (
         {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "y"}]},
-        "each of 0 pictures",
+        "each of 0 images",
     ),
     "an assistant who begins": (
         {"conversations": [{"from": "gpt", "value": "y"}, {"from": "human", "value": "x"}]},
@@ -418,7 +418,7 @@ def test_every_assistant_turn_is_a_target_after_the_turns_before_it(folder, proc
         assert processor.tokenizer.decode(target) == answer + "<|eot_id|>"
 
 
-def test_messages_with_embedded_pictures_equal_conversations_with_paths(folder, processor):
+def test_messages_with_embedded_images_equal_conversations_with_paths(folder, processor):
     turns = [("user", "<image>\nwhat?"), ("assistant", "this")]
     named = {
         "image": "1.jpg",
@@ -437,7 +437,7 @@ def test_messages_with_embedded_pictures_equal_conversations_with_paths(folder, 
     assert torch.equal(one.features["pixel_values"], other.features["pixel_values"])
 
 
-def test_a_placeholder_that_is_the_image_token_itself_is_a_picture(folder, load):
+def test_a_placeholder_that_is_the_image_token_itself_is_an_image(folder, load):
     processor = maker(load)()[1]
     assert processor.image_token == "<image>"
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "b"}]
@@ -449,7 +449,7 @@ def test_a_placeholder_that_is_the_image_token_itself_is_a_picture(folder, load)
     assert sample.sequence.ids.count(processor.image_token_id) == count
 
 
-def test_several_pictures_get_a_single_tile_each(folder, processor):
+def test_several_images_get_a_single_tile_each(folder, processor):
     record = {"images": ["0.jpg", "1.jpg"], **GOOD_TURNS}
     sample = conversation_set(processor, [write_lines(folder / "a.jsonl", [record])])[0]
     assert sample.features["image_grids"].tolist() == [[1, 1], [1, 1]]

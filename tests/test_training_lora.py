@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from perceptiondlm.training.lora import add_adapter
-from perceptiondlm.training.recipe import LoraRecipe, build_recipe
+from perceptiondlm.training.recipe import build_recipe
+from perceptiondlm.training.recipe_sections import LoraRecipe
 from perceptiondlm.training.run import build_trainer, train
 from training_runs import TINY, arguments, losses_of, recipe_values, small_recipe
 from transformers import AutoModel, AutoProcessor

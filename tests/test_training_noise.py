@@ -8,7 +8,7 @@ import pytest
 import torch
 from perceptiondlm.modeling_loss import MINIMUM_MASK_RATE, draw_masked, mask_rate
 from perceptiondlm.processing_sequence import pad_sequences
-from perceptiondlm.training.recipe import MaskingRecipe
+from perceptiondlm.training.recipe_sections import MaskingRecipe
 from perceptiondlm.training.samples import (
     DiffusionCollator,
     Sample,
@@ -117,7 +117,7 @@ def test_an_evaluation_level_fixes_t_and_keeps_the_draws(samples):
     assert all(all(row) for row in drawn(whole))
 
 
-def test_pictures_without_regions_have_no_patches(samples):
+def test_images_without_regions_have_no_patches(samples):
     samples, processor = samples
     batch = DiffusionCollator(processor, MaskingRecipe())(samples)
     tiles = [len(sample.features["pixel_values"]) for sample in samples]
@@ -176,7 +176,7 @@ def test_the_least_masking_rate_is_the_published_one():
     assert MINIMUM_MASK_RATE == 1e-3
 
 
-def test_questions_that_share_a_picture_are_predicted_as_each_alone(make, picture):
+def test_questions_that_share_an_image_are_predicted_as_each_alone(make, picture):
     model, processor = make(region_layout="independent")
     features = dict(processor.image_processor([picture(90, 40)]))
     questions = ["What?", "Is there a red object, or none at all?", "How many?"]

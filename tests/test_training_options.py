@@ -8,7 +8,7 @@ import torch
 import yaml
 from perceptiondlm.apps.cli import main
 from perceptiondlm.training import trainer_options
-from perceptiondlm.training.recipe import build_recipe
+from perceptiondlm.training.recipe import build_recipe, load_recipe
 from perceptiondlm.training.run import build_trainer, train
 from perceptiondlm.training.trainer_options import HONORED, NEUTRAL, REFUSED, check_trainer
 from training_runs import arguments, losses_of, recipe_values, small_recipe
@@ -133,6 +133,12 @@ MISTAKES = {
     "trainer.lr_scheduler_type=sideways": ["sideways"],
     "trainer.optim=best": ["best"],
     "trainer.lr_scheduler_kwargs={wrong: 1}": ["lr_scheduler_kwargs"],
+    "data.scenes='3'": ["data.scenes", "int", "'3'"],
+    "data.cache=1": ["data.cache", "bool"],
+    "parameters.frozen=[{a: 1}]": ["parameters.frozen", "list[str]"],
+    "parameters.learning_rates={connector: .inf}": ["finite number", "inf"],
+    "lora.target_modules={a: 1}": ["lora.target_modules", "list[str] | str"],
+    "model.dtype=${nothing}": ["model.dtype", "'nothing'"],
     "trainer=3": ["trainer"],
     "data=[1]": ["data"],
     "save_code=maybe": ["save_code"],
@@ -157,6 +163,13 @@ def test_a_mistaken_option_is_one_line_and_exit_code_2(recipe_file, capsys, monk
     assert "Traceback" not in last
     for word in MISTAKES[override][:1] if "trainer." in override else MISTAKES[override]:
         assert word in last
+
+
+def test_a_value_may_refer_to_another_and_no_is_a_word(recipe_file):
+    overrides = ["trainer.run_name=run-${trainer.seed}", "trainer.eval_strategy=no"]
+    trainer = load_recipe(recipe_file, [*overrides, "trainer.learning_rate=1e-3"]).trainer
+    assert trainer["run_name"] == f"run-{trainer['seed']}"
+    assert trainer["eval_strategy"] == "no" and trainer["learning_rate"] == 0.001
 
 
 def test_a_mistyped_key_gets_the_three_nearest(recipe_file, capsys):

@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 from perceptiondlm.apps.cli import main
+from perceptiondlm.common.loading import load_model
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.training.build import load_processor
 from perceptiondlm.training.muon import Muon, WithMuon
-from perceptiondlm.training.parameters import belongs
-from perceptiondlm.training.recipe import SyntheticData, build_recipe, load_recipe
+from perceptiondlm.training.param_groups import belongs
+from perceptiondlm.training.recipe import build_recipe, load_recipe
+from perceptiondlm.training.recipe_sections import SyntheticData
 from perceptiondlm.training.run import build_datasets, build_trainer, train
 from torch.distributed.fsdp import fully_shard
 from training_runs import TINY, arguments, losses_of, recipe_values, small_recipe, weights_of
@@ -277,11 +278,11 @@ def test_which_epochs_show_the_scenes_of_the_first(recipe_of, options, repeats):
     recipe = recipe_of(data={"scenes": 3, "region_share": 1.0, **options})
     data = build_trainer(recipe, arguments(recipe)).train_dataset
 
-    def pictures(epoch):
+    def images(epoch):
         return [data[3 * epoch + i].features["pixel_values"] for i in range(3)]
 
-    first = pictures(0)
-    assert [all(map(torch.equal, first, pictures(epoch))) for epoch in (1, 2, 3)] == repeats
+    first = images(0)
+    assert [all(map(torch.equal, first, images(epoch))) for epoch in (1, 2, 3)] == repeats
 
 
 def test_the_first_epoch_may_have_another_share_of_regions(recipe_of):
@@ -368,7 +369,7 @@ def test_batches_hold_samples_of_like_length_and_an_epoch_all(recipe_of):
 
 @pytest.fixture
 def files(tmp_path, picture, monkeypatch):
-    """Data files of both kinds: six pictures with two boxes each, and a question about each."""
+    """Data files of both kinds: six images with two boxes each, and a question about each."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     regions, conversations = [], []
     for k in range(6):
@@ -377,8 +378,8 @@ def files(tmp_path, picture, monkeypatch):
         captions = ["a red circle", "a small star"]
         regions.append({"image": f"{k}.png", "masks": masks, "captions": captions})
         turns = [{"from": "human", "value": "how many?"}, {"from": "gpt", "value": "two"}]
-        with_picture = {"image": f"{k}.png"} if k % 2 else {}
-        conversations.append({**with_picture, "conversations": turns})
+        with_image = {"image": f"{k}.png"} if k % 2 else {}
+        conversations.append({**with_image, "conversations": turns})
     for name, records in (("regions", regions), ("conversations", conversations)):
         text = "\n".join(map(json.dumps, records))
         (tmp_path / f"{name}.jsonl").write_text(text)
@@ -574,5 +575,5 @@ def test_starting_from_a_checkpoint_asks_nothing_on_the_terminal(monkeypatch):
         raise AssertionError("asked whether to trust the checkpoint's code")
 
     monkeypatch.setattr("builtins.input", asked)
-    processor = load_processor(str(ROOT / "tiny"))
+    _, processor = load_model(ROOT / "tiny")
     assert processor.tokenizer.convert_tokens_to_ids("<|mdm_mask|>") == processor.mask_token_id

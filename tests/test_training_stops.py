@@ -61,7 +61,7 @@ def no_float_is_strange(folder: Path) -> bool:
 
 @pytest.fixture
 def records(tmp_path, picture, monkeypatch):
-    """Writes a data file of pictures with one mask each, some of them broken."""
+    """Writes a data file of images with one mask each, some of them broken."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     picture(40, 40).save(tmp_path / "good.png")
 

@@ -22,11 +22,11 @@ if not transformers_sources.FOLDER.exists():
 pytest.importorskip("parameterized")
 
 from conftest import TEXT, VECTORS, VISION
+from perceptiondlm.common.special_tokens import IMAGE_TOKENS, token_ids
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
-from perceptiondlm.training.tokenizer import special_token_ids
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +65,7 @@ class Tester:
         return PerceptionDLMConfig(
             text_config=dict(TEXT),
             vision_config=dict(VISION),
-            **special_token_ids(tokenizer()),
+            **token_ids(tokenizer(), IMAGE_TOKENS),
             **self.changes,
         )
 

@@ -1,0 +1,1 @@
+"""Trains and fine-tunes models as YAML recipes say."""

@@ -1,33 +1,42 @@
-"""The model and processor of a recipe: from a checkpoint, or from scratch."""
+"""Builds the model and processor of a recipe: from a checkpoint, or from scratch."""
 
 import inspect
 import itertools
 import logging
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
+from ..common.loading import load_model, load_tokenizer
+from ..common.special_tokens import IMAGE_TOKENS, token_ids
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..conversion.files import expect_checkpoint, local_path
 from ..generation_options import take_defaults
-from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from ..scenes.shapes import iter_corpus
-from .recipe import ModelRecipe, Recipe, SyntheticData
+from .recipe import Recipe
+from .recipe_sections import ModelRecipe, SyntheticData
 from .starting_values import start_locally, zero_residuals
-from .tokenizer import special_token_ids, train_tokenizer
+from .tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
 def build_model(recipe: Recipe):
-    """The model, in training precision, and its processor."""
+    """Builds the model of a recipe, in training precision, and its processor."""
     set_seed(recipe.trainer.get("seed", 42))
+
     if recipe.model.checkpoint is None:
         model, processor = _from_scratch(recipe)
     else:
-        model, processor = _from_checkpoint(recipe.model)
+        model, processor = load_model(
+            recipe.model.checkpoint,
+            recipe.model.subfolder,
+            getattr(torch, recipe.model.dtype),
+            attn_implementation=recipe.model.attn_implementation,
+            config_fields=recipe.model.config,
+        )
+
     if recipe.model.max_tiles is not None:
         processor.image_processor.max_tiles = recipe.model.max_tiles
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -35,39 +44,8 @@ def build_model(recipe: Recipe):
     return model, processor
 
 
-def _from_checkpoint(recipe: ModelRecipe):
-    place = {} if recipe.subfolder is None else {"subfolder": recipe.subfolder}
-    expect_checkpoint(recipe.checkpoint, **place)
-    config = PerceptionDLMConfig.from_pretrained(recipe.checkpoint, **place, **recipe.config)
-    model = PerceptionDLMForConditionalGeneration.from_pretrained(
-        recipe.checkpoint,
-        config=config,
-        dtype=getattr(torch, recipe.dtype),
-        attn_implementation=recipe.attn_implementation,
-        **place,
-    )
-    processor = load_processor(recipe.checkpoint, **place)
-    processor.follow(config)
-    return model, processor
-
-
-def load_processor(path: str, **place) -> PerceptionDLMProcessor:
-    """The processor saved in a checkpoint, by this package's classes, whatever code it names."""
-    values, _ = PerceptionDLMProcessor.get_processor_dict(path, **place)
-    image_options = dict(values.pop("image_processor"))
-    for name in ("auto_map", "image_processor_type", "processor_class"):
-        image_options.pop(name, None)
-        values.pop(name, None)
-    image_processor = PerceptionDLMImageProcessor(**image_options)
-    return PerceptionDLMProcessor(image_processor, load_tokenizer(path, **place), **values)
-
-
-def load_tokenizer(path: str, **place):
-    """A tokenizer; the config given spares the question whether to trust the code beside it."""
-    return AutoTokenizer.from_pretrained(path, config=PerceptionDLMConfig(), **place)
-
-
 def _from_scratch(recipe: Recipe):
+    """Builds a model with fresh weights, and a processor of its config."""
     tokenizer = _tokenizer(recipe.model)
     config = fresh_config(recipe.model.config, tokenizer, recipe.data)
     processor = PerceptionDLMProcessor.from_config(config, tokenizer)
@@ -83,7 +61,7 @@ def _from_scratch(recipe: Recipe):
 
 
 def fresh_config(fields: dict, tokenizer, data) -> PerceptionDLMConfig:
-    """A config for a tokenizer: its size and ids, and the data's slots as decoding lengths."""
+    """Builds a config for a tokenizer, with the data's slots as decoding lengths."""
     text = {"vocab_size": len(tokenizer), **fields.get("text_config", {})}
     defaults = {}
     if isinstance(data, SyntheticData):
@@ -91,7 +69,7 @@ def fresh_config(fields: dict, tokenizer, data) -> PerceptionDLMConfig:
         defaults = {name: getattr(data, name) for name in lengths}
     return PerceptionDLMConfig(
         **{
-            **special_token_ids(tokenizer),
+            **token_ids(tokenizer, IMAGE_TOKENS),
             **fields,
             "text_config": text,
             "generation_defaults": {**defaults, **fields.get("generation_defaults", {})},
@@ -100,9 +78,10 @@ def fresh_config(fields: dict, tokenizer, data) -> PerceptionDLMConfig:
 
 
 def _tokenizer(recipe: ModelRecipe):
+    """Loads the recipe's tokenizer, or trains one on the texts of synthetic scenes."""
     if recipe.tokenizer is not None:
-        local_path(recipe.tokenizer)  # a path that is not there is refused
         return load_tokenizer(recipe.tokenizer)
+
     defaults = inspect.signature(PerceptionDLMProcessor).parameters
     prompts = [defaults[name].default for name in ("system_prompt", "region_instruction")]
     frame = [*prompts, "system\n", "user\n", "assistant\n"] * (recipe.tokenizer_scenes // 10 + 1)

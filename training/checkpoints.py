@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, checked before a run goes on from one.
+"""Writes checkpoints whole or not at all, and checks one before a run goes on from it.
 
 What is saved is written into the folder `.saving` of the output folder and moved from there when it
 is whole. So a killed run leaves its last whole checkpoint, and a final folder that either is the
@@ -57,8 +57,11 @@ def move_checkpoint(folder: Path, target: Path):
 
 
 def move_final(folder: Path, target: Path):
-    """Moves the files of a whole final save into the output folder, the weights last, which stand
-    for all: an interrupted move is seen by weights that are older than the last checkpoint."""
+    """Moves the files of a whole final save into the output folder, the weights last.
+
+    The weights stand for all: an interrupted move is seen by weights that are older than the last
+    checkpoint.
+    """
     sync(folder)
     files = sorted(folder.iterdir(), key=lambda file: (bool(WEIGHTS.fullmatch(file.name)), file))
     new = {file.name for file in files}
@@ -97,7 +100,7 @@ def wait_for_others():
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
-    """Checkpoints in an output folder, whole or not, the newest first."""
+    """Lists the checkpoints in an output folder, whole or not, the newest first."""
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
         return []
@@ -106,7 +109,7 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
 
 
 def newest_whole(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint from which a run can go on; those that are not whole are named."""
+    """Finds the newest checkpoint from which a run can go on; names those that are not whole."""
     for folder in checkpoint_folders(output_dir):
         try:
             check_whole(folder)
@@ -117,7 +120,7 @@ def newest_whole(output_dir: str | Path) -> Path | None:
 
 
 def choose_checkpoint(output_dir: str, resume: str | bool) -> Path:
-    """The checkpoint to go on from: the one named, or the newest whole one of the output folder.
+    """Chooses the checkpoint to go on from: the one named, or the newest whole one of the folder.
 
     Raises ValueError for one that is not whole and where there is none, FileNotFoundError for a
     folder that is not there.
@@ -127,6 +130,7 @@ def choose_checkpoint(output_dir: str, resume: str | bool) -> Path:
         if newest is None:
             raise ValueError(f"expected a whole checkpoint in {output_dir}, found none")
         return newest
+
     folder = Path(resume)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -147,6 +151,7 @@ def check_whole(folder: Path):
     for name in ("global_step", "epoch"):
         if not isinstance(state.get(name), (int, float)):
             raise ValueError(f"expected a number {name} in {folder / STATE}, got {state.get(name)}")
+
     random_states = sorted(folder.glob("rng_state*.pth"))  # one of each process
     if not random_states:
         raise ValueError(f"expected rng_state.pth in {folder}, found none")
@@ -156,13 +161,14 @@ def check_whole(folder: Path):
     else:
         _check_weights(folder)
         _check_archive(folder / "optimizer.pt")
+
     _check_archive(folder / "scheduler.pt")
     for file in [*random_states, *folder.glob("scaler.pt")]:
         _check_archive(file)
 
 
 def read_state(folder: Path) -> dict:
-    """The trainer's state in a checkpoint."""
+    """Reads the trainer's state in a checkpoint."""
     file = folder / STATE
     if not file.is_file():
         raise ValueError(f"expected {STATE} in {folder}, found none")
@@ -176,6 +182,7 @@ def read_state(folder: Path) -> dict:
 
 
 def _check_weights(folder: Path):
+    """Refuses weights that are not there, or shorter than their header says."""
     files = [f for f in folder.iterdir() if WEIGHTS.fullmatch(f.name)]
     if not files:
         raise ValueError(f"expected weights in {folder}, found none")
@@ -191,6 +198,7 @@ def _check_weights(folder: Path):
 
 
 def _check_index(file: Path):
+    """Refuses an index that cannot be read, or names a file that is not there."""
     try:
         names = set(json.loads(file.read_bytes())["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -214,6 +222,7 @@ def _check_archive(file: Path):
 
 
 def _check_shards(folder: Path, processes: int):
+    """Refuses a sharded part that lacks a process's file."""
     if not folder.is_dir():
         raise ValueError(f"expected {folder}, found none; trainer.save_only_model saves none")
     for file in (folder / ".metadata", *folder.glob("*.distcp")):
@@ -225,7 +234,7 @@ def _check_shards(folder: Path, processes: int):
 
 
 def has_final(output_dir: str | Path, checkpoint: Path) -> bool:
-    """Whether the output folder holds whole weights that were saved after a checkpoint."""
+    """Tells whether the output folder holds whole weights that were saved after a checkpoint."""
     output_dir = Path(output_dir)
     try:
         _check_weights(output_dir)

@@ -1,4 +1,4 @@
-"""`perceptiondlm train RECIPE.yaml [section.key=value ...] [--resume [CHECKPOINT]]`."""
+"""Runs `perceptiondlm train RECIPE.yaml [section.key=value ...] [--resume [CHECKPOINT]]`."""
 
 import argparse
 import logging
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; a user's mistake is one line on stderr and exit code 2."""
+    """Trains; says a user's mistake in one line on stderr and returns 2."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     from .recipe import load_recipe
     from .run import train

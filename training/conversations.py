@@ -1,9 +1,9 @@
-"""Samples of conversations about pictures: each assistant turn, with the turns before it."""
+"""Makes samples of conversations about images: each assistant turn, with the turns before it."""
 
 from ..processing_perceptiondlm import PerceptionDLMProcessor
-from .recipe import ConversationData
+from .recipe_sections import ConversationData
 from .records import Record, count_answers
-from .regions import picture_path
+from .regions import image_path
 from .samples import Sample
 
 PLACEHOLDER = "<image>"
@@ -17,7 +17,7 @@ ROLES = {
 
 
 def turns_of(record: Record) -> list[tuple[str, str]]:
-    """(role, text) of each turn, from LLaVA's `conversations` or from `messages`."""
+    """Reads (role, text) of each turn, from LLaVA's `conversations` or from `messages`."""
     found = []
     for turn in record.get("conversations", "messages"):
         if not isinstance(turn, dict):
@@ -29,6 +29,7 @@ def turns_of(record: Record) -> list[tuple[str, str]]:
         if not isinstance(text, str):
             raise ValueError(f"expected a turn's text, got {type(text).__name__}")
         found.append((ROLES[role], text))
+
     if found and next((role for role, _ in found if role != "system"), None) == "assistant":
         raise ValueError("expected a turn of the user before the first of the assistant, got none")
     return found
@@ -41,7 +42,10 @@ def placeholders_of(turn: tuple[str, str]) -> int:
 
 
 def message_of(role: str, text: str) -> dict:
-    """A turn as the chat template takes it; the newline after a placeholder is the template's."""
+    """Turns a turn into a message of the chat template.
+
+    The newline after a placeholder is the template's own.
+    """
     if role == "assistant":
         return {"role": role, "content": [{"type": "text", "text": text}]}
     before, *after = text.split(PLACEHOLDER)
@@ -53,7 +57,7 @@ def message_of(role: str, text: str) -> dict:
 
 
 class ConversationSamples:
-    """Makes samples of records with `conversations` and, for pictures, `image` or `images`."""
+    """Makes samples of records with `conversations` and, for images, `image` or `images`."""
 
     def __init__(self, processor: PerceptionDLMProcessor, data: ConversationData):
         self.processor = processor
@@ -62,29 +66,33 @@ class ConversationSamples:
     count = staticmethod(count_answers)
 
     def samples_of(self, count: int) -> int:
-        """A sample for each assistant turn."""
+        """Counts the samples of a record: one for each assistant turn."""
         return count
 
     def length(self, count: int, number: int) -> int:
-        """Later turns have more before them."""
+        """Estimates a sample's length: later turns have more before them."""
         return number
 
     def make(self, record: Record, number: int, rng, key: tuple, epoch: int) -> Sample:
-        """Assistant turn `number`, after all the turns before it."""
+        """Makes the sample of assistant turn `number`, after all the turns before it."""
         turns = turns_of(record)
         targets = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
         if not targets:
             raise ValueError("expected an assistant turn, got none")
-        pictures = self._pictures(record)
-        turns = self._with_placeholders(turns, len(pictures))
+        images = self._images(record)
+
+        turns = self._with_placeholders(turns, len(images))
         context, answer = turns[: targets[number]], turns[targets[number]][1].strip()
         if not answer:
             raise ValueError("expected an answer with text in it, got an empty one")
+
+        # images of the turns that come after the answer are not shown
         used = sum(map(placeholders_of, context))
         features = {}
         if used:
             limits = [1 if used > 1 else None] * used
-            features = self.processor.image_processor(pictures[:used], max_tiles=limits)
+            features = self.processor.image_processor(images[:used], max_tiles=limits)
+
         messages = [message_of(role, text) for role, text in context]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         sequence = self.processor.chat_sequence(
@@ -93,28 +101,28 @@ class ConversationSamples:
         self._check_length(sequence)
         return Sample(sequence, dict(features), key)
 
-    def _pictures(self, record: Record) -> list:
-        if record.pictures:
-            return record.pictures
+    def _images(self, record: Record) -> list:
+        """Returns a record's images: embedded bytes, or paths."""
+        if record.images:
+            return record.images
         named = record.values.get("images", record.values.get("image"))
         named = [] if named is None else named if isinstance(named, list) else [named]
-        return [picture_path(name, record, self.data.image_root) for name in named]
+        return [image_path(name, record, self.data.image_root) for name in named]
 
-    def _with_placeholders(self, turns: list, pictures: int) -> list:
-        """The turns, pictures without a placeholder put before the first user turn."""
+    def _with_placeholders(self, turns: list, images: int) -> list:
+        """Puts images that no turn has a placeholder for before the first user turn."""
         placed = sum(map(placeholders_of, turns))
-        if placed not in (0, pictures):
-            raise ValueError(
-                f"expected {PLACEHOLDER!r} for each of {pictures} pictures, got {placed}"
-            )
+        if placed not in (0, images):
+            raise ValueError(f"expected {PLACEHOLDER!r} for each of {images} images, got {placed}")
         first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
-        if placed == pictures or first is None:
+        if placed == images or first is None:
             return turns
         role, text = turns[first]
-        opened = (role, f"{PLACEHOLDER}\n" * pictures + text)
+        opened = (role, f"{PLACEHOLDER}\n" * images + text)
         return [*turns[:first], opened, *turns[first + 1 :]]
 
     def _check_length(self, sequence):
+        """Refuses a sequence of too many tokens, images not counted."""
         image = self.processor.image_token_id
         tokens = sum(token != image for token in sequence.ids)
         if tokens > self.data.max_text_tokens:

@@ -1,11 +1,11 @@
-"""LoRA adapters of the language model, with the small modules trained whole beside them."""
+"""Adds LoRA adapters to the language model, with the small modules trained whole beside them."""
 
 import warnings
 
 from transformers import PreTrainedModel
 
 from ..common.extras import extra
-from .recipe import LoraRecipe
+from .recipe_sections import LoraRecipe
 
 # the decoder's projections; the vision tower's have the same names, so the path is part of it
 TARGETS = (
@@ -15,12 +15,12 @@ TARGETS = (
 
 
 def default_modules_to_save(model: PreTrainedModel) -> list[str]:
-    """The connector and, where there are some, the region prompts."""
+    """Returns the connector and, where there are some, the region prompts."""
     return ["connector", *(["region_prompts"] if model.region_prompts is not None else [])]
 
 
 def lora_config(model: PreTrainedModel, recipe: LoraRecipe):
-    """PEFT's config of a recipe."""
+    """Builds PEFT's config of a recipe."""
     with extra("train"):
         from peft import LoraConfig
 
@@ -35,7 +35,7 @@ def lora_config(model: PreTrainedModel, recipe: LoraRecipe):
 
 
 def add_adapter(model: PreTrainedModel, recipe: LoraRecipe):
-    """The model as a `PeftModel` in which only the adapter and its whole modules learn."""
+    """Returns the model as a `PeftModel` in which only the adapter and its whole modules learn."""
     with extra("train"):
         from peft import get_peft_model
 

@@ -1,4 +1,4 @@
-"""Muon for the weight matrices of some modules, the recipe's own optimizer for all else."""
+"""Optimizes the weight matrices of some modules by Muon, all else by the recipe's optimizer."""
 
 from collections import defaultdict
 
@@ -6,27 +6,30 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .parameters import belongs
+from .param_groups import belongs
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Newton-Schulz, by K. Jordan
 ITERATIONS = 5
-SMALLEST_NORM = 1e-7
+MIN_NORM = 1e-7
 ADAMW_SIZE = 0.2  # root mean square of AdamW's updates, over the learning rate (arXiv:2502.16982)
 
 
 def takes_muon(name: str, parameter: nn.Parameter, modules: list[str]) -> bool:
-    """Whether a parameter is a matrix in one of the modules."""
+    """Tells whether a parameter is a matrix in one of the modules."""
     return parameter.ndim == 2 and any(belongs(name, module) for module in modules)
 
 
-def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (N, m, n) with all singular values near 1, by Newton-Schulz iterations of
-    a X + (b A + c A^2) X, A = X X^T, in the precision that they come in."""
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Turns matrices (N, m, n) into ones with all singular values near 1.
+
+    Newton-Schulz iterations of a X + (b A + c A^2) X with A = X X^T, in the precision that the
+    matrices come in.
+    """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=SMALLEST_NORM)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=MIN_NORM)
     for _ in range(ITERATIONS):
         gram = x @ x.mT  # (N, m, m)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -61,12 +64,12 @@ class Muon(Optimizer):
         return loss
 
     def _update(self, parameters: list[nn.Parameter], rate: float, decay: float):
-        """One step of matrices of one shape."""
+        """Takes one step of matrices of one shape."""
         momenta = [self._momentum(parameter) for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
-        turned = orthogonalise(torch.stack(ahead))
+        turned = orthogonalize(torch.stack(ahead))
         scale = ADAMW_SIZE * max(parameters[0].shape) ** 0.5
         torch._foreach_mul_(parameters, 1 - rate * decay)
         torch._foreach_add_(parameters, list(turned.unbind()), alpha=-rate * scale)
@@ -93,7 +96,7 @@ class WithMuon(Optimizer):
         self._share_groups()
 
     def _share_groups(self):
-        """One set of groups, so that a scheduler's rates reach the parts."""
+        """Keeps one set of groups, so that a scheduler's rates reach the parts."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure=None):

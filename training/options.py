@@ -1,74 +1,41 @@
-"""Options from plain values, by name and type; an unknown name is told the nearest ones."""
+"""Checks of options: their names and types, and what others leave without effect."""
 
 import dataclasses
 import difflib
 import math
-import types
-import typing
 from collections.abc import Iterable
+
+from huggingface_hub.dataclasses import type_validator
 
 NEAREST = 3  # names that are shown for an unknown one
 
 
-def build(cls, values: dict | None, where: str):
-    """Builds an options dataclass from plain values, by name and type."""
-    values = values or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"expected options in section {where!r}, got {values!r}")
-    expect_known(where, values, field_names(cls))
-    hints = typing.get_type_hints(cls)
-    return cls(**{k: coerce(v, hints[k], f"{where}.{k}") for k, v in values.items()})
+def expect_type(name: str, value, hint):
+    """Refuses a value of another type than `hint`, and a number that is not finite.
+
+    A whole number is a float too; nothing else passes for what it is not.
+    """
+    try:
+        type_validator(name, _as_floats(value) if "float" in str(hint) else value, hint)
+    except TypeError as error:
+        wanted = hint.__name__ if type(hint) is type else str(hint)
+        wanted = wanted.replace("float", "a finite number")
+        raise ValueError(f"expected {name} as {wanted}, got {value!r}") from error
 
 
-def coerce(value, hint, name: str):
-    """Returns the value as its type says: an int is a float too, nothing else changes."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        for option in options:
-            if _fits(value, option):
-                return coerce(value, option, name)
-        raise ValueError(f"expected {name} as {_describe(hint)}, got {value!r}")
-    if not _fits(value, hint):
-        raise ValueError(f"expected {name} as {_describe(hint)}, got {value!r}")
-    if hint is float:
-        return float(value)
-    items = typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return [coerce(v, items[0], f"{name}[{i}]") for i, v in enumerate(value)]
-    if typing.get_origin(hint) is dict:
-        return {k: coerce(v, items[1], f"{name}.{k}") for k, v in value.items()}
-    return value
-
-
-def _fits(value, hint) -> bool:
-    if hint is typing.Any:
-        return True
-    base = typing.get_origin(hint) or hint
-    if base is typing.Literal:
-        return value in typing.get_args(hint)
-    if base is float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)
-    if base is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, base)
-
-
-def _describe(hint) -> str:
-    """Names a type as a reader of recipes would."""
-    if hint is float:
-        return "a finite number"
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is not None:
-        return str(hint)
-    return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
+def _as_floats(value):
+    """Turns whole numbers, also in lists and objects, to floats, and what is not finite to text."""
+    if isinstance(value, dict):
+        return {key: _as_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_floats(item) for item in value]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    return float(value) if math.isfinite(value) else str(value)
 
 
 def field_names(cls) -> set[str]:
-    """Names of a dataclass's options."""
+    """Returns the names of a dataclass's options."""
     return {f.name for f in dataclasses.fields(cls) if f.init}
 
 
@@ -101,15 +68,18 @@ def expect_defaults(options, where: str, names: Iterable[str], needs: str):
 
 
 def expect_one_of(name: str, value, allowed: tuple):
+    """Refuses a value that is not among the allowed ones."""
     if value not in allowed:
         raise ValueError(f"expected {name} to be one of {', '.join(allowed)}, got {value!r}")
 
 
 def expect_positive(name: str, value: int):
+    """Refuses a number under 1."""
     if value < 1:
         raise ValueError(f"expected {name} of at least 1, got {value}")
 
 
 def expect_share(name: str, value: float):
+    """Refuses a number that is not between 0 and 1."""
     if not 0 <= value <= 1:
         raise ValueError(f"expected {name} between 0 and 1, got {value}")

@@ -1,6 +1,6 @@
-"""Records of data files, through `datasets`: one row a record, whatever the file's form.
+"""Reads records of data files through `datasets`: one row a record, whatever the file's form.
 
-A row holds the record as JSON text (pictures' bytes apart), how many samples it makes, and where
+A row holds the record as JSON text (images' bytes apart), how many samples it makes, and where
 it stands, so that a malformed line is a row too and every complaint names a file and a line.
 """
 
@@ -18,14 +18,14 @@ from ..common.json_text import parse_json, read_json, read_json_lines
 
 TABLES = (".parquet", ".arrow")
 LINES = (".jsonl", ".ndjson")
-PICTURE_FIELDS = ("image", "images")
+IMAGE_FIELDS = ("image", "images")
 ASSISTANT_ROLES = ("gpt", "assistant")
 
 FEATURES = datasets.Features(
     {
         "record": datasets.Value("large_string"),
         "error": datasets.Value("string"),
-        "pictures": datasets.List(datasets.Value("large_binary")),
+        "images": datasets.List(datasets.Value("large_binary")),
         "file": datasets.Value("int32"),
         "number": datasets.Value("int64"),
         "count": datasets.Value("int32"),
@@ -34,13 +34,13 @@ FEATURES = datasets.Features(
 
 
 def count_masks(values: dict) -> int:
-    """Masks of a region record, 1 where that cannot be told."""
+    """Counts the masks of a region record; 1 where that cannot be told."""
     masks = values.get("mask_rles", values.get("masks"))
     return len(masks) if isinstance(masks, list) and masks else 1
 
 
 def count_answers(values: dict) -> int:
-    """Assistant turns of a conversation, 1 where that cannot be told."""
+    """Counts the assistant turns of a conversation; 1 where that cannot be told."""
     turns = values.get("conversations", values.get("messages"))
     turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     roles = [turn.get("from", turn.get("role")) for turn in turns]
@@ -53,7 +53,7 @@ class Record:
 
     Attributes:
         values: its fields, or None where `error` says why it could not be read.
-        pictures: embedded pictures, in the order of the record's picture fields.
+        images: embedded images, in the order of the record's image fields.
         where: file, and line or record number.
         key: (file, record number), for seeding.
         folder: of its file.
@@ -61,13 +61,13 @@ class Record:
 
     values: dict | None
     error: str | None
-    pictures: list[bytes]
+    images: list[bytes]
     where: str
     key: tuple[int, int]
     folder: Path = field(default=Path("."))
 
     def get(self, *names: str, kind: type = list):
-        """The first of the fields that is there; ValueError when none is, or of another type."""
+        """Returns the first of the fields that is there; ValueError for none or another type."""
         found = next((name for name in names if self.values.get(name) is not None), None)
         if found is None:
             raise ValueError(f"expected a field {' or '.join(names)}, got {sorted(self.values)}")
@@ -79,7 +79,7 @@ class Record:
 
 
 def open_records(files: list[str], count: Callable[[dict], int], streaming: bool):
-    """Rows of all records of `files`, as a `datasets` data set or, `streaming`, an iterable one.
+    """Opens all records of `files` as rows of a `datasets` data set, or of an iterable one.
 
     `count` says how many items (masks, answers) a record holds. Raises FileNotFoundError for a
     file that is not there and ValueError for one of no known form.
@@ -90,8 +90,10 @@ def open_records(files: list[str], count: Callable[[dict], int], streaming: bool
         return datasets.IterableDataset.from_generator(
             _rows, features=FEATURES, gen_kwargs={**shards, "count": count}
         )
+
     # the stamps make a changed file another data set: `datasets` caches by these arguments
     stamps = [(path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+
     try:
         return datasets.Dataset.from_generator(
             _rows,
@@ -111,13 +113,13 @@ def open_records(files: list[str], count: Callable[[dict], int], streaming: bool
 
 
 def record_of(row: dict, files: list[str]) -> Record:
-    """The record of a row."""
+    """Reads the record of a row."""
     path = Path(files[row["file"]])
     unit = "line" if path.suffix in LINES else "record"
     values = None if row["record"] is None else json.loads(row["record"])
     key = (row["file"], row["number"])
     where = f"{path}, {unit} {row['number']}"
-    return Record(values, row["error"], row["pictures"] or [], where, key, path.parent)
+    return Record(values, row["error"], row["images"] or [], where, key, path.parent)
 
 
 def _check_path(name: str) -> Path:
@@ -132,18 +134,20 @@ def _check_path(name: str) -> Path:
 
 
 def _rows(paths: list[tuple[int, str]], count: Callable, stamps: tuple = ()) -> Iterator[dict]:
+    """Yields the rows of all files."""
     for file, name in paths:
-        for number, values, error, pictures in _read(Path(name)):
+        for number, values, error, images in _read(Path(name)):
             text, items = None, 1
             if values is not None:
                 try:
                     text, items = json.dumps(values), count(values)
                 except Exception as problem:  # a record holds anything
                     text, error = None, f"{type(problem).__name__}: {problem}"
+
             yield {
                 "record": text,
                 "error": error,
-                "pictures": pictures,
+                "images": images,
                 "file": file,
                 "number": number,
                 "count": items,
@@ -151,7 +155,7 @@ def _rows(paths: list[tuple[int, str]], count: Callable, stamps: tuple = ()) -> 
 
 
 def _read(path: Path) -> Iterator[tuple]:
-    """Number (from 1), values, error and pictures of each record of a file."""
+    """Yields number (from 1), values, error and images of each record of a file."""
     if path.suffix in TABLES:
         yield from _read_table(path)
     elif path.suffix in LINES:
@@ -186,6 +190,7 @@ def _read_json(path: Path) -> Iterator[tuple]:
         for number, (values, error) in enumerate(records, 1):
             yield number, values, error, []
         return
+
     if not isinstance(content, list):
         raise ValueError(
             f"expected a list of records, or COCO's images and annotations, in {path},"
@@ -198,33 +203,34 @@ def _read_json(path: Path) -> Iterator[tuple]:
 def _read_table(path: Path) -> Iterator[tuple]:
     kind = path.suffix.removeprefix(".")
     table = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-    names = [n for n in PICTURE_FIELDS if n in (table.features or {})]
+    names = [n for n in IMAGE_FIELDS if n in (table.features or {})]
     for name in names:
         table = _undecoded(table, name)
     for number, row in enumerate(table, 1):
         try:
-            values, pictures = _row(row, names)
+            values, images = _row(row, names)
         except Exception as error:  # a row holds anything
             yield number, None, f"expected plain values in a row, got: {error}", []
             continue
-        yield number, values, None, pictures
+        yield number, values, None, images
 
 
 def _row(row: dict, names: list[str]) -> tuple[dict, list[bytes]]:
-    """A row's plain values, and the pictures in the fields that are named."""
-    pictures = []
+    """Returns a row's plain values, and the images in the fields that are named."""
+    images = []
     for name in names:
         value = row[name]
-        for picture in value if isinstance(value, list) else [value]:
-            data = picture.get("bytes") if isinstance(picture, dict) else picture
+        for image in value if isinstance(value, list) else [value]:
+            data = image.get("bytes") if isinstance(image, dict) else image
             if isinstance(data, bytes):
-                pictures.append(data)
-        if pictures:
+                images.append(data)
+        if images:
             row = {k: v for k, v in row.items() if k != name}
-    return json.loads(json.dumps(row, default=_plain)), pictures
+    return json.loads(json.dumps(row, default=_plain)), images
 
 
 def _undecoded(table, name: str):
+    """Returns a table whose images of one field stay bytes."""
     feature = table.features[name]
     inner = getattr(feature, "feature", None)
     if isinstance(feature, datasets.Image):
@@ -239,14 +245,15 @@ def _plain(value):
 
 
 def coco_records(content: dict) -> list[tuple[dict | None, str | None]]:
-    """COCO's images and annotations as records of one image each, in the order of the images, or
-    what is wrong with each; an image without annotations makes none.
+    """Turns COCO's images and annotations into records of one image each, in their order.
 
-    Raises ValueError for content that holds no lists of them.
+    Each comes as (record, None), or as (None, what is wrong) if it is broken; an image without
+    annotations makes none. Raises ValueError for content that holds no lists of them.
     """
     images, annotations = content.get("images", []), content["annotations"]
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise ValueError("expected COCO's images and annotations as lists, got others")
+
     records: dict[object, dict] = {}
     errors: dict[object, str] = {}
     for i, image in enumerate(images):
@@ -272,6 +279,7 @@ def coco_records(content: dict) -> list[tuple[dict | None, str | None]]:
         elif key not in errors:
             records[key]["mask_rles"].append(annotation["segmentation"])
             records[key]["captions"] += [annotation["caption"]] if "caption" in annotation else []
+
     return [
         (None, errors[key]) if key in errors else (record, None)
         for key, record in records.items()
@@ -280,6 +288,6 @@ def coco_records(content: dict) -> list[tuple[dict | None, str | None]]:
 
 
 def _coco_id(item, name: str):
-    """The id in an image or annotation; None where there is none."""
+    """Returns the id in an image or annotation; None where there is none."""
     found = item.get(name) if isinstance(item, dict) else None
     return found if isinstance(found, (int, str)) else None

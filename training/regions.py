@@ -1,18 +1,20 @@
-"""Samples of region captions: an image's masks in groups of at most one pass's regions."""
+"""Makes samples of region captions: an image's region masks, in groups that share a sequence."""
 
 import numpy as np
 
 from ..image_loading import path_inside
 from ..processing_perceptiondlm import PerceptionDLMProcessor
-from .recipe import RegionData
+from .recipe_sections import RegionData
 from .records import Record, count_masks
 from .samples import CONTENT_STREAM, Sample, choose_regions, draw_prompts, generator_of
 
 
-def partition(count: int, most: int, rng: np.random.Generator) -> list[list[int]]:
-    """Divides `count` masks at random into as few groups of at most `most` as there can be, of
-    nearly equal size."""
-    groups = np.array_split(rng.permutation(count), -(-count // most))
+def partition(count: int, max_size: int, rng: np.random.Generator) -> list[list[int]]:
+    """Divides `count` masks at random into groups of at most `max_size`.
+
+    There are as few groups as there can be, of nearly equal size.
+    """
+    groups = np.array_split(rng.permutation(count), -(-count // max_size))
     return [sorted(group.tolist()) for group in groups]
 
 
@@ -34,22 +36,22 @@ class RegionSamples:
         prompts = processor.image_processor.num_region_prompts
         if prompts == 0:
             raise ValueError("expected a model with region prompts for region captions, got none")
-        self.most = min(data.regions_per_sample or prompts, prompts)
+        self.max_regions = min(data.regions_per_sample or prompts, prompts)
 
     count = staticmethod(count_masks)
 
     def samples_of(self, count: int) -> int:
-        """Groups of a record with so many masks."""
-        return -(-count // self.most)
+        """Counts the groups of a record with so many masks."""
+        return -(-count // self.max_regions)
 
     def length(self, count: int, number: int) -> int:
-        """Branches of a group, the only part that is known before a picture is opened."""
+        """Estimates a group's length by its branches: no image has been opened yet."""
         groups = self.samples_of(count)
         regions = count // groups + (number < count % groups)
         return regions * (self.processor.roi_output_size**2 + (self.data.caption_length or 64))
 
     def make(self, record: Record, number: int, rng, key: tuple, epoch: int) -> Sample:
-        """Group `number` of this epoch's partition of the record's masks."""
+        """Makes the sample of group `number` of this epoch's partition of the record's masks."""
         masks, captions = record.get("mask_rles", "masks"), record.get("captions")
         if not masks:
             raise ValueError("expected at least one mask, got none")
@@ -57,14 +59,15 @@ class RegionSamples:
             raise ValueError(
                 f"expected a caption for each of {len(masks)} masks, got {len(captions)} captions"
             )
-        groups = partition(
-            len(masks), self.most, generator_of(self.seed, CONTENT_STREAM, epoch, *record.key, 0)
-        )
-        group = groups[number]
+
+        order_rng = generator_of(self.seed, CONTENT_STREAM, epoch, *record.key, 0)
+        group = partition(len(masks), self.max_regions, order_rng)[number]
+
         features = self.processor.image_processor(
-            [picture_of(record, self.data.image_root)], [[masks[k] for k in group]]
+            [image_of(record, self.data.image_root)], [[masks[k] for k in group]]
         )
         order = features.pop("region_orders")[0]
+
         texts = [self._checked(captions[group[k]]) for k in order]
         slots = self.processor.caption_slots(texts, len(texts), self.data.caption_length)
         for slot in slots:
@@ -73,6 +76,7 @@ class RegionSamples:
                     f"expected a caption of at most {self.data.max_text_tokens} tokens,"
                     f" got {len(slot)}"
                 )
+
         prompts = draw_prompts(
             rng, len(texts), self.processor.image_processor.num_region_prompts, self.permute_prompts
         )
@@ -81,22 +85,23 @@ class RegionSamples:
         return Sample(sequence, features, key)
 
     def _checked(self, caption) -> str:
+        """Returns a caption without the white space around it; ValueError for none."""
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"expected a caption with text in it, got {caption!r}")
         return caption.strip()
 
 
-def picture_of(record: Record, root: str | None) -> str | bytes:
-    """The record's only picture: its bytes, or its path."""
-    if record.pictures:
-        return record.pictures[0]
-    return picture_path(record.get("image", kind=str), record, root)
+def image_of(record: Record, root: str | None) -> str | bytes:
+    """Returns the record's only image: its bytes, or its path."""
+    if record.images:
+        return record.images[0]
+    return image_path(record.get("image", kind=str), record, root)
 
 
-def picture_path(name, record: Record, root: str | None) -> str:
-    """The path of a picture named in a record, inside `root` or else the record's folder."""
+def image_path(name, record: Record, root: str | None) -> str:
+    """Returns the path of an image that a record names, inside `root` or the record's folder."""
     if not isinstance(name, str):
-        raise ValueError(f"expected a picture as a path, got {name!r}")
+        raise ValueError(f"expected an image as a path, got {name!r}")
     try:
         return str(path_inside(root or record.folder, name))
     except ValueError as error:

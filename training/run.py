@@ -1,4 +1,4 @@
-"""One run: build, train, save a folder that `from_pretrained` loads."""
+"""Runs a recipe: builds, trains, saves a folder that `from_pretrained` loads."""
 
 import logging
 from pathlib import Path
@@ -9,11 +9,12 @@ from transformers import TrainingArguments
 from .build import build_model
 from .checkpoints import choose_checkpoint, has_final, read_state
 from .conversations import ConversationSamples
+from .datasets import FileDataset, StreamDataset
 from .lora import add_adapter
-from .parameters import choose_trainable, keep_masters
-from .recipe import Recipe, RegionData, SyntheticData
+from .param_groups import choose_trainable, keep_masters
+from .recipe import Recipe
+from .recipe_sections import RegionData, SyntheticData
 from .regions import RegionSamples
-from .sources import FileDataset, StreamDataset
 from .stopping import RunStopped
 from .synthetic import SceneDataset
 from .trainer import DiffusionTrainer
@@ -33,28 +34,17 @@ def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
     """
     expect_evaluation(recipe)
     args = TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
-    if args.n_gpu > 1:
-        raise ValueError(
-            "expected one GPU, or a launcher such as `accelerate launch` for several, got"
-            f" {args.n_gpu} GPUs in one process; CUDA_VISIBLE_DEVICES=0 shows it one of them"
-        )
-    if args.bf16 and is_emulated(args.device):
-        logger.warning(
-            "this processor has no bfloat16 arithmetic and emulates it many times slower than"
-            " float32: trainer.bf16=false"
-        )
+    _check_devices(args)
     trainer = build_trainer(recipe, args)
-    batch, data = args.train_batch_size * args.world_size, trainer.train_dataset
-    if not isinstance(data, StreamDataset) and len(data) < batch:
-        raise ValueError(
-            f"expected samples for a batch, {batch} over all processes, got {len(data)}"
-        )
+    _expect_whole_batches(trainer)
+
     checkpoint = None
     if resume:
         checkpoint = choose_checkpoint(args.output_dir, resume)
         if is_finished(args, checkpoint) and has_final(args.output_dir, checkpoint):
             logger.warning("nothing is left to train after %s; nothing is saved", checkpoint)
             return trainer
+
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if trainer.state.global_step < trainer.state.max_steps:  # by trainer.enable_jit_checkpoint
@@ -68,6 +58,30 @@ def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
     return trainer
 
 
+def _check_devices(args: TrainingArguments):
+    """Refuses several GPUs in one process, and warns of a precision that is only emulated."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            "expected one GPU, or a launcher such as `accelerate launch` for several, got"
+            f" {args.n_gpu} GPUs in one process; CUDA_VISIBLE_DEVICES=0 shows it one of them"
+        )
+    if args.bf16 and is_emulated(args.device):
+        logger.warning(
+            "this processor has no bfloat16 arithmetic and emulates it many times slower than"
+            " float32: trainer.bf16=false"
+        )
+
+
+def _expect_whole_batches(trainer: DiffusionTrainer):
+    """Refuses data that fill no batch; a stream tells its length to nobody."""
+    args, data = trainer.args, trainer.train_dataset
+    batch = args.train_batch_size * args.world_size
+    if not isinstance(data, StreamDataset) and len(data) < batch:
+        raise ValueError(
+            f"expected samples for a batch, {batch} over all processes, got {len(data)}"
+        )
+
+
 def expect_evaluation(recipe: Recipe):
     """Refuses data for evaluation that no option asks to be evaluated."""
     trainer, data = recipe.trainer, recipe.data
@@ -78,12 +92,12 @@ def expect_evaluation(recipe: Recipe):
 
 
 def is_emulated(device: torch.device) -> bool:
-    """Whether a device emulates bfloat16, as an x86 processor with AVX2 alone was seen to do."""
+    """Tells whether a device emulates bfloat16, as x86 processors with AVX2 alone do."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def is_finished(args: TrainingArguments, checkpoint: Path) -> bool:
-    """Whether a checkpoint is of the run's last step."""
+    """Tells whether a checkpoint is of the run's last step."""
     state = read_state(checkpoint)
     if args.max_steps > 0:
         return state["global_step"] >= args.max_steps
@@ -91,12 +105,12 @@ def is_finished(args: TrainingArguments, checkpoint: Path) -> bool:
 
 
 def build_trainer(recipe: Recipe, args: TrainingArguments) -> DiffusionTrainer:
-    """The model, data and trainer of a recipe."""
+    """Builds the model, data and trainer of a recipe."""
     return assemble_trainer(recipe, args, *build_model(recipe))
 
 
 def assemble_trainer(recipe: Recipe, args: TrainingArguments, model, processor) -> DiffusionTrainer:
-    """The data and trainer of a recipe for a model that is already built."""
+    """Builds the data and trainer of a recipe for a model that is already there."""
     if recipe.lora is not None:
         model = add_adapter(model, recipe.lora)
     choose_trainable(model, recipe.parameters)
@@ -109,7 +123,7 @@ def assemble_trainer(recipe: Recipe, args: TrainingArguments, model, processor) 
 
 
 def build_datasets(recipe: Recipe, processor, args: TrainingArguments):
-    """Training and evaluation data of a recipe."""
+    """Builds the training and evaluation data of a recipe."""
     options = {"seed": args.seed, "permute_prompts": recipe.parameters.permute_prompts}
     if isinstance(recipe.data, SyntheticData):
         train_set = SceneDataset(processor, recipe.data, **options)
@@ -121,14 +135,15 @@ def build_datasets(recipe: Recipe, processor, args: TrainingArguments):
 
 
 def file_datasets(recipe: Recipe, processor, args: TrainingArguments):
-    """Training and evaluation data from files."""
+    """Builds training and evaluation data from files."""
     data = recipe.data
     if isinstance(data, RegionData):
         permute = recipe.parameters.permute_prompts
         maker = RegionSamples(processor, data, seed=args.seed, permute_prompts=permute)
     else:
         maker = ConversationSamples(processor, data)
-    options = {"maker": maker, "most_broken": data.max_broken_share, "seed": args.seed}
+
+    options = {"maker": maker, "max_broken_share": data.max_broken_share, "seed": args.seed}
     if data.streaming:
         place = {"rank": args.process_index, "world_size": args.world_size}
         train_set = StreamDataset(data.files, **options, buffer=data.shuffle_buffer, **place)

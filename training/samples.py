@@ -1,4 +1,4 @@
-"""Samples: one sequence with its pictures' features; batches of them with seeded noise.
+"""Holds samples, one sequence with its images' features each, and batches them with seeded noise.
 
 Axis letters: B batch, L sequence, T tiles, R region prompts, K regions, h w patches of a tile.
 """
@@ -12,14 +12,14 @@ from ..configuration_perceptiondlm import ROLE_CAPTION, ROLE_ROI, ROLE_SHARED, S
 from ..modeling_loss import MINIMUM_MASK_RATE
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from ..processing_sequence import TokenSequence, pad_sequences
-from .recipe import MaskingRecipe
+from .recipe_sections import MaskingRecipe
 
 # Streams of random numbers: what is drawn for one purpose does not shift another's draws.
 CONTENT_STREAM, NOISE_STREAM, ORDER_STREAM = range(3)
 
 
 def generator_of(seed: int, stream: int, *key: int) -> np.random.Generator:
-    """A generator that depends on nothing but its arguments."""
+    """Returns a random generator that depends on nothing but its arguments."""
     return np.random.default_rng([seed, stream, *key])
 
 
@@ -29,7 +29,7 @@ class Sample:
 
     Attributes:
         sequence: ids, positions, roles and labels.
-        features: the image processor's tensors for its pictures ({}: none); `region_patches`,
+        features: the image processor's tensors for its images ({}: none); `region_patches`,
             `boxes` and `box_images` only with regions.
         key: (epoch, index), which seed the sample's noise.
     """
@@ -40,7 +40,7 @@ class Sample:
 
 
 def choose_regions(features: dict, regions: list[int], prompts: list[int]) -> dict:
-    """Features with only the given regions, region `regions[k]` with prompt `prompts[k]`."""
+    """Keeps the features of the given regions, region `regions[k]` with prompt `prompts[k]`."""
     patches = features["region_patches"]  # (T, R, h, w)
     chosen = torch.zeros_like(patches)
     chosen[:, prompts] = patches[:, regions]
@@ -53,21 +53,22 @@ def choose_regions(features: dict, regions: list[int], prompts: list[int]) -> di
 
 
 def draw_prompts(rng: np.random.Generator, count: int, prompts: int, permute: bool) -> list[int]:
-    """The prompt of each of `count` regions: at random, or in order."""
+    """Chooses the prompt of each of `count` regions: at random, or in order."""
     return rng.permutation(prompts)[:count].tolist() if permute else list(range(count))
 
 
 def share_trunk(sequences: list[TokenSequence]) -> TokenSequence:
-    """One sequence of several that begin with the same trunk and have one branch each.
+    """Joins sequences that begin with the same trunk and have one branch each.
 
-    Fixed tokens of all branches first, then the answers, as in the tree of a region pass. Raises
-    ValueError where the trunks differ.
+    Fixed tokens of all branches come first, then the answers, as in the tree of a region group.
+    Raises ValueError where the trunks differ.
     """
     first = sequences[0]
     trunk = first.regions.count(SHARED_REGION)
     for sequence in sequences:
         if sequence.ids[:trunk] != first.ids[:trunk] or SHARED_REGION in sequence.regions[trunk:]:
             raise ValueError("expected sequences with the same trunk, got another one")
+
     shared = TokenSequence()
     shared.add(first.ids[:trunk], position=0, region=SHARED_REGION, role=ROLE_SHARED)
     for role in (ROLE_ROI, ROLE_CAPTION):
@@ -105,16 +106,18 @@ class DiffusionCollator:
         rows = [(sample, *draw) for sample in samples for draw in self._noise(sample)]
         sequences = [sample.sequence for sample, *_ in rows]
         batch = pad_sequences(sequences, self.pad_token_id, with_labels=True)
+
         start = max(sequence.prompt_length for sequence in sequences)
         noise = torch.ones(batch["labels"].shape)  # (B, L)
         for row, (_, _, draws) in zip(noise, rows, strict=True):
             row[start : start + len(draws)] = torch.from_numpy(draws)
+
         batch["timesteps"] = torch.tensor([t for _, t, _ in rows], dtype=torch.float32)
         batch["noise"] = noise
-        return batch | self._pictures([sample.features for sample, *_ in rows])
+        return batch | self._images([sample.features for sample, *_ in rows])
 
     def _noise(self, sample: Sample) -> list[tuple[float, np.ndarray]]:
-        """t and a uniform draw for each answer position; twice when complementary."""
+        """Draws t and a uniform number for each response position; twice when complementary."""
         rng = generator_of(self.seed, NOISE_STREAM, *sample.key)
         count = len(sample.sequence.ids) - sample.sequence.prompt_length
         full = rng.random() < self.masking.full_mask_share
@@ -129,10 +132,12 @@ class DiffusionCollator:
         return [first, self._draw(rng, count) if full else (other, 1 - draws)]
 
     def _draw(self, rng: np.random.Generator, count: int) -> tuple[float, np.ndarray]:
+        """Draws t, and a uniform number for each of `count` positions."""
         t = rng.uniform(self.masking.t_low, self.masking.t_high)
         return t, rng.random(count, dtype=np.float32)
 
-    def _pictures(self, features: list[dict]) -> dict[str, torch.Tensor]:
+    def _images(self, features: list[dict]) -> dict[str, torch.Tensor]:
+        """Stacks the features of all images; boxes say which image of the batch they are of."""
         features = [f for f in features if f]
         if not features:
             return {}
@@ -140,6 +145,7 @@ class DiffusionCollator:
         data = {name: torch.cat([f[name] for f in features]) for name in names}
         if self.patches_shape[0] == 0:
             return data
+
         first = np.cumsum([0] + [len(f["image_grids"]) for f in features]).tolist()
         with_regions = [(f, i) for f, i in zip(features, first, strict=False) if "boxes" in f]
         # without regions too, so that the prompts' gradient exists in every process of a run
@@ -150,6 +156,7 @@ class DiffusionCollator:
         return data
 
     def _patches(self, features: dict) -> torch.Tensor:
+        """Returns a sample's patches by region; none are set where it has no regions."""
         if "region_patches" in features:
             return features["region_patches"]
         tiles = len(features["pixel_values"])

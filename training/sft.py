@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with the diffusion loss. Needs `pip install trl`.
+"""Fits TRL's SFTTrainer with the diffusion loss. Needs `pip install trl`.
 
 TRL's own trainer computes next-token probabilities from the decoder's states, which are no loss of
 a diffusion model: with it, training stops at its first step.
@@ -62,12 +62,12 @@ class DiffusionSFTTrainer(SFTTrainer):
         self._signature_columns = list(COLUMNS)
 
     def compute_loss(self, *args, **kwargs):
-        """The model's own."""
+        """Computes the model's own loss, not TRL's."""
         return Trainer.compute_loss(self, *args, **kwargs)
 
 
 def expect_honored(args: SFTConfig, options: dict):
-    """Refuses what would be ignored."""
+    """Refuses options that would be ignored."""
     for name, values in NEUTRAL.items():
         value = getattr(args, name, values[0])
         if value not in values:
@@ -96,7 +96,7 @@ class ConversationCollator:
         )
 
     def _read(self, row: dict) -> tuple[str, str, list]:
-        """Rendered prompt, response and images of a row."""
+        """Returns the rendered prompt, the response and the images of a row."""
         images = [row["image"]] if "image" in row else list(row.get("images") or [])
         if row.get("messages") is not None:
             prompt, response = row["messages"][:-1], row["messages"][-1:]
@@ -108,13 +108,14 @@ class ConversationCollator:
             )
         if isinstance(prompt, str) and isinstance(response, str):
             return prompt, response.removesuffix(self.processor.eot_token), images
+
         messages = prepare_multimodal_messages(prompt, images)
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         return text, _response_of(response), _images_of(messages)
 
 
 def _response_of(messages: list[dict]) -> str:
-    """Text of the one assistant message."""
+    """Returns the text of the one assistant message."""
     roles = [message["role"] for message in messages]
     if roles != ["assistant"]:
         raise ValueError(f"expected one assistant message at a row's end, got roles {roles}")
@@ -127,5 +128,6 @@ def _response_of(messages: list[dict]) -> str:
 
 
 def _images_of(messages: list[dict]) -> list:
+    """Returns the images in messages, in their order."""
     parts = [part for message in messages for part in message["content"]]
     return [part["image"] for part in parts if part["type"] == "image"]

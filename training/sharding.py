@@ -1,4 +1,4 @@
-"""FSDP2: turning it on for CPU processes, and gathering the weights of a sharded model."""
+"""Turns on FSDP2 for CPU processes, and gathers the weights of a sharded model."""
 
 import os
 
@@ -34,8 +34,11 @@ def shard_on_cpu(accelerator: Accelerator) -> bool:
 
 
 def keep_precise(accelerator: Accelerator):
-    """Sharded training in bfloat16 as unsharded: the layers' weights are cast, but neither boxes,
-    noise and times nor the loss, and gradients are summed in float32."""
+    """Keeps sharded training in bfloat16 as precise as unsharded.
+
+    The layers' weights are cast, but neither boxes, noise and times nor the loss, and gradients are
+    summed in float32.
+    """
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -46,16 +49,21 @@ def keep_precise(accelerator: Accelerator):
 
 
 def leave_group():
-    """Waits for the other processes of a finished run and leaves them. A process that exits within
-    its group may abort, and the launcher then stops the others while they still save."""
+    """Waits for the other processes of a finished run and leaves them.
+
+    A process that exits within its group may abort, and the launcher then stops the others while
+    they still save.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
 def gather_weights(model: torch.nn.Module, learned_only: bool = False) -> dict[str, torch.Tensor]:
-    """The weights of a sharded model, or those that are trained, on the first process, nothing on
-    the others; called by every process."""
+    """Gathers the weights of a sharded model, or those that are trained, on the first process.
+
+    The other processes get nothing; every process calls it.
+    """
     options = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=learned_only
     )

@@ -1,11 +1,11 @@
-"""Starting values of a model from scratch: silent layers, and vision layers that look nearby.
+"""Sets starting values of a model from scratch: silent layers, vision layers that look nearby.
 
 `zero_residuals`: what a layer adds to its input starts at zero, so that words and pixels begin with
 a short way to each other. In a trial of 450 batches shapes and patterns were learned sooner, sizes
 later.
 
 `start_locally`: each head of the first vision layers starts out attending most to the patch at a
-fixed offset from its own, like a convolution (structured initialisation, arXiv:2404.01139, in
+fixed offset from its own, like a convolution (structured initialization, arXiv:2404.01139, in
 closed form: a step on the grid turns sines and cosines of the position by a fixed angle). After 240
 batches of 16 scenes at a rate of 2.2e-3 an earlier form of `configs/tiny.yaml` had a loss of 0.42
 on fully masked held-out captions with three such layers and of 0.54 without: positions are learned
@@ -23,7 +23,7 @@ import torch
 
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 
-SHORTEST_WAVE, WAVE_RATIO = 2.6, 1.6  # patches; each wave is so many times as long as the last
+MIN_WAVE, WAVE_RATIO = 2.6, 1.6  # patches; each wave is so many times as long as the last
 # of queries and keys: on scenes a head of the first layer gives its patch 0.7 of the attention; of
 # the others 0.03 to 0.05, since the position counts for less among channels to which every layer
 # adds, but with `zero_residuals` 0.7 as well
@@ -49,15 +49,15 @@ def zero_residuals(model: PerceptionDLMForConditionalGeneration):
 
 
 def _vision_writers(layers) -> list[torch.nn.Linear]:
-    """What adds to the input of each of these layers of the vision tower."""
+    """Lists what adds to the input of each of these layers of the vision tower."""
     return [module for layer in layers for module in (layer.self_attn.out_proj, layer.mlp.fc2)]
 
 
 @torch.no_grad()
 def start_locally(model: PerceptionDLMForConditionalGeneration, layers: int):
-    """Lets the heads of the first vision layers attend to neighbouring patches, in place.
+    """Lets the heads of the first vision layers attend to neighboring patches, in place.
 
-    The first d channels of the vision tower begin as the patch's position; the patches' colours,
+    The first d channels of the vision tower begin as the patch's position; the patches' colors,
     the region prompts and what those layers write begin in the other ones.
 
     Raises:
@@ -71,7 +71,9 @@ def start_locally(model: PerceptionDLMForConditionalGeneration, layers: int):
             f"expected 1 to {config.num_hidden_layers} local vision layers of several heads of a"
             f" width that 4 divides, got {layers} of {config.num_attention_heads} heads of {d}"
         )
-    waves = 2 * math.pi / (SHORTEST_WAVE * WAVE_RATIO ** torch.arange(d // 4))  # (F,)
+
+    # the first d channels hold the position, and nothing else
+    waves = 2 * math.pi / (MIN_WAVE * WAVE_RATIO ** torch.arange(d // 4))  # (F,)
     embeddings = tower.embeddings
     embeddings.position_embedding.weight.zero_()
     embeddings.position_embedding.weight[:, :d] = positions(
@@ -83,6 +85,8 @@ def start_locally(model: PerceptionDLMForConditionalGeneration, layers: int):
         writer.bias[:d] = 0
     if model.region_prompts is not None:
         model.region_prompts.weight[:, :d] = 0
+
+    # each head's query asks for the position that is its offset away
     for k, layer in enumerate(local):
         attention, offsets = layer.self_attn, OFFSETS[k % len(OFFSETS)]
         for projection in (attention.q_proj, attention.k_proj):
@@ -96,7 +100,7 @@ def start_locally(model: PerceptionDLMForConditionalGeneration, layers: int):
 
 
 def positions(n: int, waves: torch.Tensor) -> torch.Tensor:
-    """Cosines and sines of the columns, then the rows, of n x n patches, row-major: (n^2, 4F)."""
+    """Returns cosines and sines of columns, then rows, of n x n patches, row-major: (n^2, 4F)."""
     angles = torch.arange(n)[:, None] * waves
     axis = torch.cat([angles.cos(), angles.sin()], dim=1)  # (n, 2F)
     columns, rows = axis.expand(n, n, -1), axis[:, None].expand(n, n, -1)
@@ -104,7 +108,9 @@ def positions(n: int, waves: torch.Tensor) -> torch.Tensor:
 
 
 def turn(waves: torch.Tensor, steps: int) -> torch.Tensor:
-    """The matrix (2F, 2F) that takes the cosines and sines of a place to those of the place so many
-    steps on."""
+    """Returns the matrix (2F, 2F) that steps along an axis.
+
+    It takes the cosines and sines of a place to those of the place so many steps on.
+    """
     cos, sin = torch.diag((waves * steps).cos()), torch.diag((waves * steps).sin())
     return torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])

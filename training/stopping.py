@@ -1,4 +1,4 @@
-"""Ends of a run before its last step: what they are, and what is said."""
+"""Says how a run ends before its last step, with one voice for all its processes."""
 
 import re
 
@@ -13,19 +13,19 @@ class RunStopped(ValueError):
 
 
 def plain_message(error: BaseException) -> str:
-    """The message of an error, without the traceback of the loader's worker that it comes from."""
+    """Returns the message of an error, without the traceback of the loader's worker around it."""
     text = str(error) or type(error).__name__
     found = WORKER_ERROR.match(text)
     return found[1].strip() if found else text
 
 
 def is_distributed() -> bool:
-    """Whether several processes run together."""
+    """Tells whether several processes run together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set in any process of the run; called by every process."""
+    """Tells whether `flag` is set in any process of the run; every process calls it."""
     if not is_distributed():
         return flag
     flags = torch.tensor(int(flag), device=device)

@@ -1,4 +1,4 @@
-"""Training samples from synthetic scenes: region captions, or questions and answers."""
+"""Makes training samples of synthetic scenes: region captions, or questions and answers."""
 
 import multiprocessing
 import signal
@@ -10,8 +10,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..processing_perceptiondlm import PerceptionDLMProcessor
-from ..scenes.shapes import Question, ask, caption_of, render_scene
-from .recipe import SyntheticData
+from ..scenes.language import Question, ask, caption_of
+from ..scenes.shapes import render_scene
+from .recipe_sections import SyntheticData
 from .samples import (
     CONTENT_STREAM,
     Sample,
@@ -35,7 +36,7 @@ class EncodedScene:
     objects: list[dict[str, str]]  # of all
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The image processor's tensors."""
+        """Returns the image processor's tensors."""
         values = torch.from_numpy(self.pixels).float().div_(127.5).sub_(1.0)
         rest = {name: torch.from_numpy(value) for name, value in self.features.items()}
         return {"pixel_values": values, **rest}
@@ -45,10 +46,13 @@ def encode_scene(image_processor, seed: int, split: str) -> EncodedScene:
     """Renders a scene and prepares its pixels and, for a model with region prompts, its masks."""
     scene = render_scene(seed, split)
     objects = scene.objects
+
     captioned = objects[: image_processor.num_region_prompts]
     masks = [[thing.mask for thing in captioned]] if captioned else None
     features = image_processor([scene.image], masks)
     order = features.pop("region_orders", [[]])[0]
+
+    # training keeps bytes, which take a quarter of the memory of float32
     pixels = features.pop("pixel_values").add(1.0).mul(127.5).round().byte().numpy()
     regions = [captioned[k].attributes for k in order]
     arrays = {name: value.numpy() for name, value in features.items()}
@@ -56,9 +60,9 @@ def encode_scene(image_processor, seed: int, split: str) -> EncodedScene:
 
 
 def draw_questions(
-    rng: np.random.Generator, objects: list[dict[str, str]], most: int
+    rng: np.random.Generator, objects: list[dict[str, str]], max_questions: int
 ) -> list[Question]:
-    """Up to `most` different questions about objects given by their attributes.
+    """Draws up to `max_questions` different questions about objects given by their attributes.
 
     Asked in rounds of at most one question of each kind: kinds with few different questions, such
     as "how many objects", come less often.
@@ -68,9 +72,9 @@ def draw_questions(
         asked = ask(rng, objects)
         for i in rng.permutation(len(asked)):
             drawn.setdefault(asked[i].question, asked[i])
-        if len(drawn) >= most:
+        if len(drawn) >= max_questions:
             break
-    return list(drawn.values())[:most]
+    return list(drawn.values())[:max_questions]
 
 
 class SceneDataset(Dataset):
@@ -90,6 +94,7 @@ class SceneDataset(Dataset):
                 "expected data.questions_per_sample of 1 but in the independent layout, got"
                 f" {data.questions_per_sample} in {processor.region_layout!r}"
             )
+
         held_out = split == "heldout"
         first_share = None if held_out else data.first_region_share
         # of the first epoch, and of the others
@@ -102,6 +107,7 @@ class SceneDataset(Dataset):
                 "expected data.region_share and data.first_region_share of 0 for a model without"
                 f" region prompts, got {self.region_shares[1]} and {self.region_shares[0]}"
             )
+
         self.processor = processor
         self.data = data
         self.seed = seed
@@ -125,35 +131,38 @@ class SceneDataset(Dataset):
         return sample(rng, scene, (epoch, i))
 
     def length(self, index: int) -> int:
-        """Roughly how long a sample is, without making it."""
+        """Estimates how long a sample is, without making it."""
         epoch, i = divmod(index, self.count)
         _, about_regions = self._draw_kind(epoch, i)
-        picture, regions = 0, 4
+        image, regions = 0, 4
         if self.cached is not None:
             scene = self._scene(epoch, i)
-            picture = len(scene.pixels) * self.processor.image_processor.cells_per_side**2
-            regions = min(len(scene.regions), self._most_regions)
+            image = len(scene.pixels) * self.processor.image_processor.cells_per_side**2
+            regions = min(len(scene.regions), self._max_regions)
+
         branch = self.processor.roi_output_size**2 + 1 + self.data.caption_length
         questions = self.data.questions_per_sample * (QUESTION_LENGTH + self.data.max_new_tokens)
-        return picture + (regions * branch if about_regions else questions)
+        return image + (regions * branch if about_regions else questions)
 
     def _draw_kind(self, epoch: int, i: int) -> tuple[np.random.Generator, bool]:
-        """The generator of a sample's content, and whether it is about regions."""
+        """Returns the generator of a sample's content, and whether it is about regions."""
         rng = generator_of(self.seed, CONTENT_STREAM, epoch, i)
         return rng, rng.random() < self.region_shares[min(epoch, 1)]
 
     @property
-    def _most_regions(self) -> int:
+    def _max_regions(self) -> int:
         prompts = self.processor.image_processor.num_region_prompts
         return min(self.data.regions_per_sample or prompts, prompts)
 
     def _scene(self, epoch: int, i: int) -> EncodedScene:
+        """Returns the scene of a sample, from the cache or rendered now."""
         number = (epoch if self.data.fresh else epoch % self.sets) * self.count + i
         if self.cached is not None:
             return self.cached[number]
         return encode_scene(self.processor.image_processor, self.first_seed + number, self.split)
 
     def _encode_all(self) -> list[EncodedScene]:
+        """Renders the scenes of all sets in several processes."""
         image_processor = self.processor.image_processor
         numbers = range(self.count * self.sets)
         jobs = [(image_processor, self.first_seed + number, self.split) for number in numbers]
@@ -163,7 +172,8 @@ class SceneDataset(Dataset):
             return list(tqdm(encoded, total=len(jobs), desc="rendering scenes", mininterval=10))
 
     def _regions(self, rng, scene: EncodedScene, key) -> Sample:
-        count = min(len(scene.regions), self._most_regions)
+        """Makes a sample of region captions."""
+        count = min(len(scene.regions), self._max_regions)
         regions = sorted(rng.permutation(len(scene.regions))[:count].tolist())
         total = self.processor.image_processor.num_region_prompts
         prompts = draw_prompts(rng, count, total, self.permute_prompts)
@@ -174,6 +184,7 @@ class SceneDataset(Dataset):
         return Sample(sequence, features, key)
 
     def _questions(self, rng, scene: EncodedScene, key) -> Sample:
+        """Makes a sample of questions, each a branch of one trunk where there are several."""
         questions = draw_questions(rng, scene.objects, self.data.questions_per_sample)
         names = ("pixel_values", "image_grids", "image_sizes")
         tensors = scene.tensors()
@@ -183,6 +194,7 @@ class SceneDataset(Dataset):
         return Sample(sequence, features, key)
 
     def _question(self, features: dict, question: Question):
+        """Builds the sequence of one question and its answer."""
         content = [{"type": "image"}, {"type": "text", "text": question.question}]
         message = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(message, add_generation_prompt=True)

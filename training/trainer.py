@@ -19,9 +19,9 @@ from .checkpoints import (
     wait_for_others,
 )
 from .muon import WithMuon, takes_muon
-from .order import EpochSampler
-from .parameters import parameter_groups
+from .param_groups import parameter_groups
 from .recipe import Recipe
+from .sampler import EpochSampler
 from .samples import DiffusionCollator
 from .sharding import gather_weights, keep_precise, shard_on_cpu
 from .stopping import RunStopped, any_process, is_distributed, plain_message
@@ -59,7 +59,7 @@ class EvaluationLevel(Dataset):
 
 
 def evaluation_sets(dataset: Dataset | None, levels: list[float]) -> dict | None:
-    """A data set at each noise level, named by t in per cent ("t25")."""
+    """Returns a data set at each noise level, named by t in per cent ("t25")."""
     if dataset is None or not len(dataset):
         return None
     return {f"t{round(100 * level)}": EvaluationLevel(dataset, level) for level in levels}
@@ -125,7 +125,7 @@ class DiffusionTrainer(Trainer):
         return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def get_train_dataloader(self):
-        """A stream has divided its records among the processes itself."""
+        """Builds the loader; a stream has divided its records among the processes itself."""
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
         return DataLoader(
@@ -137,9 +137,10 @@ class DiffusionTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """All of a set, in order, at its noise level."""
+        """Builds the loader of all of a set, in order, at its noise level."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
+
         collate = DiffusionCollator(
             self.processor, self.recipe.masking, self.args.seed, level=eval_dataset.level
         )
@@ -152,14 +153,16 @@ class DiffusionTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def _loader_options(self) -> dict:
-        """The trainer's options of a loader's workers."""
+        """Returns the trainer's options of a loader's workers."""
         names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context")
         options = {name: getattr(self.args, f"dataloader_{name}") for name in names}
         return options | {"in_order": self.args.dataloader_in_order}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As the Trainer's, with the mean loss over all noise levels, by which checkpoints are
-        compared, beside the loss of each. Draws are the same at every call."""
+        """Evaluates as the Trainer, and logs the mean loss over all noise levels too.
+
+        By that mean checkpoints are compared. Draws are the same at every call.
+        """
         try:
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         except Exception as error:
@@ -174,8 +177,11 @@ class DiffusionTrainer(Trainer):
         return metrics
 
     def get_batch_samples(self, *args, **kwargs):
-        """As the Trainer's. Where data ends the run, say by too many broken records, what has been
-        learned is saved first; raises `RunStopped` in every process."""
+        """Fetches batches as the Trainer.
+
+        Where data ends the run, say by too many broken records, what has been learned is saved
+        first, and every process raises `RunStopped`.
+        """
         problem = batches = None
         try:
             batches = super().get_batch_samples(*args, **kwargs)
@@ -186,12 +192,13 @@ class DiffusionTrainer(Trainer):
         return batches
 
     def _save_and_stop(self, problem: Exception | None):
+        """Saves what has been learned, then raises `RunStopped`."""
         self.save_now()
         why = "another process has stopped" if problem is None else plain_message(problem)
         raise RunStopped(f"{why}; {self.describe_saved()}") from problem
 
     def training_step(self, *args, **kwargs):
-        """As the Trainer's; raises `RunStopped` for a loss that is not finite."""
+        """Takes a step as the Trainer; raises `RunStopped` for a loss that is not finite."""
         loss = super().training_step(*args, **kwargs)
         self._expect_finite("loss", loss)
         return loss
@@ -228,17 +235,18 @@ class DiffusionTrainer(Trainer):
         return f"the last checkpoint is {folders[0]}, from which --resume goes on"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The recipe's weighting in training, the plain mean at a fixed noise level."""
+        """Weights the loss as the recipe says in training, not at all at a fixed noise level."""
         weighting = self.loss_weighting if model.training else "none"
         outputs = model(**inputs, loss_weighting=weighting)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _save_checkpoint(self, model, trial):
-        """As the Trainer's, whole or not at all, and of finite weights only."""
+        """Saves as the Trainer, whole or not at all, and finite weights only."""
         self.expect_finite_weights()
         step, args = self.state.global_step, self.args
         name = f"checkpoint-{step}"
         target = Path(args.output_dir) / name
+
         with saving_folder(args.output_dir, is_main=args.process_index == 0) as self._saving:
             try:
                 super()._save_checkpoint(model, trial)
@@ -280,8 +288,11 @@ class DiffusionTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """As the Trainer's; a sharded checkpoint too holds the config, the processor and, of a LoRA
-        run, the adapter in one piece. Called by every process of a run."""
+        """Saves as the Trainer; called by every process of a run.
+
+        A sharded checkpoint too holds the config, the processor and, of a LoRA run, the adapter in
+        one piece.
+        """
         super().save_model(output_dir, _internal_call)
         if not self.is_fsdp_enabled:
             return
@@ -294,8 +305,10 @@ class DiffusionTrainer(Trainer):
             self._save_gathered(folder)
 
     def save_whole(self, save_code: bool = True):
-        """Saves the weights in one piece, config, processor and, unless told not to, code in
-        `output_dir`: all of them or none. Called by every process of a run."""
+        """Saves the result in `output_dir`, all of it or none; called by every process of a run.
+
+        That is the weights in one piece, config, processor and, unless told not to, code.
+        """
         self.expect_finite_weights()
         is_main = self.args.process_index == 0
         with saving_folder(self.args.output_dir, is_main=is_main) as folder:
@@ -310,25 +323,32 @@ class DiffusionTrainer(Trainer):
             wait_for_others()
 
     def _save_gathered(self, folder: str):
+        """Saves the weights of a sharded model in one piece, or its adapter."""
         model = self.model
         is_whole = isinstance(model, PreTrainedModel)  # else an adapter
         weights = gather_weights(model, learned_only=not is_whole)
         if not self.args.should_save:
             return
+
         if is_whole:
             # sharding has changed the model's class, from which the code to save is found
             with torch.device("meta"):
                 model = PerceptionDLMForConditionalGeneration(model.config)
+
         model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
 
     def create_optimizer(self, model=None):
-        """As the Trainer's, with a group for each module that has its own learning rate, and
-        Muon for the matrices that the recipe gives to it."""
+        """Builds the optimizer as the Trainer, with the recipe's groups.
+
+        Each module that has its own learning rate is a group; the matrices that the recipe gives
+        to Muon are updated by it.
+        """
         model = self.model if model is None else model
         if self.optimizer is not None:
             return self.optimizer
         cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+
         recipe = self.recipe.parameters
         decayed = set(self.get_decay_parameter_names(model))
         learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -351,7 +371,7 @@ class DiffusionTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """As the Trainer's; ValueError for options that the scheduler does not take."""
+        """Builds the scheduler as the Trainer; ValueError for options that it does not take."""
         try:
             return super().create_scheduler(num_training_steps, optimizer)
         except TypeError as error:

@@ -1,4 +1,4 @@
-"""Which of `transformers.TrainingArguments` a recipe may set, and why not the others.
+"""Says which of `transformers.TrainingArguments` a recipe may set, and why not the others.
 
 Every field is in one of three tables. An option without effect here, or with a wrong one, is
 refused: it would be a setting that somebody relies on.
@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from .options import coerce, expect_known, field_names
+from .options import expect_known, expect_type, field_names
 
 HONORED = frozenset(
     """
@@ -100,11 +100,8 @@ CHECKPOINTING = {"activation_checkpointing": "gradient_checkpointing"}  # new na
 PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}  # of another name than the integration
 
 
-def check_trainer(values: dict | None) -> dict:
+def check_trainer(values: dict) -> dict:
     """Checks the trainer section: names, types, and that every option has its effect."""
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ValueError(f"expected options in section 'trainer', got {values!r}")
     values = _with_present_names(values)
     expect_known("trainer", values, field_names(TrainingArguments))
     if "output_dir" not in values:
@@ -113,15 +110,17 @@ def check_trainer(values: dict | None) -> dict:
     hints = typing.get_type_hints(TrainingArguments)
     for name, value in values.items():
         _check_use(name, value)
-        coerce(value, hints[name], f"trainer.{name}")
+        expect_type(f"trainer.{name}", value, hints[name])
     _check_combinations(values)
     _check_reports(values.get("report_to"))
     return values
 
 
 def _with_present_names(values: dict) -> dict:
-    """Renames checkpointing options to what this transformers calls them: another name than the
-    present one is deprecated, or not there yet."""
+    """Renames checkpointing options to what the installed transformers calls them.
+
+    Another name than the present one is deprecated, or not there yet.
+    """
     known = field_names(TrainingArguments)
     renamed = {}
     for new, old in CHECKPOINTING.items():
@@ -134,6 +133,7 @@ def _with_present_names(values: dict) -> dict:
 
 
 def _check_use(name: str, value):
+    """Refuses an option that would be ignored, or break what the command relies on."""
     if name in NEUTRAL and value != NEUTRAL[name][0]:
         expected, reason = NEUTRAL[name]
         raise ValueError(f"expected trainer.{name} as {expected}, since {reason}; got {value!r}")
@@ -142,6 +142,7 @@ def _check_use(name: str, value):
 
 
 def _default_of(name: str):
+    """Returns transformers' default of an option."""
     (field,) = (f for f in dataclasses.fields(TrainingArguments) if f.name == name)
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
@@ -175,14 +176,17 @@ def _check_combinations(values: dict):
 
 
 def _uses(values: dict, optim: str) -> dict[str, bool]:
-    """Whether other options let one have its effect, for each that depends on others. A strategy
-    of "no" is a switch, beside which the steps may stay.
+    """Tells, for each option that depends on others, whether they let it have its effect.
+
+    A strategy of "no" is a switch, beside which the steps may stay.
     """
+
     saves, logs = values.get("save_strategy", "steps"), values.get("logging_strategy", "steps")
     evaluates = values.get("eval_strategy")  # not given is not switched off
     scheduler = values.get("lr_scheduler_type", "linear")
     ranks = values.get("load_best_model_at_end") or saves == "best" or scheduler in PLATEAU
     is_adam = not any(name in optim for name in NOT_ADAM)
+
     return {
         "eval_steps": evaluates in ("steps", "no"),
         "eval_delay": evaluates is not None,

@@ -20,11 +20,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ...conversion.files import expect_checkpoint
+from ...common.loading import default_device, load_model
 from ...generation_options import DiffusionOptions, options_for
 from ...image_processing_perceptiondlm import load_image, load_mask
-from ...modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from ...processing_perceptiondlm import PerceptionDLMProcessor
 
 MASKED = "░"  # stands for a position that is still to be filled
 EMBEDDED = Path(os.path.abspath(__file__)).parents[2]  # the repository's or package's root
@@ -184,9 +182,9 @@ class RegionCaptioner:
         """Loads a checkpoint from a folder or the Hub; without `source`, the embedded one.
 
         The weights are loaded into this package's own classes: no code of the checkpoint's
-        repository is run. `device` defaults to the first GPU, else the CPU.
+        repository is run. `device` defaults to the accelerator, else the CPU.
 
-        Raises as `expect_checkpoint`.
+        Raises as `load_model`.
         """
         if source is None:
             source, subfolder = EMBEDDED, EMBEDDED_SUBFOLDER
@@ -195,13 +193,9 @@ class RegionCaptioner:
                     f"expected the embedded checkpoint in {source / subfolder}, found none:"
                     " name a folder or a Hub id"
                 )
-        place = {"revision": revision, "token": token}
-        if subfolder:
-            place["subfolder"] = subfolder
-        expect_checkpoint(source, **place)
-        model = PerceptionDLMForConditionalGeneration.from_pretrained(source, dtype=dtype, **place)
-        processor = PerceptionDLMProcessor.from_pretrained(source, **place)
-        return cls(model.to(device or default_device()).eval(), processor, **options)
+        place = {"subfolder": subfolder, "revision": revision, "token": token}
+        device = device or default_device()
+        return cls(*load_model(source, dtype=dtype, device=device, **place), **options)
 
     def check_options(self):
         """Raises ValueError for decoding options that no picture could be decoded with."""
@@ -317,11 +311,6 @@ def partial_text(processor, ids: Sequence[int], mask_token_id: int) -> str:
         else:
             run.append(token)
     return " ".join(filter(None, [*words, processor.decode_answer(run)]))
-
-
-def default_device() -> torch.device:
-    """The first GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Closed(Exception):

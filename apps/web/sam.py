@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...conversion.files import local_path
+from ...common.loading import local_path
 
 DEFAULT = "facebook/sam-vit-base"
 

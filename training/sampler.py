@@ -1,4 +1,4 @@
-"""The order of samples: shuffled by seed and epoch, batches of samples of like length."""
+"""Orders samples: shuffled by seed and epoch, in batches of samples of like length."""
 
 from collections.abc import Iterator
 
@@ -25,7 +25,7 @@ class EpochSampler(Sampler):
         self.epoch = 0
 
     def set_epoch(self, epoch: int):
-        """Called by the trainer before each epoch."""
+        """Tells the sampler which epoch comes; the trainer calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -38,6 +38,7 @@ class EpochSampler(Sampler):
         yield from self._grouped(order, rng) if self.group else order
 
     def _grouped(self, order: list[int], rng) -> Iterator[int]:
+        """Yields indices batch by batch, each batch of samples of like length."""
         step = self.batch_size * BATCHES_SORTED
         for start in range(0, len(order), step):
             chunk = sorted(order[start : start + step], key=self.dataset.length, reverse=True)

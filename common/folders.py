@@ -1,4 +1,4 @@
-"""The folder that a conversion makes: whole or not there, however the run ends."""
+"""Folders that a run makes: whole or not there, however the run ends."""
 
 import glob
 import os
@@ -9,20 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .files import ConversionError
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two runs apart there
-    fcntl = None
+from .files import fcntl, lock_handle, sync_folder
 
 REPLACED = "replaced"  # what was there, until its successor is
 
 
-class OutputExists(ConversionError, FileExistsError):
+class OutputExists(ValueError, FileExistsError):
     """The output is there already, or being made, and would be lost."""
-
-    exit_code = 10
 
 
 @contextmanager
@@ -40,7 +33,9 @@ def new_folder(output: Path, force: bool) -> Iterator[Path]:
             unfinished = holder / target.name
             unfinished.mkdir()
             yield unfinished
-            sync_folder(unfinished)
+
+            # only what is whole and on the disk takes the name
+            sync_tree(unfinished)
             _put_in_place(unfinished, target, holder / REPLACED, force)
         finally:
             shutil.rmtree(holder, ignore_errors=True)
@@ -49,7 +44,7 @@ def new_folder(output: Path, force: bool) -> Iterator[Path]:
 def clear_unfinished(output: Path, own: Path | None = None):
     """Removes what killed runs left beside `output`, and puts back what they had moved away.
 
-    Raises OutputExists where a run that makes `output` is alive; `own` is this one's folder.
+    Raises OutputExists where a run that makes `output` is alive; `own` is this run's folder.
     """
     target = Path(os.path.realpath(output))
     for holder in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
@@ -58,6 +53,8 @@ def clear_unfinished(output: Path, own: Path | None = None):
         with _locked(holder) as is_dead:
             if not is_dead:
                 raise OutputExists(f"expected no other run that makes {output}, got one under way")
+
+            # killed between two renamings: what was moved away goes back
             if (holder / REPLACED).exists() and not os.path.lexists(target):
                 (holder / REPLACED).rename(target)
             shutil.rmtree(holder, ignore_errors=True)
@@ -70,7 +67,17 @@ def expect_folder(output: Path):
             raise OutputExists(f"expected a folder or a new name as output, got {output}")
 
 
+def sync_tree(folder: Path):
+    """Waits until all files of a folder are on the disk, so that its renaming comes after them."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with open(Path(place, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(place))
+
+
 def _put_in_place(unfinished: Path, target: Path, replaced: Path, force: bool):
+    """Renames a finished folder; what it replaces is back in its place if that fails."""
     if force and target.exists():
         shutil.copymode(target, unfinished)
         target.rename(replaced)
@@ -80,40 +87,18 @@ def _put_in_place(unfinished: Path, target: Path, replaced: Path, force: bool):
         if replaced.exists():
             replaced.rename(target)
         raise
-    with suppress(OSError):
-        _sync(target.parent)
-
-
-def sync_folder(folder: Path):
-    """Waits until all files of a folder are on the disk, so that its renaming comes after them."""
-    for place, _, names in os.walk(folder):
-        for name in names:
-            _sync(Path(place, name))
-        with suppress(OSError):  # not every file system can
-            _sync(Path(place))
-
-
-def _sync(path: Path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(target.parent)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Holds the lock of a folder, which its owner's death releases; False if another has it."""
-    if fcntl is None:
+    """Holds a folder's lock, which its owner's death releases; gives False if another has it."""
+    if fcntl is None:  # Windows opens no folder, and nothing keeps two runs apart there
         yield True
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        yield False
-    else:
-        yield True
+        yield lock_handle(handle)
     finally:
         os.close(handle)
 

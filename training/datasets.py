@@ -1,4 +1,4 @@
-"""Training samples from data files: by index where they fit, from a stream where they do not.
+"""Serves training samples from data files: by index where they fit, else from a stream.
 
 A maker turns a record into samples; the data sets choose records, skip broken ones and seed.
 """
@@ -18,18 +18,18 @@ class SampleMaker(Protocol):
     """Makes the samples of one kind of record."""
 
     def count(self, values: dict) -> int:
-        """How many items (masks, answers) a record holds, as far as it can be told."""
+        """Counts the items (masks, answers) of a record, as far as that can be told."""
 
     def samples_of(self, count: int) -> int:
-        """How many samples a record with so many items makes."""
+        """Counts the samples of a record with so many items."""
 
     def length(self, count: int, number: int) -> int:
-        """Roughly how long sample `number` of a record with so many items is."""
+        """Estimates how long sample `number` of a record with so many items is."""
 
     def make(
         self, record: Record, number: int, rng: np.random.Generator, key: tuple, epoch: int
     ) -> Sample:
-        """Sample `number` of a record; whatever it raises is the record's fault."""
+        """Makes sample `number` of a record; whatever it raises is the record's fault."""
 
 
 class BrokenRecord(Exception):
@@ -37,7 +37,7 @@ class BrokenRecord(Exception):
 
 
 def make_checked(maker: SampleMaker, record: Record, number: int, rng, key, epoch: int) -> Sample:
-    """As `make`; raises `BrokenRecord` whatever is wrong, also for one that could not be read."""
+    """Makes a sample; raises `BrokenRecord` whatever is wrong with its record."""
     if record.values is None:
         raise BrokenRecord(record.error)
     try:
@@ -52,29 +52,32 @@ class FileDataset(Dataset):
     A broken record's samples are replaced by those that follow it, so that every batch is full.
     """
 
-    def __init__(self, files: list[str], maker: SampleMaker, most_broken: float, seed: int = 0):
+    def __init__(
+        self, files: list[str], maker: SampleMaker, max_broken_share: float, seed: int = 0
+    ):
         self.files = files
         self.maker = maker
         self.seed = seed
         self.rows = open_records(files, maker.count, streaming=False)
         self.counts = np.asarray(self.rows["count"], dtype=np.int64)
+
         samples = np.asarray([maker.samples_of(int(c)) for c in self.counts], dtype=np.int64)
         if not samples.sum():
             raise ValueError(f"expected records in {', '.join(files)}, got none")
         self.ends = np.cumsum(samples)
-        self.broken = BrokenRecords(most_broken, len(self.rows))
+        self.broken = BrokenRecords(max_broken_share, len(self.rows))
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def place(self, i: int) -> tuple[int, int]:
-        """The row of sample `i` of an epoch, and which of its samples it is."""
+        """Finds the row of sample `i` of an epoch, and which of its samples it is."""
         row = int(np.searchsorted(self.ends, i, side="right"))
         start = int(self.ends[row - 1]) if row else 0
         return row, i - start
 
     def length(self, index: int) -> int:
-        """Roughly how long a sample is, without making it."""
+        """Estimates how long a sample is, without making it."""
         row, number = self.place(index % len(self))
         return self.maker.length(int(self.counts[row]), number)
 
@@ -103,7 +106,7 @@ class StreamDataset(IterableDataset):
         self,
         files: list[str],
         maker: SampleMaker,
-        most_broken: float,
+        max_broken_share: float,
         seed: int = 0,
         *,
         buffer: int,
@@ -115,12 +118,13 @@ class StreamDataset(IterableDataset):
         self.files = files
         self.maker = maker
         self.seed = seed
+
         rows = open_records(files, maker.count, streaming=True)
         # the same number seeds every process, so that they divide one order among them
         order_seed = int(generator_of(seed, ORDER_STREAM).integers(2**31))
         rows = rows.shuffle(seed=order_seed, buffer_size=buffer)
         self.rows = split_dataset_by_node(rows, rank=rank, world_size=world_size)
-        self.broken = BrokenRecords(most_broken, None)
+        self.broken = BrokenRecords(max_broken_share, None)
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -138,6 +142,7 @@ class StreamDataset(IterableDataset):
             epoch += 1
 
     def _epoch(self, epoch: int) -> Iterator[Sample]:
+        """Yields the samples of one epoch; a broken record gives none of its further ones."""
         for row in self.rows:
             record = record_of(row, self.files)
             self.broken.see()
@@ -152,8 +157,10 @@ class StreamDataset(IterableDataset):
 
 
 def describe(error: Exception) -> str:
-    """Says in one line what is wrong with a record; of an error that is none of our own words, with
-    its type."""
+    """Says in one line what is wrong with a record.
+
+    An error that is none of this package's own words comes with its type.
+    """
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, OSError)) and text:
         return text

@@ -5,14 +5,14 @@ import re
 import torch
 from torch import nn
 
-from .recipe import ParametersRecipe
+from .recipe_sections import ParametersRecipe
 
 # what PEFT puts into the names of parameters that it has taken over
 ADAPTED = re.compile(r"\.(modules_to_save\.\w+|original_module|base_layer)(?=\.)")
 
 
 def belongs(name: str, module: str) -> bool:
-    """Whether a parameter's dotted name lies in a module's, wherever an adapter has put it."""
+    """Tells whether a parameter's dotted name lies in a module, wherever an adapter has put it."""
     return f".{module}." in ADAPTED.sub("", f".{name}.")
 
 
@@ -30,6 +30,7 @@ def choose_trainable(model: nn.Module, recipe: ParametersRecipe):
                 f"expected modules of the model ({', '.join(top)}, or dotted names"
                 f" in them), got {module!r}"
             )
+
     stopped = [*recipe.frozen, *recipe.zeroed]
     for name, parameter in model.named_parameters():
         chosen = not recipe.trainable or any(belongs(name, m) for m in recipe.trainable)
@@ -38,6 +39,7 @@ def choose_trainable(model: nn.Module, recipe: ParametersRecipe):
         if any(belongs(name, m) for m in recipe.zeroed):
             with torch.no_grad():
                 parameter.zero_()
+
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("expected some parameters to train, got all of them frozen")
 
@@ -55,7 +57,7 @@ def parameter_groups(
     learning_rates: dict[str, float],
     weight_decay: float,
 ) -> list[dict]:
-    """Optimizer groups by module learning rate (the longest name that matches) and decay."""
+    """Groups parameters by module learning rate (the longest name that matches) and decay."""
     modules = sorted(learning_rates, key=len, reverse=True)
     groups: dict[tuple, dict] = {}
     for name, parameter in parameters.items():

@@ -1,0 +1,148 @@
+"""Loads a checkpoint's model and processor, from a folder or from the Hub: one way for everybody.
+
+Captioning, evaluation and training load through this module; publishing and conversion ask it about
+places. So a path that is not there, an adapter or a checkpoint of another kind gets the same answer
+from each of them.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from ..configuration_perceptiondlm import PerceptionDLMConfig
+from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+from ..processing_perceptiondlm import PerceptionDLMProcessor
+
+ADAPTER_FILE = "adapter_config.json"
+NO_ERRORS = {  # of `cached_file`: None for whatever cannot be had
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded or converted."""
+
+
+class UnrecognizedCheckpoint(CheckpointError):
+    """Not a checkpoint of a known layout, or not there at all."""
+
+
+class MissingCheckpoint(UnrecognizedCheckpoint, FileNotFoundError):
+    """A place at which there is no checkpoint."""
+
+
+def load_model(
+    source: str | Path,
+    subfolder: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    attn_implementation: str | None = None,
+    config_fields: dict | None = None,
+) -> tuple[PerceptionDLMForConditionalGeneration, PerceptionDLMProcessor]:
+    """Loads a checkpoint into this package's own classes; no code of its repository is run.
+
+    Args:
+        source: a folder or a Hub id.
+        subfolder: of it, for weights and processor.
+        dtype: of the parameters; "auto": as saved.
+        device: where the model is moved (None: it stays on the CPU); see `default_device`.
+        revision, token: of a Hub repository.
+        attn_implementation: as in transformers.
+        config_fields: fields of `PerceptionDLMConfig` instead of the saved ones, which the
+            processor follows.
+
+    Raises as `expect_checkpoint`, and ValueError for weights that do not fit the config.
+    """
+    place = {"revision": revision, "token": token, "subfolder": subfolder or ""}
+    expect_checkpoint(source, **place)
+
+    # a config of other fields may have parts that were not saved, which begin at random
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if config_fields is not None:
+        options["config"] = PerceptionDLMConfig.from_pretrained(source, **place, **config_fields)
+    model = PerceptionDLMForConditionalGeneration.from_pretrained(source, **options, **place)
+    processor = PerceptionDLMProcessor.from_pretrained(source, **place)
+    if config_fields is not None:
+        processor.follow(options["config"])
+    return model if device is None else model.to(device), processor
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer alone, by the class that a processor's is loaded by.
+
+    Raises FileNotFoundError for a path that is not there.
+    """
+    local_path(source)
+    return PreTrainedTokenizerFast.from_pretrained(source)
+
+
+def default_device() -> torch.device:
+    """Returns the accelerator if there is one, else the CPU."""
+    found = torch.accelerator.is_available()
+    return torch.accelerator.current_accelerator() if found else torch.device("cpu")
+
+
+def local_path(source: str | Path) -> Path | None:
+    """Returns the folder or file that a source names, or None for a Hub id, not looked up here.
+
+    Raises MissingCheckpoint where nothing is there and it cannot be, or was hardly meant as, a Hub
+    id: for all but "owner/name", and for that too if a folder "owner" is there.
+    """
+    path, text = Path(source), str(source)
+    if text and path.exists():
+        return path
+    is_id = text.count("/") == 1 and "\\" not in text and not text.startswith((".", "/", "~"))
+    if isinstance(source, Path) or not is_id or path.parent.exists():
+        raise MissingCheckpoint(
+            f"expected a folder or the id of a Hub repository (owner/name), got {text!r}: no such"
+            " file or folder"
+        )
+    return None
+
+
+def expect_checkpoint(source: str | Path, subfolder: str | None = None, **place):
+    """Refuses what is no checkpoint of this package's layout, before anything else is loaded.
+
+    Args:
+        source: a folder or a Hub id.
+        subfolder: of it.
+        place: `revision` and `token`, of a Hub repository.
+
+    Raises FileNotFoundError for a path that is not there or has no config, ValueError for a
+    checkpoint of another kind, OSError where the Hub has, or gives, none.
+    """
+    place |= {"subfolder": subfolder or ""}
+    path = local_path(source)
+    where = source if path is None else path / place["subfolder"]
+    if path is not None and not where.is_dir():
+        raise MissingCheckpoint(f"expected a checkpoint's folder, got {where}, which is none")
+
+    # A cached adapter is known without a network; one on the Hub once its config was looked for.
+    if cached_file(source, ADAPTER_FILE, local_files_only=True, **NO_ERRORS, **place):
+        raise adapter_error(where)
+    settings, _ = PreTrainedConfig.get_config_dict(source, **place)
+    if cached_file(source, ADAPTER_FILE, **NO_ERRORS, **place):
+        raise adapter_error(where)
+
+    if not settings:
+        raise MissingCheckpoint(f"expected a checkpoint with a config.json in {where}, got none")
+    if settings.get("model_type") != PerceptionDLMConfig.model_type:
+        raise UnrecognizedCheckpoint(
+            f"expected a checkpoint with model_type {PerceptionDLMConfig.model_type!r} in {where},"
+            f" got {settings.get('model_type')!r}: convert other layouts with convert_checkpoint.py"
+        )
+
+
+def adapter_error(place: str | Path) -> UnrecognizedCheckpoint:
+    """Returns the error that says what to do with an adapter where a whole checkpoint is needed."""
+    return UnrecognizedCheckpoint(
+        f"expected a whole checkpoint, got the adapter in {place}: merge it into its model with"
+        f" convert_checkpoint.py --source {place} --base MODEL --output FOLDER"
+    )
