@@ -1,4 +1,4 @@
-"""Drawings: everything can be read, nothing overlaps, colours can be told apart."""
+"""Drawings: everything can be read, nothing overlaps, colors can be told apart."""
 
 import io
 import itertools
@@ -44,9 +44,9 @@ def mask(size, box) -> Image.Image:
     return region
 
 
-def lightness(colour) -> float:
+def lightness(color) -> float:
     """WCAG's relative luminance, as the standard writes it."""
-    parts = [c / 255 for c in colour]
+    parts = [c / 255 for c in color]
     parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
@@ -144,9 +144,9 @@ def test_a_region_of_one_pixel_is_still_marked():
     assert with_region.getcolors(1 << 20) != [(with_region.width * with_region.height, PAPER)]
 
 
-@pytest.mark.parametrize("colour", PALETTE)
-def test_a_number_can_be_read_on_its_colour(colour):
-    light, dark = sorted([lightness(colour), lightness(contrasting(colour))], reverse=True)
+@pytest.mark.parametrize("color", PALETTE)
+def test_a_number_can_be_read_on_its_color(color):
+    light, dark = sorted([lightness(color), lightness(contrasting(color))], reverse=True)
     assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
@@ -154,7 +154,7 @@ def test_the_ink_can_be_read_on_the_paper():
     assert (lightness(PAPER) + 0.05) / (lightness(INK) + 0.05) >= 7
 
 
-# Machado et al. (2009), severity 1.0: linear RGB as the three kinds of colour blindness see it.
+# Machado et al. (2009), severity 1.0: linear RGB as the three kinds of color blindness see it.
 BLINDNESS = {
     "protan": [
         [0.152286, 1.052583, -0.204868],
@@ -175,7 +175,7 @@ BLINDNESS = {
 
 
 @pytest.mark.parametrize("kind", BLINDNESS)
-def test_colours_are_told_apart_without_full_colour_vision(kind):
+def test_colors_are_told_apart_without_full_color_vision(kind):
     linear = (np.array(PALETTE) / 255) ** 2.2
     seen = np.clip(linear @ np.array(BLINDNESS[kind]).T, 0, 1) ** (1 / 2.2)
     distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)]
@@ -237,14 +237,14 @@ def test_masked_positions_are_drawn_as_blocks_not_letters():
     steps = [[MASKED], ["x"]]
     blank, letter = draw_steps(Image.new("RGB", (120, 90)), [[0, 0, 60, 60]], steps)
     assert ImageChops.difference(blank, letter).getbbox() is not None
-    assert (214, 214, 220) in {colour for _, colour in blank.getcolors(1 << 20)}
+    assert (214, 214, 220) in {color for _, color in blank.getcolors(1 << 20)}
 
 
-def test_a_gif_keeps_the_colours_of_panel_and_badges():
+def test_a_gif_keeps_the_colors_of_panel_and_badges():
     frames = draw_steps(Image.new("RGB", (120, 90), "grey"), [[0, 0, 60, 60]], steps_of("a cup"))
     moving = Image.open(io.BytesIO(encode_animation(frames, ".gif"))).convert("RGB")
-    colours = {colour for _, colour in moving.getcolors(1 << 20)}
-    assert {PAPER, PALETTE[0]} <= colours
+    colors = {color for _, color in moving.getcolors(1 << 20)}
+    assert {PAPER, PALETTE[0]} <= colors
 
 
 def test_long_runs_are_thinned_for_an_animation():

@@ -247,18 +247,18 @@ def test_a_mask_of_the_unrotated_size_is_told_of_the_orientation(tmp_path):
 # Label maps.
 
 
-def test_every_colour_of_a_label_map_is_a_region(tmp_path):
+def test_every_color_of_a_label_map_is_a_region(tmp_path):
     labels = np.zeros((*SIZE[::-1], 3), np.uint8)
     labels[:4, :6] = (255, 0, 0)
     labels[5:9, 10:20] = (0, 0, 255)
     (cat,) = pictures(tmp_path, "cat.png")
     source = LabelMaps(save(tmp_path / "labels" / "cat.png", labels))
-    assert boxes(source, cat) == [(10, 5, 20, 9), (0, 0, 6, 4)]  # by colour, blue first
+    assert boxes(source, cat) == [(10, 5, 20, 9), (0, 0, 6, 4)]  # by color, blue first
     assert boxes(LabelMaps(tmp_path / "labels"), cat) == boxes(source, cat)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I", "I;16"])
-def test_every_value_of_a_grey_or_palette_label_map_is_a_region(mode):
+def test_every_value_of_a_gray_or_palette_label_map_is_a_region(mode):
     values = np.zeros(SIZE[::-1], np.int32)
     values[:3, :5], values[6:, 8:] = 1, 200
     if mode == "I;16":

@@ -157,7 +157,7 @@ def test_an_error_of_the_model_reaches_its_caller_and_the_engine_lives(engine, m
     [
         ({"caption_length": 0}, "caption_length"),
         ({"steps": 0}, "steps"),
-        ({"colour": 3}, "colour"),
+        ({"color": 3}, "color"),
         ({"block_length": 3}, "block_length"),
         ({"batch_size": 3}, "batch_size"),
         ({"caption_length": 5000}, "at most 4096 tokens"),

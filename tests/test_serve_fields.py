@@ -85,7 +85,7 @@ MEANINGFUL = {
     "web_search_options": {},
     "moderation": {"model": "omni-moderation-latest"},
     "max_tokens": 0,
-    "colour": None,
+    "color": None,
 }
 
 

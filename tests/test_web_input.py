@@ -116,8 +116,8 @@ def test_a_speck_does_not_vanish_when_made_smaller():
     [
         ("{", "JSON"),
         ("[" * 100_000, "JSON"),
-        ("[]", "picture and regions"),
-        ('{"picture": "x"}', "picture and regions"),
+        ("[]", "image and regions"),
+        ('{"picture": "x"}', "image and regions"),
         ('{"picture": 3, "regions": []}', "data URL"),
         (sent("/etc/passwd"), "data:image"),
         (sent("file:///etc/passwd"), "data:image"),

@@ -22,7 +22,7 @@ pytestmark = [
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
 from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
 from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
-from perceptiondlm.apps.web.page import launch  # noqa: E402
+from perceptiondlm.apps.web.launch import launch  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 PICTURE = VECTORS / "region_0.png"
@@ -87,7 +87,7 @@ def opened(context, address: str):
 
 
 def choose(page, file: Path = PICTURE):
-    page.set_input_files(".pd-picture", str(file))
+    page.set_input_files(".pd-image", str(file))
     page.wait_for_selector(".pd-stage.pd-open")
 
 
@@ -313,7 +313,7 @@ def test_what_was_taken_back_can_be_done_again(page):
 
 def test_refusals_leave_no_traceback_in_the_servers_output(page, capfd):
     page.click("#pd-go")
-    assert "Choose a picture" in toast(page)
+    assert "Choose an image" in toast(page)
     choose(page)
     page.click("#pd-go")
     page.wait_for_selector(".toast-body:has-text('Paint at least one region')")
@@ -354,7 +354,7 @@ def test_a_visitor_who_goes_away_and_a_body_too_large_leave_no_traceback(address
 
 def test_without_a_picture_or_a_region_the_page_says_so(page):
     page.click("#pd-go")
-    assert "Choose a picture" in toast(page)
+    assert "Choose an image" in toast(page)
     page.locator(".toast-close").first.click()
     choose(page)
     page.click("#pd-go")
@@ -364,8 +364,8 @@ def test_without_a_picture_or_a_region_the_page_says_so(page):
 REFUSED = {
     "heavy.png": (lambda path: path.write_bytes(bytes(2 << 20)), "too large: 2.0 MiB"),
     "wide.png": (lambda path: Image.new("L", (2000, 2000)).save(path), "at most 1 megapixels"),
-    "page.html": (lambda path: path.write_text("<html>"), "a picture is needed"),
-    "draw.svg": (lambda path: path.write_text("<svg/>"), "a picture is needed"),
+    "page.html": (lambda path: path.write_text("<html>"), "an image is needed"),
+    "draw.svg": (lambda path: path.write_text("<svg/>"), "an image is needed"),
     "torn.png": (lambda path: path.write_bytes(PICTURE.read_bytes()[:40]), "cannot be read"),
 }
 
@@ -374,7 +374,7 @@ def test_files_that_will_not_do_are_refused_and_nothing_is_sent(page, tmp_path):
     before = len(page.asked)
     for name, (make, message) in REFUSED.items():
         make(tmp_path / name)
-        page.set_input_files(".pd-picture", str(tmp_path / name))
+        page.set_input_files(".pd-image", str(tmp_path / name))
         page.wait_for_selector(f".pd-alert:has-text('{message}')")
     assert [url for url in page.asked[before:] if "gradio_api" in url] == []
     choose(page)  # the next one will do
@@ -385,7 +385,7 @@ def test_a_mask_of_another_size_is_refused(page):
     choose(page)
     page.evaluate("document.querySelector('.pd-exact').open = true")
     page.set_input_files(".pd-masks", str(VECTORS / "region_1_mask_0.png"))
-    page.wait_for_selector(".pd-alert:has-text('needs the picture')")
+    page.wait_for_selector(".pd-alert:has-text('needs the image')")
     assert payload(page)["regions"] == []
 
 

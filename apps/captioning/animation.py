@@ -77,19 +77,19 @@ def encode_animation(frames: Sequence[Image.Image], suffix: str) -> bytes:
 
 
 def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
-    """The frames in one palette, or colours would flicker: the last one's 240 colours, and those
+    """The frames in one palette, or colors would flicker: the last one's 240 colors, and those
     that panels are drawn with, exactly."""
     exact = [PAPER, INK, BLANK, *PALETTE]
     palette = Image.new("P", (1, 1))
     found = frames[-1].quantize(240, method=Image.Quantize.MEDIANCUT).getpalette()[: 3 * 240]
     found += [0] * (3 * 240 - len(found))
-    palette.putpalette(found + [value for colour in exact for value in colour])
+    palette.putpalette(found + [value for color in exact for value in color])
     shared, weights = [], np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
     for frame in frames:
         indices = np.array(frame.quantize(palette=palette, dither=Image.Dither.NONE))
         codes = np.asarray(frame) @ weights
-        for k, colour in enumerate(exact):  # Pillow takes the nearest in a coarse grid
-            indices[codes == weights @ colour] = 240 + k
+        for k, color in enumerate(exact):  # Pillow takes the nearest in a coarse grid
+            indices[codes == weights @ color] = 240 + k
         shared.append(Image.fromarray(indices))
         shared[-1].putpalette(palette.getpalette())
     return shared

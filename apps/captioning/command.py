@@ -12,14 +12,14 @@ examples:
     perceptiondlm caption photo.jpg --masks cup.png spoon.png
   regions as boxes or polygons, in pixels:
     perceptiondlm caption photo.jpg --box 40,60,220,300 --polygon 300,80,380,90,350,200
-  see it: regions in colour with their captions, and the captions appearing step by step:
+  see it: regions in color with their captions, and the captions appearing step by step:
     perceptiondlm caption photo.jpg --masks cup.png --output seen.png --animate denoising.gif
   a folder of pictures and one of masks (cat.jpg goes with cat.png, cat_0.png, cat_1.png, cat/*;
   the masks of a single picture may have any names):
     perceptiondlm caption photos/ --masks masks/ --captions captions.jsonl
   COCO or SAM annotations, captions back as COCO:
     perceptiondlm caption photos/ --masks instances.json --captions captioned.coco.json
-  a label map, in which every colour is a region:
+  a label map, in which every color is a region:
     perceptiondlm caption photo.jpg --label-maps segmentation.png
   a question about the whole picture:
     perceptiondlm caption photo.jpg --question "What is on the table?"

@@ -1,4 +1,4 @@
-"""Pictures to look at: regions in colour, numbered, with their captions beside or below.
+"""Pictures to look at: regions in color, numbered, with their captions beside or below.
 
 Everything is Pillow's, its bundled font included (Latin letters; pass `font` for other scripts).
 Boxes are (x0, y0, x1, y1) in pixels of the drawing, half-open.
@@ -20,7 +20,7 @@ from .panel import (
     add_panel,
     answer_texts,
     badge_width,
-    colour_of,
+    color_of,
     contrasting,
     draw_badge,
     one_line,
@@ -40,7 +40,7 @@ def draw_regions(
     min_side: int = MIN_SIDE,
     max_side: int = MAX_SIDE,
 ) -> Image.Image:
-    """The picture with each region coloured and numbered, and the captions laid out in full.
+    """The picture with each region colored and numbered, and the captions laid out in full.
 
     Args:
         image: as for `load_image`; masks: as for `load_mask`, one for each region.
@@ -112,24 +112,24 @@ def mark_regions(picture: Image.Image, masks: list[Image.Image], style: Style) -
     areas = [sum(mask.histogram()[1:]) for mask in masks]
     large_first = sorted(range(len(masks)), key=lambda i: -areas[i])
     for i in large_first:
-        fill = Image.new("RGB", picture.size, colour_of(i))
+        fill = Image.new("RGB", picture.size, color_of(i))
         marked = Image.composite(Image.blend(marked, fill, 0.36), marked, masks[i])
     for i in large_first:
-        _outline(marked, masks[i], colour_of(i), width)
+        _outline(marked, masks[i], color_of(i), width)
     draw = ImageDraw.Draw(marked)
     boxes = place_badges(masks, style, picture.size)
     for i, (box, anchor) in enumerate(boxes):
         if not _contains(box, anchor):
-            centre = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
-            draw.line([centre, anchor], fill=PAPER, width=3 * width)
-            draw.line([centre, anchor], fill=colour_of(i), width=width)
+            center = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
+            draw.line([center, anchor], fill=PAPER, width=3 * width)
+            draw.line([center, anchor], fill=color_of(i), width=width)
     for i, (box, _) in enumerate(boxes):
         draw_badge(draw, box, i + 1, style)
     return marked
 
 
-def _outline(marked: Image.Image, mask: Image.Image, colour, width: int):
-    """Draws a coloured line inside the region's edge and a white one outside it."""
+def _outline(marked: Image.Image, mask: Image.Image, color, width: int):
+    """Draws a colored line inside the region's edge and a white one outside it."""
     left, top, right, bottom = mask.getbbox()
     pad = 2 * width
     window = (left - pad, top - pad, right + pad, bottom + pad)
@@ -137,7 +137,7 @@ def _outline(marked: Image.Image, mask: Image.Image, colour, width: int):
     eroded = inside.filter(ImageFilter.MinFilter(2 * width + 1))
     grown = inside.filter(ImageFilter.MaxFilter(2 * max(1, width // 2) + 1))
     marked.paste(PAPER, window, ImageChops.subtract(grown, inside))
-    marked.paste(colour, window, ImageChops.subtract(inside, eroded))
+    marked.paste(color, window, ImageChops.subtract(inside, eroded))
 
 
 def place_badges(
@@ -151,9 +151,9 @@ def place_badges(
     anchors = _anchors(masks, small_first)
     for i in small_first:
         width = badge_width(i + 1, style)
-        candidates = (_centred(p, width, style.badge, size) for p in _around(anchors[i], style))
+        candidates = (_centered(p, width, style.badge, size) for p in _around(anchors[i], style))
         free = (c for c in candidates if not any(_overlap(c, other) for other in placed.values()))
-        placed[i] = next(free, None) or _centred(anchors[i], width, style.badge, size)
+        placed[i] = next(free, None) or _centered(anchors[i], width, style.badge, size)
     return [(placed[i], anchors[i]) for i in range(len(masks))]
 
 
@@ -178,7 +178,7 @@ def _around(point: tuple[int, int], style: Style) -> Iterator[tuple[int, int]]:
         )
 
 
-def _centred(point: tuple[int, int], width: int, height: int, size: tuple[int, int]) -> Box:
+def _centered(point: tuple[int, int], width: int, height: int, size: tuple[int, int]) -> Box:
     """A box around a point, moved into the picture."""
     left = min(max(0, point[0] - width // 2), max(0, size[0] - width))
     top = min(max(0, point[1] - height // 2), max(0, size[1] - height))
@@ -208,8 +208,8 @@ def _deepest_point(mask: Image.Image) -> tuple[int, int]:
     while (eroded := kept.filter(ImageFilter.MinFilter(3))).getbbox():
         kept = eroded
     points = [(i % kept.width, i // kept.width) for i, v in enumerate(kept.tobytes()) if v]
-    centre = [sum(p[axis] for p in points) / len(points) for axis in (0, 1)]
-    x, y = min(points, key=lambda p: math.dist(p, centre))
+    center = [sum(p[axis] for p in points) / len(points) for axis in (0, 1)]
+    x, y = min(points, key=lambda p: math.dist(p, center))
     return (
         min(max(left, round(left + (x - 0.5) / scale)), right - 1),
         min(max(top, round(top + (y - 0.5) / scale)), bottom - 1),
@@ -219,7 +219,7 @@ def _deepest_point(mask: Image.Image) -> tuple[int, int]:
 __all__ = [
     "PALETTE",
     "Style",
-    "colour_of",
+    "color_of",
     "contrasting",
     "draw_answers",
     "draw_regions",

@@ -1,4 +1,4 @@
-"""Texts laid out in full beside or below a picture: style, colours, wrapping, columns.
+"""Texts laid out in full beside or below a picture: style, colors, wrapping, columns.
 
 Boxes are (x0, y0, x1, y1) in pixels of the drawing, half-open.
 """
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .captioner import MASKED
 
-# Okabe and Ito's palette, told apart with any colour vision, in an order of strong contrasts.
+# Okabe and Ito's palette, told apart with any color vision, in an order of strong contrasts.
 PALETTE = (
     (0, 114, 178),  # blue
     (230, 159, 0),  # orange
@@ -80,20 +80,20 @@ class Entry:
     quiet: int = 0
 
 
-def colour_of(index: int) -> tuple[int, int, int]:
-    """Colour of region `index` (from 0)."""
+def color_of(index: int) -> tuple[int, int, int]:
+    """Color of region `index` (from 0)."""
     return PALETTE[index % len(PALETTE)]
 
 
-def contrasting(colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    """White or ink, whichever has the higher contrast ratio on `colour` (WCAG)."""
-    on = _luminance(colour)
+def contrasting(color: tuple[int, int, int]) -> tuple[int, int, int]:
+    """White or ink, whichever has the higher contrast ratio on `color` (WCAG)."""
+    on = _luminance(color)
     on_white, on_ink = 1.05 / (on + 0.05), (on + 0.05) / (_luminance(INK) + 0.05)
     return PAPER if on_white > on_ink else INK
 
 
-def _luminance(colour: tuple[int, int, int]) -> float:
-    linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+def _luminance(color: tuple[int, int, int]) -> float:
+    linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -104,13 +104,13 @@ def badge_width(number: int, style: Style) -> int:
 
 
 def draw_badge(draw: ImageDraw.ImageDraw, box: Box, number: int, style: Style):
-    """Draws a region's number on its colour."""
-    colour = colour_of(number - 1)
+    """Draws a region's number on its color."""
+    color = color_of(number - 1)
     edges = (box[0], box[1], box[2] - 1, box[3] - 1)
     line = max(1, style.size // 10)
-    draw.rounded_rectangle(edges, style.badge // 3, colour, PAPER, line)
-    centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-    draw.text(centre, str(number), contrasting(colour), style.font, anchor="mm")
+    draw.rounded_rectangle(edges, style.badge // 3, color, PAPER, line)
+    center = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    draw.text(center, str(number), contrasting(color), style.font, anchor="mm")
 
 
 def answer_texts(questions: Sequence[str], answers: Sequence[str]) -> list[str]:

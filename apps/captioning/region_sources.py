@@ -118,7 +118,7 @@ def _refuse_lossy(files: Sequence[Path]):
 
 
 class LabelMaps(Source):
-    """Pictures in which every colour or value but black (zero) is a region of its own: one file
+    """Pictures in which every color or value but black (zero) is a region of its own: one file
     for the one picture there is, or a folder with a map of each picture's name."""
 
     def __init__(self, path: Path):
@@ -172,7 +172,7 @@ class Shapes(Source):
 
 
 def open_sources(masks: Sequence[str], pictures: Sequence[PictureSource]) -> list:
-    """Recognises what each path of masks is.
+    """Recognizes what each path of masks is.
 
     Raises ValueError for what is none of the known kinds and FileNotFoundError for no file.
     """

@@ -64,7 +64,7 @@ def create_app(
         yield
         endpoint.close()
 
-    async def authorised(request: Request):
+    async def authorized(request: Request):
         given = request.headers.get("authorization", "").encode()
         if api_key and not secrets.compare_digest(given, f"Bearer {api_key}".encode()):
             raise ApiError(
@@ -96,11 +96,11 @@ def create_app(
         )
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models", dependencies=[Depends(authorised)])
+    @app.get("/v1/models", dependencies=[Depends(authorized)])
     async def models():
         return {"object": "list", "data": [endpoint.card()]}
 
-    @app.get("/v1/models/{wanted:path}", dependencies=[Depends(authorised)])
+    @app.get("/v1/models/{wanted:path}", dependencies=[Depends(authorized)])
     async def model(wanted: str):
         expect_model(name, wanted)
         return endpoint.card()
@@ -112,7 +112,7 @@ def create_app(
         }
     }
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(authorised)], openapi_extra=described)
+    @app.post("/v1/chat/completions", dependencies=[Depends(authorized)], openapi_extra=described)
     async def chat(request: Request):
         return await endpoint.chat(request)
 
