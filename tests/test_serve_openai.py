@@ -15,10 +15,11 @@ pytest.importorskip("fastapi", reason="the endpoint needs the package's apps ext
 
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
 from perceptiondlm.apps.captioning.outputs import encode_mask  # noqa: E402
+from perceptiondlm.apps.serving import events  # noqa: E402
 from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
 from perceptiondlm.apps.serving.jobs import ChatJob  # noqa: E402
 from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
-from serving import data_url, image_part, mask_part, served, text_part, user  # noqa: E402
+from serving import counted, data_url, image_part, mask_part, served, text_part, user  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 PICTURE = VECTORS / "region_0.png"
@@ -260,6 +261,21 @@ def test_a_streamed_question_adds_up_to_the_answer(client, captioner):
     assert content == captioner.ask(PICTURE, "What is it?", max_new_tokens=8).answers[0]
 
 
+def test_a_stream_that_waits_shows_signs_of_life(captioner, monkeypatch):
+    monkeypatch.setattr(events, "PING_SECONDS", 0.05)
+    body = {"model": "tester", "messages": user(image_part(PICTURE)), "stream": True, **SHORT}
+    with served(captioner, engine={"window": 0.5}) as (address, _):
+        answer = httpx.post(
+            f"{address}/v1/chat/completions", json=body | {"masks": [[5, 5, 30, 30]]}, timeout=30
+        )
+    blocks = answer.text.removesuffix("\n\n").split("\n\n")
+    assert blocks.count(": waiting") >= 2 and blocks[-1] == "data: [DONE]"
+    assert {block[:6] for block in blocks} == {"data: ", ": wait"}
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-cache"
+    assert "connection" not in answer.headers  # which only a server that stops says
+
+
 def test_the_model_is_listed_and_another_one_is_unknown(client):
     assert [model.id for model in client.models.list()] == ["tester"]
     assert client.models.retrieve("tester").owned_by == "perceptiondlm"
@@ -274,8 +290,8 @@ def test_health_and_metrics(address, client):
     assert health["status"] == "ok" and health["model"] == "tester"
     lines = httpx.get(f"{address}/metrics").text.splitlines()
     values = dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
-    assert int(values["perceptiondlm_completed_total"]) >= 1
-    assert values["perceptiondlm_up"] == "1"
+    assert float(values["perceptiondlm_completed_total"]) >= 1
+    assert float(values["perceptiondlm_up"]) == 1
 
 
 def test_a_key_is_asked_for_when_there_is_one(captioner):
@@ -299,9 +315,9 @@ def test_a_client_that_leaves_frees_its_place(captioner):
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=stream) as response:
             next(response.iter_lines())
         give_up = time.monotonic() + 10
-        while engine.metrics.snapshot()["cancelled"] < 2 and time.monotonic() < give_up:
+        while counted(engine, "cancelled") < 2 and time.monotonic() < give_up:
             time.sleep(0.05)
-        assert engine.metrics.snapshot()["cancelled"] == 2
+        assert counted(engine, "cancelled") == 2
         assert engine.queue_length == 0
 
 

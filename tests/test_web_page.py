@@ -23,6 +23,7 @@ from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E40
 from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
 from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
 from perceptiondlm.apps.web.launch import launch  # noqa: E402
+from serving import counted  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 PICTURE = VECTORS / "region_0.png"
@@ -422,10 +423,10 @@ def test_stopping_ends_the_run(browser, captioner):
         page.click("#pd-stop")
         page.wait_for_timeout(300)
         for _ in range(100):
-            if engine.metrics.snapshot()["cancelled"]:
+            if counted(engine, "cancelled"):
                 break
             page.wait_for_timeout(100)
-        assert engine.metrics.snapshot()["cancelled"] == 1
+        assert counted(engine, "cancelled") == 1
         assert engine.running == engine.queue_length == 0
         context.close()
         demo.close(verbose=False)

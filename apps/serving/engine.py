@@ -76,7 +76,6 @@ class Engine:
         self.max_client_cost = max_client_cost
         self.max_batch = max_batch
         self.window = window
-        self.metrics = Metrics()
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
         self._owed: Counter[str] = Counter()  # cost of each client's jobs that wait or run
@@ -84,6 +83,11 @@ class Engine:
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="perceptiondlm-engine", daemon=True)
+        self.metrics = Metrics(
+            queue_length=lambda: self.queue_length,
+            running=lambda: self.running,
+            up=lambda: self.alive,
+        )
         self._thread.start()
 
     def submit(
