@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ...image_processing_perceptiondlm import load_image, load_mask
-from .captioner import MASKED, Answers, RegionCaptions
 from .drawing import mark_regions, scale_to
 from .panel import BLANK, INK, PALETTE, PAPER, Style, add_panel, answer_texts, one_line
+from .results import MASKED, Answers, RegionCaptions
 
 FORMATS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG", ".apng": "PNG"}
 MAX_FRAMES = 64

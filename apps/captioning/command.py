@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ...common.option_arguments import add_option_arguments, given_options
+from .model_arguments import add_model_arguments
 
 EPILOG = """\
 examples:
@@ -51,7 +52,7 @@ def configure(parser: argparse.ArgumentParser):
     parser.add_argument("--recursive", action="store_true", help="look into subfolders too")
     _add_regions(parser.add_argument_group("regions"))
     _add_results(parser.add_argument_group("results"))
-    _add_model(parser.add_argument_group("model"))
+    add_model_arguments(parser.add_argument_group("model"))
     add_option_arguments(parser.add_argument_group("decoding"))
 
 
@@ -124,19 +125,6 @@ def _add_results(group):
     )
     group.add_argument("--font", type=Path, help="TrueType font, for captions beyond Latin letters")
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
-
-
-def _add_model(group):
-    group.add_argument("--model", help="folder or Hub id (default: the small embedded model)")
-    group.add_argument("--subfolder", help="folder of the weights inside it")
-    group.add_argument("--revision", help="branch, tag or commit on the Hub")
-    group.add_argument("--device", help="say cpu or cuda:1 (default: a GPU if there is one)")
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="default: as saved",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

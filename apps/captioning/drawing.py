@@ -25,6 +25,7 @@ from .panel import (
     draw_badge,
     one_line,
 )
+from .results import mask_area
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MIN_SIDE, MAX_SIDE = 720, 1600  # of the picture's long side in the drawing
@@ -109,7 +110,7 @@ def mark_regions(picture: Image.Image, masks: list[Image.Image], style: Style) -
     """Fills, outlines and numbers the regions; small ones come to lie above large ones."""
     marked = picture.copy()
     width = max(1, round(style.size / 9))
-    areas = [sum(mask.histogram()[1:]) for mask in masks]
+    areas = [mask_area(mask) for mask in masks]
     large_first = sorted(range(len(masks)), key=lambda i: -areas[i])
     for i in large_first:
         fill = Image.new("RGB", picture.size, color_of(i))
@@ -146,7 +147,7 @@ def place_badges(
     """A badge's box for each region, none overlapping another while the picture has room, and the
     point of the region that it stands for."""
     placed: dict[int, Box] = {}
-    areas = [sum(mask.histogram()[1:]) for mask in masks]
+    areas = [mask_area(mask) for mask in masks]
     small_first = sorted(range(len(masks)), key=lambda i: areas[i])  # they have less choice
     anchors = _anchors(masks, small_first)
     for i in small_first:

@@ -20,8 +20,8 @@ import numpy as np
 from ...common.files import GrowingFile
 from ...common.json_text import ascii_json, encode_json
 from ...image_masks import encode_rle
-from .captioner import Answers, RegionCaptions
 from .inputs import RegionSource
+from .results import Answers, RegionCaptions
 
 SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "jsonl"}
 SAVE_SECONDS = 20  # between rewrites of a growing file

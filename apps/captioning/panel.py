@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .captioner import MASKED
+from .results import MASKED
 
 # Okabe and Ito's palette, told apart with any color vision, in an order of strong contrasts.
 PALETTE = (

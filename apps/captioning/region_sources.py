@@ -24,6 +24,7 @@ from .inputs import (
     open_mask_file,
     read_annotations,
 )
+from .results import mask_area
 
 MAX_REGIONS = 1000  # of one picture
 MAX_MASK_PIXELS = 3_000_000_000  # a byte each, all masks of a picture together
@@ -236,7 +237,7 @@ def gather_regions(
     for origin, make in makers:
         with _refusing(refused, f"{origin}: "):
             region = make()
-            areas.append(sum(load_mask(region.mask, size).histogram()[1:]))
+            areas.append(mask_area(load_mask(region.mask, size)))
             regions.append(region)
 
     if most is not None and len(regions) > most:

@@ -13,6 +13,7 @@ from ...common.files import file_to_replace, only_run, write_bytes
 from ..streams import silence_stdout
 from .command import DONE, INTERRUPTED, SOME_FAILED, USAGE, report
 from .inputs import find_pictures, open_picture
+from .model_arguments import load_captioner
 from .outputs import CaptionWriter, format_of
 
 NAMED = 10  # of a kind of fault, before "and so many more"
@@ -107,20 +108,10 @@ class CaptionRun:
     def _load_model(self, decoding: dict):
         from transformers.utils import logging
 
-        from .captioner import RegionCaptioner
-
         args = self.args
         if args.quiet or not sys.stderr.isatty():
             logging.disable_progress_bar()
-        captioner = RegionCaptioner.from_pretrained(
-            args.model,
-            subfolder=args.subfolder,
-            revision=args.revision,
-            device=args.device,
-            dtype=args.dtype,
-            return_history=args.animate is not None,
-            **decoding,
-        )
+        captioner = load_captioner(args, return_history=args.animate is not None, **decoding)
         captioner.check_options()
         layout = captioner.model.config.region_layout
         if args.prompt_refresh_interval is not None and layout == "independent":

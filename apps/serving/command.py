@@ -34,12 +34,12 @@ API_KEY = "PERCEPTIONDLM_API_KEY"
 
 def configure(parser: argparse.ArgumentParser):
     """Adds the arguments to the `serve` parser."""
-    from .arguments import add_model_arguments, add_queue_arguments
+    from .arguments import add_engine_arguments, add_queue_arguments
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = "Serves region captions and answers to OpenAI's clients."
     parser.epilog = EPILOG
-    add_model_arguments(parser)
+    add_engine_arguments(parser)
     add_queue_arguments(parser, host_port=8000)
     parser.add_argument("--name", help="what the model is called (default: by its folder or id)")
     parser.add_argument(

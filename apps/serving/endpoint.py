@@ -10,12 +10,13 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from .chat import Asked
+from .completions import Completion
 from .engine import Engine, EngineClosed, JobFailed, QueueFull, Ticket
 from .errors import ApiError
 from .events import END, Mailbox, event, event_stream
 from .fetch import UrlPolicy
 from .http import ByteBudget, client_of, drain, read_body, until_disconnected
-from .jobs import Completion, job_of
+from .jobs import job_of
 from .limits import Limits
 from .pool import shared_pool
 from .writer import ChatWriter

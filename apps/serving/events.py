@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 
-from ..captioning.captioner import Step
+from ..captioning.results import Step
 
 PING_SECONDS = 15  # between signs of life to a client that waits
 END = "[DONE]"  # the last event, as OpenAI's

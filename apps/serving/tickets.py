@@ -5,8 +5,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 
-from ..captioning.captioner import Step
-from .jobs import ChatJob, Completion, RegionJob
+from ..captioning.results import Step
+from .completions import Completion
+from .jobs import ChatJob, RegionJob
 
 STREAM_SECONDS = 0.5  # how often a reader without news looks whether the job is done
 

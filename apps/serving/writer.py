@@ -4,8 +4,8 @@ import json
 import time
 import uuid
 
-from ..captioning.captioner import RegionCaptions, Step
-from .jobs import Completion
+from ..captioning.results import RegionCaptions, Step
+from .completions import Completion
 
 
 class ChatWriter:

@@ -13,12 +13,12 @@ The page works without any network and sends nothing anywhere. Listen on every i
 
 def configure(parser: argparse.ArgumentParser):
     """Adds the arguments to the `web` parser."""
-    from ..serving.arguments import add_model_arguments, add_queue_arguments
+    from ..serving.arguments import add_engine_arguments, add_queue_arguments
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = "Opens a web page to caption regions and to ask about images."
     parser.epilog = EPILOG
-    add_model_arguments(parser)
+    add_engine_arguments(parser)
     add_queue_arguments(parser, host_port=7860)
     parser.add_argument("--open", action="store_true", help="open a browser")
     parser.add_argument(

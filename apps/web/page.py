@@ -17,7 +17,7 @@ from PIL import Image  # noqa: E402
 
 from ...generation_options import DiffusionOptions  # noqa: E402
 from ...generation_rules import ACCEPT_RULES  # noqa: E402
-from ..captioning.captioner import MASKED, Step  # noqa: E402
+from ..captioning.results import MASKED, Step  # noqa: E402
 from ..serving.engine import Engine, EngineClosed, JobFailed, QueueFull, Ticket  # noqa: E402
 from ..serving.errors import ApiError  # noqa: E402
 from ..serving.http import client_of  # noqa: E402
@@ -146,8 +146,8 @@ class Page:
 
     def _rounds(self, job: RegionJob) -> int:
         """Returns how many runs, one after another, a job of many regions takes."""
-        passes = job.passes(self.engine.captioner.model.config.num_region_prompts or 1)
-        return -(-passes // self.engine.max_batch)
+        groups = job.num_groups(self.engine.captioner.model.config.num_region_prompts or 1)
+        return -(-groups // self.engine.max_batch)
 
     def _follow(self, ticket: Ticket) -> Iterator[tuple[Step, float]]:
         """Yields steps, each with the seconds since the start.

@@ -4,8 +4,8 @@ import html
 import json
 from collections.abc import Sequence
 
-from ..captioning.captioner import MASKED, Answers, RegionCaptions, Step
 from ..captioning.drawing import color_of, contrasting, draw_regions
+from ..captioning.results import MASKED, Answers, RegionCaptions, Step
 from .input import data_url
 
 EMPTY = """<div class="pd-empty"><div>Choose an image, paint its regions, and press
