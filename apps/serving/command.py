@@ -1,4 +1,4 @@
-"""`perceptiondlm serve`: an OpenAI-compatible endpoint for region captions and questions."""
+"""Runs `perceptiondlm serve`: an OpenAI-compatible endpoint for region captions and questions."""
 
 import argparse
 import logging
@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser):
         metavar="S",
         help="from SIGTERM to the end, for what is under way (default: %(default)g)",
     )
-    urls = parser.add_argument_group("pictures behind URLs, which are refused by default")
+    urls = parser.add_argument_group("images behind URLs, which are refused by default")
     urls.add_argument(
         "--allow-url-host",
         action="append",
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"perceptiondlm serve: {error}", file=sys.stderr)
         return 2
+
     app = create_app(
         engine,
         name=args.name or model_name(args),

@@ -79,6 +79,7 @@ def completions(
     for i, ticket in enumerate(tickets):
         ids = output.token_ids[i]
         kept = [response_length(captioner.processor, row) for row in ids]
+
         result = ticket.job.result_of(
             output.texts[i],
             num_forwards=forwards[i],

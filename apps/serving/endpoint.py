@@ -155,12 +155,14 @@ class Endpoint:
         done = asyncio.wrap_future(ticket.future)
         gone = asyncio.create_task(until_disconnected(request))
         stopped = asyncio.create_task(self.stopped.wait())
+
         try:
             await asyncio.wait(
                 {done, gone, stopped},
                 timeout=max(0, deadline - time.monotonic()),
                 return_when=asyncio.FIRST_COMPLETED,
             )
+
             if done.done():
                 return _result(ticket)
             if gone.done():

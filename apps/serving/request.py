@@ -1,4 +1,4 @@
-"""OpenAI's chat completion request as this server reads it: every documented field, and its own.
+"""Reads OpenAI's chat completion request: every documented field, and this server's own.
 
 Fields that mean something here are read. Every other documented field of the request, its messages
 and their parts is taken where it changes nothing (null, an empty list of tools, `store: false`, a
@@ -135,7 +135,7 @@ class ChatRequest(Model):
 
 
 def expect_model(known: str, name: str):
-    """Refuses another model's name."""
+    """Raises ApiError 404 for another model's name."""
     if name != known:
         raise ApiError(
             404,
@@ -146,7 +146,7 @@ def expect_model(known: str, name: str):
 
 
 def read_request(body: bytes | bytearray) -> ChatRequest:
-    """Parses a body; ApiError 400 says which field is wrong."""
+    """Parses a body; raises ApiError 400, which says what field is wrong."""
     try:
         content = from_json(body)
     except ValueError as error:
@@ -159,7 +159,7 @@ def read_request(body: bytes | bytearray) -> ChatRequest:
 
 
 def request_schema() -> dict:
-    """The JSON schema of a request, with no references, for the endpoint's OpenAPI document."""
+    """Returns the JSON schema of a request, without references, for the OpenAPI document."""
     schema = ChatRequest.model_json_schema()
     return _inlined(schema, schema.pop("$defs"))
 
@@ -196,19 +196,21 @@ def _expect_small(value, depth: int = 6):
                 code="invalid_request",
             )
         value = [item for key, item in value.items() if key not in ("masks", "mask")]
+
     elif isinstance(value, list) and len(value) > MAX_ITEMS:
         raise ApiError(
             400,
             f"expected lists of at most {MAX_ITEMS} items, got {len(value)}",
             code="invalid_request",
         )
+
     if isinstance(value, list) and depth:
         for item in value:
             _expect_small(item, depth - 1)
 
 
 def _place(loc: tuple) -> str:
-    """`messages[0].content[1].image_url.url`, without the names of union members."""
+    """Returns `messages[0].content[1].image_url.url`, without the names of union members."""
     text, in_union = "", False
     for part in loc:
         if isinstance(part, int):

@@ -44,6 +44,7 @@ def read_payload(
         raise ValueError(f"expected JSON from the page, got: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("regions"), list):
         raise ValueError("expected an image and regions from the page")
+
     if content.get("picture") is None:
         return None, []
     if not isinstance(content["picture"], str):

@@ -62,7 +62,7 @@ def launch(
         max_file_size=limits.body_bytes,
         theme=theme(),
         css=read_style(),
-        app_kwargs={"middleware": [Middleware(MaxBody, most=max_body, refused=UPLOADS)]},
+        app_kwargs={"middleware": [Middleware(MaxBody, max_bytes=max_body, refused=UPLOADS)]},
         **GRADIO_OPTIONS,
     )
 

@@ -182,12 +182,14 @@ def shown_errors():
         yield
     except gr.Error:  # a ValueError of gradio's, to be shown as it is
         raise
+
     except QueueFull as error:
         raise refusal(f"{error}.", "Too many at once") from error
     except EngineClosed as error:
         raise refusal("The server is shutting down.", "Closing") from error
     except CancelledError as error:
         raise refusal("It took too long, or the server is shutting down.", "Given up") from error
+
     except JobFailed as error:
         log.error("a request failed: %s", error)
         raise refusal(f"{error}.", "That does not work") from error
@@ -256,6 +258,7 @@ def _region_tab(page: Page, sent: gr.Textbox):
 def _caption_controls(page: Page) -> list:
     """Lays out the decoding options of captions, in the order that `Page.caption` takes them in."""
     defaults, limits = page.defaults, page.limits
+
     with gr.Accordion("Decoding", open=False), gr.Row():
         length = gr.Slider(
             1,
