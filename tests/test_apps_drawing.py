@@ -10,7 +10,7 @@ from perceptiondlm.apps.captioning.captioner import MASKED
 from perceptiondlm.apps.captioning.drawing import (
     draw_answers,
     draw_regions,
-    encode_picture,
+    encode_image,
     place_badges,
 )
 from perceptiondlm.apps.captioning.panel import (
@@ -57,19 +57,19 @@ def test_a_drawing_has_a_size_that_can_be_looked_at(size):
     assert 720 <= max(drawing.size) <= 4000
 
 
-def test_captions_stand_beside_a_tall_picture_and_below_a_wide_one():
+def test_captions_stand_beside_a_tall_image_and_below_a_wide_one():
     tall = draw_regions(Image.new("RGB", (600, 800)), [[0, 0, 99, 99]], [LONG])
     wide = draw_regions(Image.new("RGB", (800, 500)), [[0, 0, 99, 99]], [LONG])
     assert tall.height == 800 and tall.width > 900
     assert wide.width == 800 and wide.height > 500
 
 
-def test_the_picture_outside_the_regions_is_left_as_it_is():
+def test_the_image_outside_the_regions_is_left_as_it_is():
     noise = np.random.default_rng(0).integers(0, 256, (500, 900, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
-    drawing = draw_regions(picture, [[600, 100, 800, 300]], [LONG])
+    image = Image.fromarray(noise)
+    drawing = draw_regions(image, [[600, 100, 800, 300]], [LONG])
     window = (0, 0, 560, 500)
-    assert ImageChops.difference(drawing.crop(window), picture.crop(window)).getbbox() is None
+    assert ImageChops.difference(drawing.crop(window), image.crop(window)).getbbox() is None
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -87,9 +87,9 @@ def test_captions_never_overlap_and_stay_within_the_panel(count, beside):
 
 def test_no_ink_leaves_the_box_of_its_caption():
     style = Style.fitting(1000, None)
-    picture = Image.new("RGB", (1000, 400), PAPER)
+    image = Image.new("RGB", (1000, 400), PAPER)
     texts = [LONG, "short", LONG + " " + LONG]
-    (frame,) = add_panel(picture, [texts], style, numbered=True)
+    (frame,) = add_panel(image, [texts], style, numbered=True)
     (entries,) = lay_out([texts], (0, 400), 1000, style, 1, True)
     for entry in entries:
         frame.paste(PAPER, entry.box)
@@ -139,8 +139,8 @@ def test_a_number_stands_on_its_region_and_beside_the_smaller_one_inside():
 
 
 def test_a_region_of_one_pixel_is_still_marked():
-    picture = Image.new("RGB", (3000, 2000), "white")
-    with_region = draw_regions(picture, [mask(picture.size, (1500, 1000, 1501, 1001))])
+    image = Image.new("RGB", (3000, 2000), "white")
+    with_region = draw_regions(image, [mask(image.size, (1500, 1000, 1501, 1001))])
     assert with_region.getcolors(1 << 20) != [(with_region.width * with_region.height, PAPER)]
 
 
@@ -201,7 +201,7 @@ def test_answers_are_drawn_in_full():
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_a_drawing_is_written_as_its_name_says(suffix):
-    data = encode_picture(Image.new("RGB", (40, 30)), suffix)
+    data = encode_image(Image.new("RGB", (40, 30)), suffix)
     assert Image.open(io.BytesIO(data)).format in {"PNG", "JPEG", "WEBP"}
 
 

@@ -26,7 +26,7 @@ from perceptiondlm.apps.web.launch import launch  # noqa: E402
 from serving import counted  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
-PICTURE = VECTORS / "region_0.png"
+IMAGE = VECTORS / "region_0.png"
 MASKS = [VECTORS / f"region_0_mask_{i}.png" for i in range(3)]
 SHORT = {"caption_length": 12, "steps": 12}
 FLAGS = [
@@ -87,7 +87,7 @@ def opened(context, address: str):
     return page
 
 
-def choose(page, file: Path = PICTURE):
+def choose(page, file: Path = IMAGE):
     page.set_input_files(".pd-image", str(file))
     page.wait_for_selector(".pd-stage.pd-open")
 
@@ -134,7 +134,7 @@ def test_from_a_picture_and_mask_files_to_the_librarys_captions(page, captioner)
     choose(page)
     add_masks(page, MASKS)
     shown = describe(page)
-    expected = captioner(PICTURE, MASKS, **SHORT)
+    expected = captioner(IMAGE, MASKS, **SHORT)
     assert alike(shown, expected.captions)
     facts = page.locator(".pd-facts").inner_text()
     assert "3 regions" in facts and f"{expected.num_forwards} forward passes" in facts
@@ -163,7 +163,7 @@ def test_painted_regions_and_boxes_become_masks_and_can_be_taken_back(page):
     page.click("[data-act=boxes]")
     kinds = [next(iter(region)) for region in payload(page)["regions"]]
     assert kinds == ["painted", "painted", "box", "box", "box"]
-    width, height = Image.open(PICTURE).size
+    width, height = Image.open(IMAGE).size
     dragged = payload(page)["regions"][2]["box"]
     for got, share, side in zip(dragged, (0.7, 0.2, 0.9, 0.6), (width, height) * 2, strict=True):
         assert abs(got - share * side) <= 2
@@ -238,7 +238,7 @@ def test_a_question_is_answered_as_by_the_library(page, captioner):
     page.click("#pd-ask")
     page.wait_for_selector("#pd-answer .pd-facts:has-text('forward passes')")
     shown = page.locator("#pd-answer .pd-text").all_inner_texts()
-    assert alike(shown, captioner.ask(PICTURE, "What is it?", steps=12).answers)
+    assert alike(shown, captioner.ask(IMAGE, "What is it?", steps=12).answers)
 
 
 def test_captions_of_an_earlier_run_disappear_when_a_region_changes(page):
@@ -367,7 +367,7 @@ REFUSED = {
     "wide.png": (lambda path: Image.new("L", (2000, 2000)).save(path), "at most 1 megapixels"),
     "page.html": (lambda path: path.write_text("<html>"), "an image is needed"),
     "draw.svg": (lambda path: path.write_text("<svg/>"), "an image is needed"),
-    "torn.png": (lambda path: path.write_bytes(PICTURE.read_bytes()[:40]), "cannot be read"),
+    "torn.png": (lambda path: path.write_bytes(IMAGE.read_bytes()[:40]), "cannot be read"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The captions appearing step by step, as an animated picture (GIF, WebP or APNG)."""
+"""The captions appearing step by step, as an animated image (GIF, WebP or APNG)."""
 
 import io
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ def draw_steps(
     """
     if not steps:
         raise ValueError("expected at least one step to draw, got none: ask for return_history")
-    picture = load_image(image)
-    regions = [load_mask(mask, picture.size) for mask in masks]
-    picture, regions = scale_to(picture, regions, min_side, max_side)
-    style = Style.fitting(max(picture.size), font)
-    marked = mark_regions(picture, regions, style) if regions else picture
+    image = load_image(image)
+    regions = [load_mask(mask, image.size) for mask in masks]
+    image, regions = scale_to(image, regions, min_side, max_side)
+    style = Style.fitting(max(image.size), font)
+    marked = mark_regions(image, regions, style) if regions else image
     texts = [one_line(step) if regions else list(step) for step in steps]
     frames = add_panel(marked, texts, style, numbered=bool(regions))
     return [_with_bar(f, i, len(frames) - 1, style) for i, f in enumerate(frames)]

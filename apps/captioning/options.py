@@ -47,8 +47,8 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], theirs: str, ours: s
 
 
 def _check_places(args: argparse.Namespace):
-    if args.recursive and not any(Path(picture).is_dir() for picture in args.pictures):
-        raise ValueError("expected a folder of pictures with --recursive, got none")
+    if args.recursive and not any(Path(image).is_dir() for image in args.images):
+        raise ValueError("expected a folder of images with --recursive, got none")
     if args.revision is not None and Path(args.model).exists():
         raise ValueError(f"expected a Hub id with --revision, got the folder {args.model}")
 

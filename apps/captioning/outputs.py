@@ -1,6 +1,6 @@
 """Captions as text, JSON, JSON lines or COCO, in files that are written whole or not at all.
 
-A record is a dict of what one picture gave: its name and size, and its `regions` or `answers`.
+A record is a dict of what one image gave: its name and size, and its `regions` or `answers`.
 
 Bytes of a file name that are not UTF-8 are escaped in JSON, `\\udcff` for the byte FF, as Python
 carries them: `os.fsencode(record["image"])` is the name. As text, a name with such bytes or with
@@ -34,7 +34,7 @@ def record_of(
     sources: Sequence[RegionSource] = (),
     with_masks: bool = False,
 ) -> dict:
-    """One picture's results, ready for JSON; each region with where its mask came from, and, on
+    """One image's results, ready for JSON; each region with where its mask came from, and, on
     request, the mask as COCO RLE."""
     record = {"image": name, **result.to_dict()}
     if isinstance(result, RegionCaptions):
@@ -48,7 +48,7 @@ def record_of(
 
 
 def as_text(records: Sequence[dict]) -> str:
-    """For people: the picture's name, then its numbered captions or its answers."""
+    """For people: the image's name, then its numbered captions or its answers."""
     return "\n".join(f"{_name_line(r['image'])}\n" + "".join(_text_lines(r)) for r in records)
 
 
@@ -123,7 +123,7 @@ class CaptionWriter:
         self.saved = time.monotonic()
 
     def add(self, name: str, result, sources: Sequence[RegionSource] = ()):
-        """Takes one picture's results."""
+        """Takes one image's results."""
         record = record_of(name, result, sources, with_masks=self.kind == "coco")
         if self.streams:
             self.print([record], before="\n" if self.records and self.kind == "text" else "")

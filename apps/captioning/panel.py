@@ -1,4 +1,4 @@
-"""Texts laid out in full beside or below a picture: style, colors, wrapping, columns.
+"""Texts laid out in full beside or below an image: style, colors, wrapping, columns.
 
 Boxes are (x0, y0, x1, y1) in pixels of the drawing, half-open.
 """
@@ -41,7 +41,7 @@ class Style:
 
     @classmethod
     def fitting(cls, long_side: int, font: str | Path | None) -> "Style":
-        """Legible beside a picture whose long side has so many pixels."""
+        """Legible beside an image whose long side has so many pixels."""
         size = max(18, round(long_side / 42))
         if font is None:
             return cls(ImageFont.load_default(size), size)
@@ -125,22 +125,22 @@ def one_line(texts: Sequence[str]) -> list[str]:
 
 
 def add_panel(
-    picture: Image.Image, steps: list[list[str]], style: Style, *, numbered: bool
+    image: Image.Image, steps: list[list[str]], style: Style, *, numbered: bool
 ) -> list[Image.Image]:
-    """Puts the texts of each step beside or below the picture; one drawing for each step, all of
+    """Puts the texts of each step beside or below the image; one drawing for each step, all of
     one size, every text in the same place."""
-    beside = picture.width < 1.2 * picture.height
-    left = picture.width if beside else 0
-    top = 0 if beside else picture.height
-    width = _panel_width(picture, steps, style, beside, numbered)
-    columns = 1 if beside else columns_of(steps, width, picture.height, style, numbered)
+    beside = image.width < 1.2 * image.height
+    left = image.width if beside else 0
+    top = 0 if beside else image.height
+    width = _panel_width(image, steps, style, beside, numbered)
+    columns = 1 if beside else columns_of(steps, width, image.height, style, numbered)
     layouts = lay_out(steps, (left, top), width, style, columns, numbered)
     height = max(entry.box[3] for entry in layouts[0]) + style.margin
-    size = (left + width, max(picture.height, height))
+    size = (left + width, max(image.height, height))
     frames = []
     for entries in layouts:
         frame = Image.new("RGB", size, PAPER)
-        frame.paste(picture, (0, 0))
+        frame.paste(image, (0, 0))
         draw = ImageDraw.Draw(frame)
         for entry in entries:
             _draw_entry(draw, entry, style)
@@ -148,21 +148,21 @@ def add_panel(
     return frames
 
 
-def _panel_width(picture, steps, style: Style, beside: bool, numbered: bool) -> int:
+def _panel_width(image, steps, style: Style, beside: bool, numbered: bool) -> int:
     if not beside:
-        return max(picture.width, 26 * style.size)
-    width = max(round(0.7 * picture.width), 22 * style.size)
-    while width < max(1.3 * picture.width, 34 * style.size):  # wider, sooner than a tall tail
+        return max(image.width, 26 * style.size)
+    width = max(round(0.7 * image.width), 22 * style.size)
+    while width < max(1.3 * image.width, 34 * style.size):  # wider, sooner than a tall tail
         entries = lay_out(steps, (0, 0), width, style, 1, numbered)[0]
-        if entries[-1].box[3] + style.margin <= picture.height:
+        if entries[-1].box[3] + style.margin <= image.height:
             break
         width += 2 * style.size
     return width
 
 
 def columns_of(steps, width: int, height: int, style: Style, numbered: bool) -> int:
-    """Columns of text below a picture: lines of some sixty letters read best; shorter ones, when
-    the text would be longer than the picture."""
+    """Columns of text below an image: lines of some sixty letters read best; shorter ones, when
+    the text would be longer than the image."""
     count = len(steps[0])
     best = max(1, min(count, width // (30 * style.size)))
     most = max(best, min(count, width // (18 * style.size)))
