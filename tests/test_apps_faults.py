@@ -135,7 +135,7 @@ def test_one_source_that_fails_does_not_cost_the_others(tmp_path, cat):
 def test_the_largest_regions_are_chosen_among_those_that_can_be_used(tmp_path, cat):
     boxes = [[0, 0, 3, 3], [0, 0, 0, 0], [0, 0, 9, 9]]
     sources, refused = open_sources([write_json(tmp_path / "m.json", boxes)], [cat]), []
-    (kept,) = gather_regions(sources, cat, SIZE, most=1, refused=refused)
+    (kept,) = gather_regions(sources, cat, SIZE, max_regions=1, refused=refused)
     assert kept.mask == [0, 0, 9, 9] and len(refused) == 1
 
 

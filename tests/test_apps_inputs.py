@@ -460,5 +460,5 @@ def test_the_largest_regions_are_kept_in_their_order(tmp_path):
     (cat,) = image_files(tmp_path, "cat.png")
     masks = [[0, 0, 3, 3], [0, 0, 9, 9], [0, 0, 2, 2], [0, 0, 6, 6]]
     (source,) = open_sources([write_json(tmp_path / "m.json", masks)], [cat])
-    kept = gather_regions([source], cat, SIZE, most=2)
+    kept = gather_regions([source], cat, SIZE, max_regions=2)
     assert [region.mask for region in kept] == [[0, 0, 9, 9], [0, 0, 6, 6]]

@@ -1,4 +1,4 @@
-"""The captions appearing step by step, as an animated image (GIF, WebP or APNG)."""
+"""Animates captions that appear step by step, as GIF, WebP or APNG."""
 
 import io
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def draw_steps(
     min_side: int = 640,
     max_side: int = 960,
 ) -> list[Image.Image]:
-    """One drawing for each step, alike but for the texts and a bar of the steps done.
+    """Draws each step, all alike but for the texts and a bar of the steps done.
 
     Args:
         image, masks: as for `draw_regions`; without masks the texts are not numbered.
@@ -46,7 +46,7 @@ def draw_steps(
 
 
 def draw_history(result: RegionCaptions | Answers, **options) -> list[Image.Image]:
-    """The steps of a run with `return_history=True`, from all masked to the final texts."""
+    """Draws the steps of a run with `return_history=True`, from all masked to the final texts."""
     masks, texts = [], result.history
     final = result.captions if isinstance(result, RegionCaptions) else result.answers
     if isinstance(result, RegionCaptions):
@@ -62,7 +62,7 @@ def draw_history(result: RegionCaptions | Answers, **options) -> list[Image.Imag
 
 
 def encode_animation(frames: Sequence[Image.Image], suffix: str) -> bytes:
-    """The frames as one animated file of the kind that `suffix` (".gif", ...) names."""
+    """Encodes frames as one animated file of the kind that `suffix` (".gif", ...) names."""
     if suffix.lower() not in FORMATS:
         raise ValueError(f"expected a name ending in {', '.join(FORMATS)}, got {suffix!r}")
     kind = FORMATS[suffix.lower()]

@@ -1,4 +1,4 @@
-"""Regions from annotation files: COCO's, SAM's, or a list of masks.
+"""Reads regions from annotation files: COCO's, SAM's, or a list of masks.
 
 Names inside the files are compared with an image's, never opened. What is wrong with one entry is
 that entry's: it is named, and the others are used.
@@ -44,6 +44,7 @@ class CocoFile(Source):
         if not all(isinstance(entries, list) for entries in lists):
             raise ValueError(f"expected lists of images, annotations and categories in {path}")
         images, annotations, categories = lists
+
         self.categories = {
             category["id"]: category.get("name")
             for category in categories
@@ -68,6 +69,7 @@ class CocoFile(Source):
                 by_id.setdefault(image["id"], {})
             else:
                 by_id.setdefault(image["id"], {})[name] = image
+
         for image_id, named in by_id.items():
             if len(named) > 1:  # whose annotations are they?
                 self._refuse(f"one image with the id {image_id!r}", sorted(named))

@@ -122,6 +122,7 @@ class RegionCaptioner:
         """
         questions = [questions] if isinstance(questions, str) else list(questions)
         image = load_image(image)
+
         images = [image] if len(questions) == 1 else [[image] for _ in questions]
         output, seconds = self._generate(
             callback, len(questions), options, images=images, prompts=questions

@@ -1,4 +1,4 @@
-"""`perceptiondlm caption`: captions for the regions of images, or answers about images."""
+"""Runs `perceptiondlm caption`: captions for the regions of images, or answers about images."""
 
 import argparse
 import sys
@@ -46,6 +46,7 @@ def configure(parser: argparse.ArgumentParser):
         " names\na file."
     )
     parser.epilog = EPILOG
+
     parser.add_argument(
         "images", nargs="+", metavar="image", help="files, folders, quoted patterns or URLs"
     )

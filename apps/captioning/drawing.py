@@ -41,7 +41,7 @@ def draw_regions(
     min_side: int = MIN_SIDE,
     max_side: int = MAX_SIDE,
 ) -> Image.Image:
-    """The image with each region colored and numbered, and the captions laid out in full.
+    """Draws an image with each region colored and numbered, and the captions laid out in full.
 
     Args:
         image: as for `load_image`; masks: as for `load_mask`, one for each region.
@@ -75,14 +75,14 @@ def draw_answers(
     min_side: int = MIN_SIDE,
     max_side: int = MAX_SIDE,
 ) -> Image.Image:
-    """The image with questions and answers about it; options as for `draw_regions`."""
+    """Draws an image with questions and answers about it; options as for `draw_regions`."""
     image, _ = scale_to(load_image(image), [], min_side, max_side)
     style = Style.fitting(max(image.size), font)
     return add_panel(image, [answer_texts(questions, answers)], style, numbered=False)[0]
 
 
 def encode_image(image: Image.Image, suffix: str) -> bytes:
-    """The drawing as a file of the kind that `suffix` (".png", ...) names."""
+    """Encodes a drawing as a file of the kind that `suffix` (".png", ...) names."""
     if suffix.lower() not in SUFFIXES:
         raise ValueError(f"expected a name ending in {', '.join(SUFFIXES)}, got {suffix!r}")
     buffer = io.BytesIO()
@@ -112,11 +112,14 @@ def mark_regions(image: Image.Image, masks: list[Image.Image], style: Style) -> 
     width = max(1, round(style.size / 9))
     areas = [mask_area(mask) for mask in masks]
     large_first = sorted(range(len(masks)), key=lambda i: -areas[i])
+
     for i in large_first:
         fill = Image.new("RGB", image.size, color_of(i))
         marked = Image.composite(Image.blend(marked, fill, 0.36), marked, masks[i])
     for i in large_first:
         _outline(marked, masks[i], color_of(i), width)
+
+    # Numbers come last, so that no region covers one; a line leads to a region far from its own.
     draw = ImageDraw.Draw(marked)
     boxes = place_badges(masks, style, image.size)
     for i, (box, anchor) in enumerate(boxes):
@@ -144,8 +147,10 @@ def _outline(marked: Image.Image, mask: Image.Image, color, width: int):
 def place_badges(
     masks: list[Image.Image], style: Style, size: tuple[int, int]
 ) -> list[tuple[Box, tuple[int, int]]]:
-    """A badge's box for each region, none overlapping another while the image has room, and the
-    point of the region that it stands for."""
+    """Places a badge for each region, none over another while the image (width, height) has room.
+
+    Returns for each its box, and the point of the region that it stands for.
+    """
     placed: dict[int, Box] = {}
     areas = [mask_area(mask) for mask in masks]
     small_first = sorted(range(len(masks)), key=lambda i: areas[i])  # they have less choice
@@ -203,11 +208,15 @@ def _deepest_point(mask: Image.Image) -> tuple[int, int]:
         (max(1, round(width * scale)), max(1, round(height * scale)))
     )
     small = small.point([0] * 96 + [255] * 160)
+
+    # Framed, so that erosion also begins at the edges of the box.
     framed = Image.new("L", (small.width + 2, small.height + 2))
     framed.paste(small, (1, 1))
     kept = framed if framed.getbbox() else framed.point([255] * 256)
     while (eroded := kept.filter(ImageFilter.MinFilter(3))).getbbox():
         kept = eroded
+
+    # Of what is left, the point nearest to its middle, at the image's scale.
     points = [(i % kept.width, i // kept.width) for i, v in enumerate(kept.tobytes()) if v]
     center = [sum(p[axis] for p in points) / len(points) for axis in (0, 1)]
     x, y = min(points, key=lambda p: math.dist(p, center))

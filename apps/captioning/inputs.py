@@ -1,4 +1,4 @@
-"""Images, masks and annotations from files that nobody vouches for.
+"""Reads images, masks and annotations from files that nobody vouches for.
 
 Every reader here checks sizes before it decodes and raises ValueError (or FileNotFoundError) with
 one line that names the file. An image's path is only ever one that the user gave: names inside
@@ -70,7 +70,7 @@ class ImageSource:
 
 
 def find_images(arguments: Sequence[str], recursive: bool = False) -> list[ImageSource]:
-    """Files, folders, patterns and URLs as images, each once, in order.
+    """Finds the images of files, folders, patterns and URLs, each once, in order.
 
     Raises FileNotFoundError for an argument that names nothing.
     """
@@ -102,7 +102,7 @@ def _expand(argument: str, recursive: bool) -> list[ImageSource]:
 
 
 def open_image(path: str) -> Image.Image:
-    """An image as upright RGB, from a file or URL."""
+    """Opens an image from a file or URL, as upright RGB."""
     if is_url(path):
         source = io.BytesIO(fetch_image(path, MAX_IMAGE_BYTES, DOWNLOAD_SECONDS))
     else:
@@ -125,7 +125,7 @@ def _decoding(kind: str, name: str):
 
 
 def open_mask_file(path: Path) -> Image.Image:
-    """A mask or label map, upright, not yet converted."""
+    """Opens a mask or label map, upright, not yet converted."""
     _check_file(path, MAX_IMAGE_BYTES, "a mask")
     with _decoding("mask", str(path)):
         mask = _open_checked(path, str(path))
@@ -159,6 +159,7 @@ def _open_checked(source, name: str) -> Image.Image:
             ) from error
         kinds = ", ".join(readable)
         raise ValueError(f"expected an image ({kinds}) in {name}, got something else") from error
+
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(
             f"expected {MAX_PIXELS:,} pixels at most in {name}, got {image.width}x{image.height}"
@@ -176,19 +177,20 @@ def _check_file(path: Path, most: int, kind: str):
 
 
 def read_annotations(path: Path):
-    """The content of a JSON file."""
+    """Reads the content of a JSON file."""
     _check_file(path, MAX_JSON_BYTES, "a JSON")
     return parse_json(path.read_bytes(), path)
 
 
 def annotation_mask(annotation, name: str):
-    """The mask, as `load_mask` takes it, of a COCO or SAM annotation or of a plain mask."""
+    """Returns the mask, as `load_mask` takes it, of a COCO or SAM annotation or a plain mask."""
     if isinstance(annotation, list):
         return annotation  # a box or polygons
     if not isinstance(annotation, dict):  # least of all a path
         raise ValueError(f"expected annotations or masks in {name}, got {str(annotation)[:80]!r}")
     if {"size", "counts"} <= set(annotation) or set(annotation) in ({"box"}, {"polygons"}):
         return annotation
+
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
         return segmentation
@@ -204,7 +206,7 @@ def annotation_mask(annotation, name: str):
 
 
 def is_plain_name(name) -> bool:
-    """Whether a file name from an annotation file stays below the folder it is looked up in."""
+    """Says whether a name from an annotation file stays below the folder it is looked up in."""
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         return False
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:

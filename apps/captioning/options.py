@@ -1,4 +1,4 @@
-"""Options of `perceptiondlm caption` that go together: one without a use is refused."""
+"""Refuses options of `perceptiondlm caption` that contradict, or have no use together."""
 
 import argparse
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ def check_options(args: argparse.Namespace):
         )
     if args.font is not None and not args.font.is_file():
         raise FileNotFoundError(f"expected a TrueType font at {args.font}, found none")
+
     if args.question:
         if format_of(args.captions, args.format) == "coco":
             raise ValueError("expected text, json or jsonl for answers, got --format coco")

@@ -1,4 +1,4 @@
-"""Texts laid out in full beside or below an image: style, colors, wrapping, columns.
+"""Lays out texts in full beside or below an image: style, colors, wrapping, columns.
 
 Boxes are (x0, y0, x1, y1) in pixels of the drawing, half-open.
 """
@@ -137,6 +137,7 @@ def add_panel(
     layouts = lay_out(steps, (left, top), width, style, columns, numbered)
     height = max(entry.box[3] for entry in layouts[0]) + style.margin
     size = (left + width, max(image.height, height))
+
     frames = []
     for entries in layouts:
         frame = Image.new("RGB", size, PAPER)
@@ -188,10 +189,13 @@ def lay_out(
         indent = badge_width(count, style) + style.gap
     column = (width - 2 * style.margin - (columns - 1) * 2 * style.margin) // columns
     wrapped = [[wrap(text, column - indent, style) for text in texts] for texts in steps]
+
+    # As tall as its longest text of any step, so that every step stands in the same place.
     lead = style.badge if numbered else style.line  # height of a first line
     heights = [
         lead + style.line * (max(len(lines[i]) for lines in wrapped) - 1) for i in range(count)
     ]
+
     boxes = []
     for k, (first, last) in enumerate(_columns(heights, columns, style.gap)):
         x = corner[0] + style.margin + k * (column + 2 * style.margin)
@@ -199,6 +203,7 @@ def lay_out(
         for i in range(first, last):
             boxes.append((x, y, x + column, y + heights[i]))
             y += heights[i] + style.gap
+
     return [
         [
             Entry(
@@ -257,13 +262,13 @@ def _wrap_paragraph(text: str, width: int, style: Style) -> list[list[str]]:
 
 
 def readable(text: str, font: ImageFont.FreeTypeFont) -> str:
-    """The text in characters that the font has, as far as there are likenesses."""
+    """Returns the text in characters that the font has, as far as there are likenesses."""
     return "".join(c if c == MASKED or has_glyph(font, c) else _likeness(c) for c in text)
 
 
 @functools.lru_cache(maxsize=4096)
 def has_glyph(font: ImageFont.FreeTypeFont, character: str) -> bool:
-    """Whether a font draws a character as anything but the box for what it lacks."""
+    """Says whether a font draws a character as anything but the box for what it lacks."""
     if character.isspace():
         return True
     lacking = font.getmask("\uffff")
@@ -299,6 +304,7 @@ def _draw_entry(draw: ImageDraw.ImageDraw, entry: Entry, style: Style):
         width = badge_width(entry.number, style)
         right = entry.text_left - style.gap
         draw_badge(draw, (right - width, top, right, top + style.badge), entry.number, style)
+
     space = style.font.getlength(" ")
     # a badge's number and the first line share their middle
     middle = top + (style.badge if entry.number is not None else style.line) / 2

@@ -1,4 +1,4 @@
-"""Which regions an image has: masks by name, label maps, COCO and SAM annotations, shapes.
+"""Finds an image's regions: masks by name, label maps, COCO and SAM annotations, shapes.
 
 A source's `regions(image, size)` lists the regions of an image of (width, height); names inside
 annotation files are compared with the image's, never opened.
@@ -64,6 +64,7 @@ class MaskFolder(Source):
         # cat_2_0 is of cat_2 if there is one
         stems = sorted({*self.files, *(beside or ())}, key=len, reverse=True)
         own_files = {Path(source.path).resolve() for source in images}
+
         for file in sorted(folder.iterdir(), key=natural_order):
             if not file.is_file() or file.resolve() in own_files:
                 continue
@@ -74,6 +75,7 @@ class MaskFolder(Source):
                 (self.unused if owner is None else self.files.get(owner, [])).append(file)
             elif beside is not None and file.suffix.lower() in IMAGE_SUFFIXES:
                 self.lossy.get(owner, []).append(file)
+
         for stem in self.files:
             own = folder / stem
             if own.is_dir():
@@ -188,6 +190,7 @@ def open_sources(masks: Sequence[str], images: Sequence[ImageSource]) -> list:
             raise FileNotFoundError(f"expected masks at {path}, found no file or folder")
         else:
             files.append(path)
+
     if files and not only:
         raise ValueError(
             f"expected a folder of masks or an annotation file for {len(images)} images, got"
@@ -217,10 +220,10 @@ def gather_regions(
     sources: Sequence,
     source: ImageSource,
     size: tuple[int, int],
-    most: int | None = None,
+    max_regions: int | None = None,
     refused: list[str] | None = None,
 ) -> list[RegionSource]:
-    """An image's regions from all sources; with `most`, only the largest ones, in their order.
+    """Gathers an image's regions from all sources; at most the `max_regions` largest, in order.
 
     A region that cannot be used raises ValueError; or, given a list, what is wrong with it goes
     to `refused`, and the others are returned. Raises ValueError for more than `MAX_REGIONS`, or
@@ -230,7 +233,7 @@ def gather_regions(
     for each in sources:
         with _refusing(refused):
             makers += each.makers(source, size)
-    if most is None:
+    if max_regions is None:
         _check_count(len(makers), size, source.path)
 
     regions, areas = [], []
@@ -240,8 +243,8 @@ def gather_regions(
             areas.append(mask_area(load_mask(region.mask, size)))
             regions.append(region)
 
-    if most is not None and len(regions) > most:
-        kept = sorted(range(len(regions)), key=lambda i: -areas[i])[:most]
+    if max_regions is not None and len(regions) > max_regions:
+        kept = sorted(range(len(regions)), key=lambda i: -areas[i])[:max_regions]
         regions = [regions[i] for i in sorted(kept)]
     _check_count(len(regions), size, source.path)
     return regions
@@ -259,15 +262,16 @@ def _refusing(refused: list[str] | None, name: str = ""):
 
 
 def _check_count(count: int, size: tuple[int, int], name: str):
-    most = min(MAX_REGIONS, MAX_MASK_PIXELS // (size[0] * size[1]))
-    if count > most:
+    limit = min(MAX_REGIONS, MAX_MASK_PIXELS // (size[0] * size[1]))
+    if count > limit:
         raise ValueError(
-            f"expected at most {most} regions for {size[0]}x{size[1]} pixels in {name}, got {count}"
+            f"expected at most {limit} regions for {size[0]}x{size[1]} pixels in {name},"
+            f" got {count}"
         )
 
 
 def split_labels(labels: Image.Image, name: str) -> list[RegionSource]:
-    """A region for each label of a label map, see `split_label_map`."""
+    """Returns a region for each label of a label map, see `split_label_map`."""
     try:
         codes, names = read_labels(labels)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""One run of `perceptiondlm caption`: what goes in, the model, and where results go.
+"""Runs `perceptiondlm caption`: what goes in, the model, and where results go.
 
 A run loses nothing: what can be captioned is, what cannot is named, and the exit code tells.
 """
@@ -20,7 +20,7 @@ NAMED = 10  # of a kind of fault, before "and so many more"
 
 
 class CaptionRun:
-    """Everything of a run that can be refused before anything is computed, then the run itself."""
+    """Checks all that can be refused before anything is computed, then runs."""
 
     def __init__(self, args: argparse.Namespace, decoding: dict):
         self.args = args
@@ -140,6 +140,7 @@ class CaptionRun:
             except KeyboardInterrupt:
                 interrupted = True
             self.writer.close(finished=not interrupted)
+
         except BrokenPipeError:  # nobody reads on
             silence_stdout()
             return SOME_FAILED
@@ -169,7 +170,7 @@ class CaptionRun:
                     self._draw(source, described[0], drawing, animation)
 
     def _try(self, source) -> tuple | None:
-        """Result and regions of an image; None where there is none, for a reason that is said."""
+        """Returns result and regions of an image; None, and says why, where there are none."""
         from torch import OutOfMemoryError
 
         try:
@@ -241,7 +242,7 @@ class CaptionRun:
 
 
 def output_paths(images: Sequence, given: Path | None, suffix: str) -> list[Path | None]:
-    """A file for each image's drawing: `given` itself, or one by the image's name in it."""
+    """Returns a file for each image's drawing: `given` itself, or one by its name in it."""
     if given is None:
         return [None] * len(images)
     if len(images) == 1 and not given.is_dir():
