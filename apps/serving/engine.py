@@ -21,7 +21,7 @@ from torch import OutOfMemoryError
 from ..captioning.captioner import RegionCaptioner
 from ..captioning.results import Step
 from .admission import Admission
-from .completions import Completion, ForwardCounter, completions
+from .completions import Completion, completions
 from .jobs import ChatJob, RegionJob
 from .metrics import Metrics
 from .tickets import EngineClosed, JobFailed, QueueFull, Ticket
@@ -283,7 +283,6 @@ class Engine:
         for ticket in batch:
             ticket.started = started
         jobs = [ticket.job for ticket in batch]
-        counter = ForwardCounter([self._groups([ticket]) for ticket in batch])
         numbers = itertools.count(1)
 
         def on_step(_, token_ids: list):
@@ -291,7 +290,6 @@ class Engine:
                 raise _AllCancelled
             if not nested:
                 self._let_pass(batch)
-            counter.add(token_ids)
             number = next(numbers)
             for ticket, rows in zip(batch, token_ids, strict=False):
                 if ticket.wants_steps:
@@ -302,7 +300,7 @@ class Engine:
         output = jobs[0].generate(self.captioner, jobs, options, on_step)
 
         seconds = time.monotonic() - started
-        done = completions(self.captioner, batch, output, counter.forwards(output), seconds)
+        done = completions(batch, output, seconds)
         tokens = sum(completion.completion_tokens for completion in done)
         self.metrics.add_batch(len(batch), seconds, tokens, output.num_forwards)
         return done
