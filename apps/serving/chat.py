@@ -16,23 +16,8 @@ from PIL import Image
 from ...image_loading import is_data_url, load_image, load_mask
 from .decode import Decoder, alpha_mask
 from .limits import Limits, each_numbered, expect_at_most
-from .request import ChatRequest, ImagePart, MaskPart, Message, TextPart
+from .request import DECODING, ChatRequest, ImagePart, MaskPart, Message, TextPart
 
-DECODING = (
-    "steps",
-    "block_length",
-    "temperature",
-    "top_k",
-    "top_p",
-    "cfg_scale",
-    "remasking",
-    "threshold",
-    "factor",
-    "entropy_bound",
-    "remask_below",
-    "prompt_refresh_interval",
-    "seed",
-)
 MAX_STOPS = 4  # as OpenAI's
 MASKS_TEXT = re.compile(r'\s*\{\s*"masks"\s*:.*\}\s*', re.DOTALL)
 
@@ -148,7 +133,7 @@ class RequestReader:
 
     def _options(self, request: ChatRequest, length: str) -> tuple[dict, str | None]:
         """Decoding options, and the name of the length that is an upper bound."""
-        options = {name: getattr(request, name) for name in DECODING}
+        options = {name: getattr(request, name) for name in DECODING if name != "caption_length"}
         options["stop_strings"] = self._stops(request)
         if request.caption_length is not None and length != "caption_length":
             raise ValueError(
