@@ -13,7 +13,7 @@ INTERRUPTED = 130  # as a shell says of a command that Ctrl-C ended
 COMMANDS = {
     "caption": (
         "perceptiondlm.apps.captioning.command",
-        "caption regions of pictures, or ask about pictures",
+        "caption regions of images, or ask about images",
     ),
     "web": (
         "perceptiondlm.apps.web.command",

@@ -42,6 +42,11 @@ def served(
         own.close(drain=False, timeout=20)
 
 
+def counted(engine: Engine, name: str) -> int:
+    """A counter of an engine's metrics."""
+    return engine.metrics.registry.get_sample_value(f"perceptiondlm_{name}_total")
+
+
 def data_url(content, kind: str = "image/png") -> str:
     """Encodes an image, a path or bytes as a data URL."""
     if hasattr(content, "save"):

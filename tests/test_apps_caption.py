@@ -55,7 +55,7 @@ def _cached(load):
 
 @pytest.fixture
 def scene(vectors, tmp_path):
-    """A picture and three masks in a folder of the test's own."""
+    """An image and three masks in a folder of the test's own."""
     names = ["region_0.png", *(f"region_0_mask_{i}.png" for i in range(3))]
     for name in names:
         shutil.copy(vectors / name, tmp_path / name)
@@ -64,7 +64,7 @@ def scene(vectors, tmp_path):
 
 @pytest.fixture
 def folders(vectors, tmp_path):
-    """Three pictures and their masks by name."""
+    """Three images and their masks by name."""
     photos, masks = tmp_path / "photos", tmp_path / "masks"
     photos.mkdir(), masks.mkdir()
     for file in vectors.glob("region_?*.png"):
@@ -157,9 +157,9 @@ def test_questions_are_answered(run, vectors, converted, capsys):
 
 
 def test_drawing_and_animation_are_written(run, scene, tmp_path):
-    picture, animation = tmp_path / "seen.png", tmp_path / "denoising.gif"
-    assert run(scene[0], "--masks", *scene[1], "--output", picture, "--animate", animation) == 0
-    assert Image.open(picture).width > 700
+    image, animation = tmp_path / "seen.png", tmp_path / "denoising.gif"
+    assert run(scene[0], "--masks", *scene[1], "--output", image, "--animate", animation) == 0
+    assert Image.open(image).width > 700
     assert Image.open(animation).n_frames == LENGTH + 1
 
 
@@ -204,22 +204,22 @@ def test_one_bad_file_is_reported_and_the_rest_goes_on(run, folders, tmp_path, c
     out = tmp_path / "captions.jsonl"
     assert run(folders[0], "--masks", folders[1], "--captions", out) == 1
     errors = capsys.readouterr().err
-    assert "broken.png: expected a picture" in errors
-    assert "region_1_mask_9.png to have the picture's size" in errors
-    assert "3 pictures done, 1 failed: broken.png; 1 regions left out" in errors
+    assert "broken.png: expected an image" in errors
+    assert "region_1_mask_9.png to have the image's size" in errors
+    assert "3 images done, 1 failed: broken.png; 1 regions left out" in errors
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [len(record["regions"]) for record in records] == [3, 4, 6]
 
 
-def test_pictures_of_a_folder_without_masks_are_left_out(run, folders, scene, capsys):
+def test_images_of_a_folder_without_masks_are_left_out(run, folders, scene, capsys):
     shutil.copy(scene[0], folders[0] / "unmasked.png")
     assert run(folders[0], "--masks", folders[1]) == 0
-    assert "1 of 4 pictures have no masks" in capsys.readouterr().err
+    assert "1 of 4 images have no masks" in capsys.readouterr().err
 
 
-def test_a_picture_named_without_masks_fails(run, folders, scene, capsys):
+def test_a_image_named_without_masks_fails(run, folders, scene, capsys):
     assert run(scene[0], folders[0] / "region_1.png", "--masks", scene[0].parent) == 1
-    assert "region_1.png: expected masks for this picture" in capsys.readouterr().err
+    assert "region_1.png: expected masks for this image" in capsys.readouterr().err
 
 
 def test_a_path_that_leaves_the_folder_fails_and_the_rest_is_done(run, scene, tmp_path, capsys):

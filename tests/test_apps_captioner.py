@@ -28,7 +28,7 @@ def base(converted):
 
 @pytest.fixture
 def scene(vectors):
-    """A picture and three masks, as paths."""
+    """An image and three masks, as paths."""
     return vectors / "region_0.png", [vectors / f"region_0_mask_{i}.png" for i in range(3)]
 
 

@@ -1,4 +1,4 @@
-"""Drawings: everything can be read, nothing overlaps, colours can be told apart."""
+"""Drawings: everything can be read, nothing overlaps, colors can be told apart."""
 
 import io
 import itertools
@@ -10,7 +10,7 @@ from perceptiondlm.apps.captioning.captioner import MASKED
 from perceptiondlm.apps.captioning.drawing import (
     draw_answers,
     draw_regions,
-    encode_picture,
+    encode_image,
     place_badges,
 )
 from perceptiondlm.apps.captioning.panel import (
@@ -44,9 +44,9 @@ def mask(size, box) -> Image.Image:
     return region
 
 
-def lightness(colour) -> float:
+def lightness(color) -> float:
     """WCAG's relative luminance, as the standard writes it."""
-    parts = [c / 255 for c in colour]
+    parts = [c / 255 for c in color]
     parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
@@ -57,19 +57,19 @@ def test_a_drawing_has_a_size_that_can_be_looked_at(size):
     assert 720 <= max(drawing.size) <= 4000
 
 
-def test_captions_stand_beside_a_tall_picture_and_below_a_wide_one():
+def test_captions_stand_beside_a_tall_image_and_below_a_wide_one():
     tall = draw_regions(Image.new("RGB", (600, 800)), [[0, 0, 99, 99]], [LONG])
     wide = draw_regions(Image.new("RGB", (800, 500)), [[0, 0, 99, 99]], [LONG])
     assert tall.height == 800 and tall.width > 900
     assert wide.width == 800 and wide.height > 500
 
 
-def test_the_picture_outside_the_regions_is_left_as_it_is():
+def test_the_image_outside_the_regions_is_left_as_it_is():
     noise = np.random.default_rng(0).integers(0, 256, (500, 900, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
-    drawing = draw_regions(picture, [[600, 100, 800, 300]], [LONG])
+    image = Image.fromarray(noise)
+    drawing = draw_regions(image, [[600, 100, 800, 300]], [LONG])
     window = (0, 0, 560, 500)
-    assert ImageChops.difference(drawing.crop(window), picture.crop(window)).getbbox() is None
+    assert ImageChops.difference(drawing.crop(window), image.crop(window)).getbbox() is None
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -87,9 +87,9 @@ def test_captions_never_overlap_and_stay_within_the_panel(count, beside):
 
 def test_no_ink_leaves_the_box_of_its_caption():
     style = Style.fitting(1000, None)
-    picture = Image.new("RGB", (1000, 400), PAPER)
+    image = Image.new("RGB", (1000, 400), PAPER)
     texts = [LONG, "short", LONG + " " + LONG]
-    (frame,) = add_panel(picture, [texts], style, numbered=True)
+    (frame,) = add_panel(image, [texts], style, numbered=True)
     (entries,) = lay_out([texts], (0, 400), 1000, style, 1, True)
     for entry in entries:
         frame.paste(PAPER, entry.box)
@@ -139,14 +139,14 @@ def test_a_number_stands_on_its_region_and_beside_the_smaller_one_inside():
 
 
 def test_a_region_of_one_pixel_is_still_marked():
-    picture = Image.new("RGB", (3000, 2000), "white")
-    with_region = draw_regions(picture, [mask(picture.size, (1500, 1000, 1501, 1001))])
+    image = Image.new("RGB", (3000, 2000), "white")
+    with_region = draw_regions(image, [mask(image.size, (1500, 1000, 1501, 1001))])
     assert with_region.getcolors(1 << 20) != [(with_region.width * with_region.height, PAPER)]
 
 
-@pytest.mark.parametrize("colour", PALETTE)
-def test_a_number_can_be_read_on_its_colour(colour):
-    light, dark = sorted([lightness(colour), lightness(contrasting(colour))], reverse=True)
+@pytest.mark.parametrize("color", PALETTE)
+def test_a_number_can_be_read_on_its_color(color):
+    light, dark = sorted([lightness(color), lightness(contrasting(color))], reverse=True)
     assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
@@ -154,7 +154,7 @@ def test_the_ink_can_be_read_on_the_paper():
     assert (lightness(PAPER) + 0.05) / (lightness(INK) + 0.05) >= 7
 
 
-# Machado et al. (2009), severity 1.0: linear RGB as the three kinds of colour blindness see it.
+# Machado et al. (2009), severity 1.0: linear RGB as the three kinds of color blindness see it.
 BLINDNESS = {
     "protan": [
         [0.152286, 1.052583, -0.204868],
@@ -175,7 +175,7 @@ BLINDNESS = {
 
 
 @pytest.mark.parametrize("kind", BLINDNESS)
-def test_colours_are_told_apart_without_full_colour_vision(kind):
+def test_colors_are_told_apart_without_full_color_vision(kind):
     linear = (np.array(PALETTE) / 255) ** 2.2
     seen = np.clip(linear @ np.array(BLINDNESS[kind]).T, 0, 1) ** (1 / 2.2)
     distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)]
@@ -201,7 +201,7 @@ def test_answers_are_drawn_in_full():
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_a_drawing_is_written_as_its_name_says(suffix):
-    data = encode_picture(Image.new("RGB", (40, 30)), suffix)
+    data = encode_image(Image.new("RGB", (40, 30)), suffix)
     assert Image.open(io.BytesIO(data)).format in {"PNG", "JPEG", "WEBP"}
 
 
@@ -237,14 +237,14 @@ def test_masked_positions_are_drawn_as_blocks_not_letters():
     steps = [[MASKED], ["x"]]
     blank, letter = draw_steps(Image.new("RGB", (120, 90)), [[0, 0, 60, 60]], steps)
     assert ImageChops.difference(blank, letter).getbbox() is not None
-    assert (214, 214, 220) in {colour for _, colour in blank.getcolors(1 << 20)}
+    assert (214, 214, 220) in {color for _, color in blank.getcolors(1 << 20)}
 
 
-def test_a_gif_keeps_the_colours_of_panel_and_badges():
+def test_a_gif_keeps_the_colors_of_panel_and_badges():
     frames = draw_steps(Image.new("RGB", (120, 90), "grey"), [[0, 0, 60, 60]], steps_of("a cup"))
     moving = Image.open(io.BytesIO(encode_animation(frames, ".gif"))).convert("RGB")
-    colours = {colour for _, colour in moving.getcolors(1 << 20)}
-    assert {PAPER, PALETTE[0]} <= colours
+    colors = {color for _, color in moving.getcolors(1 << 20)}
+    assert {PAPER, PALETTE[0]} <= colors
 
 
 def test_long_runs_are_thinned_for_an_animation():

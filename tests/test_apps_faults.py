@@ -1,4 +1,4 @@
-"""What cannot be captioned costs nothing else: annotations, masks and pictures are named."""
+"""What cannot be captioned costs nothing else: annotations, masks and images are named."""
 
 # ruff: noqa: F401, F811  (fixtures of other modules)
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from perceptiondlm.apps.captioning import inputs
 from perceptiondlm.apps.captioning.annotation_files import AnnotationList, CocoFile
-from perceptiondlm.apps.captioning.inputs import PictureSource, find_pictures
+from perceptiondlm.apps.captioning.inputs import ImageSource, find_images
 from perceptiondlm.apps.captioning.region_sources import gather_regions, open_sources
 from PIL import Image
-from test_apps_inputs import SIZE, block, pictures, save, write_json
+from test_apps_inputs import SIZE, block, image_files, save, write_json
 from test_apps_streams import model, run
 
 WIDTH, HEIGHT = SIZE
@@ -49,11 +49,11 @@ def coco(*annotations, **changes) -> dict:
 
 @pytest.fixture
 def cat(tmp_path):
-    return pictures(tmp_path / "photos", "cat.png")[0]
+    return image_files(tmp_path / "photos", "cat.png")[0]
 
 
 def gather(path, *photos) -> tuple[list[str], list[str]]:
-    """Origins of the first picture's regions, and what was refused."""
+    """Origins of the first image's regions, and what was refused."""
     sources, refused = open_sources([str(path)], photos), []
     regions = gather_regions(sources, photos[0], SIZE, refused=refused)
     return [region.origin for region in regions], refused
@@ -95,8 +95,8 @@ def test_an_image_entry_that_is_none_is_named_and_the_others_are_used(tmp_path, 
     assert len(open_sources([path], [cat])[0].refused) == 1
 
 
-def test_an_image_id_that_two_pictures_have_gives_neither_its_regions(tmp_path):
-    cat, dog, owl = pictures(tmp_path, "cat.png", "dog.png", "owl.png")
+def test_an_image_id_that_two_images_have_gives_neither_its_regions(tmp_path):
+    cat, dog, owl = image_files(tmp_path, "cat.png", "dog.png", "owl.png")
     images = [{"id": 7, "file_name": "cat.png"}, {"id": 7, "file_name": "dog.png"}]
     images.append({"id": 8, "file_name": "owl.png"})
     content = coco(GOOD, GOOD | {"id": 3, "image_id": 8}, images=images)
@@ -114,7 +114,7 @@ def test_an_image_that_stands_twice_has_the_regions_of_both(tmp_path, cat):
 
 
 @pytest.mark.parametrize("kind", [CocoFile, AnnotationList])
-def test_annotations_of_a_picture_of_another_size_are_refused(tmp_path, cat, kind):
+def test_annotations_of_a_image_of_another_size_are_refused(tmp_path, cat, kind):
     content = coco(GOOD)
     content["images"][0] |= {"width": 2 * WIDTH, "height": 2 * HEIGHT}
     if kind is AnnotationList:
@@ -135,7 +135,7 @@ def test_one_source_that_fails_does_not_cost_the_others(tmp_path, cat):
 def test_the_largest_regions_are_chosen_among_those_that_can_be_used(tmp_path, cat):
     boxes = [[0, 0, 3, 3], [0, 0, 0, 0], [0, 0, 9, 9]]
     sources, refused = open_sources([write_json(tmp_path / "m.json", boxes)], [cat]), []
-    (kept,) = gather_regions(sources, cat, SIZE, most=1, refused=refused)
+    (kept,) = gather_regions(sources, cat, SIZE, max_regions=1, refused=refused)
     assert kept.mask == [0, 0, 9, 9] and len(refused) == 1
 
 
@@ -152,22 +152,22 @@ def test_json_may_have_a_byte_order_mark_or_be_utf_16(tmp_path, cat, encoding):
 # Masks by name.
 
 
-def test_the_masks_of_one_picture_have_any_names(tmp_path, cat):
+def test_the_masks_of_one_image_have_any_names(tmp_path, cat):
     for name in ("mask_0", "coffee_cup", "cat_1", "mask_10", "mask_9"):
         save(tmp_path / "masks" / f"{name}.png", block(1, 1, 5, 5))
     names = ["cat_1.png", "coffee_cup.png", "mask_0.png", "mask_9.png", "mask_10.png"]
     assert gather(tmp_path / "masks", cat) == (names, [])
 
 
-def test_a_mask_named_after_another_picture_beside_is_that_pictures(tmp_path):
-    cat, _ = pictures(tmp_path / "photos", "cat.png", "dog.png")
+def test_a_mask_named_after_another_image_beside_is_that_images(tmp_path):
+    cat, _ = image_files(tmp_path / "photos", "cat.png", "dog.png")
     for name in ("dog_0", "cat_0", "spoon"):
         save(tmp_path / "masks" / f"{name}.png", block(1, 1, 5, 5))
     assert gather(tmp_path / "masks", cat) == (["cat_0.png", "spoon.png"], [])
 
 
-def test_masks_of_no_picture_are_named_with_the_rule(tmp_path):
-    cat, dog = pictures(tmp_path / "photos", "cat.png", "dog.png")
+def test_masks_of_no_image_are_named_with_the_rule(tmp_path):
+    cat, dog = image_files(tmp_path / "photos", "cat.png", "dog.png")
     for name in ("dog_0", "mask_0", "coffee_cup"):
         save(tmp_path / "masks" / f"{name}.png", block(1, 1, 5, 5))
     (source,) = open_sources([str(tmp_path / "masks")], [cat, dog])
@@ -182,7 +182,7 @@ def test_masks_with_loss_alone_are_refused_and_named(tmp_path, cat):
     assert found == [] and "without loss" in refused[0] and "cat_0.jpg" in refused[0]
 
 
-def test_two_label_maps_for_one_picture_are_refused(tmp_path, cat):
+def test_two_label_maps_for_one_image_are_refused(tmp_path, cat):
     from perceptiondlm.apps.captioning.region_sources import LabelMaps
 
     for suffix in ("png", "tif"):
@@ -191,14 +191,14 @@ def test_two_label_maps_for_one_picture_are_refused(tmp_path, cat):
         LabelMaps(tmp_path / "labels").regions(cat, SIZE)
 
 
-# Pictures of kinds that are not read.
+# Images of kinds that are not read.
 
 
 @pytest.mark.parametrize("suffix", ["heic", "HEIF", "hif", "avif", "jxl", "jp2", "cr2", "svg"])
-def test_a_picture_of_any_kind_in_a_folder_is_not_passed_over(tmp_path, suffix):
+def test_a_image_of_any_kind_in_a_folder_is_not_passed_over(tmp_path, suffix):
     save(tmp_path / "a.png")
     (tmp_path / f"b.{suffix}").write_bytes(b"pixels")
-    found = find_pictures([str(tmp_path)])
+    found = find_images([str(tmp_path)])
     assert [p.path.rsplit(".")[-1] for p in found] == ["png", suffix]
 
 
@@ -206,27 +206,27 @@ def test_heic_without_pillow_heif_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "readable_formats", lambda: ["PNG"])
     (tmp_path / "a.heic").write_bytes(b"pixels")
     with pytest.raises(ValueError, match="pip install pillow-heif"):
-        inputs.open_picture(str(tmp_path / "a.heic"))
+        inputs.open_image(str(tmp_path / "a.heic"))
 
 
 def test_heic_is_read_with_pillow_heif(tmp_path):
     heif = pytest.importorskip("pillow_heif")
     image = Image.new("RGB", (64, 48), (200, 30, 40))
     heif.from_pillow(image).save(tmp_path / "a.heic", quality=100)
-    read = inputs.open_picture(str(tmp_path / "a.heic"))
+    read = inputs.open_image(str(tmp_path / "a.heic"))
     assert read.size == image.size
     assert np.abs(np.asarray(read, int) - np.asarray(image, int)).max() < 6
 
 
-def test_whatever_a_decoder_raises_is_the_pictures_fault(tmp_path, monkeypatch):
+def test_whatever_a_decoder_raises_is_the_images_fault(tmp_path, monkeypatch):
     path = save(tmp_path / "a.png")
 
     def broken(*_):
         raise IndexError("list index out of range")
 
     monkeypatch.setattr(inputs, "load_image", broken)
-    with pytest.raises(ValueError, match="expected a readable picture in .*a.png, got: IndexError"):
-        inputs.open_picture(str(path))
+    with pytest.raises(ValueError, match="expected a readable image in .*a.png, got: IndexError"):
+        inputs.open_image(str(path))
 
 
 # The command as a whole.
@@ -237,7 +237,7 @@ def test_a_run_names_what_it_leaves_out_and_its_code_says_so(run, vectors, tmp_p
     (tmp_path / "photos").mkdir()
     for name in ("a.png", "b.png"):
         image.save(tmp_path / "photos" / name)
-    (tmp_path / "photos" / "c.heic").write_bytes(b"no picture")
+    (tmp_path / "photos" / "c.heic").write_bytes(b"no image")
     boxes = [[5, 5, 40, 40], [0, 0, 0, 0], [9, 9, 60, 60], [3, 3, 9, 9]]
     content = {
         "images": [{"id": i, "file_name": name} for i, name in enumerate(["a.png", "b.png"])],
@@ -247,17 +247,17 @@ def test_a_run_names_what_it_leaves_out_and_its_code_says_so(run, vectors, tmp_p
     assert run(tmp_path / "photos", "--masks", annotations, "--captions", out) == 1
     errors = capsys.readouterr().err
     assert "b.png: in.json#1: expected" in errors and "c.heic: expected" in errors
-    assert "2 pictures done, 1 failed: c.heic; 1 regions left out" in errors
+    assert "2 images done, 1 failed: c.heic; 1 regions left out" in errors
     assert [a["id"] for a in json.loads(out.read_text())["annotations"]] == [0, 2, 3]
 
 
-def test_masks_that_match_no_picture_are_explained(run, vectors, tmp_path, capsys):
+def test_masks_that_match_no_image_are_explained(run, vectors, tmp_path, capsys):
     for name in ("a.png", "b.png"):
         save(tmp_path / "photos" / name)
         save(tmp_path / "masks" / f"of_{name}", block(1, 1, 5, 5))
     assert run(tmp_path / "photos", "--masks", tmp_path / "masks") == 1
     errors = capsys.readouterr().err
-    assert "of_a.png, of_b.png; masks are named after their picture" in errors
+    assert "of_a.png, of_b.png; masks are named after their image" in errors
 
 
 def test_a_mask_of_the_unrotated_size_is_explained(run, tmp_path, capsys):
@@ -269,7 +269,7 @@ def test_a_mask_of_the_unrotated_size_is_explained(run, tmp_path, capsys):
     assert "EXIF" in capsys.readouterr().err
 
 
-def test_a_url_has_no_pictures_beside_it(tmp_path):
+def test_a_url_has_no_images_beside_it(tmp_path):
     save(tmp_path / "masks" / "cup.png", block(1, 1, 5, 5))
-    web = PictureSource("https://example.com/cat.png", named=True)
+    web = ImageSource("https://example.com/cat.png", named=True)
     assert gather(tmp_path / "masks", web) == (["cup.png"], [])

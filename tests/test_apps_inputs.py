@@ -1,4 +1,4 @@
-"""Pictures and regions from files, trustworthy or not."""
+"""Images and regions from files, trustworthy or not."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from perceptiondlm.apps.captioning import inputs
-from perceptiondlm.apps.captioning.inputs import PictureSource, find_pictures, open_picture
+from perceptiondlm.apps.captioning.inputs import ImageSource, find_images, open_image
 from perceptiondlm.apps.captioning.region_sources import (
     LabelMaps,
     gather_regions,
@@ -37,16 +37,16 @@ def block(left, top, right, bottom) -> np.ndarray:
     return mask
 
 
-def pictures(folder, *names) -> list[PictureSource]:
-    return find_pictures([str(save(folder / name)) for name in names])
+def image_files(folder, *names) -> list[ImageSource]:
+    return find_images([str(save(folder / name)) for name in names])
 
 
-def origins(source, picture) -> list[str]:
-    return [region.origin for region in source.regions(picture, SIZE)]
+def origins(source, image) -> list[str]:
+    return [region.origin for region in source.regions(image, SIZE)]
 
 
-def boxes(source, picture) -> list[tuple]:
-    return [load_mask(r.mask, SIZE).getbbox() for r in source.regions(picture, SIZE)]
+def boxes(source, image) -> list[tuple]:
+    return [load_mask(r.mask, SIZE).getbbox() for r in source.regions(image, SIZE)]
 
 
 def declare_png(path, width: int, height: int):
@@ -67,33 +67,33 @@ def write_json(path, content):
     return str(path)
 
 
-# Pictures.
+# Images.
 
 
-def test_a_folder_gives_its_pictures_in_order_and_nothing_else(tmp_path):
+def test_a_folder_gives_its_images_in_order_and_nothing_else(tmp_path):
     for name in ("b.jpg", "a.png", "sub/c.png"):
         save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("")
-    assert [p.stem for p in find_pictures([str(tmp_path)])] == ["a", "b"]
-    assert [p.stem for p in find_pictures([str(tmp_path)], recursive=True)] == ["a", "b", "c"]
+    assert [p.stem for p in find_images([str(tmp_path)])] == ["a", "b"]
+    assert [p.stem for p in find_images([str(tmp_path)], recursive=True)] == ["a", "b", "c"]
 
 
 def test_a_pattern_is_expanded(tmp_path):
     for name in ("cat.png", "car.png", "dog.png"):
         save(tmp_path / name)
-    assert [p.stem for p in find_pictures([str(tmp_path / "ca*.png")])] == ["car", "cat"]
+    assert [p.stem for p in find_images([str(tmp_path / "ca*.png")])] == ["car", "cat"]
 
 
-def test_a_picture_named_twice_comes_once(tmp_path):
+def test_a_image_named_twice_comes_once(tmp_path):
     path = str(save(tmp_path / "a.png"))
-    assert len(find_pictures([path, str(tmp_path), path])) == 1
+    assert len(find_images([path, str(tmp_path), path])) == 1
 
 
 @pytest.mark.parametrize("name", ["nothing.png", "no*.png", "empty"])
 def test_an_argument_that_names_nothing_is_said(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=name.replace("*", ".")):
-        find_pictures([str(tmp_path / name)])
+        find_images([str(tmp_path / name)])
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
@@ -101,36 +101,36 @@ SVG = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
 
 
 @pytest.mark.parametrize("content", [SVG, b"<html></html>", POSTSCRIPT, b"", b"\x89PNG"])
-def test_what_is_no_picture_is_refused(tmp_path, content):
-    path = tmp_path / "picture.png"
+def test_what_is_no_image_is_refused(tmp_path, content):
+    path = tmp_path / "image.png"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="picture.png"):
-        open_picture(str(path))
+    with pytest.raises(ValueError, match="image.png"):
+        open_image(str(path))
 
 
 @pytest.mark.parametrize("side", [10_000, 20_000, 60_000])
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, side):
     path = declare_png(tmp_path / "bomb.png", side, side)
     with pytest.raises(ValueError, match="pixels"):
-        open_picture(str(path))
+        open_image(str(path))
 
 
 def test_a_huge_file_is_refused_unread(tmp_path):
     path = tmp_path / "huge.png"
     with path.open("wb") as file:
-        file.truncate(inputs.MAX_PICTURE_BYTES + 1)  # sparse
+        file.truncate(inputs.MAX_IMAGE_BYTES + 1)  # sparse
     with pytest.raises(ValueError, match="at most 256 MiB"):
-        open_picture(str(path))
+        open_image(str(path))
 
 
-def test_a_pipe_is_no_picture(tmp_path):
+def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(FileNotFoundError):
-        open_picture(str(tmp_path / "pipe.png"))
+        open_image(str(tmp_path / "pipe.png"))
 
 
 class _Pictures(BaseHTTPRequestHandler):
-    """Serves a picture of 2x1 pixels, and endless noise."""
+    """Serves an image of 2x1 pixels, and endless noise."""
 
     def do_GET(self):
         self.send_response(200)
@@ -154,27 +154,27 @@ def address():
     server.server_close()
 
 
-def test_a_picture_is_fetched_from_the_web(address):
-    (picture,) = find_pictures([f"{address}/red.png"])
-    assert (picture.stem, open_picture(picture.path).size) == ("red", (2, 1))
+def test_a_image_is_fetched_from_the_web(address):
+    (image,) = find_images([f"{address}/red.png"])
+    assert (image.stem, open_image(image.path).size) == ("red", (2, 1))
 
 
 def test_an_endless_download_is_cut_off(address, monkeypatch):
-    monkeypatch.setattr(inputs, "MAX_PICTURE_BYTES", 1 << 20)
+    monkeypatch.setattr(inputs, "MAX_IMAGE_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="at most 1 MiB"):
-        open_picture(f"{address}/endless")
+        open_image(f"{address}/endless")
 
 
 def test_a_server_that_is_not_there_is_a_value_error():
-    with pytest.raises(ValueError, match="expected a picture at"):
-        open_picture("http://127.0.0.1:9/a.png")
+    with pytest.raises(ValueError, match="expected .* at http:.*a.png, got"):
+        open_image("http://127.0.0.1:9/a.png")
 
 
 # Masks by name.
 
 
-def test_masks_go_with_the_picture_they_are_named_after(tmp_path):
-    cat, cat_2, dog = pictures(tmp_path / "photos", "cat.jpg", "cat_2.jpg", "dog.jpg")
+def test_masks_go_with_the_image_they_are_named_after(tmp_path):
+    cat, cat_2, dog = image_files(tmp_path / "photos", "cat.jpg", "cat_2.jpg", "dog.jpg")
     for name in ("cat_10", "cat_9", "cat_mask", "cat_2_0", "dog", "catfish", "category_1"):
         save(tmp_path / "masks" / f"{name}.png", block(1, 1, 5, 5))
     save(tmp_path / "masks" / "dog" / "tail.png", block(1, 1, 5, 5))
@@ -184,28 +184,28 @@ def test_masks_go_with_the_picture_they_are_named_after(tmp_path):
     assert origins(source, dog) == ["dog.png", "tail.png"]
 
 
-def test_a_picture_is_not_its_own_mask(tmp_path):
-    (cat,) = pictures(tmp_path, "cat.png")
+def test_a_image_is_not_its_own_mask(tmp_path):
+    (cat,) = image_files(tmp_path, "cat.png")
     save(tmp_path / "cat_0.png", block(1, 1, 5, 5))
     (source,) = open_sources([str(tmp_path)], [cat])
     assert origins(source, cat) == ["cat_0.png"]
 
 
-def test_single_masks_for_several_pictures_are_refused(tmp_path):
-    two = pictures(tmp_path, "a.png", "b.png")
+def test_single_masks_for_several_images_are_refused(tmp_path):
+    two = image_files(tmp_path, "a.png", "b.png")
     with pytest.raises(ValueError, match="folder of masks"):
         open_sources([str(save(tmp_path / "mask.png"))], two)
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     (source,) = open_sources([str(save(tmp_path / "mask.png", block(0, 0, 5, 5).T))], [cat])
     with pytest.raises(ValueError, match="20x12, got 12x20"):
         source.regions(cat, SIZE)
 
 
 def test_a_jpeg_mask_is_refused(tmp_path):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     (source,) = open_sources([str(save(tmp_path / "mask.jpg"))], [cat])
     with pytest.raises(ValueError, match="without loss"):
         source.regions(cat, SIZE)
@@ -213,7 +213,7 @@ def test_a_jpeg_mask_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("name", "kind"), [("mask.png", "JPEG"), ("mask.webp", "WEBP")])
 def test_a_lossy_mask_is_refused_whatever_its_name(tmp_path, name, kind):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     Image.fromarray(block(3, 3, 9, 9)).rotate(20).save(tmp_path / name, kind)
     (source,) = open_sources([str(tmp_path / name)], [cat])
     with pytest.raises(ValueError, match=f"{name} without loss"):
@@ -221,14 +221,14 @@ def test_a_lossy_mask_is_refused_whatever_its_name(tmp_path, name, kind):
 
 
 def test_a_palette_mask_is_its_colors(tmp_path):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     Image.fromarray(block(3, 3, 9, 9)).quantize(2).save(tmp_path / "mask.png")
     (source,) = open_sources([str(tmp_path / "mask.png")], [cat])
     assert boxes(source, cat) == [(3, 3, 9, 9)]
 
 
 def test_a_mask_with_an_orientation_is_turned_once(tmp_path):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     exif = Image.Exif()
     exif[0x0112] = 8  # a quarter to the left makes it upright
     stored = Image.fromarray(np.ascontiguousarray(np.rot90(block(3, 2, 9, 5), -1)))
@@ -238,7 +238,7 @@ def test_a_mask_with_an_orientation_is_turned_once(tmp_path):
 
 
 def test_a_mask_of_the_unrotated_size_is_told_of_the_orientation(tmp_path):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     (source,) = open_sources([str(save(tmp_path / "mask.png", block(0, 0, 5, 5).T))], [cat])
     with pytest.raises(ValueError, match="got 12x20: .*EXIF orientation"):
         source.regions(cat, SIZE)
@@ -247,18 +247,18 @@ def test_a_mask_of_the_unrotated_size_is_told_of_the_orientation(tmp_path):
 # Label maps.
 
 
-def test_every_colour_of_a_label_map_is_a_region(tmp_path):
+def test_every_color_of_a_label_map_is_a_region(tmp_path):
     labels = np.zeros((*SIZE[::-1], 3), np.uint8)
     labels[:4, :6] = (255, 0, 0)
     labels[5:9, 10:20] = (0, 0, 255)
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     source = LabelMaps(save(tmp_path / "labels" / "cat.png", labels))
-    assert boxes(source, cat) == [(10, 5, 20, 9), (0, 0, 6, 4)]  # by colour, blue first
+    assert boxes(source, cat) == [(10, 5, 20, 9), (0, 0, 6, 4)]  # by color, blue first
     assert boxes(LabelMaps(tmp_path / "labels"), cat) == boxes(source, cat)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I", "I;16"])
-def test_every_value_of_a_grey_or_palette_label_map_is_a_region(mode):
+def test_every_value_of_a_gray_or_palette_label_map_is_a_region(mode):
     values = np.zeros(SIZE[::-1], np.int32)
     values[:3, :5], values[6:, 8:] = 1, 200
     if mode == "I;16":
@@ -281,7 +281,7 @@ def test_voids_and_the_black_of_any_index_are_no_regions(tmp_path):
     labels.putpalette(palette.tobytes())
     labels.save(tmp_path / "index.png")
     labels.convert("RGB").save(tmp_path / "colors.png")
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     objects = [(2, 3, 8, 8), (12, 3, 18, 8)]
     assert boxes(LabelMaps(tmp_path / "index.png"), cat) == objects
     assert sorted(boxes(LabelMaps(tmp_path / "colors.png"), cat)) == objects
@@ -313,8 +313,8 @@ def coco(**changes) -> dict:
     }
 
 
-def test_coco_regions_go_by_the_pictures_name(tmp_path):
-    cat, dog, bird = pictures(tmp_path, "cat.png", "dog.png", "bird.png")
+def test_coco_regions_go_by_the_images_name(tmp_path):
+    cat, dog, bird = image_files(tmp_path, "cat.png", "dog.png", "bird.png")
     (source,) = open_sources([write_json(tmp_path / "coco.json", coco())], [cat, dog, bird])
     assert boxes(source, cat) == [(1, 2, 5, 7), (2, 1, 9, 8), (1, 0, 3, 12)]
     assert origins(source, dog) == ["coco.json#4"]
@@ -322,14 +322,14 @@ def test_coco_regions_go_by_the_pictures_name(tmp_path):
 
 
 def test_coco_ids_and_categories_are_kept(tmp_path):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     (source,) = open_sources([write_json(tmp_path / "coco.json", coco())], [cat])
     region = source.regions(cat, SIZE)[0]
     assert region.annotation == {"id": 1, "image_id": 7, "category_id": 3, "category": "cat"}
 
 
 def test_equal_names_in_two_folders_are_told_apart_by_the_folder(tmp_path):
-    one, two = pictures(tmp_path, "a/cat.png", "b/cat.png")
+    one, two = image_files(tmp_path, "a/cat.png", "b/cat.png")
     images = [{"id": 1, "file_name": "a/cat.png"}, {"id": 2, "file_name": "b/cat.png"}]
     annotations = [{"id": i, "image_id": i, "bbox": [i, 0, 2, 2]} for i in (1, 2)]
     content = {"images": images, "annotations": annotations}
@@ -352,7 +352,7 @@ def test_equal_names_in_two_folders_are_told_apart_by_the_folder(tmp_path):
     ],
 )
 def test_a_file_name_that_leaves_the_folder_is_refused_and_the_rest_goes_on(tmp_path, name):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     content = coco()
     content["images"].append({"id": 9, "file_name": name})
     (source,) = open_sources([write_json(tmp_path / "coco.json", content)], [cat])
@@ -361,8 +361,8 @@ def test_a_file_name_that_leaves_the_folder_is_refused_and_the_rest_goes_on(tmp_
 
 
 @pytest.mark.parametrize("named_in_file", [True, False])
-def test_a_sam_file_goes_with_its_picture(tmp_path, named_in_file):
-    sa_1, sa_2 = pictures(tmp_path, "sa_1.jpg", "sa_2.jpg")
+def test_a_sam_file_goes_with_its_image(tmp_path, named_in_file):
+    sa_1, sa_2 = image_files(tmp_path, "sa_1.jpg", "sa_2.jpg")
     rle = {"size": [12, 20], "counts": [24, 12, 204]}
     content = {"annotations": [{"segmentation": rle, "bbox": [2, 0, 1, 12], "area": 12}]}
     if named_in_file:
@@ -373,7 +373,7 @@ def test_a_sam_file_goes_with_its_picture(tmp_path, named_in_file):
 
 
 def test_a_folder_of_sam_files_is_read_by_name(tmp_path):
-    sa_1, sa_2 = pictures(tmp_path / "photos", "sa_1.jpg", "sa_2.jpg")
+    sa_1, sa_2 = image_files(tmp_path / "photos", "sa_1.jpg", "sa_2.jpg")
     (tmp_path / "sam").mkdir()
     write_json(tmp_path / "sam" / "sa_2.json", {"annotations": [{"bbox": [1, 1, 2, 2]}]})
     sources = open_sources([str(tmp_path / "sam")], [sa_1, sa_2])
@@ -381,7 +381,7 @@ def test_a_folder_of_sam_files_is_read_by_name(tmp_path):
 
 
 def test_a_plain_list_of_masks_is_understood(tmp_path):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     masks = [{"box": [0, 0, 3, 3]}, [4, 4, 6, 6], {"polygons": [[0, 0, 8, 0, 8, 8]]}]
     (source,) = open_sources([write_json(tmp_path / "masks.json", masks)], [cat])
     assert boxes(source, cat) == [(0, 0, 3, 3), (4, 4, 6, 6), (1, 0, 8, 7)]
@@ -403,7 +403,7 @@ def test_a_plain_list_of_masks_is_understood(tmp_path):
     ],
 )
 def test_a_damaged_annotation_file_is_refused_by_name(tmp_path, text):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     (tmp_path / "bad.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="bad.json"):
         open_sources([str(tmp_path / "bad.json")], [cat])
@@ -411,7 +411,7 @@ def test_a_damaged_annotation_file_is_refused_by_name(tmp_path, text):
 
 @pytest.mark.parametrize("place", ["{path}", "file://{path}", "http://127.0.0.1:9/{path}"])
 def test_a_path_in_an_annotation_file_is_never_opened(tmp_path, place):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     secret = save(tmp_path / "secret.png", block(0, 0, 9, 9))
     path = write_json(tmp_path / "m.json", [place.format(path=secret)])
     (source,) = open_sources([path], [cat])
@@ -420,7 +420,7 @@ def test_a_path_in_an_annotation_file_is_never_opened(tmp_path, place):
 
 
 def test_huge_json_is_refused_unread(tmp_path):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     with (tmp_path / "huge.json").open("wb") as file:
         file.truncate(inputs.MAX_JSON_BYTES + 1)
     with pytest.raises(ValueError, match="at most 512 MiB"):
@@ -441,14 +441,14 @@ def test_huge_json_is_refused_unread(tmp_path):
     ],
 )
 def test_a_damaged_annotation_is_a_value_error(tmp_path, annotation):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     (source,) = open_sources([write_json(tmp_path / "sam.json", [annotation])], [cat])
     with pytest.raises(ValueError):
         boxes(source, cat)
 
 
 def test_more_regions_than_memory_are_refused_before_they_are_decoded(tmp_path):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     (source,) = open_sources([write_json(tmp_path / "m.json", [[0, 0, 3, 3]] * 1001)], [cat])
     with pytest.raises(ValueError, match="at most 1000 regions"):
         gather_regions([source], cat, SIZE)
@@ -457,8 +457,8 @@ def test_more_regions_than_memory_are_refused_before_they_are_decoded(tmp_path):
 
 
 def test_the_largest_regions_are_kept_in_their_order(tmp_path):
-    (cat,) = pictures(tmp_path, "cat.png")
+    (cat,) = image_files(tmp_path, "cat.png")
     masks = [[0, 0, 3, 3], [0, 0, 9, 9], [0, 0, 2, 2], [0, 0, 6, 6]]
     (source,) = open_sources([write_json(tmp_path / "m.json", masks)], [cat])
-    kept = gather_regions([source], cat, SIZE, most=2)
+    kept = gather_regions([source], cat, SIZE, max_regions=2)
     assert [region.mask for region in kept] == [[0, 0, 9, 9], [0, 0, 6, 6]]

@@ -12,7 +12,7 @@ ASK = "--question What?"
 
 @pytest.fixture
 def here(vectors, tmp_path, monkeypatch):
-    """A folder with a picture, in which no model may be loaded."""
+    """A folder with an image, in which no model may be loaded."""
     shutil.copy(vectors / "region_0.png", tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
 
@@ -37,7 +37,7 @@ def here(vectors, tmp_path, monkeypatch):
         (f"{BOX} --subfolder tiny", "expected --model with --subfolder"),
         (f"{BOX} --revision main", "expected --model with --revision"),
         (f"{BOX} --revision main --model .", "expected a Hub id with --revision"),
-        (f"{BOX} --recursive", "expected a folder of pictures with --recursive"),
+        (f"{BOX} --recursive", "expected a folder of images with --recursive"),
     ],
 )
 def test_caption_refuses_an_option_without_a_use(here, options, message, capsys):

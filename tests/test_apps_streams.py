@@ -33,7 +33,7 @@ def run(model, monkeypatch):
 
 @pytest.fixture
 def photos(vectors, tmp_path):
-    """The same picture under names of every kind."""
+    """The same image under names of every kind."""
     (tmp_path / "photos").mkdir()
     for name in NAMES:
         shutil.copy(vectors / "region_0.png", tmp_path / "photos" / os.fsdecode(name))
@@ -75,7 +75,7 @@ def test_a_file_of_captions_is_utf_8_whatever_the_names(run, photos, tmp_path, k
     assert r"caf\udce9.png" in out.read_bytes().decode("utf-8")
 
 
-def test_drawings_have_the_pictures_names_whatever_they_are(run, photos, tmp_path):
+def test_drawings_have_the_images_names_whatever_they_are(run, photos, tmp_path):
     assert run(photos, *BOX, "--output", tmp_path / "drawn") == 0
     drawn = {path.name for path in (tmp_path / "drawn").iterdir()}
     assert drawn == {os.fsdecode(name) for name in NAMES}
@@ -93,7 +93,7 @@ def test_text_shows_a_name_as_it_is_or_as_a_json_string(run, photos, monkeypatch
     assert names_in(read) == set(NAMES)
 
 
-def test_coco_annotations_find_a_picture_by_such_a_name(run, photos, tmp_path):
+def test_coco_annotations_find_a_image_by_such_a_name(run, photos, tmp_path):
     first, second = tmp_path / "1.coco.json", tmp_path / "2.coco.json"
     assert run(photos, *BOX, "--captions", first) == 0
     assert run(photos, "--masks", first, "--captions", second) == 0

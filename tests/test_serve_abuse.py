@@ -22,7 +22,7 @@ from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
 from serving import data_url, image_part, served, text_part, user  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
-PICTURE = VECTORS / "region_0.png"
+IMAGE = VECTORS / "region_0.png"
 BOX = {"box": [5, 5, 30, 30]}
 LIMITS = Limits(
     body_bytes=2 << 20,
@@ -48,7 +48,7 @@ def post(server: str, content, **options) -> httpx.Response:
     return httpx.post(f"{server}/v1/chat/completions", content=content, timeout=30, **options)
 
 
-def regions(masks=(BOX,), picture=PICTURE, **extra) -> dict:
+def regions(masks=(BOX,), picture=IMAGE, **extra) -> dict:
     return {
         "model": "tester",
         "messages": user(image_part(picture)),
@@ -87,12 +87,12 @@ def png(width: int, height: int) -> bytes:
 
 def jpeg() -> bytes:
     buffer = io.BytesIO()
-    Image.open(PICTURE).convert("RGB").save(buffer, "JPEG")
+    Image.open(IMAGE).convert("RGB").save(buffer, "JPEG")
     return buffer.getvalue()
 
 
 def picture_size() -> list[int]:
-    with Image.open(PICTURE) as picture:
+    with Image.open(IMAGE) as picture:
         return [picture.height, picture.width]
 
 
@@ -109,7 +109,7 @@ def url_part(url: str, kind: str | None = None) -> dict:
 ABUSES = {
     "decompression bomb": (lambda: regions(picture=data_url(png(50_000, 50_000))), "pixels"),
     "picture over the limit": (lambda: regions(picture=data_url(png(2000, 2000))), "1,000,000"),
-    "truncated PNG": (lambda: regions(picture=data_url(PICTURE.read_bytes()[:900])), "damaged"),
+    "truncated PNG": (lambda: regions(picture=data_url(IMAGE.read_bytes()[:900])), "damaged"),
     "truncated JPEG": (lambda: regions(picture=data_url(jpeg()[:1500])), "damaged"),
     "SVG named PNG": (lambda: regions(picture=data_url(SVG)), "got SVG"),
     "SVG": (lambda: regions(picture=data_url(SVG, "image/svg+xml")), "image/svg+xml"),
@@ -162,13 +162,13 @@ ABUSES = {
     "mask of null": (lambda: regions([None]), "mask 1"),
     "masks as text": (lambda: regions() | {"masks": "all"}, "masks"),
     "masks twice": (
-        lambda: regions(messages=user(image_part(PICTURE), text_part('{"masks": [[1,2,3,4]]}'))),
+        lambda: regions(messages=user(image_part(IMAGE), text_part('{"masks": [[1,2,3,4]]}'))),
         "one place",
     ),
     "deep masks in the text": (
         lambda: regions(
             None or [],
-            messages=user(image_part(PICTURE), text_part('{"masks": ' + "[" * 99999 + "}")),
+            messages=user(image_part(IMAGE), text_part('{"masks": ' + "[" * 99999 + "}")),
         ),
         "",
     ),
@@ -360,7 +360,7 @@ class Site(http.server.BaseHTTPRequestHandler):
                     self.wfile.flush()
                     time.sleep(0.1)
             else:
-                self.wfile.write(PICTURE.read_bytes())
+                self.wfile.write(IMAGE.read_bytes())
         except OSError:
             pass  # the client has had enough
 
@@ -381,7 +381,7 @@ INSIDE = UrlPolicy(frozenset({"*"}), allow_private=True, seconds=3)
 
 def test_an_allowed_url_is_fetched_redirects_included(site):
     for path in ("/a.png", "/to//a.png", f"/to/http://{site}/a.png"):
-        assert fetch(f"http://{site}{path}", INSIDE, LIMITS) == PICTURE.read_bytes()
+        assert fetch(f"http://{site}{path}", INSIDE, LIMITS) == IMAGE.read_bytes()
 
 
 @pytest.mark.parametrize(

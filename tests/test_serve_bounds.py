@@ -27,9 +27,9 @@ from perceptiondlm.apps.serving.request import read_request  # noqa: E402
 from serving import data_url, image_part, served, text_part, user  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
-PICTURE = VECTORS / "region_0.png"
+IMAGE = VECTORS / "region_0.png"
 MASKS = [VECTORS / f"region_0_mask_{i}.png" for i in range(3)]
-WIDTH, HEIGHT = Image.open(PICTURE).size
+WIDTH, HEIGHT = Image.open(IMAGE).size
 BOX = {"box": [5, 5, 30, 30]}
 SHORT = {"caption_length": 4, "steps": 1}
 
@@ -50,7 +50,7 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def read(limits: Limits | None = None, *, masks=(BOX,), picture=PICTURE, **extra):
+def read(limits: Limits | None = None, *, masks=(BOX,), picture=IMAGE, **extra):
     content = {"model": "tester", "messages": user(image_part(picture)), "masks": list(masks)}
     request = read_request(json.dumps(content | extra).encode())
     return RequestReader(limits or Limits(), lambda url: pytest.fail(url))(request)
@@ -70,7 +70,7 @@ def test_all_images_and_masks_of_a_request_share_one_budget_of_bytes():
     for masks in ([BOX] * 3, [data_url(mask) for mask in MASKS]):
         with pytest.raises(ValueError, match="bytes of decoded images and masks"):
             read(Limits(decoded_bytes=6 * pixels), masks=masks)
-    parts = [image_part(PICTURE), image_part(PICTURE)]
+    parts = [image_part(IMAGE), image_part(IMAGE)]
     content = {"model": "tester", "messages": user(*parts)}
     with pytest.raises(ValueError, match="image 2: .*bytes of decoded"):
         RequestReader(Limits(decoded_bytes=7 * pixels), None)(
@@ -117,7 +117,7 @@ def test_an_ordinary_detailed_polygon_is_a_mask():
 
 def test_a_jpeg_of_thousands_of_scans_is_refused_and_a_progressive_one_is_not():
     progressive = io.BytesIO()
-    Image.open(PICTURE).convert("RGB").save(progressive, "JPEG", progressive=True)
+    Image.open(IMAGE).convert("RGB").save(progressive, "JPEG", progressive=True)
     data = progressive.getvalue()
     assert data.count(b"\xff\xda") > 1
     Decoder(Limits()).image(data, "the image")
@@ -149,18 +149,18 @@ def test_the_text_of_all_messages_together_is_bounded():
 # The work of the model.
 
 
-def post(address: str, *, picture=PICTURE, masks=(BOX,), **extra) -> httpx.Response:
+def post(address: str, *, picture=IMAGE, masks=(BOX,), **extra) -> httpx.Response:
     body = {"model": "tester", "messages": user(image_part(picture)), "masks": list(masks)}
     return httpx.post(f"{address}/v1/chat/completions", json=body | SHORT | extra, timeout=60)
 
 
 def test_work_beyond_the_bound_is_refused_at_the_door(captioner):
     with Engine(captioner) as engine:
-        job = RegionJob.build(PICTURE, [BOX] * 64)
+        job = RegionJob.build(IMAGE, [BOX] * 64)
         with pytest.raises(ValueError, match="2,000,000 positions"):
             engine.submit(job, caption_length=256, steps=256, cfg_scale=1.0)
         with pytest.raises(ValueError, match="positions"):
-            engine.submit(ChatJob.ask(PICTURE, "?"), max_new_tokens=1024, cfg_scale=1.0)
+            engine.submit(ChatJob.ask(IMAGE, "?"), max_new_tokens=1024, cfg_scale=1.0)
         assert engine.queue_length == engine.running == 0
 
 
@@ -169,7 +169,7 @@ def test_guidance_steps_and_regions_all_cost(captioner):
 
         def cost(count=1, **options):
             options = {"caption_length": 8, "steps": 8} | options
-            return engine.submit(RegionJob.build(PICTURE, [BOX] * count), **options).cost
+            return engine.submit(RegionJob.build(IMAGE, [BOX] * count), **options).cost
 
         once = cost()
         assert cost(cfg_scale=1.0) == 2 * once
@@ -180,14 +180,14 @@ def test_guidance_steps_and_regions_all_cost(captioner):
 def test_an_upper_bound_is_lowered_to_what_work_is_allowed(captioner):
     with Engine(captioner, max_cost=20_000, window=30) as engine:
         ticket = engine.submit(
-            ChatJob.ask(PICTURE, "?"), shorten="max_new_tokens", max_new_tokens=1000
+            ChatJob.ask(IMAGE, "?"), shorten="max_new_tokens", max_new_tokens=1000
         )
         length = ticket.options["max_new_tokens"]
         assert ticket.cost <= 20_000 < (ticket.prompt_tokens + length + 1) * (length + 1)
 
 
 def test_one_clients_work_is_bounded_and_anothers_is_taken(captioner):
-    job = RegionJob.build(PICTURE, [BOX])
+    job = RegionJob.build(IMAGE, [BOX])
     with Engine(captioner, window=30) as engine:
         cost = engine.submit(job, client="a", **SHORT).cost
     with Engine(captioner, max_client_cost=2 * cost, window=30) as engine:
@@ -203,24 +203,24 @@ def test_a_short_job_does_not_wait_for_the_end_of_a_long_one(captioner):
     with Engine(captioner) as engine:
         begun = threading.Event()
         long = engine.submit(
-            RegionJob.build(PICTURE, MASKS), caption_length=64, on_step=lambda _: begun.set()
+            RegionJob.build(IMAGE, MASKS), caption_length=64, on_step=lambda _: begun.set()
         )
         assert begun.wait(30)
-        short = engine.submit(RegionJob.build(PICTURE, MASKS), **SHORT)
+        short = engine.submit(RegionJob.build(IMAGE, MASKS), **SHORT)
         completion = short.result(30)
         assert not long.future.done()
         held_up = long.result(60).result.captions
-    assert completion.result.captions == captioner(PICTURE, MASKS, **SHORT).captions
-    assert held_up == captioner(PICTURE, MASKS, caption_length=64).captions
+    assert completion.result.captions == captioner(IMAGE, MASKS, **SHORT).captions
+    assert held_up == captioner(IMAGE, MASKS, caption_length=64).captions
 
 
 def test_a_long_job_is_not_starved_by_short_ones(captioner):
     with Engine(captioner, max_queue=1000) as engine:
-        long = engine.submit(RegionJob.build(PICTURE, MASKS), caption_length=32)
+        long = engine.submit(RegionJob.build(IMAGE, MASKS), caption_length=32)
         stop = threading.Event()
 
         def press():
-            job = RegionJob.build(PICTURE, [BOX])
+            job = RegionJob.build(IMAGE, [BOX])
             while not stop.is_set():
                 engine.submit(job, **SHORT)
                 time.sleep(0.002)
@@ -278,7 +278,7 @@ def connection(address: str) -> socket.socket:
 def test_a_client_that_goes_away_is_one_line_of_the_log(captioner, caplog):
     caplog.set_level(logging.INFO)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
-    body = {"model": "tester", "messages": user(image_part(PICTURE)), "masks": [BOX], **SHORT}
+    body = {"model": "tester", "messages": user(image_part(IMAGE)), "masks": [BOX], **SHORT}
     whole = json.dumps(body).encode()
     streamed = json.dumps(body | {"stream": True}).encode()
     with served(captioner, engine={"window": 30.0}) as (address, engine):
@@ -315,7 +315,7 @@ def lines(caplog, text: str) -> list[str]:
     return [record.getMessage() for record in caplog.records if text in record.getMessage()]
 
 
-def wait_for(condition, seconds: float = 15):
+def wait_for(condition, seconds: float = 60):  # a worker process may have to start first
     give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up

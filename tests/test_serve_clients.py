@@ -11,9 +11,9 @@ litellm = pytest.importorskip("litellm")
 from langchain_core.messages import HumanMessage, SystemMessage  # noqa: E402
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
 from serving import image_part, served, text_part  # noqa: E402
-from test_serve_openai import PICTURE  # noqa: E402
+from test_serve_openai import IMAGE  # noqa: E402
 
-PARTS = [text_part("What color is it?"), image_part(PICTURE)]
+PARTS = [text_part("What color is it?"), image_part(IMAGE)]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def place(captioner):
 
 @pytest.fixture(scope="module")
 def expected(captioner):
-    return captioner.ask(PICTURE, "What color is it?").answers[0]
+    return captioner.ask(IMAGE, "What color is it?").answers[0]
 
 
 def test_langchain_asks_streams_remembers_and_waits(place, expected):

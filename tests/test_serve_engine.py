@@ -7,10 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from perceptiondlm.apps.captioning.captioner import RegionCaptioner
-from perceptiondlm.apps.serving.engine import Engine, EngineClosed, JobFailed, QueueFull
-from perceptiondlm.apps.serving.jobs import ChatJob, RegionJob
-from PIL import Image
+
+pytest.importorskip("fastapi", reason="the engine needs the package's apps extra")
+
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.serving.engine import (  # noqa: E402
+    Engine,
+    EngineClosed,
+    JobFailed,
+    QueueFull,
+)
+from perceptiondlm.apps.serving.jobs import ChatJob, RegionJob  # noqa: E402
+from PIL import Image  # noqa: E402
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
+from serving import counted  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 SHORT = {"caption_length": 8}
@@ -117,7 +127,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(captioner):
         assert refusal.value.retry_after >= 1
         gate.opened.set()
         assert all(ticket.result(60).result.captions for ticket in waiting)
-        assert engine.metrics.snapshot()["refused"] == 1
+        assert counted(engine, "refused") == 1
 
 
 def test_a_queue_heavy_with_pixels_refuses(captioner):
@@ -157,7 +167,7 @@ def test_an_error_of_the_model_reaches_its_caller_and_the_engine_lives(engine, m
     [
         ({"caption_length": 0}, "caption_length"),
         ({"steps": 0}, "steps"),
-        ({"colour": 3}, "colour"),
+        ({"color": 3}, "color"),
         ({"block_length": 3}, "block_length"),
         ({"batch_size": 3}, "batch_size"),
         ({"caption_length": 5000}, "at most 4096 tokens"),
@@ -166,7 +176,7 @@ def test_an_error_of_the_model_reaches_its_caller_and_the_engine_lives(engine, m
 def test_an_option_that_does_not_fit_is_refused_before_the_queue(engine, options, message):
     with pytest.raises(ValueError, match=message):
         engine.submit(region_job(0), **options)
-    assert engine.metrics.snapshot()["invalid"] == 1
+    assert counted(engine, "invalid") == 1
 
 
 def test_a_cancelled_job_leaves_the_queue_and_a_running_one_stops(captioner):
@@ -182,7 +192,7 @@ def test_a_cancelled_job_leaves_the_queue_and_a_running_one_stops(captioner):
             gate.ticket.result(20)
         with pytest.raises(CancelledError):
             ticket.result(20)
-        assert engine.metrics.snapshot()["cancelled"] == 2
+        assert counted(engine, "cancelled") == 2
         assert engine.submit(region_job(0), **SHORT).result(60).result.captions
 
 
@@ -219,12 +229,14 @@ def test_metrics_add_up(captioner):
     with Engine(captioner, window=0.1) as engine:
         tickets = [engine.submit(region_job(0), **SHORT) for _ in range(4)]
         done = [ticket.result(60) for ticket in tickets]
-        now = engine.metrics.snapshot()
-        text = engine.metrics.prometheus(queue_length=0, running=0, up=True)
-    assert (now["accepted"], now["completed"], now["batches"]) == (4, 4, 1)
-    assert now["tokens"] == sum(completion.completion_tokens for completion in done)
-    assert now["forwards"] == sum(completion.result.num_forwards for completion in done)
-    assert 0 < now["latency"][0.5] <= now["latency"][0.99] <= time.monotonic() - started
-    assert "perceptiondlm_completed_total 4" in text
-    assert 'perceptiondlm_batch_size_bucket{le="4"} 1' in text
-    assert 'perceptiondlm_batch_size_bucket{le="2"} 0' in text
+        families = text_string_to_metric_families(engine.metrics.prometheus().decode())
+    samples = [sample for family in families for sample in family.samples]
+    now = {s.name.removeprefix("perceptiondlm_"): s.value for s in samples if not s.labels}
+    sizes = {s.labels["le"]: s.value for s in samples if s.name.endswith("batch_size_bucket")}
+    assert (now["accepted_total"], now["completed_total"], now["batches_total"]) == (4, 4, 1)
+    assert now["tokens_total"] == sum(completion.completion_tokens for completion in done)
+    assert now["forwards_total"] == sum(completion.result.num_forwards for completion in done)
+    assert now["latency_seconds_count"] == 4 and now["tokens_per_second"] > 0
+    assert 0 < now["latency_seconds_sum"] <= 4 * (time.monotonic() - started)
+    assert (sizes["2.0"], sizes["4.0"], sizes["+Inf"]) == (0, 1, 1)
+    assert (now["up"], now["queue_length"], now["running"]) == (1, 0, 0)

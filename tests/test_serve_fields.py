@@ -85,7 +85,7 @@ MEANINGFUL = {
     "web_search_options": {},
     "moderation": {"model": "omni-moderation-latest"},
     "max_tokens": 0,
-    "colour": None,
+    "color": None,
 }
 
 
@@ -169,3 +169,20 @@ def test_an_error_names_the_fields_place_and_no_more():
         with pytest.raises(ApiError) as refusal:
             read(messages=messages)
         assert refusal.value.param == place
+
+
+def test_a_request_sets_every_decoding_option_that_is_a_number_or_a_choice():
+    """Written out by hand: the fields are made of the options' one declaration."""
+    names = {
+        "steps", "caption_length", "block_length", "temperature", "top_k", "top_p", "cfg_scale",
+        "remasking", "threshold", "factor", "entropy_bound", "remask_below",
+        "prompt_refresh_interval", "seed",
+    }  # fmt: skip
+    assert names <= set(own.request_schema()["properties"])
+    assert not {"batch_size", "compile", "generator"} & set(own.request_schema()["properties"])
+
+
+def test_an_options_old_name_is_refused_with_the_new_one():
+    body = {"model": "m", "messages": [{"role": "user", "content": "?"}], "prompt_cache": 4}
+    with pytest.raises(ApiError, match="expected prompt_refresh_interval, got prompt_cache"):
+        own.read_request(json.dumps(body).encode())

@@ -15,13 +15,14 @@ pytest.importorskip("fastapi", reason="the endpoint needs the package's apps ext
 
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
 from perceptiondlm.apps.captioning.outputs import encode_mask  # noqa: E402
+from perceptiondlm.apps.serving import events  # noqa: E402
 from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
 from perceptiondlm.apps.serving.jobs import ChatJob  # noqa: E402
 from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
-from serving import data_url, image_part, mask_part, served, text_part, user  # noqa: E402
+from serving import counted, data_url, image_part, mask_part, served, text_part, user  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
-PICTURE = VECTORS / "region_0.png"
+IMAGE = VECTORS / "region_0.png"
 MASKS = [VECTORS / f"region_0_mask_{i}.png" for i in range(3)]
 SHORT = {"caption_length": 8}
 REGIONS = SHORT | {"task": "regions"}
@@ -59,28 +60,28 @@ def mask_arrays() -> list[np.ndarray]:
 
 
 def with_alpha(mask: np.ndarray) -> Image.Image:
-    picture = Image.open(PICTURE).convert("RGB")
+    picture = Image.open(IMAGE).convert("RGB")
     picture.putalpha(Image.fromarray(mask.astype(np.uint8) * 255))
     return picture
 
 
 MASK_FORMS = {
-    "body_rle": lambda: (user(image_part(PICTURE)), [encode_mask(m) for m in mask_arrays()]),
-    "body_data_urls": lambda: (user(image_part(PICTURE)), [data_url(m) for m in MASKS]),
+    "body_rle": lambda: (user(image_part(IMAGE)), [encode_mask(m) for m in mask_arrays()]),
+    "body_data_urls": lambda: (user(image_part(IMAGE)), [data_url(m) for m in MASKS]),
     "message_json": lambda: (
         user(
-            image_part(PICTURE),
+            image_part(IMAGE),
             text_part(json.dumps({"masks": [encode_mask(m) for m in mask_arrays()]})),
         ),
         None,
     ),
     "mask_parts": lambda: (
-        user(image_part(PICTURE), *(mask_part(data_url(m)) for m in MASKS)),
+        user(image_part(IMAGE), *(mask_part(data_url(m)) for m in MASKS)),
         None,
     ),
-    "image_parts": lambda: (user(image_part(PICTURE), *map(image_part, MASKS)), "regions"),
+    "image_parts": lambda: (user(image_part(IMAGE), *map(image_part, MASKS)), "regions"),
     "alpha_parts": lambda: (
-        user(image_part(PICTURE), *(image_part(with_alpha(m)) for m in mask_arrays())),
+        user(image_part(IMAGE), *(image_part(with_alpha(m)) for m in mask_arrays())),
         "regions",
     ),
 }
@@ -91,7 +92,7 @@ def test_captions_equal_the_librarys_however_masks_are_sent(client, captioner, f
     messages, said = MASK_FORMS[form]()
     extra = SHORT | ({} if said is None else {"task" if said == "regions" else "masks": said})
     answer = ask(client, messages, extra=extra)
-    expected = captioner(PICTURE, MASKS, **SHORT)
+    expected = captioner(IMAGE, MASKS, **SHORT)
     if form != "alpha_parts":  # a black pixel inside the region is none of its mask
         assert captions_of(answer) == expected.captions
     assert len(captions_of(answer)) == 3
@@ -103,27 +104,27 @@ def test_captions_equal_the_librarys_however_masks_are_sent(client, captioner, f
 def test_the_images_own_alpha_is_a_region_when_regions_are_asked_for(client, captioner):
     mask = mask_arrays()[0]
     answer = ask(client, user(image_part(with_alpha(mask))), extra=REGIONS)
-    assert captions_of(answer) == captioner(PICTURE, [mask], **SHORT).captions
+    assert captions_of(answer) == captioner(IMAGE, [mask], **SHORT).captions
 
 
 def test_boxes_and_polygons_are_regions(client, captioner):
     masks = [{"box": [10, 10, 60, 40]}, [[20, 20, 90, 30, 50, 80]], [5, 5, 30, 30]]
-    answer = ask(client, user(image_part(PICTURE)), extra=SHORT | {"masks": masks})
-    assert captions_of(answer) == captioner(PICTURE, masks, **SHORT).captions
+    answer = ask(client, user(image_part(IMAGE)), extra=SHORT | {"masks": masks})
+    assert captions_of(answer) == captioner(IMAGE, masks, **SHORT).captions
     assert answer.choices[0].message.regions[0]["box"] == [10, 10, 60, 40]
 
 
 def test_text_beside_masks_is_the_instruction(client, captioner):
-    parts = [image_part(PICTURE), text_part("Name each region.")]
+    parts = [image_part(IMAGE), text_part("Name each region.")]
     answer = ask(client, user(*parts), extra=SHORT | {"masks": [[5, 5, 30, 30]]})
-    expected = captioner(PICTURE, [[5, 5, 30, 30]], instruction="Name each region.", **SHORT)
+    expected = captioner(IMAGE, [[5, 5, 30, 30]], instruction="Name each region.", **SHORT)
     assert captions_of(answer) == expected.captions
 
 
 def test_a_question_is_answered_as_text(client, captioner):
-    parts = [image_part(PICTURE), text_part("What is it?")]
+    parts = [image_part(IMAGE), text_part("What is it?")]
     answer = ask(client, user(*parts), extra=None, max_tokens=8)
-    expected = captioner.ask(PICTURE, "What is it?", max_new_tokens=8)
+    expected = captioner.ask(IMAGE, "What is it?", max_new_tokens=8)
     assert answer.choices[0].message.content == expected.answers[0]
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].finish_reason in ("stop", "length")
@@ -144,7 +145,7 @@ def test_a_conversation_goes_through_the_chat_template(client, captioner):
 
 
 def test_a_question_about_an_image_with_one_transparent_pixel_is_a_question(client, captioner):
-    mask = np.ones(Image.open(PICTURE).size[::-1], bool)
+    mask = np.ones(Image.open(IMAGE).size[::-1], bool)
     mask[0, 0] = False
     parts = [image_part(with_alpha(mask)), text_part("What is it?")]
     answer = ask(client, user(*parts), extra=None, max_tokens=8)
@@ -153,7 +154,7 @@ def test_a_question_about_an_image_with_one_transparent_pixel_is_a_question(clie
 
 
 def test_a_question_about_two_images_is_a_question(client, captioner):
-    files = [PICTURE, VECTORS / "region_1.png"]
+    files = [IMAGE, VECTORS / "region_1.png"]
     images = [Image.open(file).convert("RGB") for file in files]
     output = captioner.model.diffusion_generate(
         images=[images], prompts=["Which is it?"], processor=captioner.processor, max_new_tokens=8
@@ -164,11 +165,11 @@ def test_a_question_about_two_images_is_a_question(client, captioner):
 
 
 def test_an_answer_of_the_servers_own_is_taken_as_history(client):
-    parts = [image_part(PICTURE), text_part("What is it?")]
+    parts = [image_part(IMAGE), text_part("What is it?")]
     first = ask(client, user(*parts), extra=None, max_tokens=4).choices[0].message
     masks = [mask_part({"box": [5, 5, 30, 30]})]
-    captions = ask(client, user(image_part(PICTURE), *masks)).choices[0].message
-    for asked, own in ((user(*parts), first), (user(image_part(PICTURE), *masks), captions)):
+    captions = ask(client, user(image_part(IMAGE), *masks)).choices[0].message
+    for asked, own in ((user(*parts), first), (user(image_part(IMAGE), *masks), captions)):
         for said in (own, own.model_dump(), own.model_dump(exclude_none=True)):
             messages = [*asked, said, {"role": "user", "content": "Sure?"}]
             assert ask(client, messages, extra=None, max_tokens=2).choices[0].message.content
@@ -180,19 +181,19 @@ def test_a_max_tokens_beyond_the_limit_is_the_limit_and_the_reason_says_length(c
         served(captioner, limits=limits) as (address, _),
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
     ):
-        parts = [image_part(PICTURE), text_part("What is it?")]
+        parts = [image_part(IMAGE), text_part("What is it?")]
         answer = ask(client, user(*parts), extra=None, max_tokens=2048)
-        expected = captioner.ask(PICTURE, "What is it?", max_new_tokens=8)
+        expected = captioner.ask(IMAGE, "What is it?", max_new_tokens=8)
         assert answer.choices[0].message.content == expected.answers[0]
         assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 8)
         masks = {"masks": [[5, 5, 30, 30]]}
-        answer = ask(client, user(image_part(PICTURE)), extra=masks, max_completion_tokens=10**9)
-        assert captions_of(answer) == captioner(PICTURE, **masks, caption_length=4).captions
+        answer = ask(client, user(image_part(IMAGE)), extra=masks, max_completion_tokens=10**9)
+        assert captions_of(answer) == captioner(IMAGE, **masks, caption_length=4).captions
 
 
 def test_a_max_tokens_beyond_the_models_positions_is_what_they_leave(captioner):
     with Engine(captioner) as engine:
-        job = ChatJob.ask(PICTURE, "What is it?")
+        job = ChatJob.ask(IMAGE, "What is it?")
         options = {"steps": 1, "max_new_tokens": 10**6}
         with pytest.raises(ValueError, match="at most 4096 tokens"):
             engine.submit(job, **options)
@@ -203,7 +204,7 @@ def test_a_max_tokens_beyond_the_models_positions_is_what_they_leave(captioner):
 
 def test_an_answer_with_far_more_room_than_it_needs_costs_few_forward_passes():
     with Engine(RegionCaptioner.from_pretrained()) as engine:  # the embedded model's own are short
-        job = ChatJob.ask(PICTURE, "What color is it?")
+        job = ChatJob.ask(IMAGE, "What color is it?")
         done = engine.submit(job, shorten="max_new_tokens", max_new_tokens=256).result(60)
     assert done.ended and done.result.num_forwards < 32
     assert len(done.result.answers[0].split()) == done.completion_tokens == 1
@@ -221,15 +222,15 @@ def test_decoding_options_change_the_result_as_in_the_library(client, captioner)
     for options in ({"steps": 2}, {"temperature": 1.0, "seed": 5}, {"factor": 1.0}):
         masks = [{"box": [10, 10, 60, 40]}]
         extra = SHORT | {"masks": masks} | options
-        answer = ask(client, user(image_part(PICTURE)), extra=extra)
-        expected = captioner(PICTURE, masks, **SHORT, **options)
+        answer = ask(client, user(image_part(IMAGE)), extra=extra)
+        expected = captioner(IMAGE, masks, **SHORT, **options)
         assert captions_of(answer) == expected.captions
         assert answer.perceptiondlm["num_forwards"] == expected.num_forwards
 
 
 def test_usage_counts_the_processors_tokens(client, captioner):
-    answer = ask(client, user(image_part(PICTURE), *map(image_part, MASKS)), extra=REGIONS)
-    inputs = captioner.processor(PICTURE, masks=MASKS, **SHORT)
+    answer = ask(client, user(image_part(IMAGE), *map(image_part, MASKS)), extra=REGIONS)
+    inputs = captioner.processor(IMAGE, masks=MASKS, **SHORT)
     markers = 3 + 2 + 1  # one a caption, newlines between, the end of turn
     assert answer.usage.prompt_tokens == inputs["input_ids"].shape[1] - 3 * 8 - markers
 
@@ -237,14 +238,14 @@ def test_usage_counts_the_processors_tokens(client, captioner):
 def test_a_stream_shows_states_and_ends_with_the_whole_text(client, captioner):
     stream = ask(
         client,
-        user(image_part(PICTURE), *map(image_part, MASKS)),
+        user(image_part(IMAGE), *map(image_part, MASKS)),
         extra=REGIONS,
         stream=True,
         stream_options={"include_usage": True},
     )
     chunks = list(stream)
     content = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    expected = captioner(PICTURE, MASKS, **SHORT)
+    expected = captioner(IMAGE, MASKS, **SHORT)
     assert [r["caption"] for r in json.loads(content)["regions"]] == expected.captions
     steps = [c.denoising["step"] for c in chunks if hasattr(c, "denoising")]
     assert steps == sorted(set(steps)) and steps[-1] <= 8
@@ -254,10 +255,25 @@ def test_a_stream_shows_states_and_ends_with_the_whole_text(client, captioner):
 
 
 def test_a_streamed_question_adds_up_to_the_answer(client, captioner):
-    parts = [image_part(PICTURE), text_part("What is it?")]
+    parts = [image_part(IMAGE), text_part("What is it?")]
     stream = ask(client, user(*parts), extra=None, max_tokens=8, stream=True)
     content = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-    assert content == captioner.ask(PICTURE, "What is it?", max_new_tokens=8).answers[0]
+    assert content == captioner.ask(IMAGE, "What is it?", max_new_tokens=8).answers[0]
+
+
+def test_a_stream_that_waits_shows_signs_of_life(captioner, monkeypatch):
+    monkeypatch.setattr(events, "PING_SECONDS", 0.05)
+    body = {"model": "tester", "messages": user(image_part(IMAGE)), "stream": True, **SHORT}
+    with served(captioner, engine={"window": 0.5}) as (address, _):
+        answer = httpx.post(
+            f"{address}/v1/chat/completions", json=body | {"masks": [[5, 5, 30, 30]]}, timeout=30
+        )
+    blocks = answer.text.removesuffix("\n\n").split("\n\n")
+    assert blocks.count(": waiting") >= 2 and blocks[-1] == "data: [DONE]"
+    assert {block[:6] for block in blocks} == {"data: ", ": wait"}
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-cache"
+    assert "connection" not in answer.headers  # which only a server that stops says
 
 
 def test_the_model_is_listed_and_another_one_is_unknown(client):
@@ -269,13 +285,13 @@ def test_the_model_is_listed_and_another_one_is_unknown(client):
 
 
 def test_health_and_metrics(address, client):
-    ask(client, user(image_part(PICTURE)), extra=SHORT | {"masks": [[5, 5, 30, 30]]})
+    ask(client, user(image_part(IMAGE)), extra=SHORT | {"masks": [[5, 5, 30, 30]]})
     health = httpx.get(f"{address}/health").json()
     assert health["status"] == "ok" and health["model"] == "tester"
     lines = httpx.get(f"{address}/metrics").text.splitlines()
     values = dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
-    assert int(values["perceptiondlm_completed_total"]) >= 1
-    assert values["perceptiondlm_up"] == "1"
+    assert float(values["perceptiondlm_completed_total"]) >= 1
+    assert float(values["perceptiondlm_up"]) == 1
 
 
 def test_a_key_is_asked_for_when_there_is_one(captioner):
@@ -292,16 +308,16 @@ def test_a_key_is_asked_for_when_there_is_one(captioner):
 
 def test_a_client_that_leaves_frees_its_place(captioner):
     with served(captioner, engine={"window": 30.0}) as (address, engine):
-        body = {"model": "tester", "messages": user(image_part(PICTURE)), "masks": [[5, 5, 30, 30]]}
+        body = {"model": "tester", "messages": user(image_part(IMAGE)), "masks": [[5, 5, 30, 30]]}
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{address}/v1/chat/completions", json=body, timeout=1.0)
         stream = body | {"stream": True}
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=stream) as response:
             next(response.iter_lines())
         give_up = time.monotonic() + 10
-        while engine.metrics.snapshot()["cancelled"] < 2 and time.monotonic() < give_up:
+        while counted(engine, "cancelled") < 2 and time.monotonic() < give_up:
             time.sleep(0.05)
-        assert engine.metrics.snapshot()["cancelled"] == 2
+        assert counted(engine, "cancelled") == 2
         assert engine.queue_length == 0
 
 
@@ -309,7 +325,7 @@ def test_a_full_queue_answers_429_with_retry_after(captioner):
     with served(captioner, engine={"window": 1.0, "max_queue": 1}) as (address, engine):
         body = {
             "model": "tester",
-            "messages": user(image_part(PICTURE)),
+            "messages": user(image_part(IMAGE)),
             "masks": [[5, 5, 30, 30]],
             **SHORT,
         }
@@ -324,12 +340,12 @@ def test_a_full_queue_answers_429_with_retry_after(captioner):
             while engine.queue_length == 0:
                 time.sleep(0.02)
             with pytest.raises(openai.RateLimitError) as refusal:
-                ask(client, user(image_part(PICTURE)), extra=SHORT | {"masks": [[5, 5, 30, 30]]})
+                ask(client, user(image_part(IMAGE)), extra=SHORT | {"masks": [[5, 5, 30, 30]]})
         assert int(refusal.value.response.headers["retry-after"]) >= 1
         assert refusal.value.code == "queue_full"
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=5) as client:
             assert captions_of(
-                ask(client, user(image_part(PICTURE)), extra=SHORT | {"masks": [[5, 5, 30, 30]]})
+                ask(client, user(image_part(IMAGE)), extra=SHORT | {"masks": [[5, 5, 30, 30]]})
             )
         thread.join(30)
         assert answers[0].status_code == 200
@@ -338,7 +354,7 @@ def test_a_full_queue_answers_429_with_retry_after(captioner):
 def test_a_request_that_takes_too_long_is_given_up(captioner):
     limits = Limits(request_seconds=0.5)
     with served(captioner, limits=limits, engine={"window": 20.0}) as (address, engine):
-        body = {"model": "tester", "messages": user(image_part(PICTURE)), "masks": [[5, 5, 30, 30]]}
+        body = {"model": "tester", "messages": user(image_part(IMAGE)), "masks": [[5, 5, 30, 30]]}
         answer = httpx.post(f"{address}/v1/chat/completions", json=body)
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
         streamed = httpx.post(f"{address}/v1/chat/completions", json=body | {"stream": True})

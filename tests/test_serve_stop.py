@@ -20,10 +20,10 @@ from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
 from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
 from serving import image_part, user  # noqa: E402
 
-PICTURE = Path(__file__).parent / "fixtures" / "vectors" / "region_0.png"
+IMAGE = Path(__file__).parent / "fixtures" / "vectors" / "region_0.png"
 BODY = {
     "model": "tester",
-    "messages": user(image_part(PICTURE)),
+    "messages": user(image_part(IMAGE)),
     "masks": [[5, 5, 30, 30]],
     "caption_length": 4,
     "steps": 1,

@@ -18,12 +18,12 @@ from PIL import Image
 from serving import data_url
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
-PICTURE = VECTORS / "region_0.png"
-SIZE = Image.open(PICTURE).size
+IMAGE = VECTORS / "region_0.png"
+SIZE = Image.open(IMAGE).size
 LIMITS = Limits(body_bytes=1 << 20, pixels=1_000_000, masks=4)
 
 
-def sent(picture=PICTURE, regions=()) -> str:
+def sent(picture=IMAGE, regions=()) -> str:
     picture = data_url(picture) if isinstance(picture, (Path, bytes, Image.Image)) else picture
     return json.dumps({"picture": picture, "regions": list(regions)})
 
@@ -40,7 +40,7 @@ def test_a_payload_is_a_picture_and_masks_of_its_size():
     regions = [{"box": [1, 2, 30, 40]}, {"exact": data_url(exact)}]
     picture, read = read_payload(sent(regions=regions), LIMITS)
     masks = region_masks(read, picture.size, LIMITS)
-    assert picture.tobytes() == Image.open(PICTURE).convert("RGB").tobytes()
+    assert picture.tobytes() == Image.open(IMAGE).convert("RGB").tobytes()
     assert masks[0].getbbox() == (1, 2, 30, 40)
     assert masks[1].tobytes() == Image.open(exact).convert("L").tobytes()
 
@@ -52,12 +52,12 @@ def test_a_payload_is_a_picture_and_masks_of_its_size():
         lambda url: url.replace(";base64", ";charset=utf-8;base64"),
         lambda url: url[:40] + "\r\n" + url[40:],
         lambda url: url.rstrip("=").replace("+", "-").replace("/", "_").replace("_", "/", 1),
-        lambda url: "data:image/png," + quote_from_bytes(PICTURE.read_bytes()),
+        lambda url: "data:image/png," + quote_from_bytes(IMAGE.read_bytes()),
     ],
 )
 def test_a_data_url_is_read_however_it_is_written(way):
-    picture, _ = read_payload(sent(way(data_url(PICTURE))), LIMITS)
-    assert picture.tobytes() == Image.open(PICTURE).convert("RGB").tobytes()
+    picture, _ = read_payload(sent(way(data_url(IMAGE))), LIMITS)
+    assert picture.tobytes() == Image.open(IMAGE).convert("RGB").tobytes()
 
 
 def test_an_image_with_an_orientation_is_turned_once_and_masks_have_its_upright_size():
@@ -116,13 +116,13 @@ def test_a_speck_does_not_vanish_when_made_smaller():
     [
         ("{", "JSON"),
         ("[" * 100_000, "JSON"),
-        ("[]", "picture and regions"),
-        ('{"picture": "x"}', "picture and regions"),
+        ("[]", "image and regions"),
+        ('{"picture": "x"}', "image and regions"),
         ('{"picture": 3, "regions": []}', "data URL"),
         (sent("/etc/passwd"), "data:image"),
         (sent("file:///etc/passwd"), "data:image"),
         (sent(b"<svg/>"), "got SVG"),
-        (sent(PICTURE.read_bytes()[:200]), "damaged"),
+        (sent(IMAGE.read_bytes()[:200]), "damaged"),
         (sent(Image.new("L", (2000, 2000))), "pixels"),
         ("x" * (3 << 20), "at most 1 MiB"),
     ],

@@ -22,10 +22,11 @@ pytestmark = [
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
 from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
 from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
-from perceptiondlm.apps.web.page import launch  # noqa: E402
+from perceptiondlm.apps.web.launch import launch  # noqa: E402
+from serving import counted  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
-PICTURE = VECTORS / "region_0.png"
+IMAGE = VECTORS / "region_0.png"
 MASKS = [VECTORS / f"region_0_mask_{i}.png" for i in range(3)]
 SHORT = {"caption_length": 12, "steps": 12}
 FLAGS = [
@@ -86,8 +87,8 @@ def opened(context, address: str):
     return page
 
 
-def choose(page, file: Path = PICTURE):
-    page.set_input_files(".pd-picture", str(file))
+def choose(page, file: Path = IMAGE):
+    page.set_input_files(".pd-image", str(file))
     page.wait_for_selector(".pd-stage.pd-open")
 
 
@@ -133,7 +134,7 @@ def test_from_a_picture_and_mask_files_to_the_librarys_captions(page, captioner)
     choose(page)
     add_masks(page, MASKS)
     shown = describe(page)
-    expected = captioner(PICTURE, MASKS, **SHORT)
+    expected = captioner(IMAGE, MASKS, **SHORT)
     assert alike(shown, expected.captions)
     facts = page.locator(".pd-facts").inner_text()
     assert "3 regions" in facts and f"{expected.num_forwards} forward passes" in facts
@@ -162,7 +163,7 @@ def test_painted_regions_and_boxes_become_masks_and_can_be_taken_back(page):
     page.click("[data-act=boxes]")
     kinds = [next(iter(region)) for region in payload(page)["regions"]]
     assert kinds == ["painted", "painted", "box", "box", "box"]
-    width, height = Image.open(PICTURE).size
+    width, height = Image.open(IMAGE).size
     dragged = payload(page)["regions"][2]["box"]
     for got, share, side in zip(dragged, (0.7, 0.2, 0.9, 0.6), (width, height) * 2, strict=True):
         assert abs(got - share * side) <= 2
@@ -237,7 +238,7 @@ def test_a_question_is_answered_as_by_the_library(page, captioner):
     page.click("#pd-ask")
     page.wait_for_selector("#pd-answer .pd-facts:has-text('forward passes')")
     shown = page.locator("#pd-answer .pd-text").all_inner_texts()
-    assert alike(shown, captioner.ask(PICTURE, "What is it?", steps=12).answers)
+    assert alike(shown, captioner.ask(IMAGE, "What is it?", steps=12).answers)
 
 
 def test_captions_of_an_earlier_run_disappear_when_a_region_changes(page):
@@ -313,7 +314,7 @@ def test_what_was_taken_back_can_be_done_again(page):
 
 def test_refusals_leave_no_traceback_in_the_servers_output(page, capfd):
     page.click("#pd-go")
-    assert "Choose a picture" in toast(page)
+    assert "Choose an image" in toast(page)
     choose(page)
     page.click("#pd-go")
     page.wait_for_selector(".toast-body:has-text('Paint at least one region')")
@@ -354,7 +355,7 @@ def test_a_visitor_who_goes_away_and_a_body_too_large_leave_no_traceback(address
 
 def test_without_a_picture_or_a_region_the_page_says_so(page):
     page.click("#pd-go")
-    assert "Choose a picture" in toast(page)
+    assert "Choose an image" in toast(page)
     page.locator(".toast-close").first.click()
     choose(page)
     page.click("#pd-go")
@@ -364,9 +365,9 @@ def test_without_a_picture_or_a_region_the_page_says_so(page):
 REFUSED = {
     "heavy.png": (lambda path: path.write_bytes(bytes(2 << 20)), "too large: 2.0 MiB"),
     "wide.png": (lambda path: Image.new("L", (2000, 2000)).save(path), "at most 1 megapixels"),
-    "page.html": (lambda path: path.write_text("<html>"), "a picture is needed"),
-    "draw.svg": (lambda path: path.write_text("<svg/>"), "a picture is needed"),
-    "torn.png": (lambda path: path.write_bytes(PICTURE.read_bytes()[:40]), "cannot be read"),
+    "page.html": (lambda path: path.write_text("<html>"), "an image is needed"),
+    "draw.svg": (lambda path: path.write_text("<svg/>"), "an image is needed"),
+    "torn.png": (lambda path: path.write_bytes(IMAGE.read_bytes()[:40]), "cannot be read"),
 }
 
 
@@ -374,7 +375,7 @@ def test_files_that_will_not_do_are_refused_and_nothing_is_sent(page, tmp_path):
     before = len(page.asked)
     for name, (make, message) in REFUSED.items():
         make(tmp_path / name)
-        page.set_input_files(".pd-picture", str(tmp_path / name))
+        page.set_input_files(".pd-image", str(tmp_path / name))
         page.wait_for_selector(f".pd-alert:has-text('{message}')")
     assert [url for url in page.asked[before:] if "gradio_api" in url] == []
     choose(page)  # the next one will do
@@ -385,7 +386,7 @@ def test_a_mask_of_another_size_is_refused(page):
     choose(page)
     page.evaluate("document.querySelector('.pd-exact').open = true")
     page.set_input_files(".pd-masks", str(VECTORS / "region_1_mask_0.png"))
-    page.wait_for_selector(".pd-alert:has-text('needs the picture')")
+    page.wait_for_selector(".pd-alert:has-text('needs the image')")
     assert payload(page)["regions"] == []
 
 
@@ -422,10 +423,10 @@ def test_stopping_ends_the_run(browser, captioner):
         page.click("#pd-stop")
         page.wait_for_timeout(300)
         for _ in range(100):
-            if engine.metrics.snapshot()["cancelled"]:
+            if counted(engine, "cancelled"):
                 break
             page.wait_for_timeout(100)
-        assert engine.metrics.snapshot()["cancelled"] == 1
+        assert counted(engine, "cancelled") == 1
         assert engine.running == engine.queue_length == 0
         context.close()
         demo.close(verbose=False)

@@ -10,7 +10,7 @@ from PIL import Image
 from serving import data_url
 from transformers import SamConfig, SamModel, SamProcessor
 
-PICTURE = Path(__file__).parent / "fixtures" / "vectors" / "region_0.png"
+IMAGE = Path(__file__).parent / "fixtures" / "vectors" / "region_0.png"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_click_gives_a_mask_of_the_pictures_size(folder):
-    picture = Image.open(PICTURE).convert("RGB")
+    picture = Image.open(IMAGE).convert("RGB")
     mask = find_sam(str(folder))(picture, 20, 30)
     assert mask.size == picture.size and set(mask.tobytes()) <= {0, 255}
 
@@ -68,13 +68,13 @@ def test_the_pages_outline_answers_with_a_mask_or_says_why_not(folder):
 
     assert gradio
     page = Page(None, "tester", Limits(), find_sam(str(folder)))
-    answer = page.outline(data_url(PICTURE), 20, 30)
+    answer = page.outline(data_url(IMAGE), 20, 30)
     assert set(answer) in ({"url"}, {"problem"})
     for arguments in (
-        (data_url(PICTURE), -1, 3),
+        (data_url(IMAGE), -1, 3),
         ("/etc/passwd", 1, 1),
         (None, 1, 1),
-        (data_url(PICTURE), "a", 1),
-        (data_url(PICTURE), None, None),
+        (data_url(IMAGE), "a", 1),
+        (data_url(IMAGE), None, None),
     ):
         assert set(json.loads(json.dumps(page.outline(*arguments)))) == {"problem"}

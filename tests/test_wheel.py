@@ -1,7 +1,9 @@
 """What `pip install .` brings, and that it works from any folder."""
 
+import ast
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -60,11 +62,11 @@ def test_every_module_is_installed(installed):
 @pytest.mark.parametrize(
     "pattern",
     ["LICENSE", "py.typed", "config.json", "tiny/*", "configs/**/*.yaml", "apps/space/*",
-     "apps/**/*.js", "apps/**/*.css"],
+     "apps/web/*.js", "apps/web/*.css", "apps/web/*.html"],
 )  # fmt: skip
 def test_what_runs_read_beside_the_modules_is_installed(installed, pattern):
     found = {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern) if path.is_file()}
-    assert found <= installed and (found or pattern.endswith(("js", "css")))
+    assert found and found <= installed
 
 
 def test_each_named_version_is_the_one_that_is_required():
@@ -122,6 +124,42 @@ def test_a_hub_snapshot_of_the_repository_finds_what_lies_beside_its_modules(tmp
     package = tmp_path / "space" / "perceptiondlm"
     assert (package / "tiny" / "config.json").is_file() and (package / "LICENSE").is_file()
     assert not any(path.is_symlink() for path in package.rglob("*"))
+
+
+def imported_files(file: Path) -> set[Path]:
+    """Modules of this package that a module imports, read from its text."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
+            folder = file.parents[node.level - 1]
+        elif node.module.startswith("perceptiondlm."):
+            folder = file.parents[2]  # from apps/space
+        else:
+            continue
+        parts = (node.module or "").removeprefix("perceptiondlm.").split(".")
+        module = folder.joinpath(*filter(None, parts))
+        if module.is_dir():
+            found |= {module / f"{name.name}.py" for name in node.names}
+        else:
+            found.add(module.with_suffix(".py"))
+    return found
+
+
+def test_a_space_holds_every_module_that_its_page_imports(tmp_path):
+    assemble = runpy.run_path(str(ROOT / "apps" / "space" / "assemble.py"))["assemble"]
+    assemble(tmp_path / "space")
+    package = tmp_path / "space" / "perceptiondlm"
+    needed, new = set(), imported_files(ROOT / "apps" / "space" / "app.py")
+    while new:
+        needed |= new
+        new = {n for file in new if file.exists() for n in imported_files(file)} - needed
+    names = {str(file.relative_to(ROOT)) for file in needed if file.is_file()}
+    assert {"apps/web/page.py", "scenes/shapes.py"} <= names  # the walk went that far
+    assert {name for name in names if not (package / name).is_file()} == set()
+    for asset in ROOT.glob("apps/web/*.*s"):  # its script and style
+        assert (package / asset.relative_to(ROOT)).is_file()
 
 
 def test_the_forges_workflow_runs_ci_and_the_floors():

@@ -1,4 +1,4 @@
-"""The captions appearing step by step, as an animated picture (GIF, WebP or APNG)."""
+"""Animates captions that appear step by step, as GIF, WebP or APNG."""
 
 import io
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ...image_processing_perceptiondlm import load_image, load_mask
-from .captioner import MASKED, Answers, RegionCaptions
 from .drawing import mark_regions, scale_to
 from .panel import BLANK, INK, PALETTE, PAPER, Style, add_panel, answer_texts, one_line
+from .results import MASKED, Answers, RegionCaptions
 
 FORMATS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG", ".apng": "PNG"}
 MAX_FRAMES = 64
@@ -26,7 +26,7 @@ def draw_steps(
     min_side: int = 640,
     max_side: int = 960,
 ) -> list[Image.Image]:
-    """One drawing for each step, alike but for the texts and a bar of the steps done.
+    """Draws each step, all alike but for the texts and a bar of the steps done.
 
     Args:
         image, masks: as for `draw_regions`; without masks the texts are not numbered.
@@ -35,18 +35,18 @@ def draw_steps(
     """
     if not steps:
         raise ValueError("expected at least one step to draw, got none: ask for return_history")
-    picture = load_image(image)
-    regions = [load_mask(mask, picture.size) for mask in masks]
-    picture, regions = scale_to(picture, regions, min_side, max_side)
-    style = Style.fitting(max(picture.size), font)
-    marked = mark_regions(picture, regions, style) if regions else picture
+    image = load_image(image)
+    regions = [load_mask(mask, image.size) for mask in masks]
+    image, regions = scale_to(image, regions, min_side, max_side)
+    style = Style.fitting(max(image.size), font)
+    marked = mark_regions(image, regions, style) if regions else image
     texts = [one_line(step) if regions else list(step) for step in steps]
     frames = add_panel(marked, texts, style, numbered=bool(regions))
     return [_with_bar(f, i, len(frames) - 1, style) for i, f in enumerate(frames)]
 
 
 def draw_history(result: RegionCaptions | Answers, **options) -> list[Image.Image]:
-    """The steps of a run with `return_history=True`, from all masked to the final texts."""
+    """Draws the steps of a run with `return_history=True`, from all masked to the final texts."""
     masks, texts = [], result.history
     final = result.captions if isinstance(result, RegionCaptions) else result.answers
     if isinstance(result, RegionCaptions):
@@ -62,7 +62,7 @@ def draw_history(result: RegionCaptions | Answers, **options) -> list[Image.Imag
 
 
 def encode_animation(frames: Sequence[Image.Image], suffix: str) -> bytes:
-    """The frames as one animated file of the kind that `suffix` (".gif", ...) names."""
+    """Encodes frames as one animated file of the kind that `suffix` (".gif", ...) names."""
     if suffix.lower() not in FORMATS:
         raise ValueError(f"expected a name ending in {', '.join(FORMATS)}, got {suffix!r}")
     kind = FORMATS[suffix.lower()]
@@ -77,19 +77,19 @@ def encode_animation(frames: Sequence[Image.Image], suffix: str) -> bytes:
 
 
 def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
-    """The frames in one palette, or colours would flicker: the last one's 240 colours, and those
+    """The frames in one palette, or colors would flicker: the last one's 240 colors, and those
     that panels are drawn with, exactly."""
     exact = [PAPER, INK, BLANK, *PALETTE]
     palette = Image.new("P", (1, 1))
     found = frames[-1].quantize(240, method=Image.Quantize.MEDIANCUT).getpalette()[: 3 * 240]
     found += [0] * (3 * 240 - len(found))
-    palette.putpalette(found + [value for colour in exact for value in colour])
+    palette.putpalette(found + [value for color in exact for value in color])
     shared, weights = [], np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
     for frame in frames:
         indices = np.array(frame.quantize(palette=palette, dither=Image.Dither.NONE))
         codes = np.asarray(frame) @ weights
-        for k, colour in enumerate(exact):  # Pillow takes the nearest in a coarse grid
-            indices[codes == weights @ colour] = 240 + k
+        for k, color in enumerate(exact):  # Pillow takes the nearest in a coarse grid
+            indices[codes == weights @ color] = 240 + k
         shared.append(Image.fromarray(indices))
         shared[-1].putpalette(palette.getpalette())
     return shared

@@ -1,6 +1,6 @@
-"""Regions from annotation files: COCO's, SAM's, or a list of masks.
+"""Reads regions from annotation files: COCO's, SAM's, or a list of masks.
 
-Names inside the files are compared with a picture's, never opened. What is wrong with one entry is
+Names inside the files are compared with an image's, never opened. What is wrong with one entry is
 that entry's: it is named, and the others are used.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from .inputs import PictureSource, RegionSource, annotation_mask, is_plain_name
+from .inputs import ImageSource, RegionSource, annotation_mask, is_plain_name
 
 Maker = tuple[str, Callable[[], RegionSource]]  # what a region is called, and what opens it
 
@@ -17,26 +17,26 @@ class Source:
     """Where regions come from.
 
     Attributes:
-        refused: what is wrong with entries that belong to no picture in particular.
+        refused: what is wrong with entries that belong to no image in particular.
     """
 
     refused: list[str] = []
 
-    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
-        """Names the regions of a picture of (width, height), and opens each on demand."""
+    def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterable[Maker]:
+        """Names the regions of an image of (width, height), and opens each on demand."""
         raise NotImplementedError
 
-    def regions(self, picture: PictureSource, size: tuple[int, int]) -> list[RegionSource]:
-        """Opens all regions of a picture; ValueError for the first that cannot be used."""
-        return [make() for _, make in self.makers(picture, size)]
+    def regions(self, source: ImageSource, size: tuple[int, int]) -> list[RegionSource]:
+        """Opens all regions of an image; ValueError for the first that cannot be used."""
+        return [make() for _, make in self.makers(source, size)]
 
     def unused_note(self) -> str | None:
-        """Says which masks are of none of the pictures, if there are any."""
+        """Says which masks are of none of the images, if there are any."""
         return None
 
 
 class CocoFile(Source):
-    """A COCO file: regions by the picture's name, which is compared and never opened."""
+    """A COCO file: regions by the image's name, which is compared and never opened."""
 
     def __init__(self, path: Path, content: dict):
         self.name = path.name
@@ -44,6 +44,7 @@ class CocoFile(Source):
         if not all(isinstance(entries, list) for entries in lists):
             raise ValueError(f"expected lists of images, annotations and categories in {path}")
         images, annotations, categories = lists
+
         self.categories = {
             category["id"]: category.get("name")
             for category in categories
@@ -64,10 +65,11 @@ class CocoFile(Source):
             if not isinstance(image, dict) or not _is_id(image.get("id")):
                 self._refuse("images with an id", image)
             elif not is_plain_name(name := image.get("file_name")):
-                self._refuse("a file_name inside the pictures' folder", name)
+                self._refuse("a file_name inside the images' folder", name)
                 by_id.setdefault(image["id"], {})
             else:
                 by_id.setdefault(image["id"], {})[name] = image
+
         for image_id, named in by_id.items():
             if len(named) > 1:  # whose annotations are they?
                 self._refuse(f"one image with the id {image_id!r}", sorted(named))
@@ -92,15 +94,15 @@ class CocoFile(Source):
     def _refuse(self, expected: str, got):
         self.refused.append(f"{self.name}: expected {expected}, got {got!r:.120}")
 
-    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterator[Maker]:
-        for image in self._images_of(picture):
+    def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterator[Maker]:
+        for image in self._images_of(source):
             _expect_declared_size(image, size, self.name)
             for k, annotation in enumerate(self.annotations.get(image["id"], [])):
                 origin = f"{self.name}#{annotation.get('id', k)!s:.80}"
                 yield origin, partial(self._region, annotation, origin)
 
-    def _images_of(self, picture: PictureSource) -> list[dict]:
-        parts = Path(picture.path).parts
+    def _images_of(self, source: ImageSource) -> list[dict]:
+        parts = Path(source.path).parts
         names = ["/".join(parts[k:]) for k in range(len(parts))]  # the longest match first
         known = next((name for name in names if name in self.images), None)
         if known is not None:
@@ -128,8 +130,8 @@ class CocoFile(Source):
 
 
 class AnnotationList(Source):
-    """Regions of one picture: SAM's annotation file, what its mask generator returns, or a list of
-    masks. It goes with the picture that it names or is named like, or the only one."""
+    """Regions of one image: SAM's annotation file, what its mask generator returns, or a list of
+    masks. It goes with the image that it names or is named like, or the only one."""
 
     def __init__(self, path: Path, content, only: bool):
         self.path = path
@@ -145,9 +147,9 @@ class AnnotationList(Source):
             raise ValueError(f"expected a plain file_name in {path}, got {self.file_name!r:.120}")
         self.items = content if isinstance(content, list) else [content]
 
-    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterator[Maker]:
-        named = self.file_name is not None and Path(self.file_name).name == Path(picture.path).name
-        if not (self.only or named or picture.stem == self.path.stem):
+    def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterator[Maker]:
+        named = self.file_name is not None and Path(self.file_name).name == Path(source.path).name
+        if not (self.only or named or source.stem == self.path.stem):
             return
         _expect_declared_size(self.image, size, self.name)
         for k, item in enumerate(self.items):
@@ -158,11 +160,11 @@ class AnnotationList(Source):
 
 
 def _expect_declared_size(image: dict, size: tuple[int, int], name: str):
-    """Refuses annotations in the pixels of a picture of another size: they would lie elsewhere."""
+    """Refuses annotations in the pixels of an image of another size: they would lie elsewhere."""
     declared = image.get("width"), image.get("height")
     if all(type(side) is int for side in declared) and declared != size:
         raise ValueError(
-            f"expected annotations of a picture of {size[0]}x{size[1]} pixels in {name}, got"
+            f"expected annotations of an image of {size[0]}x{size[1]} pixels in {name}, got"
             f" {declared[0]}x{declared[1]}"
         )
 

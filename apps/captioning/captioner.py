@@ -1,160 +1,35 @@
-"""A model and its processor in one object: caption regions, answer questions, watch it happen.
+"""Puts a model and its processor into one object that captions regions and answers questions.
 
 captioner = RegionCaptioner.from_pretrained("owner/name")
 result = captioner("photo.jpg", masks=["cup.png", {"box": [10, 20, 200, 180]}])
 print(result)                         # numbered captions
-result.draw().save("captioned.png")   # coloured regions and their captions
+result.draw().save("captioned.png")   # colored regions and their captions
 for step in captioner.stream("photo.jpg", masks=["cup.png"]):
     print(step)                       # captions as they appear
 """
 
 import contextlib
+import itertools
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from ...common.loading import default_device, load_model
 from ...generation_options import DiffusionOptions, options_for
 from ...image_processing_perceptiondlm import load_image, load_mask
+from .results import MASKED, Answers, Region, RegionCaptions, Step
 
-MASKED = "░"  # stands for a position that is still to be filled
 EMBEDDED = Path(os.path.abspath(__file__)).parents[2]  # the repository's or package's root
 EMBEDDED_SUBFOLDER = "tiny"
 
 
-@dataclass(frozen=True)
-class Region:
-    """One region and its caption.
-
-    Attributes:
-        number: 1, 2, ... in the order the masks were given.
-        caption: what the model says about it.
-        box: (x0, y0, x1, y1) in pixels, half-open.
-        area: non-zero pixels of the mask.
-        mask: 8-bit picture of the image's size, non-zero inside.
-    """
-
-    number: int
-    caption: str
-    box: tuple[int, int, int, int]
-    area: int
-    mask: Image.Image = field(repr=False, compare=False)
-
-    def to_dict(self) -> dict:
-        """Everything but the mask, ready for JSON."""
-        return {
-            "region": self.number,
-            "caption": self.caption,
-            "box": list(self.box),
-            "area": self.area,
-        }
-
-
-@dataclass(frozen=True)
-class RegionCaptions:
-    """The captions of one picture's regions; prints as a numbered list.
-
-    `num_forwards` counts denoising forward passes, `tokens_per_forward` is the caption tokens,
-    padding counted, over them, `seconds` the time from pixels to text. `history` holds, on
-    request, the captions after each step.
-    """
-
-    image: Image.Image = field(repr=False, compare=False)
-    regions: list[Region]
-    num_forwards: int
-    tokens_per_forward: float
-    seconds: float
-    history: list[list[str]] = field(default_factory=list, repr=False)
-
-    @property
-    def captions(self) -> list[str]:
-        """The captions in the order of the masks."""
-        return [region.caption for region in self.regions]
-
-    def __str__(self) -> str:
-        width = len(str(len(self.regions)))
-        return "\n".join(f"{r.number:>{width}}  {r.caption}" for r in self.regions)
-
-    def draw(self, **options) -> Image.Image:
-        """The picture with its regions and captions; options as for `draw_regions`."""
-        from .drawing import draw_regions
-
-        return draw_regions(self.image, [r.mask for r in self.regions], self.captions, **options)
-
-    def to_dict(self) -> dict:
-        """Size, regions and cost, ready for JSON."""
-        return {
-            "width": self.image.width,
-            "height": self.image.height,
-            "regions": [region.to_dict() for region in self.regions],
-            **_cost(self),
-        }
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The answers to questions about one picture; prints as questions and answers."""
-
-    image: Image.Image = field(repr=False, compare=False)
-    questions: list[str]
-    answers: list[str]
-    num_forwards: int
-    tokens_per_forward: float
-    seconds: float
-    history: list[list[str]] = field(default_factory=list, repr=False)
-
-    def __str__(self) -> str:
-        pairs = zip(self.questions, self.answers, strict=True)
-        return "\n".join(f"{question}\n  {answer}" for question, answer in pairs)
-
-    def draw(self, **options) -> Image.Image:
-        """The picture with questions and answers; options as for `draw_answers`."""
-        from .drawing import draw_answers
-
-        return draw_answers(self.image, self.questions, self.answers, **options)
-
-    def to_dict(self) -> dict:
-        """Size, answers and cost, ready for JSON."""
-        pairs = zip(self.questions, self.answers, strict=True)
-        return {
-            "width": self.image.width,
-            "height": self.image.height,
-            "answers": [{"question": q, "answer": a} for q, a in pairs],
-            **_cost(self),
-        }
-
-
-@dataclass(frozen=True)
-class Step:
-    """The texts after one denoising step, `MASKED` where a token is still to come.
-
-    `number` counts from 1. A stream ends with one `Step` more that repeats the last one's number
-    and carries the `result`.
-    """
-
-    number: int
-    texts: list[str]
-    result: RegionCaptions | Answers | None = field(default=None, repr=False)
-
-    def __str__(self) -> str:
-        lines = [f"{i:>4}  {text}" for i, text in enumerate(self.texts, 1)]
-        return "\n".join([f"step {self.number}", *lines])
-
-    def to_dict(self) -> dict:
-        """Ready for JSON."""
-        result = None if self.result is None else self.result.to_dict()
-        return {"step": self.number, "texts": self.texts, "result": result}
-
-
 class RegionCaptioner:
-    """Captions regions of pictures and answers questions about them.
+    """Captions regions of images and answers questions about them.
 
     Args:
         model: a `PerceptionDLMForConditionalGeneration`.
@@ -198,13 +73,13 @@ class RegionCaptioner:
         return cls(*load_model(source, dtype=dtype, device=device, **place), **options)
 
     def check_options(self):
-        """Raises ValueError for decoding options that no picture could be decoded with."""
+        """Raises ValueError for decoding options that nothing could be decoded with."""
         DiffusionOptions.build(self.model.decoding_defaults, self.options)
 
     def __call__(
         self, image, masks: Sequence, *, instruction: str | None = None, callback=None, **options
     ) -> RegionCaptions:
-        """Captions each masked region of one picture, all of them together.
+        """Captions each masked region of one image, all of them together.
 
         Args:
             image: a PIL image, path, URL, bytes, array or tensor (see `load_image`).
@@ -215,41 +90,45 @@ class RegionCaptioner:
             options: decoding options over those of the captioner (see `DiffusionOptions`);
                 `return_history=True` keeps the captions after each step.
 
-        Raises ValueError for a picture, mask or option that does not fit.
+        Raises ValueError for an image, mask or option that does not fit.
         """
-        picture = load_image(image)
-        regions = [load_mask(mask, picture.size) for mask in masks]
+        image = load_image(image)
+        masks = [load_mask(mask, image.size) for mask in masks]
         output, seconds = self._generate(
-            callback, len(regions), options, images=picture, masks=regions, prompts=instruction
+            callback, len(masks), options, images=image, masks=masks, prompts=instruction
         )
         return RegionCaptions(
-            image=picture,
-            regions=[
-                Region(k + 1, text, mask.getbbox(), sum(mask.histogram()[1:]), mask)
-                for k, (text, mask) in enumerate(zip(output.texts[0], regions, strict=True))
-            ],
+            image=image,
+            regions=Region.each(output.texts[0], masks),
             num_forwards=output.num_forwards,
             tokens_per_forward=output.tokens_per_forward,
             seconds=seconds,
-            history=[self._texts(row, len(regions)) for row in _first_rows(output.history)],
+            history=[self.partial_texts(step[0], len(masks)) for step in output.history],
         )
 
     def ask(self, image, questions: str | Sequence[str], *, callback=None, **options) -> Answers:
-        """Answers one question, or several at once, about one picture."""
+        """Answers one question, or several at once, about one image.
+
+        Args:
+            image, callback: as for captions.
+            questions: one text, or a list of them.
+            options: decoding options over those of the captioner.
+        """
         questions = [questions] if isinstance(questions, str) else list(questions)
-        picture = load_image(image)
-        pictures = [picture] if len(questions) == 1 else [[picture] for _ in questions]
+        image = load_image(image)
+
+        images = [image] if len(questions) == 1 else [[image] for _ in questions]
         output, seconds = self._generate(
-            callback, len(questions), options, images=pictures, prompts=questions
+            callback, len(questions), options, images=images, prompts=questions
         )
         return Answers(
-            image=picture,
+            image=image,
             questions=questions,
             answers=[texts[0] for texts in output.texts],
             num_forwards=output.num_forwards,
             tokens_per_forward=output.tokens_per_forward,
             seconds=seconds,
-            history=[self._texts(_flat(rows), len(questions)) for rows in output.history],
+            history=[self.partial_texts(_flat(rows), len(questions)) for rows in output.history],
         )
 
     def stream(
@@ -270,14 +149,12 @@ class RegionCaptioner:
         return _steps(lambda callback: self.ask(image, question, callback=callback, **options))
 
     def _generate(self, callback, count: int, options: dict, **inputs):
-        """The output of one run, and its seconds; `callback` gets a `Step` for each step."""
-        steps = 0
+        """Returns the output of one run and its seconds; `callback` gets a `Step` for each step."""
+        numbers = itertools.count(1)  # the model's own start again with each batch of groups
 
         def on_step(_, token_ids: list):
-            nonlocal steps
-            steps += 1  # the model's own count starts again with each batch of passes
             rows = token_ids[0] if "masks" in inputs else _flat(token_ids)
-            callback(Step(steps, self._texts(rows, count)))
+            callback(Step(next(numbers), self.partial_texts(rows, count)))
 
         started = time.perf_counter()
         task = "captions" if "masks" in inputs else "answers"
@@ -289,8 +166,11 @@ class RegionCaptioner:
         )
         return output, time.perf_counter() - started
 
-    def _texts(self, rows: list, count: int) -> list[str]:
-        """Texts of `count` answers; those not begun yet (None or absent) are one mark."""
+    def partial_texts(self, rows: list, count: int) -> list[str]:
+        """Returns the texts of `count` half-denoised responses.
+
+        `rows` are their token ids; one not begun yet (None or absent) is a single `MASKED`.
+        """
         mask_id = self.model.config.mask_token_id
         rows = rows + [None] * (count - len(rows))
         return [
@@ -299,7 +179,10 @@ class RegionCaptioner:
 
 
 def partial_text(processor, ids: Sequence[int], mask_token_id: int) -> str:
-    """Text of a half-denoised answer, up to its end-of-turn, `MASKED` for each masked position."""
+    """Returns a half-denoised response's text up to its end of turn.
+
+    `MASKED` stands for each masked position.
+    """
     stops = {processor.eot_token_id, processor.tokenizer.eos_token_id}
     words, run = [], []
     for token in ids:
@@ -314,7 +197,7 @@ def partial_text(processor, ids: Sequence[int], mask_token_id: int) -> str:
 
 
 class _Closed(Exception):
-    """The reader of a stream has gone."""
+    """Ends a run whose reader has gone."""
 
 
 def _steps(run: Callable[[Callable[[Step], None]], RegionCaptions | Answers]) -> Iterator[Step]:
@@ -355,18 +238,6 @@ def _steps(run: Callable[[Callable[[Step], None]], RegionCaptions | Answers]) ->
         thread.join()
 
 
-def _first_rows(history: list) -> list:
-    return [step[0] for step in history]
-
-
 def _flat(rows: list) -> list:
-    """One answer for each question, of rows of one answer."""
+    """Returns one answer for each question, of rows of one answer."""
     return [row[0] for row in rows]
-
-
-def _cost(result) -> dict:
-    return {
-        "num_forwards": result.num_forwards,
-        "tokens_per_forward": round(result.tokens_per_forward, 3),
-        "seconds": round(result.seconds, 3),
-    }

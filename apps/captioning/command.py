@@ -1,34 +1,35 @@
-"""`perceptiondlm caption`: captions for the regions of pictures, or answers about pictures."""
+"""Runs `perceptiondlm caption`: captions for the regions of images, or answers about images."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from ...common.option_arguments import add_option_arguments, given_options
+from .model_arguments import add_model_arguments
 
 EPILOG = """\
 examples:
-  one picture, two regions as PNG masks (same size as the picture, not black inside):
+  one image, two regions as PNG masks (same size as the image, not black inside):
     perceptiondlm caption photo.jpg --masks cup.png spoon.png
   regions as boxes or polygons, in pixels:
     perceptiondlm caption photo.jpg --box 40,60,220,300 --polygon 300,80,380,90,350,200
-  see it: regions in colour with their captions, and the captions appearing step by step:
+  see it: regions in color with their captions, and the captions appearing step by step:
     perceptiondlm caption photo.jpg --masks cup.png --output seen.png --animate denoising.gif
-  a folder of pictures and one of masks (cat.jpg goes with cat.png, cat_0.png, cat_1.png, cat/*;
-  the masks of a single picture may have any names):
+  a folder of images and one of masks (cat.jpg goes with cat.png, cat_0.png, cat_1.png, cat/*;
+  the masks of a single image may have any names):
     perceptiondlm caption photos/ --masks masks/ --captions captions.jsonl
   COCO or SAM annotations, captions back as COCO:
     perceptiondlm caption photos/ --masks instances.json --captions captioned.coco.json
-  a label map, in which every colour is a region:
+  a label map, in which every color is a region:
     perceptiondlm caption photo.jpg --label-maps segmentation.png
-  a question about the whole picture:
+  a question about the whole image:
     perceptiondlm caption photo.jpg --question "What is on the table?"
   another checkpoint, fewer steps:
     perceptiondlm caption photo.jpg --masks cup.png --model owner/name --steps 8
 
 exit codes:
-  0  every picture was done
-  1  some pictures or regions failed; each is reported on stderr, the others are done
+  0  every image was done
+  1  some images or regions failed; each is reported on stderr, the others are done
   2  nothing was done: the command line, the model or the inputs as a whole cannot be used
   130  interrupted (Ctrl-C); what was done until then is kept
 """
@@ -40,18 +41,19 @@ def configure(parser: argparse.ArgumentParser):
     """Adds the arguments to the `caption` parser."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "Describes each masked region of a picture, all regions in one denoising process; or, with"
-        "\n--question, answers about the whole picture. Captions go to stdout unless --captions"
+        "Describes each masked region of an image, all regions in one denoising process; or, with"
+        "\n--question, answers about the whole image. Captions go to stdout unless --captions"
         " names\na file."
     )
     parser.epilog = EPILOG
+
     parser.add_argument(
-        "pictures", nargs="+", metavar="picture", help="files, folders, quoted patterns or URLs"
+        "images", nargs="+", metavar="image", help="files, folders, quoted patterns or URLs"
     )
     parser.add_argument("--recursive", action="store_true", help="look into subfolders too")
     _add_regions(parser.add_argument_group("regions"))
     _add_results(parser.add_argument_group("results"))
-    _add_model(parser.add_argument_group("model"))
+    add_model_arguments(parser.add_argument_group("model"))
     add_option_arguments(parser.add_argument_group("decoding"))
 
 
@@ -62,7 +64,7 @@ def _add_regions(group):
         action="extend",
         default=[],
         metavar="PATH",
-        help="mask pictures, a folder of them, or a JSON file: COCO, SAM, or a list of masks",
+        help="mask images, a folder of them, or a JSON file: COCO, SAM, or a list of masks",
     )
     group.add_argument(
         "--label-maps",
@@ -70,7 +72,7 @@ def _add_regions(group):
         action="extend",
         default=[],
         metavar="PATH",
-        help="pictures in which every value or color is a region, but black and the void label"
+        help="images in which every value or color is a region, but black and the void label"
         " 255, or a folder of them by name",
     )
     group.add_argument(
@@ -90,11 +92,11 @@ def _add_regions(group):
         help="a region as a polygon in pixels; repeat for more",
     )
     group.add_argument(
-        "--max-regions", type=_positive, metavar="N", help="only the N largest of each picture"
+        "--max-regions", type=_positive, metavar="N", help="only the N largest of each image"
     )
     group.add_argument("--instruction", help="instead of 'Describe each masked region in detail.'")
     group.add_argument(
-        "--question", action="append", default=[], help="ask about the whole picture; repeatable"
+        "--question", action="append", default=[], help="ask about the whole image; repeatable"
     )
 
 
@@ -114,7 +116,7 @@ def _add_results(group):
         "--output",
         type=Path,
         metavar="PICTURE",
-        help="draw regions and captions; for several pictures, a folder",
+        help="draw regions and captions; for several images, a folder",
     )
     group.add_argument(
         "--animate",
@@ -124,19 +126,6 @@ def _add_results(group):
     )
     group.add_argument("--font", type=Path, help="TrueType font, for captions beyond Latin letters")
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
-
-
-def _add_model(group):
-    group.add_argument("--model", help="folder or Hub id (default: the small embedded model)")
-    group.add_argument("--subfolder", help="folder of the weights inside it")
-    group.add_argument("--revision", help="branch, tag or commit on the Hub")
-    group.add_argument("--device", help="say cpu or cuda:1 (default: a GPU if there is one)")
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="default: as saved",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -153,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         report(str(error))
         return USAGE
     except KeyboardInterrupt:
-        report("interrupted before the first picture")
+        report("interrupted before the first image")
         return INTERRUPTED
     return task.run()
 

@@ -1,4 +1,4 @@
-"""Pictures to look at: regions in colour, numbered, with their captions beside or below.
+"""Images to look at: regions in color, numbered, with their captions beside or below.
 
 Everything is Pillow's, its bundled font included (Latin letters; pass `font` for other scripts).
 Boxes are (x0, y0, x1, y1) in pixels of the drawing, half-open.
@@ -20,14 +20,15 @@ from .panel import (
     add_panel,
     answer_texts,
     badge_width,
-    colour_of,
+    color_of,
     contrasting,
     draw_badge,
     one_line,
 )
+from .results import mask_area
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-MIN_SIDE, MAX_SIDE = 720, 1600  # of the picture's long side in the drawing
+MIN_SIDE, MAX_SIDE = 720, 1600  # of the image's long side in the drawing
 SPIRAL = [(r, k * math.pi / 8) for r in range(1, 40) for k in range(16)]
 
 
@@ -40,26 +41,26 @@ def draw_regions(
     min_side: int = MIN_SIDE,
     max_side: int = MAX_SIDE,
 ) -> Image.Image:
-    """The picture with each region coloured and numbered, and the captions laid out in full.
+    """Draws an image with each region colored and numbered, and the captions laid out in full.
 
     Args:
         image: as for `load_image`; masks: as for `load_mask`, one for each region.
         captions: one for each mask; None draws the regions alone.
         font: a TrueType file, for scripts that the bundled font lacks.
-        min_side, max_side: the picture is scaled so that its long side lies between them.
+        min_side, max_side: the image is scaled so that its long side lies between them.
 
-    Captions stand beside a tall picture and below a wide one; nothing is cut off or overlaps.
+    Captions stand beside a tall image and below a wide one; nothing is cut off or overlaps.
     Raises ValueError when there is not a caption for each mask.
     """
-    picture = load_image(image)
-    regions = [load_mask(mask, picture.size) for mask in masks]
+    image = load_image(image)
+    regions = [load_mask(mask, image.size) for mask in masks]
     if captions is not None and len(captions) != len(regions):
         raise ValueError(
             f"expected a caption for each of {len(regions)} masks, got {len(captions)}"
         )
-    picture, regions = scale_to(picture, regions, min_side, max_side)
-    style = Style.fitting(max(picture.size), font)
-    marked = mark_regions(picture, regions, style)
+    image, regions = scale_to(image, regions, min_side, max_side)
+    style = Style.fitting(max(image.size), font)
+    marked = mark_regions(image, regions, style)
     if captions is None:
         return marked
     return add_panel(marked, [one_line(captions)], style, numbered=True)[0]
@@ -74,62 +75,65 @@ def draw_answers(
     min_side: int = MIN_SIDE,
     max_side: int = MAX_SIDE,
 ) -> Image.Image:
-    """The picture with questions and answers about it; options as for `draw_regions`."""
-    picture, _ = scale_to(load_image(image), [], min_side, max_side)
-    style = Style.fitting(max(picture.size), font)
-    return add_panel(picture, [answer_texts(questions, answers)], style, numbered=False)[0]
+    """Draws an image with questions and answers about it; options as for `draw_regions`."""
+    image, _ = scale_to(load_image(image), [], min_side, max_side)
+    style = Style.fitting(max(image.size), font)
+    return add_panel(image, [answer_texts(questions, answers)], style, numbered=False)[0]
 
 
-def encode_picture(picture: Image.Image, suffix: str) -> bytes:
-    """The drawing as a file of the kind that `suffix` (".png", ...) names."""
+def encode_image(image: Image.Image, suffix: str) -> bytes:
+    """Encodes a drawing as a file of the kind that `suffix` (".png", ...) names."""
     if suffix.lower() not in SUFFIXES:
         raise ValueError(f"expected a name ending in {', '.join(SUFFIXES)}, got {suffix!r}")
     buffer = io.BytesIO()
-    picture.save(buffer, SUFFIXES[suffix.lower()], quality=92)
+    image.save(buffer, SUFFIXES[suffix.lower()], quality=92)
     return buffer.getvalue()
 
 
-def scale_to(picture: Image.Image, regions: list[Image.Image], least: int, most: int):
-    """Scales picture and masks alike until the long side is within bounds."""
-    long_side = max(picture.size)
+def scale_to(image: Image.Image, regions: list[Image.Image], least: int, most: int):
+    """Scales image and masks alike until the long side is within bounds."""
+    long_side = max(image.size)
     scale = min(max(long_side, least), most) / long_side
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
     masks = [region.point([0] + [255] * 255) for region in regions]
-    if size == picture.size:
-        return picture, masks
+    if size == image.size:
+        return image, masks
     # a box filter keeps thin regions visible; half of a pixel inside is inside
     kind = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
     least_inside = 1 if scale < 1 else 128
     table = [0] * least_inside + [255] * (256 - least_inside)
     masks = [mask.resize(size, kind).point(table) for mask in masks]
-    return picture.resize(size, Image.Resampling.LANCZOS), masks
+    return image.resize(size, Image.Resampling.LANCZOS), masks
 
 
-def mark_regions(picture: Image.Image, masks: list[Image.Image], style: Style) -> Image.Image:
+def mark_regions(image: Image.Image, masks: list[Image.Image], style: Style) -> Image.Image:
     """Fills, outlines and numbers the regions; small ones come to lie above large ones."""
-    marked = picture.copy()
+    marked = image.copy()
     width = max(1, round(style.size / 9))
-    areas = [sum(mask.histogram()[1:]) for mask in masks]
+    areas = [mask_area(mask) for mask in masks]
     large_first = sorted(range(len(masks)), key=lambda i: -areas[i])
+
     for i in large_first:
-        fill = Image.new("RGB", picture.size, colour_of(i))
+        fill = Image.new("RGB", image.size, color_of(i))
         marked = Image.composite(Image.blend(marked, fill, 0.36), marked, masks[i])
     for i in large_first:
-        _outline(marked, masks[i], colour_of(i), width)
+        _outline(marked, masks[i], color_of(i), width)
+
+    # Numbers come last, so that no region covers one; a line leads to a region far from its own.
     draw = ImageDraw.Draw(marked)
-    boxes = place_badges(masks, style, picture.size)
+    boxes = place_badges(masks, style, image.size)
     for i, (box, anchor) in enumerate(boxes):
         if not _contains(box, anchor):
-            centre = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
-            draw.line([centre, anchor], fill=PAPER, width=3 * width)
-            draw.line([centre, anchor], fill=colour_of(i), width=width)
+            center = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
+            draw.line([center, anchor], fill=PAPER, width=3 * width)
+            draw.line([center, anchor], fill=color_of(i), width=width)
     for i, (box, _) in enumerate(boxes):
         draw_badge(draw, box, i + 1, style)
     return marked
 
 
-def _outline(marked: Image.Image, mask: Image.Image, colour, width: int):
-    """Draws a coloured line inside the region's edge and a white one outside it."""
+def _outline(marked: Image.Image, mask: Image.Image, color, width: int):
+    """Draws a colored line inside the region's edge and a white one outside it."""
     left, top, right, bottom = mask.getbbox()
     pad = 2 * width
     window = (left - pad, top - pad, right + pad, bottom + pad)
@@ -137,23 +141,25 @@ def _outline(marked: Image.Image, mask: Image.Image, colour, width: int):
     eroded = inside.filter(ImageFilter.MinFilter(2 * width + 1))
     grown = inside.filter(ImageFilter.MaxFilter(2 * max(1, width // 2) + 1))
     marked.paste(PAPER, window, ImageChops.subtract(grown, inside))
-    marked.paste(colour, window, ImageChops.subtract(inside, eroded))
+    marked.paste(color, window, ImageChops.subtract(inside, eroded))
 
 
 def place_badges(
     masks: list[Image.Image], style: Style, size: tuple[int, int]
 ) -> list[tuple[Box, tuple[int, int]]]:
-    """A badge's box for each region, none overlapping another while the picture has room, and the
-    point of the region that it stands for."""
+    """Places a badge for each region, none over another while the image (width, height) has room.
+
+    Returns for each its box, and the point of the region that it stands for.
+    """
     placed: dict[int, Box] = {}
-    areas = [sum(mask.histogram()[1:]) for mask in masks]
+    areas = [mask_area(mask) for mask in masks]
     small_first = sorted(range(len(masks)), key=lambda i: areas[i])  # they have less choice
     anchors = _anchors(masks, small_first)
     for i in small_first:
         width = badge_width(i + 1, style)
-        candidates = (_centred(p, width, style.badge, size) for p in _around(anchors[i], style))
+        candidates = (_centered(p, width, style.badge, size) for p in _around(anchors[i], style))
         free = (c for c in candidates if not any(_overlap(c, other) for other in placed.values()))
-        placed[i] = next(free, None) or _centred(anchors[i], width, style.badge, size)
+        placed[i] = next(free, None) or _centered(anchors[i], width, style.badge, size)
     return [(placed[i], anchors[i]) for i in range(len(masks))]
 
 
@@ -178,8 +184,8 @@ def _around(point: tuple[int, int], style: Style) -> Iterator[tuple[int, int]]:
         )
 
 
-def _centred(point: tuple[int, int], width: int, height: int, size: tuple[int, int]) -> Box:
-    """A box around a point, moved into the picture."""
+def _centered(point: tuple[int, int], width: int, height: int, size: tuple[int, int]) -> Box:
+    """A box around a point, moved into the image."""
     left = min(max(0, point[0] - width // 2), max(0, size[0] - width))
     top = min(max(0, point[1] - height // 2), max(0, size[1] - height))
     return left, top, left + width, top + height
@@ -202,14 +208,18 @@ def _deepest_point(mask: Image.Image) -> tuple[int, int]:
         (max(1, round(width * scale)), max(1, round(height * scale)))
     )
     small = small.point([0] * 96 + [255] * 160)
+
+    # Framed, so that erosion also begins at the edges of the box.
     framed = Image.new("L", (small.width + 2, small.height + 2))
     framed.paste(small, (1, 1))
     kept = framed if framed.getbbox() else framed.point([255] * 256)
     while (eroded := kept.filter(ImageFilter.MinFilter(3))).getbbox():
         kept = eroded
+
+    # Of what is left, the point nearest to its middle, at the image's scale.
     points = [(i % kept.width, i // kept.width) for i, v in enumerate(kept.tobytes()) if v]
-    centre = [sum(p[axis] for p in points) / len(points) for axis in (0, 1)]
-    x, y = min(points, key=lambda p: math.dist(p, centre))
+    center = [sum(p[axis] for p in points) / len(points) for axis in (0, 1)]
+    x, y = min(points, key=lambda p: math.dist(p, center))
     return (
         min(max(left, round(left + (x - 0.5) / scale)), right - 1),
         min(max(top, round(top + (y - 0.5) / scale)), bottom - 1),
@@ -219,11 +229,11 @@ def _deepest_point(mask: Image.Image) -> tuple[int, int]:
 __all__ = [
     "PALETTE",
     "Style",
-    "colour_of",
+    "color_of",
     "contrasting",
     "draw_answers",
     "draw_regions",
-    "encode_picture",
+    "encode_image",
     "mark_regions",
     "place_badges",
     "scale_to",

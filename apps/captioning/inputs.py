@@ -1,7 +1,7 @@
-"""Pictures, masks and annotations from files that nobody vouches for.
+"""Reads images, masks and annotations from files that nobody vouches for.
 
 Every reader here checks sizes before it decodes and raises ValueError (or FileNotFoundError) with
-one line that names the file. A picture's path is only ever one that the user gave: names inside
+one line that names the file. An image's path is only ever one that the user gave: names inside
 annotation files are compared with it, never opened.
 """
 
@@ -26,19 +26,19 @@ from ...image_loading import (
     turn_upright,
 )
 
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
 READ_SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .avif".split()
 )
 HEIF_SUFFIXES = frozenset(".heic .heif .hif".split())  # read where pillow-heif is installed
-OTHER_SUFFIXES = frozenset(  # pictures, but of no kind that is read: named as such, not passed over
+OTHER_SUFFIXES = frozenset(  # images, but of no kind that is read: named as such, not passed over
     ".jxl .jp2 .j2k .svg .psd .ico .tga .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .avifs".split()
 )
-PICTURE_SUFFIXES = READ_SUFFIXES | HEIF_SUFFIXES | OTHER_SUFFIXES
+IMAGE_SUFFIXES = READ_SUFFIXES | HEIF_SUFFIXES | OTHER_SUFFIXES
 MASK_SUFFIXES = frozenset(".png .webp .gif .bmp .tif .tiff .pgm".split())
 
 MAX_PIXELS = 80_000_000
-MAX_PICTURE_BYTES = 256 << 20
+MAX_IMAGE_BYTES = 256 << 20
 MAX_JSON_BYTES = 512 << 20
 DOWNLOAD_SECONDS = 30
 
@@ -57,8 +57,8 @@ class RegionSource:
 
 
 @dataclass(frozen=True)
-class PictureSource:
-    """A picture to open; `named` when the user wrote its very name, not a folder or pattern."""
+class ImageSource:
+    """An image to open; `named` when the user wrote its very name, not a folder or pattern."""
 
     path: str
     named: bool
@@ -69,46 +69,46 @@ class PictureSource:
         return PurePosixPath(self.path).stem if is_url(self.path) else Path(self.path).stem
 
 
-def find_pictures(arguments: Sequence[str], recursive: bool = False) -> list[PictureSource]:
-    """Files, folders, patterns and URLs as pictures, each once, in order.
+def find_images(arguments: Sequence[str], recursive: bool = False) -> list[ImageSource]:
+    """Finds the images of files, folders, patterns and URLs, each once, in order.
 
     Raises FileNotFoundError for an argument that names nothing.
     """
-    found: dict[str, PictureSource] = {}
+    found: dict[str, ImageSource] = {}
     for argument in arguments:
-        for picture in _expand(argument, recursive):
-            found.setdefault(picture.path, picture)
+        for image in _expand(argument, recursive):
+            found.setdefault(image.path, image)
     return list(found.values())
 
 
-def _expand(argument: str, recursive: bool) -> list[PictureSource]:
+def _expand(argument: str, recursive: bool) -> list[ImageSource]:
     path = Path(argument)
     if is_url(argument) or path.is_file():
-        return [PictureSource(argument, named=True)]
+        return [ImageSource(argument, named=True)]
     if path.is_dir():
         files = path.rglob("*") if recursive else path.iterdir()
         origin = "folder"
     else:
         files = map(Path, glob.glob(argument, recursive=True))
         origin = "pattern" if glob.has_magic(argument) else "file or folder"
-    pictures = sorted(f for f in files if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
-    if not pictures:
-        what = "expected pictures in the" if origin == "folder" else "expected pictures for the"
+    images = sorted(f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    if not images:
+        what = "expected images in the" if origin == "folder" else "expected images for the"
         raise FileNotFoundError(f"{what} {origin} {argument!r}, found none")
-    return [PictureSource(str(f), named=False) for f in pictures]
+    return [ImageSource(str(f), named=False) for f in images]
 
 
 # Reading one file, checked before it is decoded.
 
 
-def open_picture(path: str) -> Image.Image:
-    """A picture as upright RGB, from a file or URL."""
+def open_image(path: str) -> Image.Image:
+    """Opens an image from a file or URL, as upright RGB."""
     if is_url(path):
-        source = io.BytesIO(fetch_image(path, MAX_PICTURE_BYTES, DOWNLOAD_SECONDS))
+        source = io.BytesIO(fetch_image(path, MAX_IMAGE_BYTES, DOWNLOAD_SECONDS))
     else:
-        _check_file(Path(path), MAX_PICTURE_BYTES, "picture")
+        _check_file(Path(path), MAX_IMAGE_BYTES, "an image")
         source = path
-    with _decoding("picture", path):
+    with _decoding("image", path):
         return load_image(_open_checked(source, path))
 
 
@@ -125,8 +125,8 @@ def _decoding(kind: str, name: str):
 
 
 def open_mask_file(path: Path) -> Image.Image:
-    """A mask or label map, upright, not yet converted."""
-    _check_file(path, MAX_PICTURE_BYTES, "mask")
+    """Opens a mask or label map, upright, not yet converted."""
+    _check_file(path, MAX_IMAGE_BYTES, "a mask")
     with _decoding("mask", str(path)):
         mask = _open_checked(path, str(path))
         expect_lossless(mask, f"the mask {path}")
@@ -135,7 +135,7 @@ def open_mask_file(path: Path) -> Image.Image:
 
 @functools.cache
 def readable_formats() -> list[str]:
-    """Those of `PICTURE_FORMATS` that can be opened: AVIF is not in every Pillow, HEIF in none."""
+    """Those of `IMAGE_FORMATS` that can be opened: AVIF is not in every Pillow, HEIF in none."""
     Image.init()
     try:
         from pillow_heif import register_heif_opener
@@ -143,13 +143,13 @@ def readable_formats() -> list[str]:
         pass
     else:
         register_heif_opener()
-    return [kind for kind in PICTURE_FORMATS if kind in Image.OPEN]
+    return [kind for kind in IMAGE_FORMATS if kind in Image.OPEN]
 
 
 def _open_checked(source, name: str) -> Image.Image:
     readable = readable_formats()
     try:
-        picture = open_encoded(source, readable)
+        image = open_encoded(source, readable)
     except Image.DecompressionBombError as error:
         raise ValueError(f"expected {MAX_PIXELS:,} pixels at most in {name}: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
@@ -158,38 +158,39 @@ def _open_checked(source, name: str) -> Image.Image:
                 f"expected pillow-heif, which reads {name}, got none: pip install pillow-heif"
             ) from error
         kinds = ", ".join(readable)
-        raise ValueError(f"expected a picture ({kinds}) in {name}, got something else") from error
-    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"expected an image ({kinds}) in {name}, got something else") from error
+
+    if image.width * image.height > MAX_PIXELS:
         raise ValueError(
-            f"expected {MAX_PIXELS:,} pixels at most in {name},"
-            f" got {picture.width}x{picture.height}"
+            f"expected {MAX_PIXELS:,} pixels at most in {name}, got {image.width}x{image.height}"
         )
-    return picture
+    return image
 
 
 def _check_file(path: Path, most: int, kind: str):
     if not path.is_file():  # nor a device or pipe
-        raise FileNotFoundError(f"expected a {kind} file at {path}, found none")
+        raise FileNotFoundError(f"expected {kind} file at {path}, found none")
     if (size := path.stat().st_size) > most:
         raise ValueError(
-            f"expected a {kind} of at most {most >> 20} MiB in {path}, got {size >> 20} MiB"
+            f"expected {kind} of at most {most >> 20} MiB in {path}, got {size >> 20} MiB"
         )
 
 
 def read_annotations(path: Path):
-    """The content of a JSON file."""
-    _check_file(path, MAX_JSON_BYTES, "JSON")
+    """Reads the content of a JSON file."""
+    _check_file(path, MAX_JSON_BYTES, "a JSON")
     return parse_json(path.read_bytes(), path)
 
 
 def annotation_mask(annotation, name: str):
-    """The mask, as `load_mask` takes it, of a COCO or SAM annotation or of a plain mask."""
+    """Returns the mask, as `load_mask` takes it, of a COCO or SAM annotation or a plain mask."""
     if isinstance(annotation, list):
         return annotation  # a box or polygons
     if not isinstance(annotation, dict):  # least of all a path
         raise ValueError(f"expected annotations or masks in {name}, got {str(annotation)[:80]!r}")
     if {"size", "counts"} <= set(annotation) or set(annotation) in ({"box"}, {"polygons"}):
         return annotation
+
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
         return segmentation
@@ -205,7 +206,7 @@ def annotation_mask(annotation, name: str):
 
 
 def is_plain_name(name) -> bool:
-    """Whether a file name from an annotation file stays below the folder it is looked up in."""
+    """Says whether a name from an annotation file stays below the folder it is looked up in."""
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         return False
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:

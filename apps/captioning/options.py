@@ -1,4 +1,4 @@
-"""Options of `perceptiondlm caption` that go together: one without a use is refused."""
+"""Refuses options of `perceptiondlm caption` that contradict, or have no use together."""
 
 import argparse
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ def check_options(args: argparse.Namespace):
         )
     if args.font is not None and not args.font.is_file():
         raise FileNotFoundError(f"expected a TrueType font at {args.font}, found none")
+
     if args.question:
         if format_of(args.captions, args.format) == "coco":
             raise ValueError("expected text, json or jsonl for answers, got --format coco")
@@ -47,8 +48,8 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], theirs: str, ours: s
 
 
 def _check_places(args: argparse.Namespace):
-    if args.recursive and not any(Path(picture).is_dir() for picture in args.pictures):
-        raise ValueError("expected a folder of pictures with --recursive, got none")
+    if args.recursive and not any(Path(image).is_dir() for image in args.images):
+        raise ValueError("expected a folder of images with --recursive, got none")
     if args.revision is not None and Path(args.model).exists():
         raise ValueError(f"expected a Hub id with --revision, got the folder {args.model}")
 

@@ -1,6 +1,6 @@
-"""Captions as text, JSON, JSON lines or COCO, in files that are written whole or not at all.
+"""Writes captions as text, JSON, JSON lines or COCO, in files that are whole or not there.
 
-A record is a dict of what one picture gave: its name and size, and its `regions` or `answers`.
+A record is a dict of what one image gave: its name and size, and its `regions` or `answers`.
 
 Bytes of a file name that are not UTF-8 are escaped in JSON, `\\udcff` for the byte FF, as Python
 carries them: `os.fsencode(record["image"])` is the name. As text, a name with such bytes or with
@@ -20,8 +20,8 @@ import numpy as np
 from ...common.files import GrowingFile
 from ...common.json_text import ascii_json, encode_json
 from ...image_masks import encode_rle
-from .captioner import Answers, RegionCaptions
 from .inputs import RegionSource
+from .results import Answers, RegionCaptions
 
 SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "jsonl"}
 SAVE_SECONDS = 20  # between rewrites of a growing file
@@ -34,8 +34,10 @@ def record_of(
     sources: Sequence[RegionSource] = (),
     with_masks: bool = False,
 ) -> dict:
-    """One picture's results, ready for JSON; each region with where its mask came from, and, on
-    request, the mask as COCO RLE."""
+    """Returns one image's results, ready for JSON.
+
+    Each region says where its mask came from, and on request has the mask as COCO RLE.
+    """
     record = {"image": name, **result.to_dict()}
     if isinstance(result, RegionCaptions):
         for entry, region, source in zip(record["regions"], result.regions, sources, strict=True):
@@ -48,7 +50,7 @@ def record_of(
 
 
 def as_text(records: Sequence[dict]) -> str:
-    """For people: the picture's name, then its numbered captions or its answers."""
+    """Writes for people: the image's name, then its numbered captions or its answers."""
     return "\n".join(f"{_name_line(r['image'])}\n" + "".join(_text_lines(r)) for r in records)
 
 
@@ -64,17 +66,17 @@ def _text_lines(record: dict) -> list[str]:
 
 
 def as_json(records: Sequence[dict]) -> str:
-    """One list of records."""
+    """Writes one list of records."""
     return json.dumps(list(records), indent=1, ensure_ascii=False) + "\n"
 
 
 def as_json_lines(records: Sequence[dict]) -> str:
-    """One record a line."""
+    """Writes one record a line."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def as_coco(records: Sequence[dict]) -> str:
-    """COCO annotations with a `caption` each; the ids of a COCO input are kept."""
+    """Writes COCO annotations with a `caption` each; keeps the ids of a COCO input."""
     keep = _keeps_ids(records)
     images, annotations, categories = [], [], {}
     for number, record in enumerate(records, 1):
@@ -82,6 +84,7 @@ def as_coco(records: Sequence[dict]) -> str:
         image_id = given["image_id"] if keep else number
         name = {"id": image_id, "file_name": Path(record["image"]).name}
         images.append(name | {"width": record["width"], "height": record["height"]})
+
         for region in record["regions"]:
             given = region.get("annotation", {})
             category = given.get("category_id", 1)
@@ -89,6 +92,7 @@ def as_coco(records: Sequence[dict]) -> str:
             own = given["id"] if keep else len(annotations) + 1
             ids = {"id": own, "image_id": image_id, "category_id": category}
             annotations.append(ids | _coco_region(region))
+
     kinds = [{"id": i, "name": name} for i, name in categories.items()]
     content = {"images": images, "annotations": annotations, "categories": kinds}
     return json.dumps(content, ensure_ascii=False) + "\n"
@@ -123,7 +127,7 @@ class CaptionWriter:
         self.saved = time.monotonic()
 
     def add(self, name: str, result, sources: Sequence[RegionSource] = ()):
-        """Takes one picture's results."""
+        """Takes one image's results."""
         record = record_of(name, result, sources, with_masks=self.kind == "coco")
         if self.streams:
             self.print([record], before="\n" if self.records and self.kind == "text" else "")
@@ -164,7 +168,7 @@ class CaptionWriter:
 
 
 def format_of(path: Path | None, kind: str | None) -> str:
-    """The format asked for, or the one that a file's name says, or text.
+    """Returns the format asked for, or the one that a file's name says, or text.
 
     Raises ValueError for a name that says nothing.
     """
@@ -181,7 +185,7 @@ def format_of(path: Path | None, kind: str | None) -> str:
 
 
 def encode_mask(mask) -> dict:
-    """A mask, non-zero inside, as compressed COCO RLE."""
+    """Encodes a mask, non-zero inside, as compressed COCO RLE."""
     return encode_rle(np.asarray(mask))
 
 

@@ -1,4 +1,4 @@
-"""Texts laid out in full beside or below a picture: style, colours, wrapping, columns.
+"""Lays out texts in full beside or below an image: style, colors, wrapping, columns.
 
 Boxes are (x0, y0, x1, y1) in pixels of the drawing, half-open.
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .captioner import MASKED
+from .results import MASKED
 
-# Okabe and Ito's palette, told apart with any colour vision, in an order of strong contrasts.
+# Okabe and Ito's palette, told apart with any color vision, in an order of strong contrasts.
 PALETTE = (
     (0, 114, 178),  # blue
     (230, 159, 0),  # orange
@@ -41,7 +41,7 @@ class Style:
 
     @classmethod
     def fitting(cls, long_side: int, font: str | Path | None) -> "Style":
-        """Legible beside a picture whose long side has so many pixels."""
+        """Legible beside an image whose long side has so many pixels."""
         size = max(18, round(long_side / 42))
         if font is None:
             return cls(ImageFont.load_default(size), size)
@@ -80,20 +80,20 @@ class Entry:
     quiet: int = 0
 
 
-def colour_of(index: int) -> tuple[int, int, int]:
-    """Colour of region `index` (from 0)."""
+def color_of(index: int) -> tuple[int, int, int]:
+    """Color of region `index` (from 0)."""
     return PALETTE[index % len(PALETTE)]
 
 
-def contrasting(colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    """White or ink, whichever has the higher contrast ratio on `colour` (WCAG)."""
-    on = _luminance(colour)
+def contrasting(color: tuple[int, int, int]) -> tuple[int, int, int]:
+    """White or ink, whichever has the higher contrast ratio on `color` (WCAG)."""
+    on = _luminance(color)
     on_white, on_ink = 1.05 / (on + 0.05), (on + 0.05) / (_luminance(INK) + 0.05)
     return PAPER if on_white > on_ink else INK
 
 
-def _luminance(colour: tuple[int, int, int]) -> float:
-    linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+def _luminance(color: tuple[int, int, int]) -> float:
+    linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -104,13 +104,13 @@ def badge_width(number: int, style: Style) -> int:
 
 
 def draw_badge(draw: ImageDraw.ImageDraw, box: Box, number: int, style: Style):
-    """Draws a region's number on its colour."""
-    colour = colour_of(number - 1)
+    """Draws a region's number on its color."""
+    color = color_of(number - 1)
     edges = (box[0], box[1], box[2] - 1, box[3] - 1)
     line = max(1, style.size // 10)
-    draw.rounded_rectangle(edges, style.badge // 3, colour, PAPER, line)
-    centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-    draw.text(centre, str(number), contrasting(colour), style.font, anchor="mm")
+    draw.rounded_rectangle(edges, style.badge // 3, color, PAPER, line)
+    center = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    draw.text(center, str(number), contrasting(color), style.font, anchor="mm")
 
 
 def answer_texts(questions: Sequence[str], answers: Sequence[str]) -> list[str]:
@@ -125,22 +125,23 @@ def one_line(texts: Sequence[str]) -> list[str]:
 
 
 def add_panel(
-    picture: Image.Image, steps: list[list[str]], style: Style, *, numbered: bool
+    image: Image.Image, steps: list[list[str]], style: Style, *, numbered: bool
 ) -> list[Image.Image]:
-    """Puts the texts of each step beside or below the picture; one drawing for each step, all of
+    """Puts the texts of each step beside or below the image; one drawing for each step, all of
     one size, every text in the same place."""
-    beside = picture.width < 1.2 * picture.height
-    left = picture.width if beside else 0
-    top = 0 if beside else picture.height
-    width = _panel_width(picture, steps, style, beside, numbered)
-    columns = 1 if beside else columns_of(steps, width, picture.height, style, numbered)
+    beside = image.width < 1.2 * image.height
+    left = image.width if beside else 0
+    top = 0 if beside else image.height
+    width = _panel_width(image, steps, style, beside, numbered)
+    columns = 1 if beside else columns_of(steps, width, image.height, style, numbered)
     layouts = lay_out(steps, (left, top), width, style, columns, numbered)
     height = max(entry.box[3] for entry in layouts[0]) + style.margin
-    size = (left + width, max(picture.height, height))
+    size = (left + width, max(image.height, height))
+
     frames = []
     for entries in layouts:
         frame = Image.new("RGB", size, PAPER)
-        frame.paste(picture, (0, 0))
+        frame.paste(image, (0, 0))
         draw = ImageDraw.Draw(frame)
         for entry in entries:
             _draw_entry(draw, entry, style)
@@ -148,21 +149,21 @@ def add_panel(
     return frames
 
 
-def _panel_width(picture, steps, style: Style, beside: bool, numbered: bool) -> int:
+def _panel_width(image, steps, style: Style, beside: bool, numbered: bool) -> int:
     if not beside:
-        return max(picture.width, 26 * style.size)
-    width = max(round(0.7 * picture.width), 22 * style.size)
-    while width < max(1.3 * picture.width, 34 * style.size):  # wider, sooner than a tall tail
+        return max(image.width, 26 * style.size)
+    width = max(round(0.7 * image.width), 22 * style.size)
+    while width < max(1.3 * image.width, 34 * style.size):  # wider, sooner than a tall tail
         entries = lay_out(steps, (0, 0), width, style, 1, numbered)[0]
-        if entries[-1].box[3] + style.margin <= picture.height:
+        if entries[-1].box[3] + style.margin <= image.height:
             break
         width += 2 * style.size
     return width
 
 
 def columns_of(steps, width: int, height: int, style: Style, numbered: bool) -> int:
-    """Columns of text below a picture: lines of some sixty letters read best; shorter ones, when
-    the text would be longer than the picture."""
+    """Columns of text below an image: lines of some sixty letters read best; shorter ones, when
+    the text would be longer than the image."""
     count = len(steps[0])
     best = max(1, min(count, width // (30 * style.size)))
     most = max(best, min(count, width // (18 * style.size)))
@@ -188,10 +189,13 @@ def lay_out(
         indent = badge_width(count, style) + style.gap
     column = (width - 2 * style.margin - (columns - 1) * 2 * style.margin) // columns
     wrapped = [[wrap(text, column - indent, style) for text in texts] for texts in steps]
+
+    # As tall as its longest text of any step, so that every step stands in the same place.
     lead = style.badge if numbered else style.line  # height of a first line
     heights = [
         lead + style.line * (max(len(lines[i]) for lines in wrapped) - 1) for i in range(count)
     ]
+
     boxes = []
     for k, (first, last) in enumerate(_columns(heights, columns, style.gap)):
         x = corner[0] + style.margin + k * (column + 2 * style.margin)
@@ -199,6 +203,7 @@ def lay_out(
         for i in range(first, last):
             boxes.append((x, y, x + column, y + heights[i]))
             y += heights[i] + style.gap
+
     return [
         [
             Entry(
@@ -257,13 +262,13 @@ def _wrap_paragraph(text: str, width: int, style: Style) -> list[list[str]]:
 
 
 def readable(text: str, font: ImageFont.FreeTypeFont) -> str:
-    """The text in characters that the font has, as far as there are likenesses."""
+    """Returns the text in characters that the font has, as far as there are likenesses."""
     return "".join(c if c == MASKED or has_glyph(font, c) else _likeness(c) for c in text)
 
 
 @functools.lru_cache(maxsize=4096)
 def has_glyph(font: ImageFont.FreeTypeFont, character: str) -> bool:
-    """Whether a font draws a character as anything but the box for what it lacks."""
+    """Says whether a font draws a character as anything but the box for what it lacks."""
     if character.isspace():
         return True
     lacking = font.getmask("\uffff")
@@ -299,6 +304,7 @@ def _draw_entry(draw: ImageDraw.ImageDraw, entry: Entry, style: Style):
         width = badge_width(entry.number, style)
         right = entry.text_left - style.gap
         draw_badge(draw, (right - width, top, right, top + style.badge), entry.number, style)
+
     space = style.font.getlength(" ")
     # a badge's number and the first line share their middle
     middle = top + (style.badge if entry.number is not None else style.line) / 2

@@ -1,7 +1,7 @@
-"""Which regions a picture has: masks by name, label maps, COCO and SAM annotations, shapes.
+"""Finds an image's regions: masks by name, label maps, COCO and SAM annotations, shapes.
 
-A source's `regions(picture, size)` lists the regions of a picture of (width, height); names inside
-annotation files are compared with the picture's, never opened.
+A source's `regions(image, size)` lists the regions of an image of (width, height); names inside
+annotation files are compared with the image's, never opened.
 """
 
 import re
@@ -16,53 +16,55 @@ from ...image_loading import load_mask, read_labels
 from ...image_masks import turned_hint
 from .annotation_files import AnnotationList, CocoFile, Maker, Source
 from .inputs import (
+    IMAGE_SUFFIXES,
     MASK_SUFFIXES,
-    PICTURE_SUFFIXES,
-    PictureSource,
+    ImageSource,
     RegionSource,
     is_url,
     open_mask_file,
     read_annotations,
 )
+from .results import mask_area
 
-MAX_REGIONS = 1000  # of one picture
-MAX_MASK_PIXELS = 3_000_000_000  # a byte each, all masks of a picture together
+MAX_REGIONS = 1000  # of one image
+MAX_MASK_PIXELS = 3_000_000_000  # a byte each, all masks of an image together
 NAMING = (
-    "masks are named after their picture: for cat.jpg cat.png, cat_0.png, cat_mask_1.png, cat-2.png"
+    "masks are named after their image: for cat.jpg cat.png, cat_0.png, cat_mask_1.png, cat-2.png"
     " or any name in a folder cat/"
 )
 
 
 class MaskFiles(Source):
-    """Mask pictures given one by one: the regions of the one picture there is."""
+    """Mask images given one by one: the regions of the one image there is."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = paths
 
-    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
+    def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterable[Maker]:
         return _mask_makers(self.paths, size)
 
 
 class MaskFolder(Source):
-    """A folder of mask pictures by name: for `cat.jpg`, `cat.png`, `cat_0.png`, `cat_mask_1.png`,
-    `cat-2.png` or everything in a folder `cat/`, in natural order. Where there is one picture, its
-    masks have any names, but for those named after another picture beside it.
+    """A folder of mask images by name: for `cat.jpg`, `cat.png`, `cat_0.png`, `cat_mask_1.png`,
+    `cat-2.png` or everything in a folder `cat/`, in natural order. Where there is one image, its
+    masks have any names, but for those named after another image beside it.
 
     Attributes:
-        unused: masks named after no picture.
+        unused: masks named after no image.
     """
 
     SUFFIX = re.compile(r"([_.-]?(mask|region|segment|object|instance)s?)?([_.-]?\d+)?", re.I)
 
-    def __init__(self, folder: Path, pictures: Sequence[PictureSource]):
+    def __init__(self, folder: Path, images: Sequence[ImageSource]):
         self.folder = folder
-        self.files: dict[str, list[Path]] = {picture.stem: [] for picture in pictures}
-        self.lossy: dict[str, list[Path]] = {picture.stem: [] for picture in pictures}
+        self.files: dict[str, list[Path]] = {source.stem: [] for source in images}
+        self.lossy: dict[str, list[Path]] = {source.stem: [] for source in images}
         self.unused: list[Path] = []
-        beside = _stems_beside(pictures, folder)
+        beside = _stems_beside(images, folder)
         # cat_2_0 is of cat_2 if there is one
         stems = sorted({*self.files, *(beside or ())}, key=len, reverse=True)
-        own_files = {Path(picture.path).resolve() for picture in pictures}
+        own_files = {Path(source.path).resolve() for source in images}
+
         for file in sorted(folder.iterdir(), key=natural_order):
             if not file.is_file() or file.resolve() in own_files:
                 continue
@@ -71,8 +73,9 @@ class MaskFolder(Source):
                 owner = next(iter(self.files))
             if _is_mask_file(file):
                 (self.unused if owner is None else self.files.get(owner, [])).append(file)
-            elif beside is not None and file.suffix.lower() in PICTURE_SUFFIXES:
+            elif beside is not None and file.suffix.lower() in IMAGE_SUFFIXES:
                 self.lossy.get(owner, []).append(file)
+
         for stem in self.files:
             own = folder / stem
             if own.is_dir():
@@ -81,8 +84,8 @@ class MaskFolder(Source):
     def _belongs(self, name: str, stem: str) -> bool:
         return name.startswith(stem) and bool(self.SUFFIX.fullmatch(name[len(stem) :]))
 
-    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
-        files, lossy = self.files[picture.stem], self.lossy[picture.stem]
+    def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterable[Maker]:
+        files, lossy = self.files[source.stem], self.lossy[source.stem]
         if lossy and not files:
             _refuse_lossy(lossy)
         return _mask_makers(files, size)
@@ -93,16 +96,16 @@ class MaskFolder(Source):
         names = ", ".join(file.name for file in self.unused[:10])
         more = ", ..." if len(self.unused) > 10 else ""
         count = len(self.unused)
-        return f"{count} masks in {self.folder} are of no picture: {names}{more}; {NAMING}"
+        return f"{count} masks in {self.folder} are of no image: {names}{more}; {NAMING}"
 
 
-def _stems_beside(pictures: Sequence[PictureSource], folder: Path) -> set[str] | None:
-    """Names of all pictures in the folders of those given; None if the masks lie there too."""
-    folders = {Path(p.path).resolve().parent for p in pictures if not is_url(p.path)}
+def _stems_beside(images: Sequence[ImageSource], folder: Path) -> set[str] | None:
+    """Names of all images in the folders of those given; None if the masks lie there too."""
+    folders = {Path(p.path).resolve().parent for p in images if not is_url(p.path)}
     if folder.resolve() in folders:
         return None
     files = [file for place in folders for file in place.iterdir()]
-    return {file.stem for file in files if file.suffix.lower() in PICTURE_SUFFIXES}
+    return {file.stem for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
 
 
 def _mask_makers(files: Sequence[Path], size: tuple[int, int]) -> Iterable[Maker]:
@@ -118,14 +121,14 @@ def _refuse_lossy(files: Sequence[Path]):
 
 
 class LabelMaps(Source):
-    """Pictures in which every colour or value but black (zero) is a region of its own: one file
-    for the one picture there is, or a folder with a map of each picture's name."""
+    """Images in which every color or value but black (zero) is a region of its own: one file
+    for the one image there is, or a folder with a map of each image's name."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
-        path = self._map_of(picture.stem) if self.path.is_dir() else self.path
+    def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterable[Maker]:
+        path = self._map_of(source.stem) if self.path.is_dir() else self.path
         if path is None:
             return []
         regions = split_labels(_sized(open_mask_file(path), size, path), path.name)
@@ -137,7 +140,7 @@ class LabelMaps(Source):
         if len(maps) > 1:
             names = ", ".join(file.name for file in maps)
             raise ValueError(f"expected one label map for {stem!r} in {self.path}, got {names}")
-        lossy = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+        lossy = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if lossy and not maps:
             _refuse_lossy(lossy)
         return maps[0] if maps else None
@@ -153,50 +156,51 @@ class AnnotationFolder(Source):
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
-        path = self.folder / f"{picture.stem}.json"
+    def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterable[Maker]:
+        path = self.folder / f"{source.stem}.json"
         if not path.is_file():
             return []
-        return AnnotationList(path, read_annotations(path), only=False).makers(picture, size)
+        return AnnotationList(path, read_annotations(path), only=False).makers(source, size)
 
 
 class Shapes(Source):
-    """Boxes and polygons from the command line, the same for every picture."""
+    """Boxes and polygons from the command line, the same for every image."""
 
     def __init__(self, shapes: Sequence[dict]):
         self.shapes = shapes
 
-    def makers(self, picture: PictureSource, size: tuple[int, int]) -> Iterable[Maker]:
+    def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterable[Maker]:
         regions = [RegionSource(s, f"{next(iter(s))} {k + 1}") for k, s in enumerate(self.shapes)]
         return [(region.origin, partial(_itself, region)) for region in regions]
 
 
-def open_sources(masks: Sequence[str], pictures: Sequence[PictureSource]) -> list:
-    """Recognises what each path of masks is.
+def open_sources(masks: Sequence[str], images: Sequence[ImageSource]) -> list:
+    """Recognizes what each path of masks is.
 
     Raises ValueError for what is none of the known kinds and FileNotFoundError for no file.
     """
     sources, files = [], []
-    only = len(pictures) == 1
+    only = len(images) == 1
     for path in map(Path, masks):
         if path.is_dir():
-            sources += _folder_sources(path, pictures)
+            sources += _folder_sources(path, images)
         elif path.suffix.lower() == ".json":
             sources.append(_annotation_source(path, read_annotations(path), only))
         elif not path.is_file():
             raise FileNotFoundError(f"expected masks at {path}, found no file or folder")
         else:
             files.append(path)
+
     if files and not only:
         raise ValueError(
-            f"expected a folder of masks or an annotation file for {len(pictures)} pictures, got"
+            f"expected a folder of masks or an annotation file for {len(images)} images, got"
             f" the mask {files[0]}, which cannot be the same in all"
         )
     return sources + ([MaskFiles(files)] if files else [])
 
 
-def _folder_sources(folder: Path, pictures) -> list:
-    sources = [MaskFolder(folder, pictures)]
+def _folder_sources(folder: Path, images) -> list:
+    sources = [MaskFolder(folder, images)]
     if any(file.suffix.lower() == ".json" for file in folder.iterdir()):
         sources.append(AnnotationFolder(folder))
     return sources
@@ -214,35 +218,35 @@ def _annotation_source(path: Path, content, only: bool):
 
 def gather_regions(
     sources: Sequence,
-    picture: PictureSource,
+    source: ImageSource,
     size: tuple[int, int],
-    most: int | None = None,
+    max_regions: int | None = None,
     refused: list[str] | None = None,
 ) -> list[RegionSource]:
-    """A picture's regions from all sources; with `most`, only the largest ones, in their order.
+    """Gathers an image's regions from all sources; at most the `max_regions` largest, in order.
 
     A region that cannot be used raises ValueError; or, given a list, what is wrong with it goes
     to `refused`, and the others are returned. Raises ValueError for more than `MAX_REGIONS`, or
     more than memory should be asked to hold.
     """
     makers: list[Maker] = []
-    for source in sources:
+    for each in sources:
         with _refusing(refused):
-            makers += source.makers(picture, size)
-    if most is None:
-        _check_count(len(makers), size, picture.path)
+            makers += each.makers(source, size)
+    if max_regions is None:
+        _check_count(len(makers), size, source.path)
 
     regions, areas = [], []
     for origin, make in makers:
         with _refusing(refused, f"{origin}: "):
             region = make()
-            areas.append(sum(load_mask(region.mask, size).histogram()[1:]))
+            areas.append(mask_area(load_mask(region.mask, size)))
             regions.append(region)
 
-    if most is not None and len(regions) > most:
-        kept = sorted(range(len(regions)), key=lambda i: -areas[i])[:most]
+    if max_regions is not None and len(regions) > max_regions:
+        kept = sorted(range(len(regions)), key=lambda i: -areas[i])[:max_regions]
         regions = [regions[i] for i in sorted(kept)]
-    _check_count(len(regions), size, picture.path)
+    _check_count(len(regions), size, source.path)
     return regions
 
 
@@ -258,15 +262,16 @@ def _refusing(refused: list[str] | None, name: str = ""):
 
 
 def _check_count(count: int, size: tuple[int, int], name: str):
-    most = min(MAX_REGIONS, MAX_MASK_PIXELS // (size[0] * size[1]))
-    if count > most:
+    limit = min(MAX_REGIONS, MAX_MASK_PIXELS // (size[0] * size[1]))
+    if count > limit:
         raise ValueError(
-            f"expected at most {most} regions for {size[0]}x{size[1]} pixels in {name}, got {count}"
+            f"expected at most {limit} regions for {size[0]}x{size[1]} pixels in {name},"
+            f" got {count}"
         )
 
 
 def split_labels(labels: Image.Image, name: str) -> list[RegionSource]:
-    """A region for each label of a label map, see `split_label_map`."""
+    """Returns a region for each label of a label map, see `split_label_map`."""
     try:
         codes, names = read_labels(labels)
     except ValueError as error:
@@ -282,7 +287,7 @@ def _is_mask_file(path: Path) -> bool:
 def _sized(mask: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:
     if mask.size != size:
         raise ValueError(
-            f"expected {path.name} to have the picture's size {size[0]}x{size[1]},"
+            f"expected {path.name} to have the image's size {size[0]}x{size[1]},"
             f" got {mask.width}x{mask.height}{turned_hint(mask.size, size)}"
         )
     return mask

@@ -1,4 +1,4 @@
-"""One run of `perceptiondlm caption`: what goes in, the model, and where results go.
+"""Runs `perceptiondlm caption`: what goes in, the model, and where results go.
 
 A run loses nothing: what can be captioned is, what cannot is named, and the exit code tells.
 """
@@ -12,22 +12,23 @@ from pathlib import Path
 from ...common.files import file_to_replace, only_run, write_bytes
 from ..streams import silence_stdout
 from .command import DONE, INTERRUPTED, SOME_FAILED, USAGE, report
-from .inputs import find_pictures, open_picture
+from .inputs import find_images, open_image
+from .model_arguments import load_captioner
 from .outputs import CaptionWriter, format_of
 
 NAMED = 10  # of a kind of fault, before "and so many more"
 
 
 class CaptionRun:
-    """Everything of a run that can be refused before anything is computed, then the run itself."""
+    """Checks all that can be refused before anything is computed, then runs."""
 
     def __init__(self, args: argparse.Namespace, decoding: dict):
         self.args = args
-        self.pictures = find_pictures(args.pictures, args.recursive)
+        self.images = find_images(args.images, args.recursive)
         self.sources = self._region_sources()
         self._check_outputs()
         self.writer = CaptionWriter(format_of(args.captions, args.format), args.captions)
-        self.failed: list[str] = []  # pictures
+        self.failed: list[str] = []  # images
         self.lost = self._report_sources()  # regions, and entries of annotation files
         self.skipped = 0
         self.captioner = self._load_model(decoding)
@@ -36,14 +37,14 @@ class CaptionRun:
         from .region_sources import LabelMaps, Shapes, open_sources
 
         args = self.args
-        sources = open_sources(args.masks, self.pictures)
+        sources = open_sources(args.masks, self.images)
         for path in map(Path, args.label_maps):
             if not path.exists():
                 raise FileNotFoundError(f"expected a label map or a folder of them at {path}")
-            if path.is_file() and len(self.pictures) > 1:
+            if path.is_file() and len(self.images) > 1:
                 raise ValueError(
-                    f"expected a folder of label maps for {len(self.pictures)}"
-                    f" pictures, got the file {path}"
+                    f"expected a folder of label maps for {len(self.images)}"
+                    f" images, got the file {path}"
                 )
             sources.append(LabelMaps(path))
         shapes = [{"box": b} for b in args.box] + [{"polygons": [p]} for p in args.polygon]
@@ -65,7 +66,7 @@ class CaptionRun:
         for path in given:
             if self._is_input(path):
                 raise ValueError(
-                    f"expected results beside the pictures and masks, got {path}, one of them"
+                    f"expected results beside the images and masks, got {path}, one of them"
                 )
         if len(set(given)) < len(given):
             raise ValueError("expected each result in a file of its own, got one file for two")
@@ -73,24 +74,24 @@ class CaptionRun:
     def _check_suffix(self, option: str, path: Path | None, kinds: dict):
         if path is None:
             return
-        if len(self.pictures) > 1 and (path.suffix.lower() in kinds or path.is_file()):
+        if len(self.images) > 1 and (path.suffix.lower() in kinds or path.is_file()):
             raise ValueError(
-                f"expected a folder for --{option} with {len(self.pictures)} pictures, got {path}"
+                f"expected a folder for --{option} with {len(self.images)} images, got {path}"
             )
-        if len(self.pictures) == 1 and path.suffix.lower() not in kinds and not path.is_dir():
+        if len(self.images) == 1 and path.suffix.lower() not in kinds and not path.is_dir():
             raise ValueError(f"expected --{option} to end in {', '.join(kinds)}, got {path}")
 
     def _is_input(self, path: Path) -> bool:
         regions = [Path(p).resolve() for p in (*self.args.masks, *self.args.label_maps)]
-        pictures = [Path(p.path).resolve() for p in self.pictures]
+        images = [Path(source.path).resolve() for source in self.images]
         inside = path.exists() and any(path.is_relative_to(p) for p in regions)
-        return inside or path in pictures or path in regions
+        return inside or path in images or path in regions
 
     def _drawn(self) -> list[Path | None]:
-        return output_paths(self.pictures, self.args.output, ".png")
+        return output_paths(self.images, self.args.output, ".png")
 
     def _animated(self) -> list[Path | None]:
-        return output_paths(self.pictures, self.args.animate, ".gif")
+        return output_paths(self.images, self.args.animate, ".gif")
 
     def _report_sources(self) -> int:
         """Says what in annotation files is of no use, and how many entries that is."""
@@ -107,20 +108,10 @@ class CaptionRun:
     def _load_model(self, decoding: dict):
         from transformers.utils import logging
 
-        from .captioner import RegionCaptioner
-
         args = self.args
         if args.quiet or not sys.stderr.isatty():
             logging.disable_progress_bar()
-        captioner = RegionCaptioner.from_pretrained(
-            args.model,
-            subfolder=args.subfolder,
-            revision=args.revision,
-            device=args.device,
-            dtype=args.dtype,
-            return_history=args.animate is not None,
-            **decoding,
-        )
+        captioner = load_captioner(args, return_history=args.animate is not None, **decoding)
         captioner.check_options()
         layout = captioner.model.config.region_layout
         if args.prompt_refresh_interval is not None and layout == "independent":
@@ -131,7 +122,7 @@ class CaptionRun:
         return captioner
 
     def run(self) -> int:
-        """Works through the pictures; returns an exit code."""
+        """Works through the images; returns an exit code."""
         args = self.args
         with contextlib.ExitStack() as held:
             try:
@@ -149,6 +140,7 @@ class CaptionRun:
             except KeyboardInterrupt:
                 interrupted = True
             self.writer.close(finished=not interrupted)
+
         except BrokenPipeError:  # nobody reads on
             silence_stdout()
             return SOME_FAILED
@@ -168,99 +160,99 @@ class CaptionRun:
     def _caption_all(self):
         from tqdm import tqdm
 
-        hidden = self.args.quiet or len(self.pictures) < 2
-        places = zip(self.pictures, self._drawn(), self._animated(), strict=True)
-        with tqdm(places, total=len(self.pictures), unit="picture", disable=hidden) as bar:
-            for picture, drawing, animation in bar:
-                described = self._try(picture)
+        hidden = self.args.quiet or len(self.images) < 2
+        places = zip(self.images, self._drawn(), self._animated(), strict=True)
+        with tqdm(places, total=len(self.images), unit="image", disable=hidden) as bar:
+            for source, drawing, animation in bar:
+                described = self._try(source)
                 if described is not None:
-                    self.writer.add(picture.path, *described)
-                    self._draw(picture, described[0], drawing, animation)
+                    self.writer.add(source.path, *described)
+                    self._draw(source, described[0], drawing, animation)
 
-    def _try(self, picture) -> tuple | None:
-        """Result and regions of a picture; None where there is none, for a reason that is said."""
+    def _try(self, source) -> tuple | None:
+        """Returns result and regions of an image; None, and says why, where there are none."""
         from torch import OutOfMemoryError
 
         try:
-            return self._describe(picture)
+            return self._describe(source)
         except (OutOfMemoryError, MemoryError) as error:
-            self._fail(picture, f"out of memory, try --batch-size 1: {error}")
+            self._fail(source, f"out of memory, try --batch-size 1: {error}")
         except (ValueError, OSError) as error:
-            self._fail(picture, error)
+            self._fail(source, error)
         return None
 
-    def _describe(self, picture) -> tuple | None:
+    def _describe(self, source) -> tuple | None:
         from .region_sources import gather_regions
 
         args = self.args
-        image = open_picture(picture.path)
+        image = open_image(source.path)
         if args.question:
             return self.captioner.ask(image, args.question), []
         refused: list[str] = []
-        regions = gather_regions(self.sources, picture, image.size, args.max_regions, refused)
+        regions = gather_regions(self.sources, source, image.size, args.max_regions, refused)
         for line in refused:
-            report(f"{picture.path}: {line}")
+            report(f"{source.path}: {line}")
         self.lost += len(refused)
         if not regions:
-            return self._without_regions(picture, refused)
+            return self._without_regions(source, refused)
         masks = [region.mask for region in regions]
         return self.captioner(image, masks, instruction=args.instruction), regions
 
-    def _without_regions(self, picture, refused: list[str]):
+    def _without_regions(self, source, refused: list[str]):
         if refused:
             raise ValueError(f"expected regions that can be used, got {len(refused)} that cannot")
-        if picture.named:
+        if source.named:
             places = ", ".join([*self.args.masks, *self.args.label_maps])
-            raise ValueError(f"expected masks for this picture in {places}, found none")
+            raise ValueError(f"expected masks for this image in {places}, found none")
         self.skipped += 1
 
-    def _draw(self, picture, result, drawing: Path | None, animation: Path | None):
+    def _draw(self, source, result, drawing: Path | None, animation: Path | None):
         from .animation import draw_history, encode_animation
-        from .drawing import encode_picture
+        from .drawing import encode_image
 
         font = self.args.font
         try:
             if drawing is not None:
-                write_bytes(drawing, encode_picture(result.draw(font=font), drawing.suffix))
+                write_bytes(drawing, encode_image(result.draw(font=font), drawing.suffix))
             if animation is not None:
                 frames = draw_history(result, font=font)
                 write_bytes(animation, encode_animation(frames, animation.suffix))
         except (ValueError, OSError) as error:
-            self._fail(picture, f"captioned, but not drawn: {error}")
+            self._fail(source, f"captioned, but not drawn: {error}")
 
-    def _fail(self, picture, reason):
-        report(f"{picture.path}: {reason}")
-        self.failed.append(Path(picture.path).name)
+    def _fail(self, source, reason):
+        report(f"{source.path}: {reason}")
+        self.failed.append(Path(source.path).name)
 
     def _summary(self, interrupted: bool) -> int:
         done = len(self.writer.records)
         if interrupted:
             place = f" in {self.writer.place}" if self.writer.place else ""
-            report(f"interrupted: {done} of {len(self.pictures)} pictures done and kept{place}")
+            report(f"interrupted: {done} of {len(self.images)} images done and kept{place}")
             return INTERRUPTED
         if self.skipped:
-            report(f"{self.skipped} of {len(self.pictures)} pictures have no masks, left out")
+            report(f"{self.skipped} of {len(self.images)} images have no masks, left out")
         if self.failed or self.lost:
             names = f": {', '.join(self.failed[:NAMED])}" if self.failed else ""
             names += ", ..." if len(self.failed) > NAMED else ""
             lost = f"; {self.lost} regions left out" if self.lost else ""
-            report(f"{done} pictures done, {len(self.failed)} failed{names}{lost}")
+            report(f"{done} images done, {len(self.failed)} failed{names}{lost}")
             return SOME_FAILED
         return DONE if done else SOME_FAILED
 
 
-def output_paths(pictures: Sequence, given: Path | None, suffix: str) -> list[Path | None]:
-    """A file for each picture's drawing: `given` itself, or one by the picture's name in it."""
+def output_paths(images: Sequence, given: Path | None, suffix: str) -> list[Path | None]:
+    """Returns a file for each image's drawing: `given` itself, or one by its name in it."""
     if given is None:
-        return [None] * len(pictures)
-    if len(pictures) == 1 and not given.is_dir():
+        return [None] * len(images)
+    if len(images) == 1 and not given.is_dir():
         return [given]
     taken: set[str] = set()
     paths = []
-    for picture in pictures:
-        name, number = picture.stem, 2
+    for source in images:
+        name, number = source.stem, 2
         while name.lower() in taken:  # a/cat.jpg and b/cat.jpg
-            name, number = f"{picture.stem}-{number}", number + 1
+            name, number = f"{source.stem}-{number}", number + 1
         taken.add(name.lower())
         paths.append(given / f"{name}{suffix}")
     return paths

@@ -1,4 +1,4 @@
-"""What a chat completion asks for: regions of an image to caption, or a conversation to answer.
+"""Reads what a request asks for: regions of an image to caption, or a conversation to answer.
 
 An image comes as an `image_url` part. A request means regions where it says so: by a `masks` field,
 by parts of type `mask`, or by a text part that is a JSON object with nothing but `masks`; with
@@ -16,23 +16,8 @@ from PIL import Image
 from ...image_loading import is_data_url, load_image, load_mask
 from .decode import Decoder, alpha_mask
 from .limits import Limits, each_numbered, expect_at_most
-from .request import ChatRequest, ImagePart, MaskPart, Message, TextPart
+from .request import DECODING, ChatRequest, ImagePart, MaskPart, Message, TextPart
 
-DECODING = (
-    "steps",
-    "block_length",
-    "temperature",
-    "top_k",
-    "top_p",
-    "cfg_scale",
-    "remasking",
-    "threshold",
-    "factor",
-    "entropy_bound",
-    "remask_below",
-    "prompt_refresh_interval",
-    "seed",
-)
 MAX_STOPS = 4  # as OpenAI's
 MASKS_TEXT = re.compile(r'\s*\{\s*"masks"\s*:.*\}\s*', re.DOTALL)
 
@@ -76,7 +61,7 @@ class RequestReader:
         self.fetch = fetch
 
     def __call__(self, request: ChatRequest) -> Asked:
-        """Raises ValueError for what does not fit."""
+        """Returns what is asked for; raises ValueError for what does not fit."""
         self._check_text(request)
         masks = _masks_of(request)
         wanted = masks is not None or request.task == "regions"
@@ -95,7 +80,7 @@ class RequestReader:
         expect_at_most("text, in characters,", sum(map(len, texts)), self.limits.text)
 
     def _regions(self, request: ChatRequest, masks: list | None) -> dict:
-        """The image, its masks and the instruction."""
+        """Reads the image, its masks and the instruction."""
         *before, last = request.messages
         if before or last.role != "user":
             raise ValueError("expected one user message for regions, got a conversation")
@@ -127,7 +112,7 @@ class RequestReader:
         return load_mask(self.decoder.mask_image(self._bytes(url, "the mask"), size), size)
 
     def _conversation(self, request: ChatRequest) -> dict:
-        """The messages and their images."""
+        """Reads the messages and their images."""
         if request.messages[-1].role != "user":
             raise ValueError(
                 f"expected the last message from the user, got {request.messages[-1].role!r}"
@@ -148,7 +133,7 @@ class RequestReader:
 
     def _options(self, request: ChatRequest, length: str) -> tuple[dict, str | None]:
         """Decoding options, and the name of the length that is an upper bound."""
-        options = {name: getattr(request, name) for name in DECODING}
+        options = {name: getattr(request, name) for name in DECODING if name != "caption_length"}
         options["stop_strings"] = self._stops(request)
         if request.caption_length is not None and length != "caption_length":
             raise ValueError(
@@ -189,7 +174,7 @@ def _image_urls(message: Message) -> list[str]:
 
 
 def _texts(message: Message, masks: bool = False) -> list[str]:
-    """The texts to be read, or with `masks` those that are masks; a plain string is never masks."""
+    """Returns the texts to be read, or with `masks` those that are masks, as no plain string is."""
     if isinstance(message.content, str):
         return [] if masks else [message.content]
     texts = [part.text for part in message.content if isinstance(part, TextPart)]
@@ -197,7 +182,7 @@ def _texts(message: Message, masks: bool = False) -> list[str]:
 
 
 def _masks_of(request: ChatRequest) -> list | None:
-    """The masks that the request or its last message holds; ValueError for more than one kind."""
+    """Returns the masks of the request or its last message; ValueError for more than one kind."""
     last = request.messages[-1]
     given = [request.masks, _mask_parts(last) or None, *map(_masks_in, _texts(last, masks=True))]
     found = [masks for masks in given if masks is not None]
@@ -229,7 +214,7 @@ def _no_constant(name: str):
 
 
 def _template_message(message: Message) -> dict:
-    """A message for the chat template: its images first, as the model has learned it."""
+    """Returns a message for the chat template: its images first, as the model has learned it."""
     role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
         return {"role": role, "content": message.content}

@@ -1,4 +1,4 @@
-"""`perceptiondlm serve`: an OpenAI-compatible endpoint for region captions and questions."""
+"""Runs `perceptiondlm serve`: an OpenAI-compatible endpoint for region captions and questions."""
 
 import argparse
 import logging
@@ -34,12 +34,12 @@ API_KEY = "PERCEPTIONDLM_API_KEY"
 
 def configure(parser: argparse.ArgumentParser):
     """Adds the arguments to the `serve` parser."""
-    from .arguments import add_model_arguments, add_queue_arguments
+    from .arguments import add_engine_arguments, add_queue_arguments
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = "Serves region captions and answers to OpenAI's clients."
     parser.epilog = EPILOG
-    add_model_arguments(parser)
+    add_engine_arguments(parser)
     add_queue_arguments(parser, host_port=8000)
     parser.add_argument("--name", help="what the model is called (default: by its folder or id)")
     parser.add_argument(
@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser):
         metavar="S",
         help="from SIGTERM to the end, for what is under way (default: %(default)g)",
     )
-    urls = parser.add_argument_group("pictures behind URLs, which are refused by default")
+    urls = parser.add_argument_group("images behind URLs, which are refused by default")
     urls.add_argument(
         "--allow-url-host",
         action="append",
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"perceptiondlm serve: {error}", file=sys.stderr)
         return 2
+
     app = create_app(
         engine,
         name=args.name or model_name(args),

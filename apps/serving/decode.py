@@ -1,4 +1,4 @@
-"""Strangers' images and region masks, decoded within a request's limits.
+"""Decodes strangers' images and region masks within a request's limits.
 
 Everything here raises ValueError with what was expected and what came. Sizes are compared in a
 file's header, before it is decoded. No string from outside is ever taken for a path.
@@ -18,8 +18,8 @@ from .limits import Limits, expect_at_most
 MAX_NUMBER = 10**9  # of a coordinate or run length
 IMAGE_BYTES, MASK_BYTES = 4, 1  # of a pixel, once decoded
 JPEG_SCAN = b"\xff\xda"  # a marker that no scan has inside
-# What people send as a picture that is none: first bytes, and what to call it.
-NOT_PICTURES = (
+# What people send as an image that is none: first bytes, and what to call it.
+NOT_IMAGES = (
     (b"<svg", "SVG"),
     (b"<!doctype html", "HTML"),
     (b"<html", "HTML"),
@@ -40,16 +40,16 @@ class Decoder:
         self.outline_left = limits.outline
 
     def image(self, data: bytes, name: str) -> Image.Image:
-        """An image from an encoded file's bytes: upright, not converted, fully read."""
+        """Decodes a file's bytes to an image: upright, not converted, fully read."""
         image = self._open(data, name)
         self.spend(image.width * image.height * IMAGE_BYTES)
         return _loaded(image, name)
 
     def mask_image(self, data: bytes, size: tuple[int, int] | None) -> Image.Image:
-        """A region mask from an encoded file's bytes; lossy kinds are refused, and so are those of
-        another size (width, height) than the image's.
+        """Decodes a file's bytes to a region mask.
 
-        Of a copy of the image, in colors and transparent outside the region, the alpha is the mask.
+        Raises ValueError for lossy kinds and for another size (width, height) than the image's. Of
+        a copy of the image, in colors and transparent outside the region, the alpha is the mask.
         """
         mask = self._open(data, "the mask")
         expect_lossless(mask, "the mask")
@@ -60,8 +60,11 @@ class Decoder:
         return (alpha_mask(mask) if _is_colored(mask) else None) or mask
 
     def mask(self, item, size: tuple[int, int]) -> Image.Image:
-        """A region mask from JSON: COCO RLE, `{"box": ...}`, `{"polygons": ...}`, a plain box or
-        polygons, a COCO annotation, or a mask image as data URL; as `load_mask` gives it."""
+        """Reads a region mask from JSON, as `load_mask` gives it, of a size (width, height).
+
+        It is COCO RLE, `{"box": ...}`, `{"polygons": ...}`, a plain box or polygons, a COCO
+        annotation, or a mask image as data URL.
+        """
         if isinstance(item, str):
             return load_mask(self.mask_image(self.data_url(item, "the mask"), size), size)
         if not isinstance(item, (dict, list)):
@@ -70,6 +73,8 @@ class Decoder:
         said = mask.get("size") if isinstance(mask, dict) else None
         if isinstance(said, list) and len(said) == 2:
             expect_size(said[::-1], size)
+
+        # What it costs is known before it is filled.
         for part in mask.values() if isinstance(mask, dict) else [mask]:
             self._spend_numbers(part)
         polygons = mask.get("polygons") if isinstance(mask, dict) else mask
@@ -79,7 +84,7 @@ class Decoder:
         return load_mask(mask, size)
 
     def expect_masks(self, count: int, size: tuple[int, int]):
-        """Refuses more masks than a request may have, or more memory than they may take."""
+        """Raises ValueError for more masks than a request may have, or than its memory holds."""
         if count > self.limits.masks:
             raise ValueError(
                 f"expected at most {self.limits.masks} masks for an image, got {count}"
@@ -101,8 +106,11 @@ class Decoder:
         )
 
     def _spend_numbers(self, values, depth: int = 3):
-        """Refuses too many numbers, and what is no number an image could need, in a list of lists
-        of them; a text is left to whom it is meant for."""
+        """Bounds the numbers in a list, or in lists of lists of them.
+
+        Raises ValueError for too many, and for what is no number that an image could need. A text
+        is left to whom it is meant for.
+        """
         if not isinstance(values, list):
             return
         self.numbers_left -= len(values)
@@ -131,7 +139,7 @@ class Decoder:
             )
 
     def data_url(self, url: str, name: str) -> bytes:
-        """The bytes of a `data:` URL, no more of them than an image may have."""
+        """Decodes a `data:` URL; raises ValueError for more bytes than an image may have."""
         data = image_loading.decode_data_url(url, name)
         if len(data) > self.limits.body_bytes:
             raise ValueError(
@@ -143,10 +151,11 @@ class Decoder:
         """Opens a file within the limits: its header is read, no pixel decoded."""
         limits = self.limits
         if len(data) > limits.body_bytes:
-            most = limits.body_bytes / (1 << 20)
+            limit = limits.body_bytes / (1 << 20)
             raise ValueError(
-                f"expected {name} of at most {most:g} MiB, got {len(data) / (1 << 20):.1f} MiB"
+                f"expected {name} of at most {limit:g} MiB, got {len(data) / (1 << 20):.1f} MiB"
             )
+
         try:
             image = open_encoded(io.BytesIO(data), readable_formats())
         except Image.DecompressionBombError as error:
@@ -156,6 +165,7 @@ class Decoder:
         except Exception as error:  # decoders fail in many ways on what strangers make up
             kinds = ", ".join(readable_formats())
             raise ValueError(f"expected {name} as {kinds}, got {_kind_of(data)}") from error
+
         self._check(image, data, name)
         return image
 
@@ -187,7 +197,7 @@ def _is_colored(mask: Image.Image) -> bool:
 
 def _kind_of(data: bytes) -> str:
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for start, kind in NOT_PICTURES:
+    for start, kind in NOT_IMAGES:
         if head.startswith(start):
             return kind
     if not data:
@@ -195,9 +205,9 @@ def _kind_of(data: bytes) -> str:
     return f"something that starts with {data[:12]!r}"
 
 
-def alpha_mask(picture: Image.Image) -> Image.Image | None:
-    """The region that a picture's alpha channel shows: not transparent, where some of it is."""
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
+def alpha_mask(image: Image.Image) -> Image.Image | None:
+    """Returns the region that is not transparent; None of an image that is nowhere transparent."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
         return None
-    alpha = picture.convert("RGBA").getchannel("A")
+    alpha = image.convert("RGBA").getchannel("A")
     return alpha.point([0] + [255] * 255) if alpha.getextrema()[0] == 0 else None

@@ -1,4 +1,4 @@
-"""Refusals as OpenAI's clients expect them."""
+"""Says what is wrong with a request as OpenAI's clients expect it."""
 
 KINDS = {
     401: "authentication_error",
@@ -19,7 +19,7 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict:
-        """The `error` object."""
+        """Returns what is sent: an object with the `error`."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         error = {
             "message": str(self),

@@ -1,4 +1,4 @@
-"""Pictures behind URLs that a client names: from allowed hosts only, never from inside.
+"""Fetches images behind URLs that a client names: from allowed hosts only, never from inside.
 
 Off unless hosts are allowed. A name is resolved once, every address it has must be public, and
 the connection goes to the very address that was checked, so that a name which changes its answer
@@ -50,18 +50,19 @@ class UrlPolicy:
     seconds: float = 10.0
 
     def check(self, url: str) -> tuple[str, str, int]:
-        """Scheme, host and port of a URL that may be fetched; ValueError for any other."""
+        """Returns scheme, host and port of a URL; raises ValueError for one that is not allowed."""
         try:
             parts = urlsplit(url)
             host, port = (parts.hostname or "").rstrip("."), parts.port
         except ValueError as error:
             raise ValueError(f"expected a URL, got {url[:80]!r}: {error}") from error
         if parts.scheme not in PORTS or not host:
-            raise ValueError(f"expected a picture as data URL or from http(s), got {url[:60]!r}")
+            raise ValueError(f"expected an image as data URL or from http(s), got {url[:60]!r}")
         if parts.username is not None or parts.password is not None:
             raise ValueError("expected a URL without a user name or password")
         if not self.hosts:
-            raise ValueError("expected a picture as data URL: this server fetches no URLs")
+            raise ValueError("expected an image as data URL: this server fetches no URLs")
+
         usual = port in (None, PORTS[parts.scheme])
         name = host if usual else f"{host}:{port}"
         if name not in self.hosts and not ("*" in self.hosts and (usual or self.allow_private)):
@@ -69,7 +70,7 @@ class UrlPolicy:
         return parts.scheme, host, port or PORTS[parts.scheme]
 
     def resolve(self, host: str, port: int) -> str:
-        """One address of a host, all of which are public; ValueError for any other host."""
+        """Returns one address of a host; raises ValueError unless all that it has are public."""
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
@@ -83,7 +84,7 @@ class UrlPolicy:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is reached over the public internet, IPv4 inside IPv6 looked through."""
+    """Says whether an address is of the public internet; looks through IPv4 inside IPv6."""
     ip = ipaddress.ip_address(address)
     if ip.version == 6:
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
@@ -96,7 +97,7 @@ def is_public(address: str) -> bool:
 
 
 def fetch(url: str, policy: UrlPolicy, limits: Limits, deadline: float | None = None) -> bytes:
-    """The bytes behind a URL; ValueError where the policy or a limit stands against it.
+    """Returns the bytes behind a URL; raises ValueError where the policy or a limit forbids it.
 
     `deadline`, in terms of `time.monotonic`, is by default the policy's seconds from now.
     """
@@ -110,7 +111,7 @@ def fetch(url: str, policy: UrlPolicy, limits: Limits, deadline: float | None = 
             try:
                 target = _fetch_once(client, url, policy, limits, deadline)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise ValueError(f"expected a picture from {url[:80]!r}, got: {error}") from error
+                raise ValueError(f"expected an image from {url[:80]!r}, got: {error}") from error
             if isinstance(target, bytes):
                 return target
             url = target
@@ -118,9 +119,11 @@ def fetch(url: str, policy: UrlPolicy, limits: Limits, deadline: float | None = 
 
 
 def _fetch_once(client, url: str, policy: UrlPolicy, limits: Limits, deadline: float):
-    """The content, or the URL that a redirect names."""
+    """Returns the content, or the URL that a redirect names."""
     scheme, host, port = policy.check(url)
     address = policy.resolve(host, port)
+
+    # The connection goes to the address; name and certificate are still the host's.
     literal = f"[{address}]" if ":" in address else address
     parts = urlsplit(url)
     pinned = parts._replace(netloc=f"{literal}:{port}", fragment="").geturl()
@@ -137,12 +140,13 @@ def _fetch_once(client, url: str, policy: UrlPolicy, limits: Limits, deadline: f
         timeout=_left(deadline),
         extensions={"sni_hostname": host, "timeout": _timeouts(deadline)},
     )
+
     response = client.send(request, stream=True)
     try:
         if response.is_redirect:
             return urljoin(url, response.headers.get("location", ""))
         if response.status_code != 200:
-            raise ValueError(f"expected a picture from {url[:80]!r}, got {response.status_code}")
+            raise ValueError(f"expected an image from {url[:80]!r}, got {response.status_code}")
         return _read(response, limits, deadline)
     finally:
         response.close()
@@ -150,12 +154,12 @@ def _fetch_once(client, url: str, policy: UrlPolicy, limits: Limits, deadline: f
 
 def _read(response, limits: Limits, deadline: float) -> bytes:
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise ValueError("expected a picture sent as it is, got a compressed response")
+        raise ValueError("expected an image sent as it is, got a compressed response")
     data = bytearray()
     for chunk in response.iter_raw():
         data += chunk
         if len(data) > limits.body_bytes:
-            raise ValueError(f"expected a picture of at most {limits.body_bytes:,} bytes, got more")
+            raise ValueError(f"expected an image of at most {limits.body_bytes:,} bytes, got more")
         _left(deadline)
     return bytes(data)
 
@@ -163,7 +167,7 @@ def _read(response, limits: Limits, deadline: float) -> bytes:
 def _left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise ValueError("expected a picture in time, the host took too long")
+        raise ValueError("expected an image in time, the host took too long")
     return left
 
 

@@ -1,4 +1,4 @@
-"""HTTP beneath the endpoint: OpenAI's error bodies, and bodies within limits."""
+"""Reads bodies within limits, tells clients apart, and answers failures with OpenAI's errors."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 5.0  # read and dropped, so that a refusa
 
 
 def response_of(error: ApiError) -> JSONResponse:
-    """The whole answer."""
+    """Returns the response that says an error."""
     return JSONResponse(error.body(), error.status, error.headers)
 
 
@@ -42,15 +42,15 @@ def install_errors(app: FastAPI):
 
 
 class ByteBudget:
-    """Memory of bodies that are being received or read, all requests together."""
+    """Bounds the memory of bodies that are being received or read, all requests together."""
 
-    def __init__(self, most: int):
-        self.most = most
+    def __init__(self, size: int):
+        self.size = size
         self.taken = 0
 
     def take(self, count: int):
-        """Raises 429 where there is no more."""
-        if self.taken + count > self.most:
+        """Takes bytes; raises ApiError 429 where there are not so many left."""
+        if self.taken + count > self.size:
             raise ApiError(
                 429,
                 "too much is being uploaded: try again later",
@@ -65,9 +65,13 @@ class ByteBudget:
 
 
 async def read_body(request: Request, limits: Limits, budget: ByteBudget) -> bytearray:
-    """The body, within size and time; what it took of the budget is the caller's to give back."""
+    """Receives the body, within size and time; raises ApiError for one beyond them.
+
+    What it took of the budget is the caller's to give back.
+    """
     data = bytearray()
     declared = request.headers.get("content-length", "")
+
     with contextlib.ExitStack() as unless_whole:
         unless_whole.callback(lambda: budget.give(len(data)))
         try:
@@ -100,17 +104,17 @@ async def _receive(request: Request, data: bytearray, limits: Limits, budget: By
         data += chunk
 
 
-def _too_large(most: int) -> ApiError:
+def _too_large(limit: int) -> ApiError:
     return ApiError(
         413,
-        f"expected a body of at most {most / (1 << 20):g} MiB, got more",
+        f"expected a body of at most {limit / (1 << 20):g} MiB, got more",
         code="request_too_large",
         headers={"Connection": "close"},
     )
 
 
 async def drain(request: Request):
-    """Drops what a client is still sending: one whose connection breaks hears no refusal."""
+    """Reads and drops what a client still sends: one whose connection breaks hears no refusal."""
 
     async def drop():
         left = DRAIN_BYTES
@@ -127,7 +131,7 @@ async def drain(request: Request):
 
 
 def client_of(request: Request) -> str:
-    """Whose request it is, by address: of IPv6, the network that one customer has."""
+    """Says whose request it is, by address: of IPv6, the network that one customer has."""
     host = request.client.host if request.client else ""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
@@ -145,12 +149,17 @@ async def until_disconnected(request: Request):
 
 
 class MaxBody:
-    """ASGI middleware: a body of more than `most` bytes is refused with 413, and a path in which
-    the pattern `refused` is found with 404."""
+    """Refuses, as ASGI middleware, bodies that are too large and paths that lead nowhere.
 
-    def __init__(self, app, most: int, refused: str):
+    Args:
+        app: the application beneath.
+        max_bytes: of a body; more is answered with 413.
+        refused: a pattern; a path in which it is found is answered with 404.
+    """
+
+    def __init__(self, app, max_bytes: int, refused: str):
         self.app = app
-        self.most = most
+        self.max_bytes = max_bytes
         self.refused = re.compile(refused)
 
     async def __call__(self, scope, receive, send):
@@ -158,16 +167,18 @@ class MaxBody:
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
         declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.most:
-            return await response_of(_too_large(self.most))(scope, receive, send)
+        if declared.isdigit() and int(declared) > self.max_bytes:
+            return await response_of(_too_large(self.max_bytes))(scope, receive, send)
         received = 0
 
         async def counted():
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.most:
-                raise HTTPException(413, f"expected a body of at most {self.most} bytes, got more")
+            if received > self.max_bytes:
+                raise HTTPException(
+                    413, f"expected a body of at most {self.max_bytes} bytes, got more"
+                )
             return message
 
         if self.refused.search(scope["path"]):

@@ -1,7 +1,8 @@
-"""What callers ask of an engine: regions to caption, conversations to answer; and what they get.
+"""Describes what callers ask of an engine: regions to caption, conversations to answer.
 
 Both kinds of job offer the same few methods, so that the engine need not tell them apart: `check`
-before queueing, `passes` and `nbytes` for its limits, `generate` for a whole batch, `result_of`.
+before queueing, `num_groups`, `cost` and `nbytes` for its limits, `generate` for a whole batch,
+`result_of`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from ...generation_diffusion import DiffusionOutput
 from ...generation_options import DiffusionOptions
 from ...image_loading import load_image, load_mask
-from ..captioning.captioner import Answers, Region, RegionCaptioner, RegionCaptions
+from ..captioning.captioner import RegionCaptioner
+from ..captioning.results import Answers, Region, RegionCaptions
 from .limits import each_numbered
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class TooLong(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class RegionJob:
-    """Regions of one picture to caption; `build` makes it of anything that can be loaded."""
+    """Regions of one image to caption; `build` makes it of anything that can be loaded."""
 
     image: Image.Image
     masks: tuple[Image.Image, ...]
@@ -39,12 +40,12 @@ class RegionJob:
 
     @classmethod
     def build(cls, image, masks: Sequence, instruction: str | None = None) -> RegionJob:
-        """Loads the picture and its masks; ValueError where they do not fit."""
-        picture = load_image(image)
+        """Loads an image and its region masks; raises ValueError where they do not fit."""
+        image = load_image(image)
         if not masks:
             raise ValueError("expected at least one mask, got none")
-        regions = each_numbered("mask", masks, lambda mask: load_mask(mask, picture.size))
-        return cls(picture, tuple(regions), instruction)
+        regions = each_numbered("mask", masks, lambda mask: load_mask(mask, image.size))
+        return cls(image, tuple(regions), instruction)
 
     @property
     def count(self) -> int:
@@ -53,25 +54,29 @@ class RegionJob:
 
     @property
     def nbytes(self) -> int:
-        """Memory that picture and masks hold."""
+        """Bytes of memory that image and masks hold."""
         return self.image.width * self.image.height * (3 + len(self.masks))
 
-    def passes(self, most: int) -> int:
-        """Rows of a batch, with at most so many regions a pass."""
-        return -(-len(self.masks) // most)
+    def num_groups(self, max_regions: int) -> int:
+        """Returns how many rows of a batch it takes, each with so many regions at most."""
+        return -(-len(self.masks) // max_regions)
 
     def check(self, captioner: RegionCaptioner, options: DiffusionOptions) -> int:
-        """Prompt tokens of all passes; ValueError for what could not be decoded."""
+        """Returns the prompt tokens of all region groups.
+
+        Raises ValueError for what could not be decoded.
+        """
         model, processor = captioner.model, captioner.processor
-        most = model.config.num_region_prompts
-        if most == 0:
+        max_regions = model.config.num_region_prompts
+        if max_regions == 0:
             raise ValueError("expected a question: this checkpoint describes no regions")
         scope = "region" if model.config.region_layout == "independent" else "image"
         options.region_rule(scope, model.config.eot_token_id)
-        sizes = picture_sizes(processor, [self.image])
+
+        sizes = image_sizes(processor, [self.image])
         tokens = 0
-        for first in range(0, len(self.masks), most):
-            regions = len(self.masks[first : first + most])
+        for first in range(0, len(self.masks), max_regions):
+            regions = len(self.masks[first : first + max_regions])
             slots = processor.caption_slots(None, regions, options.caption_length)
             sequence = processor.region_sequence(sizes, 0, slots, self.instruction)
             expect_fitting(sequence, model.config)
@@ -79,14 +84,14 @@ class RegionJob:
         return tokens
 
     def cost(self, prompt_tokens: int, options: DiffusionOptions) -> int:
-        """Positions that are computed, all steps and passes together."""
+        """Returns how many positions are computed, all steps and region groups together."""
         length = options.caption_length
         tokens = prompt_tokens + len(self.masks) * (length + 1)  # and what ends each caption
         return tokens * (options.steps or length) * guidance_factor(options)
 
     @staticmethod
     def generate(captioner: RegionCaptioner, jobs: list[RegionJob], options: dict, callback):
-        """One run for all `jobs`."""
+        """Runs all `jobs` at once."""
         default = captioner.processor.region_instruction
         return captioner.model.diffusion_generate(
             images=[job.image for job in jobs],
@@ -98,13 +103,8 @@ class RegionJob:
         )
 
     def result_of(self, texts: list[str], **cost) -> RegionCaptions:
-        """The result as `RegionCaptioner` gives it."""
-        pairs = enumerate(zip(texts, self.masks, strict=True), 1)
-        regions = [
-            Region(k, text, mask.getbbox(), sum(mask.histogram()[1:]), mask)
-            for k, (text, mask) in pairs
-        ]
-        return RegionCaptions(image=self.image, regions=regions, **cost)
+        """Returns the result as `RegionCaptioner` gives it."""
+        return RegionCaptions(image=self.image, regions=Region.each(texts, self.masks), **cost)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ class ChatJob:
     Attributes:
         messages: for the chat template: dicts of `role` and `content`, a text or a list of
             `{"type": "image"}` and `{"type": "text", "text": ...}`.
-        images: its pictures in order.
+        images: in the order of their parts.
     """
 
     messages: list[dict]
@@ -125,13 +125,13 @@ class ChatJob:
 
     @classmethod
     def ask(cls, image, question: str) -> ChatJob:
-        """One question about one picture."""
+        """Asks one question about one image."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
         return cls([{"role": "user", "content": content}], (load_image(image),))
 
     @property
     def nbytes(self) -> int:
-        """Memory that the pictures hold."""
+        """Bytes of memory that the images hold."""
         return 3 * sum(image.width * image.height for image in self.images)
 
     @property
@@ -142,15 +142,15 @@ class ChatJob:
             return content
         return "\n".join(part["text"] for part in content if part["type"] == "text")
 
-    def passes(self, most: int) -> int:
-        """Rows of a batch."""
+    def num_groups(self, max_regions: int) -> int:
+        """Returns how many rows of a batch it takes."""
         return 1
 
     def check(self, captioner: RegionCaptioner, options: DiffusionOptions) -> int:
-        """Prompt tokens; ValueError for what could not be decoded."""
+        """Returns the prompt tokens; raises ValueError for what could not be decoded."""
         config, processor = captioner.model.config, captioner.processor
         options.answer_rule(options.max_new_tokens, config.eot_token_id)
-        sizes = picture_sizes(processor, self.images)
+        sizes = image_sizes(processor, self.images)
         sequence = processor.chat_sequence(
             self._text(processor), sizes, max_new_tokens=options.max_new_tokens
         )
@@ -161,19 +161,19 @@ class ChatJob:
         return processor.apply_chat_template(self.messages, add_generation_prompt=True)
 
     def cost(self, prompt_tokens: int, options: DiffusionOptions) -> int:
-        """Positions that are computed, all steps together."""
+        """Returns how many positions are computed, all steps together."""
         length = options.max_new_tokens
         return (prompt_tokens + length) * (options.steps or length) * guidance_factor(options)
 
     @staticmethod
     def generate(captioner: RegionCaptioner, jobs: list[ChatJob], options: dict, callback):
-        """One run for all `jobs`."""
+        """Runs all `jobs` at once."""
         options = dict(options)
         options.pop("batch_size")  # the inputs are one batch already
         processor, defaults = captioner.processor, captioner.model.decoding_defaults
         length = DiffusionOptions.build(defaults, options, "answers").max_new_tokens
         inputs = processor(
-            [picture for job in jobs for picture in job.images] or None,
+            [image for job in jobs for image in job.images] or None,
             text=[job._text(processor) for job in jobs],
             max_new_tokens=length,
         )
@@ -182,126 +182,41 @@ class ChatJob:
         )
 
     def result_of(self, texts: list[str], **cost) -> Answers:
-        """The result as `RegionCaptioner` gives it."""
+        """Returns the result as `RegionCaptioner` gives it."""
         image = self.images[0] if self.images else None
         return Answers(image=image, questions=[self.question], answers=texts, **cost)
 
 
 def guidance_factor(options: DiffusionOptions) -> int:
-    """Forward passes of a step: with guidance, one without the prompt as well."""
+    """Returns the forward passes of a step: with guidance, one without the prompt as well."""
     return 2 if options.cfg_scale else 1
 
 
 def job_of(asked: Asked) -> RegionJob | ChatJob:
-    """The job that a request asks for."""
+    """Returns the job that a request asks for."""
     if asked.masks:
         return RegionJob(asked.images[0], asked.masks, asked.instruction)
     return ChatJob(asked.messages, asked.images)
 
 
-@dataclass(frozen=True)
-class Completion:
-    """What became of a job.
-
-    Attributes:
-        result: captions or answers.
-        prompt_tokens: of all its passes, visual tokens included.
-        completion_tokens: of its texts, up to their ends of turn.
-        ended: whether every text ended by itself, not at its length.
-        batch_size: jobs that ran together.
-        queued_seconds: time before it ran.
-    """
-
-    result: RegionCaptions | Answers
-    prompt_tokens: int
-    completion_tokens: int
-    ended: bool
-    batch_size: int
-    queued_seconds: float
-
-
-class ForwardCounter:
-    """Counts, while a batch runs, after how many steps each job's texts last changed."""
-
-    def __init__(self, passes: list[int]):
-        self.passes = passes
-        self.steps = 0
-        self._last: list[list] = [[] for _ in passes]
-        self._changed = [0] * len(passes)
-
-    def add(self, token_ids: list) -> int:
-        """Takes the ids after a step; returns the step's number from 1."""
-        self.steps += 1
-        for i, rows in enumerate(token_ids):
-            if rows != self._last[i]:
-                self._last[i], self._changed[i] = rows, self.steps
-        return self.steps
-
-    def forwards(self, index: int, total: int) -> int:
-        """Forward passes of a job, given those of the whole batch."""
-        if len(self.passes) == 1:
-            return total
-        if total == self.steps * sum(self.passes):  # nobody finished early
-            return self.steps * self.passes[index]
-        return self._changed[index] * self.passes[index]
-
-
-def completions(
-    captioner: RegionCaptioner,
-    tickets: list,
-    output: DiffusionOutput,
-    counter: ForwardCounter,
-    seconds: float,
-) -> list[Completion]:
-    """Splits a batch's output into what each ticket's job gets."""
-    done = []
-    for i, ticket in enumerate(tickets):
-        ids = output.token_ids[i]
-        kept = [answer_length(captioner.processor, row) for row in ids]
-        forwards = counter.forwards(i, output.num_forwards)
-        result = ticket.job.result_of(
-            output.texts[i],
-            num_forwards=forwards,
-            tokens_per_forward=sum(map(len, ids)) / forwards,
-            seconds=seconds,
-        )
-        done.append(
-            Completion(
-                result,
-                ticket.prompt_tokens,
-                sum(kept),
-                all(n < len(row) for n, row in zip(kept, ids, strict=True)),
-                len(tickets),
-                ticket.started - ticket.submitted,
-            )
-        )
-    return done
-
-
-def answer_length(processor, ids: Sequence[int]) -> int:
-    """Tokens of an answer before its end of turn or text."""
-    stops = {processor.eot_token_id, processor.tokenizer.eos_token_id}
-    return next((i for i, token in enumerate(ids) if token in stops), len(ids))
-
-
-def picture_sizes(processor, pictures: Sequence[Image.Image]) -> dict:
-    """As much of the image processor's features as decides a sequence's length."""
-    if not pictures:
+def image_sizes(processor, images: Sequence[Image.Image]) -> dict:
+    """Returns as much of the image processor's features as decides a sequence's length."""
+    if not images:
         return {}
-    most = 1 if len(pictures) > 1 else None
-    grids = [processor.image_processor.choose_grid(p.size, most) for p in pictures]
+    max_tiles = 1 if len(images) > 1 else None
+    grids = [processor.image_processor.choose_grid(image.size, max_tiles) for image in images]
     return {
-        "image_sizes": torch.tensor([(p.height, p.width) for p in pictures]),
+        "image_sizes": torch.tensor([(image.height, image.width) for image in images]),
         "image_grids": torch.tensor(grids),
     }
 
 
 def expect_fitting(sequence, config):
     """Refuses a sequence longer than the model's positions."""
-    most = config.text_config.max_position_embeddings
+    max_length = config.text_config.max_position_embeddings
     length = max(sequence.positions) + 1
-    if length > most:
+    if length > max_length:
         raise TooLong(
-            f"expected at most {most} tokens of picture, text and answer, got {length}:"
+            f"expected at most {max_length} tokens of image, text and answer, got {length}:"
             " shorten the text or the answer"
         )

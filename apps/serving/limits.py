@@ -1,4 +1,4 @@
-"""What a stranger may ask for: sizes, counts and times, all in one place."""
+"""Bounds what one request may ask for: sizes, counts and times, all in one place."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Most that one request may ask for.
+    """The most that one request may ask for.
 
     Attributes:
         body_bytes: of a request's body, or of an uploaded or fetched file.
@@ -53,14 +53,14 @@ class Limits:
                 raise ValueError(f"expected {name} above 0, got {value!r}")
 
 
-def expect_at_most(name: str, value: int | None, most: int):
-    """Refuses an option beyond its limit."""
-    if value is not None and value > most:
-        raise ValueError(f"expected {name} of at most {most}, got {value}")
+def expect_at_most(name: str, value: int | None, limit: int):
+    """Raises ValueError for an option beyond its limit."""
+    if value is not None and value > limit:
+        raise ValueError(f"expected {name} of at most {limit}, got {value}")
 
 
 def each_numbered(kind: str, items: Sequence, load: Callable) -> list:
-    """Loads each item; a ValueError says the number, from 1, of the item that it belongs to."""
+    """Loads each item; a ValueError gets the number, from 1, of the item that it belongs to."""
     loaded = []
     for k, item in enumerate(items, 1):
         try:

@@ -1,8 +1,11 @@
-"""What a server did: counters, a histogram of batches, percentiles, as Prometheus text."""
+"""Counts what an engine does, for Prometheus and for its own guess at when it is free again."""
 
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 COUNTERS = {
     "accepted": "requests queued",
@@ -16,109 +19,88 @@ COUNTERS = {
     "tokens": "tokens of captions and answers up to their ends",
 }
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-QUANTILES = (0.5, 0.9, 0.99)
-RECENT = 1024  # latencies and batches that percentiles and rates look back on
-RETRY_SECONDS = (1.0, 60.0)
+LATENCY_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
+RECENT_BATCHES = 64  # that rates look back on
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0
 
 
 class Metrics:
-    """Thread-safe counts of one engine's work."""
+    """Keeps counts of one engine's work; safe in any thread.
 
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._counts = dict.fromkeys(COUNTERS, 0)
-        self._batches = dict.fromkeys(BATCH_BUCKETS, 0)
-        self._batched_jobs = 0
-        self._latencies: deque[float] = deque(maxlen=RECENT)
-        self._latency_sum = 0.0
-        self._recent: deque[tuple[int, float, int]] = deque(maxlen=64)  # jobs, seconds, tokens
+    Args:
+        queue_length, running, up: return the engine's state when metrics are read: requests
+            waiting, requests in the running batch, whether requests are taken.
+
+    Attributes:
+        registry: Prometheus' collectors, whose names begin with `perceptiondlm_`.
+        started: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        queue_length: Callable[[], int],
+        running: Callable[[], int],
+        up: Callable[[], bool],
+    ):
         self.started = time.time()
+        self.registry = CollectorRegistry()
+        self._lock = threading.Lock()
+        self._recent: deque[tuple[int, float, int]] = deque(maxlen=RECENT_BATCHES)
 
-    def count(self, name: str):
-        """Adds one to a counter of `COUNTERS`."""
-        with self._lock:
-            self._counts[name] += 1
+        own = {"namespace": "perceptiondlm", "registry": self.registry}
+        self._counters = {name: Counter(name, text, **own) for name, text in COUNTERS.items()}
+        self._batch_size = Histogram(
+            "batch_size", "requests of a batch", buckets=BATCH_BUCKETS, **own
+        )
+        self._latency = Histogram(
+            "latency_seconds", "from queued to answered", buckets=LATENCY_BUCKETS, **own
+        )
+        gauges = {
+            "queue_length": ("requests waiting", queue_length),
+            "running": ("requests in the running batch", running),
+            "up": ("whether requests are taken", up),
+            "uptime_seconds": ("seconds since the start", lambda: time.time() - self.started),
+            "tokens_per_second": ("tokens a busy second, lately", self._tokens_per_second),
+        }
+        for name, (text, read) in gauges.items():
+            Gauge(name, text, **own).set_function(read)
+
+    def count(self, name: str, amount: int = 1):
+        """Adds to a counter of `COUNTERS`."""
+        self._counters[name].inc(amount)
 
     def add_batch(self, jobs: int, seconds: float, tokens: int, forwards: int):
         """Notes a batch that was run."""
+        self.count("batches")
+        self.count("tokens", tokens)
+        self.count("forwards", forwards)
+        self._batch_size.observe(jobs)
         with self._lock:
-            self._counts["batches"] += 1
-            self._counts["tokens"] += tokens
-            self._counts["forwards"] += forwards
-            self._batched_jobs += jobs
-            for bucket in BATCH_BUCKETS:
-                self._batches[bucket] += jobs <= bucket
             self._recent.append((jobs, seconds, tokens))
 
     def add_latency(self, seconds: float):
         """Notes a request that was answered so long after it was queued."""
-        with self._lock:
-            self._counts["completed"] += 1
-            self._latencies.append(seconds)
-            self._latency_sum += seconds
+        self.count("completed")
+        self._latency.observe(seconds)
 
     def seconds_until_free(self, waiting: int) -> float:
-        """A guess, from recent batches, at when a full queue of `waiting` jobs has a place."""
+        """Guesses, from recent batches, when a full queue of `waiting` jobs has a place (s)."""
+        jobs, seconds, _ = self._recent_sums()
+        guess = waiting * seconds / jobs / 2 if jobs else MIN_RETRY_SECONDS
+        return min(max(guess, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+
+    def prometheus(self) -> bytes:
+        """Returns everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _tokens_per_second(self) -> float:
+        _, seconds, tokens = self._recent_sums()
+        return tokens / seconds if seconds else 0.0
+
+    def _recent_sums(self) -> tuple[int, float, int]:
+        """Returns jobs, seconds and tokens of all recent batches."""
         with self._lock:
-            jobs = sum(jobs for jobs, _, _ in self._recent)
-            seconds = sum(seconds for _, seconds, _ in self._recent)
-        guess = waiting * seconds / jobs / 2 if jobs else RETRY_SECONDS[0]
-        return min(max(guess, RETRY_SECONDS[0]), RETRY_SECONDS[1])
-
-    def snapshot(self) -> dict:
-        """Counts, mean batch, latency percentiles in seconds and recent tokens a second."""
-        with self._lock:
-            latencies = sorted(self._latencies)
-            busy = sum(seconds for _, seconds, _ in self._recent)
-            tokens = sum(tokens for _, _, tokens in self._recent)
-            batches = self._counts["batches"]
-            return {
-                **self._counts,
-                "mean_batch": self._batched_jobs / batches if batches else 0.0,
-                "latency": {q: percentile(latencies, q) for q in QUANTILES},
-                "tokens_per_second": tokens / busy if busy else 0.0,
-            }
-
-    def prometheus(self, *, queue_length: int, running: int, up: bool) -> str:
-        """Everything in Prometheus' text format, version 0.0.4."""
-        now = self.snapshot()
-        lines = []
-        for name, text in COUNTERS.items():
-            lines += _metric(f"{name}_total", "counter", text, [("", now[name])])
-        gauges = {
-            "queue_length": ("requests waiting", queue_length),
-            "running": ("requests in the running batch", running),
-            "up": ("whether requests are taken", int(up)),
-            "uptime_seconds": ("seconds since the start", time.time() - self.started),
-            "tokens_per_second": ("tokens a busy second, lately", now["tokens_per_second"]),
-        }
-        for name, (text, value) in gauges.items():
-            lines += _metric(name, "gauge", text, [("", value)])
-        with self._lock:
-            buckets = [(f'_bucket{{le="{b}"}}', n) for b, n in self._batches.items()]
-            jobs, latency_sum = self._batched_jobs, self._latency_sum
-        buckets += [
-            ('_bucket{le="+Inf"}', now["batches"]),
-            ("_sum", jobs),
-            ("_count", now["batches"]),
-        ]
-        lines += _metric("batch_size", "histogram", "requests of a batch", buckets)
-        quantiles = [(f'{{quantile="{q}"}}', value) for q, value in now["latency"].items()]
-        quantiles += [("_sum", latency_sum), ("_count", now["completed"])]
-        text = "from queued to answered, lately"
-        lines += _metric("latency_seconds", "summary", text, quantiles)
-        return "\n".join(lines) + "\n"
-
-
-def percentile(ordered: list[float], q: float) -> float:
-    """The nearest-rank percentile of ordered values; 0 of none."""
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else 0.0
-
-
-def _metric(name: str, kind: str, text: str, samples: list[tuple[str, float]]) -> list[str]:
-    full = f"perceptiondlm_{name}"
-    head = [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
-    return head + [
-        f"{full}{suffix} {value:.6g}" if isinstance(value, float) else f"{full}{suffix} {value}"
-        for suffix, value in samples
-    ]
+            recent = list(self._recent)
+        jobs, seconds, tokens = zip(*recent, strict=True) if recent else ((), (), ())
+        return sum(jobs), sum(seconds), sum(tokens)

@@ -1,4 +1,4 @@
-"""Worker processes for strangers' bytes: few, started when needed, killed when they take too long.
+"""Reads strangers' bytes in a few worker processes, killed when they take too long.
 
 Threads of the server wait for a worker; they hold no interpreter lock while it decodes.
 """
@@ -48,7 +48,10 @@ class Worker:
             raise RuntimeError("a worker process ended before it was ready") from error
 
     def ask(self, header: dict, blob: bytes, seconds: float) -> tuple[dict, list[bytes]]:
-        """The answer to a task; EOFError or OSError where the process ended, in time or killed."""
+        """Returns the answer to a task: a header and blobs.
+
+        Raises EOFError or OSError where the process ended or was killed after so many seconds.
+        """
         return self._answer(seconds, header, [blob])
 
     def _answer(self, seconds: float, *message):
@@ -88,9 +91,9 @@ class WorkerPool:
     def read_chat(
         self, body: bytes, model: str, limits: Limits, policy: UrlPolicy, deadline: float
     ) -> Asked:
-        """What a request for a chat completion asks for.
+        """Reads what a request for a chat completion asks for.
 
-        Raises ApiError; `deadline` is in terms of `time.monotonic`.
+        Raises ApiError. `deadline` is in terms of `time.monotonic`.
         """
         rules = dataclasses.asdict(policy)
         header = {"task": "chat", "model": model, "hosts": sorted(rules.pop("hosts"))}
@@ -98,7 +101,7 @@ class WorkerPool:
         return unpack_asked(*self._run(header | {"policy": rules}, body, limits, seconds, deadline))
 
     def read_page(self, text: str, limits: Limits) -> tuple[Image.Image | None, list[Image.Image]]:
-        """The image and the region masks that the web page sends; None where there is no image."""
+        """Reads the image (None where there is none) and region masks that the web page sends."""
         deadline = time.monotonic() + limits.request_seconds
         header, blobs = self._run(
             {"task": "page"}, text.encode(), limits, limits.decode_seconds, deadline
@@ -112,6 +115,7 @@ class WorkerPool:
             worker = self._idle.get(timeout=max(0, deadline - time.monotonic()))
         except queue.Empty:
             raise ApiError(504, "expected an answer in time, got none", code="timeout") from None
+
         try:
             worker = worker or Worker()
             seconds = max(0, min(seconds, deadline - time.monotonic()))
@@ -124,7 +128,8 @@ class WorkerPool:
             message = f"expected images that can be decoded within {seconds:.1f} seconds"
             raise ApiError(400, message, code="invalid_input") from error
         finally:
-            self._idle.put(worker)
+            self._idle.put(worker)  # None: the next task starts another
+
         if "error" in answer:
             raise _failure(answer["error"])
         return answer, blobs
@@ -155,7 +160,7 @@ class WorkerPool:
 
 @functools.cache
 def shared_pool() -> WorkerPool:
-    """The pool of this process, whose workers are started when they are needed."""
+    """Returns the pool of this process, whose workers are started when they are needed."""
     pool = WorkerPool()
     atexit.register(pool.close)
     return pool

@@ -1,4 +1,4 @@
-"""OpenAI's chat completion request as this server reads it: every documented field, and its own.
+"""Reads OpenAI's chat completion request: every documented field, and this server's own.
 
 Fields that mean something here are read. Every other documented field of the request, its messages
 and their parts is taken where it changes nothing (null, an empty list of tools, `store: false`, a
@@ -7,14 +7,24 @@ label of the caller's own) and refused by name where it asks for something that 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import from_json
 
+from ...generation_options import OPTIONS, RENAMED
 from .errors import ApiError
 
 MAX_KEYS, MAX_ITEMS = 64, 256  # of an object and a list in a request, masks apart
 SHOWN = 200  # characters of a client's input that an error repeats
 UNION_MEMBERS = ("str", "text", "image_url", "mask")  # in pydantic's places, not in the request's
+
+# Decoding options that a request sets by their own names: not an answer's length, which OpenAI
+# calls max_tokens, nor what concerns the whole batch.
+NOT_ASKED = ("max_new_tokens", "batch_size", "compile")
+DECODING = {
+    name: declared
+    for name, declared in OPTIONS.items()
+    if declared.metadata["kind"] is not None and name not in NOT_ASKED
+}
 
 # Types of fields that change nothing here: what they may be.
 Nothing = None
@@ -77,8 +87,8 @@ class TextFormat(Model):
     type: Literal["text"]
 
 
-class ChatRequest(Model):
-    """A request for a chat completion."""
+class _Fields(Model):
+    """The fields of a request but for the decoding options."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
@@ -86,24 +96,10 @@ class ChatRequest(Model):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
     stop: str | list[str] | None = None
     # this server's own
     task: Literal["regions", "question"] | None = None
     masks: list[Any] | None = None
-    caption_length: int | None = None
-    steps: int | None = None
-    block_length: int | None = None
-    top_k: int | None = None
-    cfg_scale: float | None = None
-    remasking: str | None = None
-    threshold: float | None = None
-    factor: float | None = None
-    entropy_bound: float | None = None
-    remask_below: float | None = None
-    prompt_refresh_interval: int | None = None
     # OpenAI's, taken where they change nothing
     audio: Nothing = None
     frequency_penalty: Zero = None
@@ -134,8 +130,20 @@ class ChatRequest(Model):
     web_search_options: Nothing = None
 
 
+# OpenAI's temperature, top_p and seed are among the decoding options and mean the same.
+ChatRequest = create_model(
+    "ChatRequest",
+    __base__=_Fields,
+    __doc__="A request for a chat completion.",
+    **{
+        name: (declared.metadata["kind"] | None, Field(None, description=declared.metadata["text"]))
+        for name, declared in DECODING.items()
+    },
+)
+
+
 def expect_model(known: str, name: str):
-    """Refuses another model's name."""
+    """Raises ApiError 404 for another model's name."""
     if name != known:
         raise ApiError(
             404,
@@ -146,7 +154,7 @@ def expect_model(known: str, name: str):
 
 
 def read_request(body: bytes | bytearray) -> ChatRequest:
-    """Parses a body; ApiError 400 says which field is wrong."""
+    """Parses a body; raises ApiError 400, which says what field is wrong."""
     try:
         content = from_json(body)
     except ValueError as error:
@@ -159,7 +167,7 @@ def read_request(body: bytes | bytearray) -> ChatRequest:
 
 
 def request_schema() -> dict:
-    """The JSON schema of a request, with no references, for the endpoint's OpenAPI document."""
+    """Returns the JSON schema of a request, without references, for the OpenAPI document."""
     schema = ChatRequest.model_json_schema()
     return _inlined(schema, schema.pop("$defs"))
 
@@ -181,7 +189,9 @@ def _refusal(error: ValidationError) -> ApiError:
     first = max(same, key=lambda other: len(other["loc"]))  # of a union's members, the likeliest
     place = _place(first["loc"])
     message = f"{place}: {first['msg']}" if place else first["msg"]
-    if first["type"] != "missing":
+    if place in RENAMED:
+        message = f"expected {RENAMED[place]}, got {place}, which is its old name"
+    elif first["type"] != "missing":
         message += f", got {first['input']!r:.{SHOWN}}"
     return ApiError(400, message, code="invalid_request", param=place or None)
 
@@ -196,19 +206,21 @@ def _expect_small(value, depth: int = 6):
                 code="invalid_request",
             )
         value = [item for key, item in value.items() if key not in ("masks", "mask")]
+
     elif isinstance(value, list) and len(value) > MAX_ITEMS:
         raise ApiError(
             400,
             f"expected lists of at most {MAX_ITEMS} items, got {len(value)}",
             code="invalid_request",
         )
+
     if isinstance(value, list) and depth:
         for item in value:
             _expect_small(item, depth - 1)
 
 
 def _place(loc: tuple) -> str:
-    """`messages[0].content[1].image_url.url`, without the names of union members."""
+    """Returns `messages[0].content[1].image_url.url`, without the names of union members."""
     text, in_union = "", False
     for part in loc:
         if isinstance(part, int):

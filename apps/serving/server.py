@@ -1,4 +1,4 @@
-"""uvicorn's server, with patience that ends and an end that cuts nobody off."""
+"""Runs uvicorn with patience that ends and an end that cuts nobody off."""
 
 import asyncio
 import functools
@@ -33,7 +33,7 @@ class PatientProtocol(H11Protocol):
 
     @classmethod
     def within(cls, header_seconds: float, send_seconds: float):
-        """What uvicorn takes as `http`."""
+        """Returns what uvicorn takes as `http`."""
         return functools.partial(cls, header_seconds=header_seconds, send_seconds=send_seconds)
 
     def connection_made(self, transport):
@@ -116,8 +116,10 @@ class GracefulServer(uvicorn.Server):
             timer.cancel()
 
     async def _stop_accepting(self):
-        """Closes the listening sockets, and takes over the connections that wait in them: those
-        were made already, and closing a socket resets what nobody has accepted."""
+        """Closes the listening sockets, and takes over the connections that wait in them.
+
+        Those were made already, and closing a socket resets what nobody has accepted.
+        """
         loop = asyncio.get_running_loop()
         listening = [each for server in self.servers for each in server.sockets]
         for each in listening:
@@ -152,7 +154,7 @@ def _accept_all(listening) -> list[socket.socket]:
 
 
 def make_server(app, *, host: str, port: int, limits, grace: float = GRACE_SECONDS, **options):
-    """A server for `create_app`'s application; options as for `uvicorn.Config`."""
+    """Returns a server for an application of `create_app`; options as for `uvicorn.Config`."""
     config = uvicorn.Config(
         app,
         host=host,

@@ -1,4 +1,4 @@
-"""What a worker process reads: the body of a request, or what the web page sends."""
+"""Reads, in a worker process, the body of a request, or what the web page sends."""
 
 import functools
 import time
@@ -16,7 +16,7 @@ Message = tuple[dict, list[bytes]]
 
 
 def run(header: dict, blobs: list[bytes]) -> Message:
-    """The answer to a task: what it has read, or the error that it ended with."""
+    """Runs a task; returns what it has read, or the error that it ended with."""
     try:
         return TASKS[header["task"]](header, *blobs, limits=Limits(**header["limits"]))
     except ApiError as error:
@@ -44,7 +44,7 @@ def _read_chat(header: dict, body: bytes, *, limits: Limits) -> Message:
 
 
 def pack_asked(asked: Asked) -> Message:
-    """A read request as a message."""
+    """Returns a read request as a message."""
     heads, blobs = pack_images([*asked.images, *asked.masks])
     plain = {f.name: getattr(asked, f.name) for f in fields(asked)}
     images, masks = plain.pop("images"), plain.pop("masks")
@@ -52,15 +52,15 @@ def pack_asked(asked: Asked) -> Message:
 
 
 def unpack_asked(header: dict, blobs: list[bytes]) -> Asked:
-    """The request that `pack_asked` was given."""
+    """Restores the request that `pack_asked` was given."""
     images = unpack_images(header["images"], blobs)
     first = header["counts"][0]
     return Asked(images=tuple(images[:first]), masks=tuple(images[first:]), **header["asked"])
 
 
 def _read_page(header: dict, text: bytes, *, limits: Limits) -> Message:
-    picture, masks = read_page(text.decode(), limits)
-    heads, blobs = pack_images([*filter(None, [picture]), *masks])
+    image, masks = read_page(text.decode(), limits)
+    heads, blobs = pack_images([*filter(None, [image]), *masks])
     return {"images": heads}, blobs
 
 

@@ -1,18 +1,19 @@
-"""A job's place in an engine's queue, its steps and its result; and why there may be none."""
+"""Holds a job's place in an engine's queue, its steps and its result."""
 
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 
-from ..captioning.captioner import Step
-from .jobs import ChatJob, Completion, RegionJob
+from ..captioning.results import Step
+from .completions import Completion
+from .jobs import ChatJob, RegionJob
 
 STREAM_SECONDS = 0.5  # how often a reader without news looks whether the job is done
 
 
 class QueueFull(Exception):
-    """There are as many jobs waiting as may; `retry_after` guesses when a place is free (s)."""
+    """Refuses a job while others wait; `retry_after` guesses when a place is free (s)."""
 
     def __init__(self, message: str, retry_after: float):
         super().__init__(message)
@@ -20,11 +21,11 @@ class QueueFull(Exception):
 
 
 class EngineClosed(Exception):
-    """The engine takes no more jobs."""
+    """Refuses a job because the engine takes no more."""
 
 
 class JobFailed(Exception):
-    """The model failed on a job that had passed every check, say for want of memory."""
+    """Says that the model failed on a job that passed every check, say for want of memory."""
 
 
 class Ticket:
@@ -55,6 +56,7 @@ class Ticket:
         self.future: Future[Completion] = Future()
         self.submitted = time.monotonic()
         self.started: float | None = None
+
         self._on_step = on_step
         self._cancelled = threading.Event()
         self._news = threading.Condition()
@@ -76,8 +78,10 @@ class Ticket:
         self.future.cancel()
 
     def follow(self) -> Iterator[Step]:
-        """Yields the latest step whenever there is news, until the job is done; steps that a slow
-        reader missed are left out. Closing the iterator does not cancel the job."""
+        """Yields the latest step whenever there is news, until the job is done.
+
+        Steps that a slow reader missed are left out. Closing the iterator does not cancel the job.
+        """
         seen = 0
         while True:
             with self._news:

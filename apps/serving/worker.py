@@ -1,4 +1,4 @@
-"""Reading what strangers send, in a process of its own that can be killed.
+"""Reads what strangers send, in a process of its own that can be killed.
 
 The process takes one task at a time from its standard input and answers on its standard output:
 each message is a JSON header and blobs of bytes, no pickles. It holds no model, and its memory is
@@ -31,7 +31,7 @@ def send(stream: BinaryIO, header: dict, blobs=()):
 
 
 def receive(stream: BinaryIO) -> tuple[dict, list[bytes]]:
-    """Reads a message; EOFError where the other side has gone."""
+    """Reads a message; raises EOFError where the other side has gone."""
     (count,) = HEAD.unpack(_exactly(stream, HEAD.size))
     header, *blobs = (
         _exactly(stream, *SIZE.unpack(_exactly(stream, SIZE.size))) for _ in range(count)
@@ -47,12 +47,12 @@ def _exactly(stream: BinaryIO, count: int) -> bytes:
 
 
 def pack_images(images) -> tuple[list, list[bytes]]:
-    """Modes and sizes, for a header, and pixels, of images."""
+    """Returns modes and sizes of images, for a header, and their pixels, for blobs."""
     return [[image.mode, *image.size] for image in images], [image.tobytes() for image in images]
 
 
 def unpack_images(heads: list, blobs: list[bytes]) -> list[Image.Image]:
-    """The images that `pack_images` was given; each blob is dropped as soon as it is one."""
+    """Restores the images that `pack_images` was given; drops each blob as soon as it is one."""
     blobs.reverse()
     return [Image.frombytes(mode, (width, height), blobs.pop()) for mode, width, height in heads]
 
@@ -62,20 +62,22 @@ def main():
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     from . import tasks  # before the silence: errors here are worth reading
 
+    # Decoders' own remarks would break up messages, and fill logs.
     silence = os.open(os.devnull, os.O_RDWR)
-    os.dup2(silence, 1)  # decoders' own remarks would break up messages, and fill logs
+    os.dup2(silence, 1)
     os.dup2(silence, 2)
-    spare = _address_space()
+    base = _address_space()
     send(answers, {"ready": True})
+
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
             header, blobs = receive(requests)
-            _limit_memory(spare, header["limits"]["decoded_bytes"])
+            _limit_memory(base, header["limits"]["decoded_bytes"])
             send(answers, *tasks.run(header, blobs))
 
 
 def _address_space() -> int:
-    """Bytes of memory that are mapped; 0 where that cannot be known."""
+    """Returns the bytes of memory that are mapped; 0 where that cannot be known."""
     try:
         with open("/proc/self/statm") as statm:
             return int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")

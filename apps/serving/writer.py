@@ -1,15 +1,15 @@
-"""Results as OpenAI's chat completions, whole or in chunks."""
+"""Writes results as OpenAI's chat completions, whole or in chunks."""
 
 import json
 import time
 import uuid
 
-from ..captioning.captioner import RegionCaptions, Step
-from .jobs import Completion
+from ..captioning.results import RegionCaptions, Step
+from .completions import Completion
 
 
 class ChatWriter:
-    """Chat completions, whole or in chunks, of one request."""
+    """Writes the chat completion of one request, whole or in chunks."""
 
     def __init__(self, model: str):
         self.model = model
@@ -17,10 +17,11 @@ class ChatWriter:
         self.created = int(time.time())
 
     def whole(self, completion: Completion) -> dict:
-        """The answer to a request without `stream`."""
+        """Returns the answer to a request without `stream`."""
         message = {"role": "assistant", "content": content_of(completion), "refusal": None}
         if isinstance(completion.result, RegionCaptions):
             message["regions"] = _regions(completion)
+
         choice = {
             "index": 0,
             "message": message,
@@ -35,32 +36,30 @@ class ChatWriter:
         }
 
     def start(self) -> dict:
-        """The first chunk."""
+        """Returns the first chunk."""
         return self._chunk({"role": "assistant", "content": ""})
 
     def state(self, step: Step) -> dict:
-        """The texts after a step, beside an empty delta: denoising changes texts all over, so
-        nothing is said in `content` until it is done."""
+        """Returns a chunk with the texts after a step, beside an empty delta.
+
+        Denoising changes texts all over, so nothing is said in `content` until it is done.
+        """
         chunk = self._chunk({})
         chunk["denoising"] = {"step": step.number, "texts": step.texts}
         return chunk
 
     def end(self, completion: Completion, include_usage: bool) -> list[dict]:
-        """The last chunks: the text, the reason, and, on request, the usage."""
+        """Returns the last chunks: the text, the reason, and, on request, the usage."""
         delta = {"content": content_of(completion)}
         if isinstance(completion.result, RegionCaptions):
             delta["regions"] = _regions(completion)
         last = self._chunk({}, _reason(completion))
         last["perceptiondlm"] = cost_of(completion)
         chunks = [self._chunk(delta), last]
-        if include_usage:
-            chunks.append(
-                {
-                    **self._head("chat.completion.chunk"),
-                    "choices": [],
-                    "usage": usage_of(completion),
-                }
-            )
+
+        if include_usage:  # in a chunk without choices, as OpenAI sends it
+            head = self._head("chat.completion.chunk")
+            chunks.append({**head, "choices": [], "usage": usage_of(completion)})
         return chunks
 
     def _chunk(self, delta: dict, reason: str | None = None) -> dict:
@@ -72,20 +71,20 @@ class ChatWriter:
 
 
 def content_of(completion: Completion) -> str:
-    """A question's answer, or the regions as JSON."""
+    """Returns a question's answer, or the regions as JSON."""
     if isinstance(completion.result, RegionCaptions):
         return json.dumps({"regions": _regions(completion)}, ensure_ascii=False)
     return completion.result.answers[0]
 
 
 def usage_of(completion: Completion) -> dict:
-    """Tokens as OpenAI counts them."""
+    """Returns the tokens as OpenAI counts them."""
     prompt, answer = completion.prompt_tokens, completion.completion_tokens
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
 def cost_of(completion: Completion) -> dict:
-    """What is particular to denoising in a batch."""
+    """Returns what OpenAI's usage has no place for: forward passes, time, and the batch."""
     result = completion.result
     return {
         "num_forwards": result.num_forwards,

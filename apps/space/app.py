@@ -8,7 +8,7 @@ import os
 
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.serving.engine import Engine
-from perceptiondlm.apps.web.page import launch
+from perceptiondlm.apps.web.launch import launch
 
 model = os.environ.get("PERCEPTIONDLM_MODEL") or None
 subfolder = os.environ.get("PERCEPTIONDLM_SUBFOLDER") or None

@@ -1,4 +1,4 @@
-"""`perceptiondlm web`: a page on which regions are painted, captioned all at once, and watched."""
+"""Runs `perceptiondlm web`: a page on which regions are painted and captioned all at once."""
 
 import argparse
 import sys
@@ -13,12 +13,12 @@ The page works without any network and sends nothing anywhere. Listen on every i
 
 def configure(parser: argparse.ArgumentParser):
     """Adds the arguments to the `web` parser."""
-    from ..serving.arguments import add_model_arguments, add_queue_arguments
+    from ..serving.arguments import add_engine_arguments, add_queue_arguments
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = "Opens a web page to caption regions and to ask about pictures."
+    parser.description = "Opens a web page to caption regions and to ask about images."
     parser.epilog = EPILOG
-    add_model_arguments(parser)
+    add_engine_arguments(parser)
     add_queue_arguments(parser, host_port=7860)
     parser.add_argument("--open", action="store_true", help="open a browser")
     parser.add_argument(
@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace) -> int:
     """Serves the page until it is interrupted; returns an exit code."""
     with extra("apps"):
-        from .page import launch
+        from .launch import launch
     from ..serving.arguments import limits_of, load_engine, model_name
     from ..serving.pool import shared_pool
     from .sam import find_sam

@@ -1,4 +1,4 @@
-"""What the page's painter sends, checked: a picture and its regions; and examples to start from."""
+"""Reads and checks what the page's painter sends, an image and its regions; makes its examples."""
 
 import base64
 import io
@@ -9,24 +9,26 @@ import numpy as np
 from PIL import Image
 
 from ...image_loading import load_image, load_mask
+from ...scenes.shapes import render_scene
+from ..captioning.drawing import PALETTE
 from ..serving.decode import MASK_BYTES, Decoder
 from ..serving.limits import Limits, each_numbered
 
-PICTURE = "the picture"
+IMAGE = "the image"
 EXAMPLE_SEEDS = (7, 11, 23, 42)
 
 
 def read_page(text: str | None, limits: Limits) -> tuple[Image.Image | None, list[Image.Image]]:
-    """The picture, upright RGB, and its region masks, of `read_payload`'s text."""
+    """Reads what the painter sends (see `read_payload`) into an upright RGB image and its masks."""
     decoder = Decoder(limits)
-    picture, regions = read_payload(text, limits, decoder)
-    return picture, region_masks(regions, picture.size, limits, decoder) if regions else []
+    image, regions = read_payload(text, limits, decoder)
+    return image, region_masks(regions, image.size, limits, decoder) if regions else []
 
 
 def read_payload(
     text: str | None, limits: Limits, decoder: Decoder | None = None
 ) -> tuple[Image.Image | None, list]:
-    """The picture, upright RGB, and the regions as the painter describes them.
+    """Reads the image, as upright RGB, and leaves the regions as the painter describes them.
 
     `text` is JSON: `picture`, a data URL or null, and `regions`, a list of `{"painted": data URL}`
     (a mask at the painter's own scale), `{"exact": data URL}` or `{"box": [x0, y0, x1, y1]}`.
@@ -35,26 +37,27 @@ def read_payload(
     if not text:
         return None, []
     if len(text) > 2 * limits.body_bytes:
-        raise ValueError(f"expected at most {limits.body_bytes >> 20} MiB of picture and masks")
+        raise ValueError(f"expected at most {limits.body_bytes >> 20} MiB of image and masks")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON from the page, got: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("regions"), list):
-        raise ValueError("expected a picture and regions from the page")
+        raise ValueError("expected an image and regions from the page")
+
     if content.get("picture") is None:
         return None, []
     if not isinstance(content["picture"], str):
-        raise ValueError("expected the picture as data URL from the page")
+        raise ValueError("expected the image as data URL from the page")
     decoder = decoder or Decoder(limits)
-    data = decoder.data_url(content["picture"], PICTURE)
-    return load_image(decoder.image(data, PICTURE)), content["regions"]
+    data = decoder.data_url(content["picture"], IMAGE)
+    return load_image(decoder.image(data, IMAGE)), content["regions"]
 
 
 def region_masks(
     regions: list, size: tuple[int, int], limits: Limits, decoder: Decoder | None = None
 ) -> list[Image.Image]:
-    """The masks of `read_payload`'s regions, of the picture's size (width, height)."""
+    """Returns the masks of `read_payload`'s regions, of the image's size (width, height)."""
     decoder = decoder or Decoder(limits)
     decoder.expect_masks(len(regions), size)
     return each_numbered("region", regions, lambda region: _mask(region, size, decoder))
@@ -76,8 +79,10 @@ def _mask(region, size: tuple[int, int], decoder: Decoder) -> Image.Image:
 
 
 def fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A mask (8-bit, 255 inside) at another scale: half of a pixel inside is inside, and what is
-    inside anywhere does not vanish."""
+    """Scales a mask (8-bit, 255 inside) to a size (width, height).
+
+    A pixel is inside where half of it is; where that would leave nothing, any part is enough.
+    """
     kind = Image.Resampling.BOX if mask.width > size[0] else Image.Resampling.BILINEAR
     fitted = mask.resize(size, kind)
     half = fitted.point([0] * 128 + [255] * 128)
@@ -86,25 +91,20 @@ def fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A picture, its regions as masks, and a question."""
+    """An image, its regions as masks, and a question."""
 
     image: Image.Image
     masks: list[Image.Image]
     question: str
 
     def to_dict(self) -> dict:
-        """As the painter loads it."""
+        """Returns what the painter loads, ready for JSON."""
         masks = [data_url(mask) for mask in self.masks]
         return {"picture": data_url(self.image), "regions": masks, "question": self.question}
 
 
 def examples() -> list[Example]:
-    """Synthetic scenes; none where the training code is not installed."""
-    try:
-        from ...scenes.shapes import render_scene
-        from ..captioning.drawing import PALETTE
-    except ImportError:
-        return []
+    """Returns synthetic scenes, each with no more regions than there are colors."""
     made = []
     for seed in EXAMPLE_SEEDS:
         scene = render_scene(seed, "heldout")
@@ -115,9 +115,9 @@ def examples() -> list[Example]:
     return made
 
 
-def data_url(picture: Image.Image, kind: str = "PNG") -> str:
-    """A picture as a data URL."""
+def data_url(image: Image.Image, kind: str = "PNG") -> str:
+    """Encodes an image as a data URL."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, quality=90)
+    image.save(buffer, kind, quality=90)
     content = base64.b64encode(buffer.getvalue()).decode()
     return f"data:image/{kind.lower()};base64,{content}"

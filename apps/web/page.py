@@ -1,11 +1,10 @@
-"""The page itself: what stands where, and what happens on each press of a button."""
+"""Lays out the page and does what its buttons ask for."""
 
 import contextlib
 import html
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,27 +14,23 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr  # noqa: E402
 from PIL import Image  # noqa: E402
-from starlette.middleware import Middleware  # noqa: E402
 
 from ...generation_options import DiffusionOptions  # noqa: E402
 from ...generation_rules import ACCEPT_RULES  # noqa: E402
-from ..captioning.captioner import MASKED, Step  # noqa: E402
+from ..captioning.results import MASKED, Step  # noqa: E402
 from ..serving.engine import Engine, EngineClosed, JobFailed, QueueFull, Ticket  # noqa: E402
 from ..serving.errors import ApiError  # noqa: E402
-from ..serving.http import MaxBody, client_of  # noqa: E402
+from ..serving.http import client_of  # noqa: E402
 from ..serving.jobs import ChatJob, RegionJob  # noqa: E402
 from ..serving.limits import Limits, expect_at_most  # noqa: E402
 from ..serving.pool import shared_pool  # noqa: E402
-from . import (
-    painter,  # noqa: E402
-    view,  # noqa: E402
-)
-from .hands import HANDS_SCRIPT  # noqa: E402
+from . import painter, view  # noqa: E402
+from .assets import read_script  # noqa: E402
 from .input import data_url, examples  # noqa: E402
-from .script import REGIONS_SCRIPT  # noqa: E402
+from .sam import ClickMasks  # noqa: E402
 
 TITLE = "PerceptionDLM"
-LEAD = "Paint regions of a picture: they are described together, in one denoising process."
+LEAD = "Paint regions of an image: they are described together, in one denoising process."
 PACES = {
     "fixed": None,
     "by threshold": "threshold",
@@ -43,9 +38,12 @@ PACES = {
     "by entropy": "entropy_bound",
 }
 CONCURRENT = 16  # people whose requests are with the engine at the same time
-SESSIONS = 200  # whose state is kept
-QUEUE_BYTES = 1 << 30  # of all that is sent and waits
-UPLOADS = r"/upload(_progress)?/?$"  # routes of gradio's by which files come to its disk
+# Of every event that runs the model.
+SHARED_QUEUE = {
+    "concurrency_limit": CONCURRENT,
+    "concurrency_id": "model",
+    "api_visibility": "private",
+}
 # Puts what is painted in the place of an event's first input.
 HAND_OVER = "(sent, ...others) => [window.pdPainter.payload(), ...others]"
 SUGGEST = "(typed) => window.pdPainter.question(typed)"
@@ -55,14 +53,16 @@ log = logging.getLogger(__name__)
 
 
 class Page:
-    """What the page does, over one engine.
+    """Does what the page's buttons ask for, over one engine.
 
     Args:
-        engine: an `Engine`; name: of the model, shown; limits: of one request.
-        sam: makes a mask of a click, a `ClickMasks`; None hides that.
+        engine: runs the model.
+        name: of the model, which the page shows.
+        limits: of one request.
+        sam: makes a region mask of a click; None hides that tool.
     """
 
-    def __init__(self, engine: Engine, name: str, limits: Limits, sam=None):
+    def __init__(self, engine: Engine, name: str, limits: Limits, sam: ClickMasks | None = None):
         self.engine = engine
         self.name = name
         self.limits = limits
@@ -74,20 +74,22 @@ class Page:
     ) -> Iterator[tuple]:
         """Yields (progress and captions, JSON) until all regions are described."""
         with shown_errors():
-            picture, masks = self._read(payload)
+            image, masks = self._read(payload)
             if not masks:
                 raise refusal("Paint at least one region, drag a box, or add a mask.", "No region")
             options = {"caption_length": int(length), "steps": int(steps)}
             if PACES[pace] is not None:
                 rule = PACES[pace]
                 options[rule] = ACCEPT_RULES[rule]().value
-            job = RegionJob(picture, tuple(masks))
+            job = RegionJob(image, tuple(masks))
             ticket = self._submit(job, request, **options)
+
         waiting = view.waiting_view(self.engine.queue_length)
         yield waiting + view.captions_view([BLANK] * len(masks)), ""
         for step, seconds in self._follow(ticket):
             progress = view.progress_view(step, int(steps) * self._rounds(job), seconds)
             yield progress + view.captions_view(step.texts), gr.skip()
+
         with shown_errors():
             result = ticket.result().result
         facts = view.facts_view(result, view.drawing_link(result))
@@ -99,25 +101,31 @@ class Page:
         """Yields progress and answer until the question is answered."""
         question = question.strip()
         with shown_errors():
-            picture, _ = self._read(payload)
+            image, _ = self._read(payload)
             if not question:
                 raise refusal("Write a question first.", "No question")
             expect_at_most("characters", len(question), self.limits.text)
-            job = ChatJob.ask(picture, question)
+            job = ChatJob.ask(image, question)
             ticket = self._submit(job, request, max_new_tokens=int(length))
+
         waiting = view.waiting_view(self.engine.queue_length)
         yield waiting + view.answer_view(question, BLANK)
         for step, seconds in self._follow(ticket):
             progress = view.progress_view(step, int(length), seconds)
             yield progress + view.answer_view(question, step.texts[0])
+
         with shown_errors():
             result = ticket.result().result
         yield view.facts_view(result) + view.answer_view(question, result.answers[0])
 
-    def outline(self, picture: str, x: float, y: float) -> dict:
-        """The mask of what lies under a point of a picture (a data URL): `url`, or `problem`."""
+    def outline(self, image_url: str, x: float, y: float) -> dict:
+        """Returns the mask of what lies under a point (x, y) in pixels of an image.
+
+        Image and mask are data URLs: the mask's is the dict's `url`; or its `problem` says why
+        there is none.
+        """
         try:
-            sent = json.dumps({"picture": picture, "regions": []})
+            sent = json.dumps({"picture": image_url, "regions": []})
             image, _ = self.pool.read_page(sent, self.limits)
             inside = 0 <= x < image.width and 0 <= y < image.height
             mask = self.sam(image, x, y) if inside else None
@@ -131,18 +139,21 @@ class Page:
         return self.engine.submit(job, follow=True, client=client_of(request), **options)
 
     def _read(self, payload: str) -> tuple[Image.Image, list[Image.Image]]:
-        picture, masks = self.pool.read_page(payload or "", self.limits)
-        if picture is None:
-            raise refusal("Choose a picture or one of the examples first.", "No picture")
-        return picture, masks
+        image, masks = self.pool.read_page(payload or "", self.limits)
+        if image is None:
+            raise refusal("Choose an image or one of the examples first.", "No image")
+        return image, masks
 
     def _rounds(self, job: RegionJob) -> int:
-        """Runs, one after another, that a job of many regions takes."""
-        passes = job.passes(self.engine.captioner.model.config.num_region_prompts or 1)
-        return -(-passes // self.engine.max_batch)
+        """Returns how many runs, one after another, a job of many regions takes."""
+        groups = job.num_groups(self.engine.captioner.model.config.num_region_prompts or 1)
+        return -(-groups // self.engine.max_batch)
 
     def _follow(self, ticket: Ticket) -> Iterator[tuple[Step, float]]:
-        """Steps and seconds; gives the job up when its reader has gone, or its time is over."""
+        """Yields steps, each with the seconds since the start.
+
+        Gives the job up when its reader has gone, or its time is over.
+        """
         timer = threading.Timer(self.limits.request_seconds, ticket.cancel)
         timer.start()
         try:
@@ -154,29 +165,31 @@ class Page:
 
     @property
     def defaults(self) -> DiffusionOptions:
-        """How the checkpoint decodes unless told otherwise."""
+        """How the checkpoint decodes unless a visitor says otherwise."""
         captioner = self.engine.captioner
         return DiffusionOptions.build(captioner.model.decoding_defaults, captioner.options)
 
 
 def refusal(message: str, title: str) -> gr.Error:
-    """What a person sees, and nothing of it in the server's log."""
+    """Returns an error that the visitor sees, and of which nothing goes to the server's log."""
     return gr.Error(html.escape(message, quote=False), title=title, print_exception=False)
 
 
 @contextlib.contextmanager
 def shown_errors():
-    """Shows what a person can do something about as a message on the page."""
+    """Shows the errors that a visitor can do something about as messages on the page."""
     try:
         yield
     except gr.Error:  # a ValueError of gradio's, to be shown as it is
         raise
+
     except QueueFull as error:
         raise refusal(f"{error}.", "Too many at once") from error
     except EngineClosed as error:
         raise refusal("The server is shutting down.", "Closing") from error
     except CancelledError as error:
         raise refusal("It took too long, or the server is shutting down.", "Given up") from error
+
     except JobFailed as error:
         log.error("a request failed: %s", error)
         raise refusal(f"{error}.", "That does not work") from error
@@ -192,30 +205,34 @@ def build(page: Page) -> gr.Blocks:
             f"<h1>{TITLE}</h1><p>{LEAD} Model: <code>{html.escape(page.name)}</code></p>",
             elem_id="pd-head",
         )
+
         sent = gr.Textbox(visible=False)  # takes what the painter's script hands over
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=360):
-                shown = [example.to_dict() for example in examples()]
-                gr.HTML(
-                    painter.markup(
-                        page.limits, shown, regions=has_regions, sam=page.sam is not None
-                    ),
-                    js_on_load=REGIONS_SCRIPT + HANDS_SCRIPT,
-                    elem_id="pd-painter",
-                    server_functions=[page.outline] if page.sam is not None else None,
-                )
+                _painter(page, has_regions)
             with gr.Column(scale=1, min_width=360), gr.Tabs():
                 if has_regions:
                     with gr.Tab("Describe regions"):
                         _region_tab(page, sent)
                 with gr.Tab("Ask a question") as asking:
                     question = _question_tab(page, sent)
+
         asking.select(None, question, question, js=SUGGEST, api_visibility="private")
     return demo
 
 
+def _painter(page: Page, has_regions: bool):
+    has_sam = page.sam is not None
+    shown = [example.to_dict() for example in examples()]
+    gr.HTML(
+        painter.markup(page.limits, shown, regions=has_regions, sam=has_sam),
+        js_on_load=read_script(),
+        elem_id="pd-painter",
+        server_functions=[page.outline] if has_sam else None,
+    )
+
+
 def _region_tab(page: Page, sent: gr.Textbox):
-    defaults, limits = page.defaults, page.limits
     with gr.Row(equal_height=True):
         go = gr.Button("Describe regions", variant="primary", elem_id="pd-go", scale=4)
         stop = gr.Button("Stop", elem_id="pd-stop", scale=1, min_width=80)
@@ -224,6 +241,24 @@ def _region_tab(page: Page, sent: gr.Textbox):
         code = gr.Code(
             language="json", buttons=["copy", "download"], max_lines=18, show_label=False
         )
+    controls = _caption_controls(page)
+
+    running = go.click(
+        page.caption,
+        [sent, *controls],
+        [captions, code],
+        js=HAND_OVER,
+        show_progress="hidden",
+        **SHARED_QUEUE,
+    )
+    stop.click(None, cancels=[running], api_visibility="private")
+    forgets("captions", {captions: view.EMPTY, code: ""}, running)
+
+
+def _caption_controls(page: Page) -> list:
+    """Lays out the decoding options of captions, in the order that `Page.caption` takes them in."""
+    defaults, limits = page.defaults, page.limits
+
     with gr.Accordion("Decoding", open=False), gr.Row():
         length = gr.Slider(
             1,
@@ -246,18 +281,7 @@ def _region_tab(page: Page, sent: gr.Textbox):
             label="Pace",
             info="tokens committed at a step",
         )
-    running = go.click(
-        page.caption,
-        [sent, length, steps, pace],
-        [captions, code],
-        js=HAND_OVER,
-        show_progress="hidden",
-        concurrency_limit=CONCURRENT,
-        concurrency_id="model",
-        api_visibility="private",
-    )
-    stop.click(None, cancels=[running], api_visibility="private")
-    forgets("captions", {captions: view.EMPTY, code: ""}, running)
+    return [length, steps, pace]
 
 
 def _pace_of(defaults: DiffusionOptions) -> str:
@@ -271,10 +295,10 @@ def _question_tab(page: Page, sent: gr.Textbox) -> gr.Textbox:
     defaults = page.defaults
     # one line at first, so that Enter asks; Shift+Enter begins another
     question = gr.Textbox(
-        label="Question about the whole picture",
+        label="Question about the whole image",
         lines=1,
         max_lines=6,
-        placeholder="What is in the picture?",
+        placeholder="What is in the image?",
         elem_id="pd-question",
         max_length=page.limits.text,
     )
@@ -288,6 +312,7 @@ def _question_tab(page: Page, sent: gr.Textbox) -> gr.Textbox:
             step=1,
             label="Tokens of the answer",
         )
+
     running = gr.on(
         [ask.click, question.submit],
         page.answer,
@@ -295,16 +320,20 @@ def _question_tab(page: Page, sent: gr.Textbox) -> gr.Textbox:
         answer,
         js=HAND_OVER,
         show_progress="hidden",
-        concurrency_limit=CONCURRENT,
-        concurrency_id="model",
-        api_visibility="private",
+        **SHARED_QUEUE,
     )
     forgets("answer", {answer: ""}, running)
     return question
 
 
 def forgets(kind: str, blank: dict, running):
-    """A hidden button by which the painter's script ends a run and blanks what it has shown."""
+    """Adds a hidden button by which the painter's script ends a run and blanks what it has shown.
+
+    Args:
+        kind: what is forgotten; the button's id is `pd-forget-` and this.
+        blank: what each component shows afterwards.
+        running: the event whose run ends.
+    """
     button = gr.Button(elem_id=f"pd-forget-{kind}", visible="hidden")
     values = json.dumps(list(blank.values()))
     button.click(
@@ -313,7 +342,7 @@ def forgets(kind: str, blank: dict, running):
 
 
 def theme() -> gr.Theme:
-    """Fonts that are on the reader's machine: nothing is fetched."""
+    """Returns a theme with fonts of the reader's own machine, so that nothing is fetched."""
     return gr.themes.Soft(
         primary_hue="blue",
         neutral_hue="slate",
@@ -321,62 +350,3 @@ def theme() -> gr.Theme:
         font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "monospace"],
     )
-
-
-def launch(
-    engine: Engine,
-    name: str,
-    *,
-    limits: Limits | None = None,
-    sam=None,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    open_browser: bool = False,
-    block: bool = True,
-) -> gr.Blocks:
-    """Serves the page; with `block`, until it is interrupted. Closes what it opened.
-
-    Raises OSError where the port is taken.
-    """
-    limits = limits or Limits()
-    demo = build(Page(engine, name, limits, sam))
-    most = body_limit(limits)
-    waiting = max(1, min(engine.max_queue, QUEUE_BYTES // most))
-    demo.queue(max_size=waiting, default_concurrency_limit=CONCURRENT)
-    demo.launch(
-        server_name=host,
-        server_port=port or free_port(host),
-        inbrowser=open_browser,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        max_file_size=limits.body_bytes,
-        theme=theme(),
-        css=view.CSS + painter.STYLE,
-        footer_links=[],
-        enable_monitoring=False,
-        ssr_mode=False,
-        state_session_capacity=SESSIONS,
-        show_error=True,
-        strict_cors=True,
-        app_kwargs={"middleware": [Middleware(MaxBody, most=most, refused=UPLOADS)]},
-    )
-    if block:
-        try:
-            print(f"perceptiondlm web: {demo.local_url} (Ctrl-C ends it)")
-            demo.block_thread()
-        finally:
-            demo.close(verbose=False)
-    return demo
-
-
-def body_limit(limits: Limits) -> int:
-    """Bytes of one event: a picture and half as much of masks, in base64, and what is beside."""
-    return 2 * limits.body_bytes + (1 << 20)
-
-
-def free_port(host: str) -> int:
-    """A port that nothing listens on."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]

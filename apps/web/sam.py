@@ -1,4 +1,4 @@
-"""Masks from a click, by SAM where its weights are on this machine; nothing is downloaded."""
+"""Makes region masks of clicks, by SAM where its weights are on this machine: none are fetched."""
 
 import threading
 
@@ -20,9 +20,9 @@ class ClickMasks:
         self._lock = threading.Lock()
 
     @torch.no_grad()
-    def __call__(self, picture: Image.Image, x: int, y: int) -> Image.Image:
-        """The likeliest mask (8-bit, 255 inside) at a point in pixels; may be empty."""
-        inputs = self.processor(picture, input_points=[[[x, y]]], return_tensors="pt")
+    def __call__(self, image: Image.Image, x: int, y: int) -> Image.Image:
+        """Returns the likeliest mask (8-bit, 255 inside) at a point in pixels; it may be empty."""
+        inputs = self.processor(image, input_points=[[[x, y]]], return_tensors="pt")
         with self._lock:
             output = self.model(**inputs.to(self.model.device))
         masks = self.processor.image_processor.post_process_masks(
@@ -35,7 +35,7 @@ class ClickMasks:
 
 
 def find_sam(name: str | None = None) -> ClickMasks | None:
-    """SAM from a folder or the local cache; None where the default is not there.
+    """Loads SAM from a folder or the local cache; None where the default is not there.
 
     Raises OSError where a `name` was given and is not there.
     """

@@ -1,58 +1,23 @@
-"""What the page shows beside the picture: captions as they appear, what they took, styles."""
+"""Renders as HTML what the page shows beside the image: texts as they appear, what they took."""
 
 import html
 import json
 from collections.abc import Sequence
 
-from ..captioning.captioner import MASKED, Answers, RegionCaptions, Step
-from ..captioning.drawing import colour_of, contrasting, draw_regions
+from ..captioning.drawing import color_of, contrasting, draw_regions
+from ..captioning.results import MASKED, Answers, RegionCaptions, Step
 from .input import data_url
 
-CSS = """
-.gradio-container main {width: 100%; max-width: 1360px !important; margin: 0 auto !important}
-#pd-head h1 {margin: 0; font-size: 1.7rem; letter-spacing: -.02em}
-#pd-head p {margin: .15rem 0 0; color: var(--body-text-color-subdued)}
-.pd-empty {display: grid; place-items: center; min-height: 15rem; padding: 2rem; text-align: center;
-  border: 1px dashed var(--border-color-primary); border-radius: 12px;
-  color: var(--body-text-color-subdued)}
-.pd-captions {list-style: none; margin: 0; padding: 0; display: grid; gap: .45rem}
-.pd-captions li {display: flex; gap: .7rem; align-items: flex-start; padding: .6rem .75rem;
-  margin: 0; border: 1px solid var(--border-color-primary); border-left: 5px solid var(--own);
-  border-radius: 10px; background: var(--background-fill-primary); cursor: pointer;
-  transition: background .12s, box-shadow .12s}
-.pd-captions li.pd-on {background: color-mix(in srgb, var(--own) 16%, transparent);
-  box-shadow: 0 0 0 1.5px var(--own)}
-.pd-captions li:focus-visible {outline: 2px solid var(--own); outline-offset: 2px}
-.pd-badge {flex: none; min-width: 1.6rem; height: 1.6rem; padding: 0 .35rem; border-radius: 7px;
-  display: grid; place-items: center; font-weight: 650; font-size: .85rem;
-  background: var(--own); color: var(--ink)}
-.pd-text {margin: 0; line-height: 1.6rem; overflow-wrap: anywhere}
-.pd-mask {display: inline-block; width: .72em; height: .72em; margin: 0 .09em;
-  border-radius: .2em; background: var(--border-color-primary)}
-.pd-none {color: var(--body-text-color-subdued); font-style: italic}
-.pd-bar {height: 5px; border-radius: 3px; margin: .2rem 0 .35rem; overflow: hidden;
-  background: var(--border-color-primary)}
-.pd-bar i {display: block; height: 100%; background: var(--color-accent)}
-.pd-facts {display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; font-size: .86rem;
-  margin-bottom: .8rem; color: var(--body-text-color-subdued)}
-.pd-facts b {color: var(--body-text-color); font-variant-numeric: tabular-nums}
-.pd-facts a {margin-left: auto}
-.pd-answer {padding: .8rem 1rem; border-radius: 12px; border: 1px solid var(--border-color-primary);
-  background: var(--background-fill-primary)}
-.pd-answer .pd-question {margin: 0 0 .35rem; color: var(--body-text-color-subdued)}
-footer {display: none !important}
-"""
-
-EMPTY = """<div class="pd-empty"><div>Choose a picture, paint its regions, and press
+EMPTY = """<div class="pd-empty"><div>Choose an image, paint its regions, and press
 <b>Describe regions</b>.<br>The captions will appear here, all at once.</div></div>"""
 
 
 def captions_view(texts: Sequence[str]) -> str:
-    """HTML list of captions, finished or not, each in its region's colour."""
+    """Returns a list of captions, finished or not, each in its region's color."""
     items = []
     for i, text in enumerate(texts, 1):
-        colour = colour_of(i - 1)
-        style = f"--own: {_hex(colour)}; --ink: {_hex(contrasting(colour))}"
+        color = color_of(i - 1)
+        style = f"--own: {css_color(color)}; --ink: {css_color(contrasting(color))}"
         items.append(
             f'<li data-region="{i}" tabindex="0" style="{style}">'
             f'<span class="pd-badge">{i}</span><p class="pd-text">{text_view(text)}</p></li>'
@@ -61,7 +26,10 @@ def captions_view(texts: Sequence[str]) -> str:
 
 
 def text_view(text: str) -> str:
-    """A text with blocks for tokens that are still to come; whatever it holds is shown as text."""
+    """Returns a text with a block for each token that is still to come.
+
+    Whatever else the text holds is escaped, so that no markup of a model's takes effect.
+    """
     if not text.strip():
         return '<span class="pd-none">(nothing)</span>'
     blocks = '<span class="pd-mask"></span>'
@@ -69,7 +37,7 @@ def text_view(text: str) -> str:
 
 
 def answer_view(question: str, text: str) -> str:
-    """HTML of a question and what there is of its answer."""
+    """Returns a question and what there is of its answer."""
     return (
         f'<div class="pd-answer"><p class="pd-question">{html.escape(question)}</p>'
         f'<p class="pd-text">{text_view(text)}</p></div>'
@@ -77,14 +45,14 @@ def answer_view(question: str, text: str) -> str:
 
 
 def waiting_view(waiting: int) -> str:
-    """While the model is busy with others."""
+    """Returns what is shown while the model is busy with `waiting` other jobs."""
     ahead = f", {waiting} waiting" if waiting > 1 else ""
     facts = f'<div class="pd-facts"><span>in the queue{ahead} …</span></div>'
     return f'<div class="pd-bar"></div>{facts}'
 
 
 def progress_view(step: Step, steps: int, seconds: float) -> str:
-    """A bar and where denoising is."""
+    """Returns a bar that shows how far denoising is, after `seconds`."""
     share = min(100, round(100 * step.number / max(1, steps)))
     return (
         f'<div class="pd-bar"><i style="width: {share}%"></i></div><div class="pd-facts">'
@@ -94,7 +62,7 @@ def progress_view(step: Step, steps: int, seconds: float) -> str:
 
 
 def facts_view(result: RegionCaptions | Answers, link: str = "") -> str:
-    """What it took."""
+    """Returns what a result took: time, forward passes, tokens; `link` stands at the end."""
     facts = [
         f"<b>{result.seconds:.2f}</b> s",
         f"<b>{result.num_forwards}</b> forward passes",
@@ -110,15 +78,16 @@ def facts_view(result: RegionCaptions | Answers, link: str = "") -> str:
 
 
 def drawing_link(result: RegionCaptions) -> str:
-    """A link that saves the picture with its captions; the picture is in the link itself."""
+    """Returns a link that saves the image with its captions; the link itself holds the drawing."""
     drawing = draw_regions(result.image, [r.mask for r in result.regions], result.captions)
-    return f'<a download="captions.webp" href="{data_url(drawing, "WEBP")}">save as picture</a>'
+    return f'<a download="captions.webp" href="{data_url(drawing, "WEBP")}">save as image</a>'
 
 
 def as_json(result: RegionCaptions | Answers) -> str:
-    """The result as it would be in a file."""
+    """Returns the result as `perceptiondlm caption --format json` would write it."""
     return json.dumps(result.to_dict(), indent=1, ensure_ascii=False)
 
 
-def _hex(colour: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
+def css_color(color: tuple[int, int, int]) -> str:
+    """Returns an RGB color as CSS writes it."""
+    return "#{:02x}{:02x}{:02x}".format(*color)

@@ -1,0 +1,151 @@
+"""Holds what captioning gives: regions with captions, answers, and the steps on the way there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+MASKED = "░"  # stands for a position that is still to be filled
+
+
+@dataclass(frozen=True)
+class Region:
+    """One region and its caption.
+
+    Attributes:
+        number: 1, 2, ... in the order the masks were given.
+        caption: what the model says about it.
+        box: (x0, y0, x1, y1) in pixels, half-open.
+        area: non-zero pixels of the mask.
+        mask: 8-bit image of the image's size, non-zero inside.
+    """
+
+    number: int
+    caption: str
+    box: tuple[int, int, int, int]
+    area: int
+    mask: Image.Image = field(repr=False, compare=False)
+
+    @classmethod
+    def each(cls, captions: Sequence[str], masks: Sequence[Image.Image]) -> "list[Region]":
+        """Returns the regions of masks, as `load_mask` gives them, with their captions."""
+        pairs = enumerate(zip(captions, masks, strict=True), 1)
+        return [cls(k, text, mask.getbbox(), mask_area(mask), mask) for k, (text, mask) in pairs]
+
+    def to_dict(self) -> dict:
+        """Returns everything but the mask, ready for JSON."""
+        return {
+            "region": self.number,
+            "caption": self.caption,
+            "box": list(self.box),
+            "area": self.area,
+        }
+
+
+@dataclass(frozen=True)
+class RegionCaptions:
+    """The captions of one image's regions; prints as a numbered list.
+
+    `num_forwards` counts denoising forward passes, `tokens_per_forward` is the caption tokens,
+    padding counted, over them, `seconds` the time from pixels to text. `history` holds, on
+    request, the captions after each step.
+    """
+
+    image: Image.Image = field(repr=False, compare=False)
+    regions: list[Region]
+    num_forwards: int
+    tokens_per_forward: float
+    seconds: float
+    history: list[list[str]] = field(default_factory=list, repr=False)
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions in the order of the masks."""
+        return [region.caption for region in self.regions]
+
+    def __str__(self) -> str:
+        width = len(str(len(self.regions)))
+        return "\n".join(f"{r.number:>{width}}  {r.caption}" for r in self.regions)
+
+    def draw(self, **options) -> Image.Image:
+        """Draws the image with its regions and captions; options as for `draw_regions`."""
+        from .drawing import draw_regions
+
+        return draw_regions(self.image, [r.mask for r in self.regions], self.captions, **options)
+
+    def to_dict(self) -> dict:
+        """Returns size, regions and cost, ready for JSON."""
+        return {
+            "width": self.image.width,
+            "height": self.image.height,
+            "regions": [region.to_dict() for region in self.regions],
+            **_cost(self),
+        }
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to questions about one image; prints as questions and answers."""
+
+    image: Image.Image = field(repr=False, compare=False)
+    questions: list[str]
+    answers: list[str]
+    num_forwards: int
+    tokens_per_forward: float
+    seconds: float
+    history: list[list[str]] = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        pairs = zip(self.questions, self.answers, strict=True)
+        return "\n".join(f"{question}\n  {answer}" for question, answer in pairs)
+
+    def draw(self, **options) -> Image.Image:
+        """Draws the image with questions and answers; options as for `draw_answers`."""
+        from .drawing import draw_answers
+
+        return draw_answers(self.image, self.questions, self.answers, **options)
+
+    def to_dict(self) -> dict:
+        """Returns size, answers and cost, ready for JSON."""
+        pairs = zip(self.questions, self.answers, strict=True)
+        return {
+            "width": self.image.width,
+            "height": self.image.height,
+            "answers": [{"question": q, "answer": a} for q, a in pairs],
+            **_cost(self),
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """The texts after one denoising step, `MASKED` where a token is still to come.
+
+    `number` counts from 1. A stream ends with one `Step` more that repeats the last one's number
+    and carries the `result`.
+    """
+
+    number: int
+    texts: list[str]
+    result: RegionCaptions | Answers | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        lines = [f"{i:>4}  {text}" for i, text in enumerate(self.texts, 1)]
+        return "\n".join([f"step {self.number}", *lines])
+
+    def to_dict(self) -> dict:
+        """Returns all of it, ready for JSON."""
+        result = None if self.result is None else self.result.to_dict()
+        return {"step": self.number, "texts": self.texts, "result": result}
+
+
+def mask_area(mask: Image.Image) -> int:
+    """Returns how many pixels of an 8-bit mask are not zero."""
+    return sum(mask.histogram()[1:])
+
+
+def _cost(result) -> dict:
+    return {
+        "num_forwards": result.num_forwards,
+        "tokens_per_forward": round(result.tokens_per_forward, 3),
+        "seconds": round(result.seconds, 3),
+    }

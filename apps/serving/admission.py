@@ -1,0 +1,109 @@
+"""Decides which jobs an engine takes, with which options, and which of them may share a batch."""
+
+import bisect
+
+from ...generation_options import DiffusionOptions, options_for
+from ..captioning.captioner import RegionCaptioner
+from .jobs import ChatJob, RegionJob, TooLong
+
+OWN_OPTIONS = ("generator", "batch_size", "return_history", "compile")  # not for a job to set
+RANDOM_OPTIONS = {"temperature": 0.0, "remasking": "low_confidence"}  # what decodes without chance
+
+
+class Admission:
+    """Checks jobs before they are queued.
+
+    Args:
+        captioner: the model, its processor and default options.
+        max_cost: most work of one job (see `RegionJob.cost`).
+    """
+
+    def __init__(self, captioner: RegionCaptioner, max_cost: int):
+        self.captioner = captioner
+        self.max_cost = max_cost
+
+    def check(
+        self, job: RegionJob | ChatJob, options: dict, shorten: str | None
+    ) -> tuple[dict, int, int]:
+        """Returns the options that a job runs with, its prompt tokens and its cost.
+
+        Args:
+            job: what to caption or answer.
+            options: decoding options over the captioner's.
+            shorten: the option among them that is only an upper bound (see `Engine.submit`).
+
+        Raises ValueError for a job or option that does not fit.
+        """
+        options = options_for(job.task, self.captioner.options) | options
+        if shorten is not None:
+            options = self._shortened(job, options, shorten)
+        return options, *self._measure(job, options)
+
+    def batch_key(self, job: RegionJob | ChatJob, options: dict):
+        """Returns what jobs of one batch have in common.
+
+        Random jobs with a seed stay alone: what they draw depends on their place in a batch.
+        """
+        is_random = any(options.get(name, off) != off for name, off in RANDOM_OPTIONS.items())
+        if is_random and options.get("seed") is not None:
+            return object()
+        return type(job), tuple(sorted((k, _frozen(v)) for k, v in options.items()))
+
+    def _measure(self, job, options: dict) -> tuple[int, int]:
+        """Returns a job's prompt tokens and its cost; raises ValueError if it does not fit."""
+        built = self._built(options, job.task)
+        positions = self.captioner.model.config.text_config.max_position_embeddings
+        if max(built.caption_length, built.max_new_tokens) <= positions:
+            self._expect_affordable(job.cost(0, built))  # before long sequences are made of it
+
+        prompt_tokens = job.check(self.captioner, built)
+        cost = job.cost(prompt_tokens, built)
+        self._expect_affordable(cost)
+        return prompt_tokens, cost
+
+    def _expect_affordable(self, cost: int):
+        if cost > self.max_cost:
+            raise TooLong(
+                f"expected work of at most {self.max_cost:,} positions (tokens of prompt and"
+                f" response, times steps, times two with cfg_scale), got {cost:,}: ask for fewer"
+                " tokens, steps or regions"
+            )
+
+    def _shortened(self, job, options: dict, name: str) -> dict:
+        """Returns options under which `options[name]` is the most that a response may take."""
+        captioner = self.captioner
+        options = options | {name: self._room(job, options, name)}
+        usual = self._built(options_for(job.task, captioner.options), job.task)
+        if name != "max_new_tokens" or options[name] <= usual.max_new_tokens:
+            return options
+
+        # An answer with more room than usual is decoded to its end of turn and no further.
+        end = captioner.processor.tokenizer.convert_ids_to_tokens(captioner.processor.eot_token_id)
+        return options | {"stop_strings": [*(options.get("stop_strings") or ()), end]}
+
+    def _room(self, job, options: dict, name: str) -> int:
+        """Returns the largest length up to `options[name]` that fits: whole blocks, at least 1."""
+
+        def is_too_long(blocks: int) -> bool:
+            try:
+                self._measure(job, options | {name: blocks * block})
+            except TooLong:
+                return True
+            return False
+
+        block = options.get("block_length") or 1
+        max_blocks = options[name] // block
+        if max_blocks < 1 or not is_too_long(max_blocks):
+            return options[name]
+        return block * max(1, bisect.bisect_left(range(1, max_blocks), True, key=is_too_long))
+
+    def _built(self, options: dict, task: str) -> DiffusionOptions:
+        reserved = sorted(set(options) & set(OWN_OPTIONS))
+        if reserved:
+            raise ValueError(f"expected options that a job may set, got {reserved}")
+        defaults = self.captioner.model.decoding_defaults
+        return DiffusionOptions.build(defaults, options, task)
+
+
+def _frozen(value):
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
