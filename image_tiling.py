@@ -1,7 +1,7 @@
 """Geometry of images cut into tiles: grids, canvases and the maps that are made of their cells.
 
     tiled     image -> grid of tiles (+ thumbnail)           -> cells of every tile, tile by tile
-    anyres    image -> squeezed tile + canvas cut into tiles -> its cells + the canvas's map, cropped
+    anyres    image -> squeezed tile + canvas cut into tiles -> its cells + the cropped map
 
 Integers in, integers out: no pixels and no network, so both count in the same way. A size is
 (width, height) in pixels unless it says otherwise, a grid (columns, rows), a tile its side.

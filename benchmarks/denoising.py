@@ -25,6 +25,7 @@ import transformers
 from ..configuration_perceptiondlm import ROLE_CAPTION
 from ..evaluation.files import write_json
 from ..modeling_language import fastest_linear
+from ..processing_sequence import RESPONSE_INPUTS
 from .published import answer_questions_plainly, caption_regions_plainly
 from .report import draw, table, update_readme
 from .workload import (
@@ -136,7 +137,7 @@ def _runner(name, model, tokenizer, regions, images, arguments):
     else:
         plainly = answer_questions_plainly
         inputs = question_inputs(processor, images, arguments.caption_length)
-    inputs = {k: v.to(arguments.device) for k, v in inputs.items()}
+    inputs = {k: v.to(arguments.device) for k, v in inputs.items() if k not in RESPONSE_INPUTS}
 
     def run() -> int:
         set_layout(model, tokenizer, layout)
