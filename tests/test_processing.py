@@ -1,5 +1,7 @@
 """Prompts, padding, targets and decoding."""
 
+import copy
+
 import numpy as np
 import pytest
 import reference
@@ -328,6 +330,7 @@ def test_a_tokenizer_without_a_needed_token_is_refused(processor, image, masks):
 def test_the_responses_stand_where_a_search_for_mask_tokens_finds_them(
     processor, image, masks, layout
 ):
+    processor = copy.copy(processor)
     processor.region_layout = layout
     pair = processor([image, image], masks=[masks, masks[:1]], caption_length=3)
     asked = processor(image, prompts=["What?", "What is it?"], max_new_tokens=4)
