@@ -38,8 +38,8 @@ from .generation_rules import Rule, State, StopAt
 from .image_loading import describe
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from .modeling_language import fastest_linear
-from .processing_perceptiondlm import PerceptionDLMProcessor
-from .processing_sequence import IGNORED_LABEL, check_inputs, response_length
+from .processing_perceptiondlm import PerceptionDLMProcessor, pair_images
+from .processing_sequence import IGNORED_LABEL, RESPONSE_INPUTS, check_inputs, response_length
 
 # An answer is the only group of its row.
 ANSWER_REGION = 0
@@ -47,7 +47,7 @@ COLUMNS = ("input_ids", "attention_mask", "position_ids", "region_ids", "role_id
 # What only training needs beside them, and what comes with images.
 TRAINING_INPUTS = ("labels", "timesteps", "noise")
 IMAGE_INPUTS = (*PerceptionDLMImageProcessor.model_input_names, "region_orders")
-INPUTS = (*COLUMNS, *IMAGE_INPUTS, *TRAINING_INPUTS)
+INPUTS = (*COLUMNS, *IMAGE_INPUTS, *TRAINING_INPUTS, *RESPONSE_INPUTS)
 MAY_BE_MISSING = (OSError,)  # what transformers raises for a file that is not there
 
 
@@ -286,7 +286,7 @@ class DiffusionGenerationMixin:
     def _answer_prompts(self, images, prompts, processor, options, callback):
         """Answers questions, each about its images."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        image_groups = _images_of_prompts(images, len(prompts))
+        image_groups = pair_images(images, len(prompts))
         rule, suppressed = self._answer_settings(options.max_new_tokens, processor, options)
         # Every batch has the same rule: answers are equally long.
         runs = []
@@ -648,20 +648,6 @@ def _instructions(prompts, count: int) -> list[str | None]:
     return list(prompts)
 
 
-def _images_of_prompts(images, count: int) -> list[list]:
-    if images is None:
-        return [[] for _ in range(count)]
-    if not isinstance(images, (list, tuple)):
-        return [[images] for _ in range(count)]
-    if count == 1 and not any(isinstance(image, (list, tuple)) for image in images):
-        return [list(images)]
-    if len(images) != count:
-        raise ValueError(
-            f"expected an image or a list of them for each of {count} prompts, got {len(images)}"
-        )
-    return [list(i) if isinstance(i, (list, tuple)) else [i] for i in images]
-
-
 def stop_sequences(options: DiffusionOptions, processor) -> tuple[tuple[int, ...], ...]:
     """Encodes each stop string to token ids."""
     encoded = (
@@ -715,7 +701,9 @@ def _prompts(tensors: dict, inputs) -> tuple[dict, int | None]:
         raise ValueError("expected a prompt before the answer, got none")
     slots = length - start if labels is None and start < length else None
     prompts = {k: v[:, :start] if k in COLUMNS else v for k, v in tensors.items()}
-    return {k: v for k, v in prompts.items() if k not in TRAINING_INPUTS}, slots
+    return {
+        k: v for k, v in prompts.items() if k not in (*TRAINING_INPUTS, *RESPONSE_INPUTS)
+    }, slots
 
 
 def _first_label(labels: torch.Tensor) -> int:

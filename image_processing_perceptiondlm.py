@@ -3,7 +3,6 @@
 Axis letters: T tiles, R regions, H W rows and columns of pixels, h w of patches or cells.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,9 +12,18 @@ from transformers import BaseImageProcessor, BatchFeature
 
 from .generation_options import expect_neutral
 from .image_loading import describe, load_image, load_mask, split_label_map
+from .image_tiling import (
+    NO_CANVAS,
+    center_corner,
+    choose_canvas,
+    choose_grid,
+    fit_canvas,
+    num_anyres_tokens,
+    num_tiles,
+    tile_boxes,
+)
 
 OUTSIDE = 255  # value of a region image's pixels that lie outside the mask
-NO_CANVAS = (0, 0)  # grid of an anyres picture that is one padded tile
 PADDING_COLOUR = (127, 127, 127)  # LLaVA's: the mean, in whole levels
 
 # Arguments of transformers' image processors that mean nothing here, and what they may be but None.
@@ -42,23 +50,6 @@ IMAGE_NEUTRAL = {
 }
 
 
-def choose_grid(size: tuple[int, int], tile: int, max_tiles: int) -> tuple[int, int]:
-    """Picks the grid (columns, rows) of at most `max_tiles` tiles closest to the picture's aspect.
-
-    Among equally close grids a larger one wins when the picture's area exceeds half of that
-    grid's (InternVL's dynamic tiling). `size` is (width, height) in pixels.
-    """
-    width, height = size
-    grids = [(w, h) for w in range(1, max_tiles + 1) for h in range(1, max_tiles // w + 1)]
-    best, best_distance = (1, 1), math.inf
-    for w, h in sorted(grids, key=lambda grid: grid[0] * grid[1]):
-        distance = abs(width / height - w / h)
-        tie_won = distance == best_distance and width * height > 0.5 * tile * tile * w * h
-        if distance < best_distance or tie_won:
-            best, best_distance = (w, h), distance
-    return best
-
-
 def resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resizes (bicubic, aspect not kept) to `size` (width, height) as Pillow 13 does.
 
@@ -81,34 +72,17 @@ def cut_tiles(picture: Image.Image, grid: tuple[int, int], tile: int) -> list[Im
     return tiles
 
 
-def choose_canvas(size: tuple[int, int], tile: int, max_side: int = 6) -> tuple[int, int]:
-    """Picks the anyres canvas (columns, rows): most effective pixels, then least waste (LLaVA)."""
-    width, height = size
-
-    def rank(grid):
-        canvas_w, canvas_h = grid[0] * tile, grid[1] * tile
-        scale = min(canvas_w / width, canvas_h / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        return effective, effective - canvas_w * canvas_h
-
-    sides = range(1, max_side + 1)
-    return max(((i, j) for i in sides for j in sides), key=rank)  # max keeps the first of equals
-
-
 def cut_anyres_tiles(picture: Image.Image, grid: tuple[int, int], tile: int) -> list[Image.Image]:
     """Squeezed picture first, then the picture fitted and centred on a black canvas, cut; on no
     canvas only the picture, padded to a square."""
     if grid == NO_CANVAS:
         return [resize(pad_to_square(picture), (tile, tile))]
-    canvas_w, canvas_h = grid[0] * tile, grid[1] * tile
-    width, height = picture.size
-    if canvas_w / width < canvas_h / height:
-        fitted = (canvas_w, min(math.ceil(height * (canvas_w / width)), canvas_h))
-    else:
-        fitted = (min(math.ceil(width * (canvas_h / height)), canvas_w), canvas_h)
-    canvas = Image.new("RGB", (canvas_w, canvas_h))
-    corner = ((canvas_w - fitted[0]) // 2, (canvas_h - fitted[1]) // 2)
-    canvas.paste(resize(picture, fitted), corner)
+
+    # Fit the image into the canvas and center it.
+    canvas_size = (grid[0] * tile, grid[1] * tile)
+    fitted = fit_canvas(picture.size, canvas_size)
+    canvas = Image.new("RGB", canvas_size)
+    canvas.paste(resize(picture, fitted), center_corner(fitted, canvas_size))
     squeezed = resize(picture, (tile, tile))
     return [squeezed, *_crop_row_by_row(canvas, grid, tile)]
 
@@ -117,36 +91,12 @@ def pad_to_square(picture: Image.Image) -> Image.Image:
     """Centres a picture on a grey square of its longer side."""
     side = max(picture.size)
     square = Image.new("RGB", (side, side), PADDING_COLOUR)
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(picture, center_corner(picture.size, square.size))
     return square
 
 
-def anyres_map_size(
-    size: tuple[int, int], grid: tuple[int, int], unit: int, max_tiles: int
-) -> tuple[int, int, int, int]:
-    """Rows and columns to crop from each side of the anyres feature map, then its final (h, w).
-
-    `size` is the picture's (height, width), `unit` a tile's cells a side. Source: LLaVA-NeXT's
-    unpadding and `anyres_max` shrinking.
-    """
-    height, width = size
-    cells_h, cells_w = grid[1] * unit, grid[0] * unit
-    crop_h = crop_w = 0
-    if width / height > cells_w / cells_h:
-        crop_h = (cells_h - int(height * (cells_w / width))) // 2
-    else:
-        crop_w = (cells_w - int(width * (cells_h / height))) // 2
-    h, w = cells_h - 2 * crop_h, cells_w - 2 * crop_w
-    times = math.sqrt(h * w / (max_tiles * unit**2))
-    if times > 1.1:
-        h, w = int(h // times), int(w // times)
-    return crop_h, crop_w, h, w
-
-
 def _crop_row_by_row(picture: Image.Image, grid: tuple[int, int], tile: int) -> list[Image.Image]:
-    columns, rows = grid
-    corners = [(c * tile, r * tile) for r in range(rows) for c in range(columns)]
-    return [picture.crop((x, y, x + tile, y + tile)) for x, y in corners]
+    return [picture.crop(box) for box in tile_boxes(grid, tile)]
 
 
 def area_order(masks: Sequence[Image.Image]) -> list[int]:
@@ -253,15 +203,9 @@ class PerceptionDLMImageProcessor(BaseImageProcessor):
 
     def num_image_tokens(self, size: tuple[int, int], grid: tuple[int, int]) -> int:
         """Visual tokens of a picture of `size` (width, height) on `grid` (columns, rows)."""
-        cells = self.cells_per_side**2
-        if grid == NO_CANVAS:
-            return cells + 1
         if self.image_layout == "anyres":
-            unit = self.cells_per_side
-            *_, h, w = anyres_map_size(size[::-1], grid, unit, self.anyres_max_tiles)
-            return cells + h * (w + 1)
-        tiles = grid[0] * grid[1]
-        return cells * (tiles + 1 if tiles > 1 else 1)
+            return num_anyres_tokens(size, grid, self.cells_per_side, self.anyres_max_tiles)
+        return num_tiles(grid) * self.cells_per_side**2
 
     def preprocess(
         self,
@@ -349,8 +293,7 @@ class PerceptionDLMImageProcessor(BaseImageProcessor):
 
     def _patches(self, regions: list[Image.Image], grid: tuple[int, int]) -> np.ndarray:
         side = self.image_size // self.patch_size
-        tiles = grid[0] * grid[1]
-        shape = (tiles + (tiles > 1), self.num_region_prompts, side, side)
+        shape = (num_tiles(grid), self.num_region_prompts, side, side)
         patches = np.zeros(shape, dtype=bool)  # (T, R, h, w)
         for number, region in enumerate(regions):
             patches[:, number] = region_patches(

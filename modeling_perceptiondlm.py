@@ -286,6 +286,9 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         boxes: torch.FloatTensor | None = None,
         box_images: torch.LongTensor | None = None,
         region_orders: torch.LongTensor | None = None,
+        response_columns: torch.LongTensor | None = None,
+        response_start: torch.LongTensor | None = None,
+        task: str | None = None,
         labels: torch.LongTensor | None = None,
         timesteps: torch.FloatTensor | None = None,
         noise: torch.FloatTensor | None = None,
@@ -304,7 +307,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         Args:
             input_ids ... box_images: what the processor makes; positions default to 0, 1, 2, ...
                 over what is not padding, structure to none.
-            region_orders: not used here; `diffusion_generate` reads it.
+            region_orders ... task: not used here; generation reads them.
             labels: int (B, L), -100 where there is nothing to learn. Labelled positions are
                 masked with probability p = (1 - eps) t + eps.
             timesteps: t in [0, 1], float (B,); noise: uniform draws, float (B, L), a position is

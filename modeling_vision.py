@@ -22,7 +22,7 @@ from transformers.models.siglip.modeling_siglip import (
 )
 
 from .configuration_perceptiondlm import PerceptionDLMConfig
-from .image_processing_perceptiondlm import anyres_map_size
+from .image_tiling import anyres_map_size
 
 ROI_SAMPLES = 2  # bilinear samples a bin and axis
 

@@ -25,10 +25,12 @@ from .generation_options import expect_neutral
 from .image_loading import describe
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from .processing_sequence import (
+    RESPONSE_INPUTS,
     TokenSequence,
     encode_prompt,
     encode_text,
     escape,
+    locate_responses,
     pad_sequences,
     settle,
 )
@@ -296,7 +298,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
             int64 (B, L): `input_ids`, `attention_mask`, `position_ids`, `region_ids`, `role_ids`,
             and `labels` with captions or answers; the image processor's tensors; and, for
             regions, `region_orders` int64 (B, R), the indices of each picture's masks by area, the
-            largest first, which is their order in the sequence; -1 where there are fewer.
+            largest first, which is their order in the sequence; -1 where there are fewer. Where
+            there are responses to denoise or to learn, also `response_columns` and
+            `response_start` (see `locate_responses`) and `task`, "captions" or "answers".
 
         Raises ValueError for inputs that do not fit together.
         """
@@ -320,6 +324,10 @@ class PerceptionDLMProcessor(ProcessorMixin):
             multiple_of=call.pad_to_multiple_of,
         )
         data = {**padded, **data}
+        if all(s.slots for s in sequences):
+            behind = max(len(s.ids) - s.prompt_length for s in sequences)
+            data |= locate_responses(sequences, padded["input_ids"].shape[1] - behind)
+            data["task"] = "answers" if masks is None else "captions"
         if return_region_orders and orders is not None:
             rows = [torch.tensor(order) for order in orders]
             data["region_orders"] = pad_sequence(rows, batch_first=True, padding_value=-1)
@@ -430,6 +438,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             block = [self._token_id(self.caption_token.format(k)), *slot, *end]
             start = len(sequence.ids)
             sequence.add(block, position=start, region=k, role=ROLE_CAPTION, target=True)
+            sequence.slots.append(range(start + 1, start + 1 + len(slot)))  # behind the marker
 
     def _add_branches(self, sequence: TokenSequence, slots: list[list[int]], prompts: list[int]):
         """Tree order: every branch's fixed tokens, then every caption; each branch's positions
@@ -442,15 +451,18 @@ class PerceptionDLMProcessor(ProcessorMixin):
             sequence.add(fixed, position=trunk, region=k, role=ROLE_ROI)
         sequence.prompt_length = len(sequence.ids)
         for k, slot in enumerate(slots):
-            start = trunk + count + 1
+            column, start = len(sequence.ids), trunk + count + 1
             sequence.add(slot, position=start, region=k, role=ROLE_CAPTION, target=True)
+            sequence.slots.append(range(column, column + len(slot)))
 
     def _chat(self, images, text, prompts, max_new_tokens, answers, call):
         if (text is None) == (prompts is None):
             raise ValueError("expected masks, or exactly one of `text` and `prompts`")
         _expect_positive(max_new_tokens=max_new_tokens)
         if prompts is not None:
-            text = self._render_questions(images, prompts)
+            questions = [prompts] if isinstance(prompts, str) else list(prompts)
+            images = pair_images(images, len(questions))
+            text = self._render_questions(images, questions)
         texts = [text] if isinstance(text, str) else list(text)
         answers = None if answers is None else _broadcast(answers, len(texts))
         batch_ids = [
@@ -499,6 +511,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
             self._branch_off(sequence)
         start = len(sequence.ids)
         sequence.add(slot, position=start, region=0, role=ROLE_CAPTION, target=True)
+        if slot:
+            sequence.slots.append(range(start, start + len(slot)))
         return sequence
 
     def _branch_off(self, sequence: TokenSequence):
@@ -511,9 +525,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             sequence.regions[trunk:] = [0] * count
             sequence.roles[trunk:] = [ROLE_ROI] * count
 
-    def _render_questions(self, images, prompts) -> list[str]:
-        questions = [prompts] if isinstance(prompts, str) else list(prompts)
-        groups = _group_images(images, len(questions))
+    def _render_questions(self, groups: list[list], questions: list[str]) -> list[str]:
         texts = []
         for question, group in zip(questions, groups, strict=True):
             content = [{"type": "image"} for _ in group] + [{"type": "text", "text": question}]
@@ -578,7 +590,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Names of the tensors that `__call__` makes."""
         names = ["input_ids", "attention_mask", "position_ids", "region_ids", "role_ids"]
-        names.append("region_orders")
+        names += ["region_orders", *RESPONSE_INPUTS]
         return names + self.image_processor.model_input_names
 
 
@@ -602,16 +614,22 @@ def _as_region_batch(images, masks, captions):
     return list(images), list(masks), captions
 
 
-def _group_images(images, count: int) -> list[list]:
-    """Pictures of each of `count` questions."""
+def pair_images(images, count: int) -> list[list]:
+    """Pairs each of `count` prompts with its images.
+
+    A single image belongs to every prompt, a flat list to a single prompt; else there is an image,
+    a list of images or None for each prompt. Raises ValueError for another number of them.
+    """
     if images is None:
         return [[] for _ in range(count)]
     if not isinstance(images, (list, tuple)):
-        return [[images]] * count if count == 1 else _group_images([images], count)
+        return [[images] for _ in range(count)]
     if count == 1 and not any(isinstance(image, (list, tuple)) for image in images):
         return [list(images)]
     if len(images) != count:
-        raise ValueError(f"expected pictures for each of {count} questions, got {len(images)}")
+        raise ValueError(
+            f"expected an image or a list of them for each of {count} prompts, got {len(images)}"
+        )
     return [list(i) if isinstance(i, (list, tuple)) else [] if i is None else [i] for i in images]
 
 

@@ -141,10 +141,18 @@ REGION_INPUTS = {
     "region_orders": ("integer", "B M"),
 }
 
+# Where the responses stand, see `locate_responses`; the network does not need it.
+RESPONSE_INPUTS = ("response_columns", "response_start", "task")
+
 
 @dataclass
 class TokenSequence:
-    """One sequence under construction: parallel lists, and where its answer starts."""
+    """Holds one sequence under construction: parallel lists, and where its responses stand.
+
+    Attributes:
+        prompt_length: where what is not the prompt's starts.
+        slots: where each response stands, in the order of the regions.
+    """
 
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -152,6 +160,7 @@ class TokenSequence:
     roles: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     prompt_length: int = 0
+    slots: list[range] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], *, position: int, region: int, role: int, target=False):
         """Appends `ids` at consecutive positions from `position`; labelled when a `target`."""
@@ -203,6 +212,24 @@ def pad_sequences(
     if with_labels:
         data["labels"] = stack([s.labels for s in sequences], IGNORED_LABEL, IGNORED_LABEL)
     return data
+
+
+def locate_responses(sequences: list[TokenSequence], start: int) -> dict[str, torch.Tensor]:
+    """Says in which columns of a padded batch the responses stand.
+
+    `start` is the first column after the prompts. Returns `response_columns` int64 (B, G, n), of
+    each region the columns that are denoised or learned, in the order of the sequence, -1 where a
+    row has fewer regions or a target is shorter; and `response_start` int64 (B,), which is `start`
+    in every row.
+    """
+    G = max(len(s.slots) for s in sequences)
+    n = max(len(slot) for s in sequences for slot in s.slots)
+    columns = torch.full((len(sequences), G, n), -1)
+    for row, s in zip(columns, sequences, strict=True):
+        for group, slot in zip(row, s.slots, strict=False):
+            # Padding on the left moves a row to where all prompts end.
+            group[: len(slot)] = torch.tensor(slot, dtype=torch.int64) + start - s.prompt_length
+    return {"response_columns": columns, "response_start": torch.full((len(sequences),), start)}
 
 
 def check_inputs(inputs, config: PerceptionDLMConfig):

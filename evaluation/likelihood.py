@@ -13,6 +13,7 @@ import torch
 
 from ..generation_cache import prompt_length, response_slots
 from ..modeling_attention import Structure
+from ..processing_sequence import RESPONSE_INPUTS
 
 COLUMNS = ("region_ids", "role_ids", "attention_mask")
 
@@ -95,7 +96,7 @@ class AnswerLogits:
     def __init__(self, model, inputs: dict):
         self.model = model
         self.text = model.language_model
-        inputs = {k: v.to(model.device) for k, v in inputs.items()}
+        inputs = {k: v.to(model.device) for k, v in inputs.items() if k not in RESPONSE_INPUTS}
         if len(inputs["input_ids"]) != 1:
             raise ValueError(f"expected inputs of one prompt, got {len(inputs['input_ids'])}")
         self.start = prompt_length(inputs)

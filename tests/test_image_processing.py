@@ -11,11 +11,9 @@ import torch
 from perceptiondlm.image_loading import load_image
 from perceptiondlm.image_processing_perceptiondlm import (
     PerceptionDLMImageProcessor,
-    anyres_map_size,
-    choose_canvas,
-    choose_grid,
     resize,
 )
+from perceptiondlm.image_tiling import anyres_map_size, choose_canvas, choose_grid
 from PIL import Image
 
 SIDE = 32

@@ -1,10 +1,13 @@
 """Prompts, padding, targets and decoding."""
 
+import copy
+
 import numpy as np
 import pytest
 import reference
 import torch
 from perceptiondlm.configuration_perceptiondlm import NO_REGION
+from perceptiondlm.generation_cache import prompt_length, response_slots
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 
 CAPTIONS = ["a red circle", "a person", "an orange ring"]
@@ -119,6 +122,7 @@ def test_padding_is_no_target(processor, picture, blobs):
 
 def test_every_input_is_a_tensor_of_the_kind_the_model_takes(processor, image, masks):
     inputs = processor(image, masks=masks)
+    assert inputs.pop("task") == "captions"
     kinds = {name: value.dtype for name, value in inputs.items()}
     assert kinds == {
         "input_ids": torch.int64,
@@ -133,8 +137,10 @@ def test_every_input_is_a_tensor_of_the_kind_the_model_takes(processor, image, m
         "boxes": torch.float32,
         "box_images": torch.int64,
         "region_orders": torch.int64,
+        "response_columns": torch.int64,
+        "response_start": torch.int64,
     }
-    assert set(kinds) == set(processor.model_input_names)
+    assert {*kinds, "task"} == set(processor.model_input_names)
 
 
 def test_region_orders_of_a_batch_are_padded_with_minus_one(processor, image, masks):
@@ -227,6 +233,7 @@ def test_conversations_are_tokenised_in_a_batch(processor, picture):
         max_new_tokens=4,
     )
     assert set(batch) == set(direct)
+    assert batch.pop("task") == direct.pop("task") == "answers"
     assert all(torch.equal(batch[name], direct[name]) for name in direct)
 
 
@@ -288,7 +295,7 @@ def test_special_tokens_decode_to_nothing(processor):
         ({"images": 1, "text": "a", "prompts": "b"}, "exactly one of `text` and `prompts`"),
         ({"images": 1, "text": "no placeholder"}, "for each of 1 pictures, got 0"),
         ({"text": "<IMG_CONTEXT>"}, "for each of 0 pictures, got 1"),
-        ({"images": 2, "prompts": ["a", "b", "c"]}, "pictures for each of 3 questions, got 2"),
+        ({"images": 2, "prompts": ["a", "b", "c"]}, "for each of 3 prompts, got 2"),
         ({"prompts": "a", "max_new_tokens": 0}, "max_new_tokens of at least 1, got 0"),
         ({"prompts": "a", "caption_length": 3}, "expected no caption_length"),
         ({"prompts": "a", "answers": ["x", "y"]}, "expected 1 texts, one for each sample, got 2"),
@@ -317,3 +324,32 @@ def test_a_tokenizer_without_a_needed_token_is_refused(processor, image, masks):
     )
     with pytest.raises(ValueError, match="special token '<|no_such_token|>', got one without"):
         other(image, masks=masks)
+
+
+@pytest.mark.parametrize("layout", ["released", "independent"])
+def test_the_responses_stand_where_a_search_for_mask_tokens_finds_them(
+    processor, image, masks, layout
+):
+    processor = copy.copy(processor)
+    processor.region_layout = layout
+    pair = processor([image, image], masks=[masks, masks[:1]], caption_length=3)
+    asked = processor(image, prompts=["What?", "What is it?"], max_new_tokens=4)
+    for inputs, task in ((pair, "captions"), (asked.to("cpu"), "answers")):
+        start = prompt_length(inputs)
+        columns, state = response_slots(inputs, start, processor.mask_token_id)
+        given = inputs["response_columns"]
+        assert inputs["response_start"].tolist() == [start, start] and inputs["task"] == task
+        assert torch.equal(given >= 0, state.valid)
+        assert torch.equal(given[given >= 0] - start, columns[state.valid])
+
+
+def test_a_prompt_without_a_response_has_no_response_columns(processor, image):
+    inputs = processor(image, prompts="What?")
+    assert not {"response_columns", "response_start", "task"} & set(inputs)
+
+
+def test_one_image_belongs_to_each_of_several_questions(processor, image):
+    once = processor(image, prompts=["What?", "Where is it?"], max_new_tokens=2)
+    twice = processor([image, image], prompts=["What?", "Where is it?"], max_new_tokens=2)
+    assert torch.equal(once["input_ids"], twice["input_ids"])
+    assert torch.equal(once["pixel_values"], twice["pixel_values"])
