@@ -11,14 +11,17 @@ computed once and the cache is exact. Elsewhere every step computes the whole se
 `prompt_refresh_interval` asks for an approximation.
 """
 
+from collections.abc import Mapping
+
 import torch
 
-from .configuration_perceptiondlm import ROLE_CAPTION
 from .generation_rules import State
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from .modeling_attention import Structure
+from .processing_sequence import RESPONSE_INPUTS
 
 COLUMNS = ("region_ids", "role_ids", "attention_mask")  # of a `Structure`
+TASKS = ("captions", "answers")
 
 
 class StaticKVCache:
@@ -67,7 +70,7 @@ class ResponseNetwork:
         self.text = model.language_model
         self.cfg_scale = cfg_scale
         # Cut the columns in two: the prompt, and the responses with their markers.
-        self.prompt_length = prompt_length(inputs)
+        self.prompt_length = int(inputs["response_start"][0])
         self.response_ids = inputs["input_ids"][:, self.prompt_length :].clone()  # (B, A)
 
         # With guidance each row runs twice, the second time with its prompt masked.
@@ -208,46 +211,61 @@ def _trunk_length(region_ids: torch.Tensor) -> int:
     return int(lengths[0]) if bool((lengths == lengths[0]).all()) else 0
 
 
-def prompt_length(inputs: dict) -> int:
-    """Counts the columns before the responses: those that hold no caption in any row."""
-    return int((inputs["role_ids"] != ROLE_CAPTION).all(0).sum())
+def expect_responses(inputs: dict):
+    """Refuses inputs without what the processor says of their responses."""
+    if not isinstance(inputs, Mapping):
+        raise ValueError(f"expected `inputs` as the processor's, got {type(inputs).__name__}")
+    missing = [name for name in RESPONSE_INPUTS if inputs.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"expected inputs with a response to denoise, as the processor makes them,"
+            f" got none of {', '.join(missing)}"
+        )
+    if not isinstance(inputs["task"], str) or inputs["task"] not in TASKS:
+        raise ValueError(f"expected a task among {', '.join(TASKS)}, got {inputs['task']!r}")
 
 
-def response_slots(
-    inputs: dict, prompt_length: int, mask_token_id: int
-) -> tuple[torch.Tensor, State]:
+def response_slots(inputs: dict, mask_token_id: int) -> tuple[torch.Tensor, State]:
     """Locates the masked positions of each region and builds the initial state.
 
-    Returns columns of the response, int64 (B, G, n), and the state. Every region of a batch has
-    equally many masked positions; rows with fewer regions are padded with groups that are not
-    valid.
+    Returns columns, int64 (B, G, n), counted from the start of the responses, and the state. Rows
+    with fewer regions have groups that are not valid. Raises ValueError where the inputs do not fit
+    together.
     """
-    # The positions that hold the mask token.
-    ids = inputs["input_ids"][:, prompt_length:]
-    regions = inputs["region_ids"][:, prompt_length:]
-    is_open = (ids == mask_token_id) & inputs["attention_mask"][:, prompt_length:].bool()
-    if not bool(is_open.any(1).all()):
-        raise ValueError("expected masked answer positions in every row of input_ids, got none")
-
-    groups = int(regions[is_open].max()) + 1
-    if int(regions[is_open].min()) < 0 or groups > ids.shape[1]:
+    ids, columns = inputs["input_ids"], inputs["response_columns"]
+    B, L = ids.shape
+    starts = inputs["response_start"]
+    start = int(starts[0])
+    if not 0 <= start < L or not bool((starts == start).all()):
         raise ValueError(
-            "expected region_ids of masked positions to count regions from 0,"
-            f" got {sorted(set(regions[is_open].tolist()))[:8]}"
+            f"expected one response_start from 0 to {L - 1} in every row, got {starts.tolist()}"
         )
-    # Which of them belong to each region, and that they are equally many.
-    numbers = torch.arange(groups, device=ids.device)[:, None]
-    members = is_open[:, None] & (regions[:, None] == numbers)  # (B, G, A)
-    sizes = members.sum(-1)  # (B, G)
+    if columns.ndim != 3 or len(columns) != B or not columns.numel():
+        raise ValueError(
+            f"expected response_columns (B, G, n) for {B} rows, got {tuple(columns.shape)}"
+        )
+    present = columns >= 0
+    if not bool(((columns >= start) & (columns < L) | ~present).all()):
+        raise ValueError(
+            f"expected response_columns from {start} to {L - 1}, got {int(columns.min())} to"
+            f" {int(columns.max())}"
+        )
+
+    # What is denoised is masked: tokens that are given stay, and a target of training is none.
+    held = ids.gather(1, columns.clamp(min=0).flatten(1)).view_as(columns)
+    is_open = (held == mask_token_id) & present
+    sizes = is_open.sum(-1)  # (B, G)
     n = int(sizes.max())
+    if not bool(is_open.flatten(1).any(1).all()):
+        raise ValueError("expected masked response positions in every row of input_ids, got none")
     if not bool(((sizes == n) | (sizes == 0)).all()):
         raise ValueError(f"expected equally many masked positions a region, got {sizes.tolist()}")
 
-    # Positions of the members of each group, in order: a stable sort puts them first.
-    columns = (~members).long().sort(dim=-1, stable=True).indices[..., :n]
+    # The masked columns of each group, in order: a stable sort puts them first.
+    order = (~is_open).long().sort(dim=-1, stable=True).indices[..., :n]
     valid = (sizes == n)[..., None].expand(-1, -1, n).contiguous()
-    tokens = torch.full(columns.shape, mask_token_id, device=ids.device)
-    return columns * valid, State(tokens, valid.clone(), valid)
+    tokens = torch.full_like(order, mask_token_id)
+    return (columns.gather(-1, order) - start) * valid, State(tokens, valid.clone(), valid)
 
 
 def scatter_valid(template, columns, tokens, valid) -> torch.Tensor:

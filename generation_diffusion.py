@@ -27,7 +27,7 @@ from .configuration_perceptiondlm import (
 )
 from .generation_cache import (
     ResponseNetwork,
-    prompt_length,
+    expect_responses,
     response_slots,
     rows_of,
     scatter_valid,
@@ -218,8 +218,9 @@ class DiffusionGenerationMixin:
             if images is not None or masks is not None or prompts is not None:
                 raise ValueError("expected `inputs` or images, masks and prompts, got both")
             # Prepared inputs say by themselves what is denoised and how long it is.
+            expect_responses(inputs)
             check_inputs(inputs, self.config)
-            task = "captions" if "boxes" in inputs else "answers"
+            task = inputs["task"]
             chosen = self._options(self._with_length_of(inputs, task, options), task)
             processor = processor or self._processor_if_saved()
             return self._generate_inputs(inputs, processor, chosen, callback)
@@ -304,7 +305,7 @@ class DiffusionGenerationMixin:
     def _generate_inputs(self, inputs, processor, options, callback):
         """Fills the responses of a batch that the caller prepared."""
         orders = orders_of(inputs)
-        if "boxes" in inputs:
+        if inputs["task"] == "captions":
             rule, suppressed = self._caption_settings(options)
         else:
             rule, suppressed = self._answer_settings(options.max_new_tokens, processor, options)
@@ -328,7 +329,7 @@ class DiffusionGenerationMixin:
                 f" got {options['batch_size']!r}"
             )
         # Every region has as many masked positions, so one of them tells the length.
-        columns, _ = response_slots(inputs, prompt_length(inputs), self.config.mask_token_id)
+        columns, _ = response_slots(inputs, self.config.mask_token_id)
         length = columns.shape[-1]
         name = "caption_length" if task == "captions" else "max_new_tokens"
         if options.get(name, length) not in (None, length):
@@ -406,7 +407,7 @@ class DiffusionGenerationMixin:
             self, inputs, options.prompt_refresh_interval, options.cfg_scale, options.compile
         )
         # Where the responses stand, all of them masked at first.
-        columns, state = response_slots(inputs, network.prompt_length, self.config.mask_token_id)
+        columns, state = response_slots(inputs, self.config.mask_token_id)
         B, G, n = state.tokens.shape
         flat, valid = columns.view(B, G * n), state.valid.view(B, G * n)
 
@@ -600,7 +601,14 @@ class DiffusionGenerationMixin:
             name: torch.cat([inputs.get(name, prompt), torch.zeros_like(behind) + answer], dim=1)
             for name, (prompt, answer) in columns.items()
         }
-        return {**inputs, **extended}
+        start = ids.shape[1]
+        places = torch.arange(start, start + length, device=ids.device)
+        responses = {
+            "response_columns": places.expand(len(ids), 1, -1),
+            "response_start": torch.full((len(ids),), start, device=ids.device),
+            "task": "answers",
+        }
+        return {**inputs, **extended, **responses}
 
 
 def plan_groups(counts: Sequence[int], max_regions: int) -> list[RegionGroup]:
@@ -691,10 +699,10 @@ def _prompts(tensors: dict, inputs) -> tuple[dict, int | None]:
     length = tensors["input_ids"].shape[1]
     labels = tensors.get("labels")
 
-    # An answer that is there, to be filled or learned, begins where the roles say.
+    # An answer that is there, to be filled or learned, begins where the processor says.
     start = length
-    if "role_ids" in tensors:
-        start = prompt_length(tensors)
+    if "response_start" in tensors:
+        start = int(tensors["response_start"][0])
     elif labels is not None:
         start = _first_label(labels)
     if start == 0:

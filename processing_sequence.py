@@ -255,6 +255,8 @@ def check_inputs(inputs, config: PerceptionDLMConfig):
         "P": config.grid_side,
         "R": config.num_region_prompts,
     }
+    if "response_columns" in inputs:
+        needed |= {"response_columns": ("integer", "B G n"), "response_start": ("integer", "B")}
     for name, (kind, axes) in needed.items():
         _expect_tensor(name, inputs.get(name), kind, axes.split(), sizes)
     _expect_values(inputs, config)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..generation_cache import prompt_length, response_slots
+from ..generation_cache import response_slots
+from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_attention import Structure
-from ..processing_sequence import RESPONSE_INPUTS
 
 COLUMNS = ("region_ids", "role_ids", "attention_mask")
 
@@ -96,16 +96,18 @@ class AnswerLogits:
     def __init__(self, model, inputs: dict):
         self.model = model
         self.text = model.language_model
-        inputs = {k: v.to(model.device) for k, v in inputs.items() if k not in RESPONSE_INPUTS}
+        inputs = {k: v.to(model.device) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
         if len(inputs["input_ids"]) != 1:
             raise ValueError(f"expected inputs of one prompt, got {len(inputs['input_ids'])}")
-        self.start = prompt_length(inputs)
-        response_slots(inputs, self.start, model.config.mask_token_id)  # checks that it is masked
-        self.positions = inputs.pop("position_ids")  # (1, L + n)
+        self.start = int(inputs["response_start"][0])
+        response_slots(inputs, model.config.mask_token_id)  # checks that it is masked
+        self.positions = inputs["position_ids"]  # (1, L + n)
         self.columns = [inputs[name] for name in COLUMNS]
-        inputs.pop("attention_mask")
-        inputs.pop("region_ids")
-        self.prompt = model.embed_inputs(**inputs)[:, : self.start]  # (1, L, D)
+
+        names = PerceptionDLMImageProcessor.model_input_names
+        images = {name: inputs[name] for name in names if name in inputs}
+        embeds = model.embed_inputs(inputs["input_ids"], inputs["role_ids"], **images)
+        self.prompt = embeds[:, : self.start]  # (1, L, D)
 
     @torch.no_grad()
     def __call__(self, answers: torch.Tensor) -> torch.Tensor:

@@ -222,7 +222,7 @@ def test_both_inputs_and_images_are_refused(pair, image):
 def test_inputs_without_masked_positions_are_refused(pair, image):
     model, processor = pair
     inputs = processor(image, prompts="What?")
-    with pytest.raises(ValueError, match="expected masked answer positions in every row"):
+    with pytest.raises(ValueError, match="expected inputs with a response to denoise"):
         model.diffusion_generate(inputs=inputs)
 
 

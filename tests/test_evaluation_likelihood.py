@@ -75,7 +75,8 @@ def test_one_token_needs_no_luck(question):
 def one_position(inputs) -> dict:
     """The same prompt with one answer position instead of four."""
     names = {"input_ids", "attention_mask", "position_ids", "region_ids", "role_ids"}
-    return {k: v[:, :-3] if k in names else v for k, v in inputs.items()}
+    cut = {k: v[:, :-3] if k in names else v for k, v in inputs.items()}
+    return cut | {"response_columns": inputs["response_columns"][..., :-3]}
 
 
 def test_the_batch_size_changes_nothing(question):

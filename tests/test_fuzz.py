@@ -121,6 +121,9 @@ def change_tensors(rng: random.Random, model, processor, image, masks):
     else:
         inputs = processor(image, prompts="What?", max_new_tokens=2)
     name = rng.choice(sorted(inputs))
+    if name == "task":
+        inputs["task"] = anything(rng)
+        return model.diffusion_generate(inputs=dict(inputs), processor=processor)
     change = rng.randrange(6)
     tensor = inputs[name]
     if change == 0:

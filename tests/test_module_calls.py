@@ -68,6 +68,9 @@ def test_an_answer_without_a_prompt_calls_no_module_with_nothing(watched, region
         "position_ids": torch.arange(4)[None],
         "region_ids": torch.zeros_like(ids),
         "role_ids": torch.full_like(ids, 2),
+        "response_columns": torch.arange(4)[None, None],
+        "response_start": torch.zeros(1, dtype=torch.int64),
+        "task": "answers",
     }
     out = model.diffusion_generate(inputs=inputs, steps=2, prompt_refresh_interval=2, cfg_scale=1.0)
     assert len(out.token_ids[0][0]) == 4
