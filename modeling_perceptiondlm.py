@@ -38,6 +38,7 @@ from .modeling_vision import (
     PerceptionDLMVisionModel,
     RegionPrompts,
     merge_patches,
+    patch_prompts,
     replay_regions,
     tile_counts,
 )
@@ -186,7 +187,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         if region_patches is not None:
             if self.region_prompts is None:
                 raise ValueError("expected a model with region prompts for masks, got one without")
-            prompts = self.region_prompts.of_patches(region_patches)  # (T, P, C)
+            prompts = patch_prompts(self.region_prompts, region_patches)  # (T, P, C)
         features = self.vision_tower(pixel_values, prompts)
         return self.connector(merge_patches(features, self.config.spatial_merge_size))
 

@@ -69,14 +69,16 @@ class PerceptionDLMConnector(nn.Module):
 class RegionPrompts(nn.Embedding):
     """Holds the learned prompts (R, C), as large as the patch embeddings they are added to."""
 
-    def of_patches(self, region_patches: torch.Tensor) -> torch.Tensor:
-        """Sums, for each patch, the prompts of the regions that it belongs to.
 
-        `region_patches` is bool (T, R, h, w). Returns (T, P, C).
-        """
-        T, R, h, w = region_patches.shape
-        table = self(torch.arange(self.num_embeddings, device=region_patches.device))  # (R, C)
-        return region_patches.flatten(2).transpose(1, 2).to(table) @ table
+def patch_prompts(region_prompts: nn.Module, region_patches: torch.Tensor) -> torch.Tensor:
+    """Sums, for each patch, the prompts of the regions that it belongs to.
+
+    `region_prompts` is a `RegionPrompts` or an adapter around it, `region_patches` bool
+    (T, R, h, w). Returns (T, P, C).
+    """
+    T, R, h, w = region_patches.shape
+    table = region_prompts(torch.arange(R, device=region_patches.device))  # (R, C)
+    return region_patches.flatten(2).transpose(1, 2).to(table) @ table
 
 
 def merge_patches(features: torch.Tensor, merge: int) -> torch.Tensor:

@@ -35,6 +35,7 @@ def maker(load):
         }
         config = PerceptionDLMConfig.from_dict(fields)
         model = PerceptionDLMForConditionalGeneration(config).eval()
+        model.generation_config = recorded.generation_config
         randomize(model, seed)
         with torch.no_grad():
             for name in loud:

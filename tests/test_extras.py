@@ -93,7 +93,7 @@ def test_captioning_needs_no_extra(results, command):
 @pytest.mark.parametrize(
     ("command", "package", "name", "code"),
     [
-        ("web", "gradio", "apps", 2),
+        ("web", "gradio|starlette", "apps", 2),
         ("serve", "fastapi|uvicorn", "apps", 2),
         ("train", "accelerate|datasets|omegaconf", "train", 2),
         ("judge", "openai", "eval", 2),

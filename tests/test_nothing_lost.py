@@ -62,7 +62,7 @@ def test_an_interrupted_run_leaves_the_old_captions_and_its_own_beside(
     assert run(photos, *BOX, "--captions", out) == 130
     assert out.read_text() == "from an earlier run"
     assert len((out.parent / "captions.jsonl.partial").read_text().splitlines()) == 2
-    assert "2 of 4 pictures done and kept in" in capsys.readouterr().err
+    assert "2 of 4 images done and kept in" in capsys.readouterr().err
     monkeypatch.undo()
 
 

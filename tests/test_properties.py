@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from perceptiondlm.image_loading import load_image, load_mask
 from perceptiondlm.image_processing_perceptiondlm import (
-    anyres_map_size,
     choose_canvas,
     choose_grid,
 )
+from perceptiondlm.image_tiling import anyres_map_size
 from PIL import Image
 from pycocotools import mask as coco
 
