@@ -1,6 +1,7 @@
 """What a PerceptionDLM checkpoint is: vision tower, language model, regions, special token ids."""
 
 import functools
+from typing import TYPE_CHECKING
 
 from transformers.utils.versions import require_version
 
@@ -61,7 +62,8 @@ class PerceptionDLMTextConfig(LlamaConfig):
     base_config_key = "text_config"
     # the embeddings too: transformers 5.18 would split a tied head without them
     base_model_tp_plan = {"embed_tokens": "embedding_rowwise", **LlamaConfig.base_model_tp_plan}
-    base_model_pp_plan = None  # the network does not pass through the layers alone
+    # The network does not pass through the layers alone.
+    base_model_pp_plan = None  # type: ignore[assignment]
 
     vocab_size: int = 126464
     hidden_size: int = 4096
@@ -110,8 +112,12 @@ class PerceptionDLMConfig(PreTrainedConfig):
     model_type = "perceptiondlm"
     sub_configs = {"vision_config": SiglipVisionConfig, "text_config": PerceptionDLMTextConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # after construction; either may be given as a dict or left out
+        vision_config: SiglipVisionConfig
+        text_config: PerceptionDLMTextConfig
+    else:
+        vision_config: dict | PreTrainedConfig | None = None
+        text_config: dict | PreTrainedConfig | None = None
 
     image_layout: str = "tiled"
     spatial_merge_size: int = 2

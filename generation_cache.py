@@ -33,7 +33,8 @@ class StaticKVCache:
 
     def __init__(self, length: int):
         self.length = length
-        self.keys, self.values = {}, {}
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, start: int):
         """Writes (B, heads, n, head_dim) from column `start` on.
@@ -188,6 +189,7 @@ class ResponseNetwork:
 
     def _whole(self, response: torch.Tensor) -> torch.Tensor:
         """Computes the response's states (B, A, D), and the prompt's on the way."""
+        assert self.prompt is not None  # a tree never computes it again
         sequence = torch.cat([self.prompt, response.to(self.prompt.device)], dim=1)
         return self.text.model(
             sequence,

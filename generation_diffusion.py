@@ -212,7 +212,7 @@ class DiffusionGenerationMixin:
         if callback is not None and not callable(callback):
             raise ValueError(f"expected a callable callback, got {describe(callback)}")
         # On a CPU, products of float32 go to the faster of two libraries.
-        fastest_linear(self)
+        fastest_linear(self)  # type: ignore[arg-type]
 
         if inputs is not None:
             if images is not None or masks is not None or prompts is not None:
@@ -358,7 +358,9 @@ class DiffusionGenerationMixin:
         """Denoises each batch and puts its rows back where the caller expects them."""
         # One seed for the whole call: each row derives its own from it.
         seed = options.draw_seed(self.device) if options.is_random else 0
-        rows, history, forwards = [], [], []
+        rows: list[list[list[int]]] = []
+        history: list[list] = []
+        forwards: list[int] = []
         for run in runs:
             finished = list(rows)
 
@@ -485,15 +487,15 @@ class DiffusionGenerationMixin:
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         *,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config=None,
         streamer=None,
         tokenizer=None,
         **inputs_and_options,
-    ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """Returns prompts and their answers, int64 (B, L + n).
 
         Past an answer's first end-of-turn or stop string there is only end-of-turn.
@@ -542,7 +544,7 @@ class DiffusionGenerationMixin:
             streamer.end()
         sequences = torch.cat([ids, answers], dim=1)
         if arguments.get("return_dict_in_generate"):
-            return GenerateDecoderOnlyOutput(sequences=sequences)
+            return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
         return sequences
 
     def prepare_inputs_for_generation(self, input_ids, **inputs) -> dict:

@@ -129,7 +129,7 @@ class Memory:
     """
 
     def __init__(self, batch: int):
-        self.rows = [{} for _ in range(batch)]
+        self.rows: list[dict] = [{} for _ in range(batch)]
 
     @staticmethod
     def keys(tokens: torch.Tensor) -> list[bytes]:

@@ -324,9 +324,11 @@ class DiffusionOptions:
     def region_rule(self, scope: str, eot_token_id: int | None) -> Rule:
         """Chooses the rule for captions; `scope` is what re-masking ranks together."""
         steps = self.steps or self.caption_length
-        if self._accept() is None:
+        accept = self._accept()
+        if accept is None:
             return RemaskLowConfidence(steps, scope)
-        return self._adaptive(steps, self.caption_length, eot_token_id)
+        length = self.caption_length
+        return Adaptive(steps, accept, length, eot_token_id, self.remask_below)
 
     def answer_rule(self, length: int, eot_token_id: int | None) -> Rule:
         """Chooses the rule for an answer of `length` tokens."""
@@ -336,8 +338,9 @@ class DiffusionOptions:
         blocks = length // block
         steps = self.steps or length
 
-        if self._accept() is not None:
-            return self._adaptive(steps, block, eot_token_id)
+        accept = self._accept()
+        if accept is not None:
+            return Adaptive(steps, accept, block, eot_token_id, self.remask_below)
         if steps % blocks:
             raise ValueError(f"expected steps divisible by the {blocks} blocks, got {steps}")
         return SemiAutoregressive(steps, block, blocks)
@@ -348,9 +351,6 @@ class DiffusionOptions:
             if getattr(self, name) is not None:
                 return kind(float(getattr(self, name)))
         return None
-
-    def _adaptive(self, steps: int, block: int, eot_token_id: int | None) -> Rule:
-        return Adaptive(steps, self._accept(), block, eot_token_id, self.remask_below)
 
 
 OPTIONS = {declared.name: declared for declared in dataclasses.fields(DiffusionOptions)}
@@ -495,7 +495,7 @@ CALL_ARGUMENTS = (
     "stopping_criteria",
     "synced_gpus",
 )
-NOTHING = (None, False, 0, 0.0, [], {})
+NOTHING: tuple = (None, False, 0, 0.0, [], {})
 NEUTRAL_VALUES = {
     "assistant_confidence_threshold": 0.4,
     "assistant_lookbehind": 10,
@@ -626,7 +626,7 @@ def _fields(config) -> dict:
 def _expect_ends(given: dict, ends: set[int]):
     for name in ENDS:
         value = given.get(name)
-        value = value.tolist() if hasattr(value, "tolist") else value
+        value = _plain(value)
         ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
         if not set(ids) <= ends:
             raise ValueError(f"expected {name} among {sorted(ends)}, got {value!r}")

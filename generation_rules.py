@@ -46,6 +46,7 @@ class Prediction:
 
     def entropy(self) -> torch.Tensor:
         """Returns the entropy of each position in nats, (B, G, n)."""
+        assert self.logits is not None  # for a rule that says `uses_logits`
         log_probs = self.logits.double().log_softmax(-1)
         return -(log_probs.exp() * log_probs.masked_fill(log_probs.isinf(), 0)).sum(-1)
 
@@ -60,9 +61,14 @@ class Rule(Protocol):
         uses_logits: whether it reads more of a prediction than candidates and confidence.
     """
 
-    steps: int
-    adaptive: bool
-    uses_logits: bool
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def adaptive(self) -> bool: ...
+
+    @property
+    def uses_logits(self) -> bool: ...
 
     def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
         """Returns the state after prediction number `step` (0-based)."""
@@ -236,7 +242,11 @@ class EntropyBound:
         return torch.zeros_like(eligible).scatter(-1, order, accepted)
 
 
-ACCEPT_RULES = {"threshold": Threshold, "factor": Factor, "entropy_bound": EntropyBound}
+ACCEPT_RULES: dict[str, type[Threshold] | type[Factor] | type[EntropyBound]] = {
+    "threshold": Threshold,
+    "factor": Factor,
+    "entropy_bound": EntropyBound,
+}
 
 
 @dataclass(frozen=True)
@@ -289,6 +299,7 @@ class Adaptive:
         """Marks committed positions, bool (B, G, n), that have become unlikely; None: none."""
         if self.remask_below is None or step + 2 >= self.steps:
             return None
+        assert prediction.logits is not None  # for a rule that says `uses_logits`
         committed = state.valid & ~state.masked
         return committed & (probability_of(state.tokens, prediction.logits) < self.remask_below)
 

@@ -185,8 +185,8 @@ class Packed:
 
     def to(self, device) -> "Packed":
         """Copies the indices to a device."""
-        moved = (x.to(device) for x in (self.rows, self.columns, self.starts))
-        return Packed(*moved, self.max_length)
+        rows, columns = self.rows.to(device), self.columns.to(device)
+        return Packed(rows, columns, self.starts.to(device), self.max_length)
 
     def take(self, values: torch.Tensor) -> torch.Tensor:
         """Picks the packed positions, (N, ...), of values (B, L, ...)."""
@@ -232,8 +232,8 @@ class TreeMask:
 
     def to(self, device) -> "TreeMask":
         """Copies it to a device, as a model over several does before each layer."""
-        trunk, own = (tuple(packed.to(device) for packed in x) for x in (self.trunk, self.own))
-        return TreeMask(trunk, own)
+        (a, b), (c, d) = self.trunk, self.own
+        return TreeMask((a.to(device), b.to(device)), (c.to(device), d.to(device)))
 
 
 def tree_attention(

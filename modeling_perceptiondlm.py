@@ -63,9 +63,9 @@ class PerceptionDLMOutput(ModelOutput):
         hidden_states: embeddings and every layer's output (B, L, D), on request.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
     @property
     def last_hidden_state(self):
@@ -76,12 +76,19 @@ class PerceptionDLMOutput(ModelOutput):
         )
 
 
-class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, PerceptionDLMPreTrainedModel):
+class PerceptionDLMForConditionalGeneration(  # type: ignore[misc]
+    DiffusionGenerationMixin, PerceptionDLMPreTrainedModel
+):
     """Captions image regions, or answers about images, by masked diffusion (arXiv:2606.19534)."""
 
     _tied_weights_keys = {
         "language_model.lm_head.weight": "language_model.model.embed_tokens.weight"
     }
+    vision_tower: PerceptionDLMVisionModel
+    connector: PerceptionDLMConnector
+    region_prompts: nn.Module | None
+    image_newline: nn.Parameter | None
+    language_model: PerceptionDLMLanguageModel
     accepts_loss_kwargs = False  # trainers average losses over accumulated batches themselves
 
     def __init__(self, config: PerceptionDLMConfig):
@@ -207,7 +214,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         this to its embeddings.
         """
         size = self.config.vision_config.image_size
-        blank = torch.zeros(1, 3, size, size, device=self.device)
+        blank = torch.zeros(1, 3, size, size, device=self.device)  # type: ignore[arg-type]
         patches = None
         if self.region_prompts is not None:
             side = self.config.grid_side
@@ -275,30 +282,30 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        region_ids: torch.LongTensor | None = None,
-        role_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
-        region_patches: torch.BoolTensor | None = None,
-        boxes: torch.FloatTensor | None = None,
-        box_images: torch.LongTensor | None = None,
-        region_orders: torch.LongTensor | None = None,
-        response_columns: torch.LongTensor | None = None,
-        response_start: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        region_ids: torch.Tensor | None = None,
+        role_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        region_patches: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
+        box_images: torch.Tensor | None = None,
+        region_orders: torch.Tensor | None = None,
+        response_columns: torch.Tensor | None = None,
+        response_start: torch.Tensor | None = None,
         task: str | None = None,
-        labels: torch.LongTensor | None = None,
-        timesteps: torch.FloatTensor | None = None,
-        noise: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
         loss_weighting: str = "inverse_rate",
-        logits_to_keep: int | torch.LongTensor = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         only_embeds: bool = False,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         past_key_values=None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -352,7 +359,8 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
 
         # Attend.
         structure = Structure(self.config.region_layout, region_ids, role_ids, attention_mask)
-        states = [] if self._wants(output_hidden_states, "output_hidden_states") else None
+        wants_states = self._wants(output_hidden_states, "output_hidden_states")
+        states: list | None = [] if wants_states else None
         hidden = self.attend(embeds, position_ids, structure, states)
 
         # Predict: the loss of the masked positions, or logits.
@@ -392,7 +400,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             return self.language_model.lm_head(hidden[:1, 0])[:0]
         return self.language_model.lm_head(hidden[masked.to(hidden.device)])
 
-    def _kept_logits(self, hidden, kept: int | torch.LongTensor) -> torch.Tensor:
+    def _kept_logits(self, hidden, kept: int | torch.Tensor) -> torch.Tensor:
         """Computes logits (B, kept, V) of the last so many positions, or of some indices."""
         last = isinstance(kept, int)
         hidden = hidden[:, slice(-kept, None) if last else kept]
