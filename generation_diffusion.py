@@ -165,9 +165,12 @@ class DiffusionGenerationMixin:
         What it leaves open stays as the config says, for checkpoints that have no such file.
         """
         if generation_config is None:
+            # Absolute: transformers looks for "." with a subfolder in the wrong folder.
+            place = pretrained_model_name_or_path
+            place = Path(place).absolute() if Path(place).is_dir() else place
             try:
                 generation_config = GenerationConfig.from_pretrained(
-                    pretrained_model_name_or_path,
+                    place,
                     _from_auto=from_auto_class,
                     _from_pipeline=from_pipeline,
                     **loading,

@@ -28,6 +28,7 @@ ALLOWED = {
     "evaluation": {"root", "common", "scenes", "conversion"},
     "apps": {"root", "common", "scenes", "conversion"},
     "benchmarks": {"root", "common", "scenes", "evaluation", "training"},
+    "docs": {"root", "scenes", "apps"},  # scripts that draw figures and write tables
 }
 
 

@@ -1,6 +1,6 @@
 """Draws `docs/architecture.svg`: the way of an image and its region masks to captions.
 
-    python docs/figures/make_architecture.py
+python docs/figures/make_architecture.py
 """
 
 from pathlib import Path
@@ -9,7 +9,6 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-
 from perceptiondlm.scenes.shapes import render_scene
 
 matplotlib.use("Agg")
@@ -33,9 +32,7 @@ def box(axes, x, y, width, height, text="", *, face=PAPER, edge=INK, size=12, **
     axes.add_patch(
         FancyBboxPatch((x, y), width, height, style, facecolor=face, edgecolor=edge, linewidth=1.4)
     )
-    axes.text(
-        x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size, **font
-    )
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size, **font)
 
 
 def arrow(axes, start, end, color=INK, bend=0.0):
