@@ -59,3 +59,34 @@ def test_links_between_the_documents_lead_somewhere(page):
 def test_no_document_or_figure_is_too_large_for_the_hub():
     sizes = {path.name: path.stat().st_size for path in (ROOT / "docs").rglob("*")}
     assert [name for name, size in sizes.items() if size > MAX_BYTES] == []
+
+
+@pytest.fixture(scope="module")
+def algorithm() -> dict:
+    """Gives what the code block of docs/algorithm.md has computed, run from the root."""
+    (block,) = blocks(ROOT / "docs" / "algorithm.md")
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        exec(block, found)
+    return found
+
+
+def test_the_algorithm_in_forty_lines_decodes_as_diffusion_generate_does(algorithm, monkeypatch):
+    model, image, masks = (algorithm[name] for name in ("model", "image", "masks"))
+    assert model.config.region_layout == "independent"
+    monkeypatch.chdir(ROOT)  # where the processor is looked for
+    ids = model.diffusion_generate(image, masks).token_ids
+    assert [algorithm["captions"].tolist()] == ids
+
+
+def test_the_algorithm_stays_short():
+    (block,) = blocks(ROOT / "docs" / "algorithm.md")
+    assert len(block.strip().splitlines()) <= 45
+
+
+def test_the_architecture_page_names_every_root_module_and_folder():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    modules = {path.name for path in ROOT.glob("*.py")} - {"__init__.py"}
+    folders = {path.parent.name + "/" for path in ROOT.glob("*/__init__.py")}
+    assert {name for name in modules | folders if f"`{name}" not in text} == set()
