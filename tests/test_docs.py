@@ -5,6 +5,8 @@ import runpy
 from pathlib import Path
 
 import pytest
+import yaml
+from perceptiondlm.generation_options import RENAMED
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -90,3 +92,39 @@ def test_the_architecture_page_names_every_root_module_and_folder():
     modules = {path.name for path in ROOT.glob("*.py")} - {"__init__.py"}
     folders = {path.parent.name + "/" for path in ROOT.glob("*/__init__.py")}
     assert {name for name in modules | folders if f"`{name}" not in text} == set()
+
+
+def test_the_changelog_has_every_option_that_was_renamed():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert [name for name in RENAMED if f"`{name}=" not in text and f"{name}=0" not in text] == []
+
+
+def test_the_citation_names_the_version_the_license_and_the_papers():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{citation["version"]}"' in project
+    assert f'license = "{citation["license"]}"' in project
+    papers = {one["url"].split("/")[-1] for one in citation["references"]}
+    assert papers == {"2606.19534", "2502.09992", "2505.16933"}
+
+
+def test_the_commit_hooks_run_the_ruff_that_is_pinned():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert f"ruff=={repo['rev'][1:]}\n" in (ROOT / "requirements.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["ACCEPT_RULES", "READERS", "DATA_KINDS"])
+def test_the_tables_that_contributors_extend_are_where_they_are_told(name):
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (line,) = [
+        part for part in re.findall(r"\n\d\. .*?(?=\n\d\. |\n\n)", text, re.DOTALL) if name in part
+    ]
+    files = re.findall(r"`([\w/]+\.py)`", text[: text.index(line) + len(line)])
+    assert any(f"\n{name}" in (ROOT / file).read_text() for file in files)
+
+
+def test_tests_that_contributors_are_told_of_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in code] == []
+    assert [f for f in re.findall(r"`(tests/[\w/.]+)`", text) if not (ROOT / f).exists()] == []
