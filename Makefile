@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-transformers test-floors tiny report clean
+.PHONY: demo test test-all lint test-transformers test-floors tiny report clean
 
 demo: .venv/.ready
 	$(BIN)/python -m perceptiondlm.apps.demo --output outputs/demo
@@ -16,6 +16,12 @@ test: .venv/.ready
 # the markers that pyproject.toml leaves out.
 test-all: .venv/.ready
 	$(BIN)/python -m pytest -m ""
+
+# Style, formatting, and the types of the root modules.
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # transformers' own tests of models and processors; docs/transformers-suite.md has those that fail.
 test-transformers: .venv/.ready

@@ -71,7 +71,7 @@ def own_generation_config(folders, config) -> GenerationConfig:
     if saved is not None:
         settings = read_json(saved / "generation_config.json")
         known = {name: settings[name] for name in (*OPTIONS, "do_sample") if name in settings}
-        decoding.update(**known)
+        decoding = GenerationConfig.from_dict({**decoding.to_dict(), **known})
     return decoding
 
 

@@ -422,3 +422,13 @@ def test_tensors_in_memory_are_described_like_files():
 
 def test_an_index_is_not_needed_for_a_single_file(region):
     assert not (region / "model.safetensors.index.json").exists()
+
+
+def test_the_decoding_defaults_of_our_own_layout_are_kept(tmp_path):
+    source = Path(__file__).parents[1] / "tiny"
+    folder = convert(source, tmp_path / "converted")
+    before, after = (
+        json.loads((place / "generation_config.json").read_text()) for place in (source, folder)
+    )
+    after.pop("transformers_version")
+    assert after == before and after["caption_length"] == 11

@@ -1,0 +1,63 @@
+"""The notebooks under examples/ are valid and run from top to bottom, in a process of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+RUN = """
+import json, sys
+
+cells = json.load(open(sys.argv[1], encoding="utf-8"))["cells"]
+space = {}
+for cell in cells:
+    if cell["cell_type"] == "code":
+        exec(compile("".join(cell["source"]), cell["id"], "exec"), space)
+"""
+
+
+def run(name: str, folder: Path) -> str:
+    """Runs a notebook's code cells with `folder` as the working folder; returns what they print."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-c", RUN, str(EXAMPLES / name)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_is_of_format_4_5_and_holds_no_outputs(path):
+    book = json.loads(path.read_text())
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
+    assert {"cells", "metadata", "nbformat", "nbformat_minor"} == set(book)
+
+    ids = [cell["id"] for cell in book["cells"]]
+    assert len(set(ids)) == len(ids)
+    for cell in book["cells"]:
+        common = {"cell_type", "id", "metadata", "source"}
+        is_code = cell["cell_type"] == "code"
+        assert set(cell) == common | ({"execution_count", "outputs"} if is_code else set())
+        assert not is_code or (cell["execution_count"], cell["outputs"]) == (None, [])
+
+
+def test_the_first_notebook_captions_answers_and_draws(tmp_path):
+    said = run("first_captions.ipynb", tmp_path)
+    assert "a small striped blue star at the bottom left " in said
+    assert (
+        "green" in said.partition("What colour is the object at the center?")[2].split("\n0 |")[0]
+    )
+    assert (tmp_path / "captions.gif").read_bytes().startswith(b"GIF89a")
+
+
+@pytest.mark.slow
+def test_the_second_notebook_teaches_another_way_to_caption(tmp_path):
+    said = run("finetune_on_your_masks.ipynb", tmp_path)
+    rows = [line.split(" -> ")[1] for line in said.splitlines() if " truth: " in line]
+    learned = [caption.split(" truth: ") for caption in rows]
+    assert len(learned) == 4  # of a scene that it was not trained on
+    assert sum(caption.strip() == truth for caption, truth in learned) >= 3
