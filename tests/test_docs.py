@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from perceptiondlm.apps import cli
 from perceptiondlm.generation_options import RENAMED
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")]
 )
+STEPS = {*cli.COMMANDS, *"synthetic sweep latency predict judge score report write".split()}
 MAX_BYTES = 10e6  # what the Hub takes in plain git
 
 
@@ -128,3 +130,36 @@ def test_tests_that_contributors_are_told_of_are_there():
     code = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in code] == []
     assert [f for f in re.findall(r"`(tests/[\w/.]+)`", text) if not (ROOT / f).exists()] == []
+
+
+def commands() -> set[tuple[str, str]]:
+    """Finds each option that a documented command line has: ("evaluate sweep", "--rules")."""
+    texts = [page.read_text() for page in PAGES]
+    fenced = [
+        block for text in texts for block in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
+    ]
+    found = set()
+    for block in [block for language, block in fenced if language in ("", "shell")]:
+        for line in block.replace("\\\n", " ").splitlines():
+            words = line.split("#")[0].split()
+            if words[:1] == ["perceptiondlm"]:
+                # `evaluate` has steps, and one of them has steps of its own.
+                command = [word for word in words[1:4] if word in STEPS]
+                found |= {(" ".join(command), word) for word in words if word.startswith("--")}
+    return found
+
+
+@pytest.mark.parametrize("command", sorted({command for command, _ in commands()}))
+def test_documented_command_lines_name_options_that_there_are(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert {option for name, option in commands() if name == command} <= known
+
+
+def test_the_reader_of_documented_commands_finds_those_that_are_known():
+    assert {
+        ("caption", "--animate"),
+        ("evaluate sweep", "--rules"),
+        ("serve", "--port"),
+    } <= commands()
