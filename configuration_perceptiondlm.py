@@ -63,7 +63,7 @@ class PerceptionDLMTextConfig(LlamaConfig):
     # the embeddings too: transformers 5.18 would split a tied head without them
     base_model_tp_plan = {"embed_tokens": "embedding_rowwise", **LlamaConfig.base_model_tp_plan}
     # The network does not pass through the layers alone.
-    base_model_pp_plan = None  # type: ignore[assignment]
+    base_model_pp_plan = None
 
     vocab_size: int = 126464
     hidden_size: int = 4096
@@ -76,6 +76,8 @@ class PerceptionDLMTextConfig(LlamaConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    if TYPE_CHECKING:  # the parent's
+        rope_parameters: dict | None
 
     def __post_init__(self, **kwargs):
         if self.rope_parameters is None and "rope_theta" not in kwargs:
@@ -182,7 +184,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
         )
 
         # Combinations.
-        slots = min(len(self.roi_token_ids), len(self.caption_token_ids))
+        slots = min(len(self.roi_token_ids or ()), len(self.caption_token_ids or ()))
         if self.num_region_prompts > slots:
             raise ValueError(
                 f"expected num_region_prompts of at most {slots} (the roi_token_ids and"

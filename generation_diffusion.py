@@ -263,7 +263,8 @@ class DiffusionGenerationMixin:
         instructions = _instructions(prompts, len(images))
 
         rule, suppressed = self._caption_settings(options)
-        runs, orders = [], []
+        runs: list[Run] = []
+        orders: list[list[int]] = []
         for batch in _chunks(groups, options.batch_size):
             own = [instructions[group.image] for group in batch]
             inputs = processor(
@@ -272,7 +273,7 @@ class DiffusionGenerationMixin:
                 prompts=[text or processor.region_instruction for text in own],
                 caption_length=options.caption_length,
             )
-            orders += orders_of(inputs)
+            orders += orders_of(inputs) or []
             keys = [(group.image, group.masks[0]) for group in batch]
             runs.append(Run(inputs, rule, suppressed, keys))
 
@@ -547,7 +548,7 @@ class DiffusionGenerationMixin:
             streamer.end()
         sequences = torch.cat([ids, answers], dim=1)
         if arguments.get("return_dict_in_generate"):
-            return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
+            return GenerateDecoderOnlyOutput(sequences=sequences)
         return sequences
 
     def prepare_inputs_for_generation(self, input_ids, **inputs) -> dict:

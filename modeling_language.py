@@ -176,7 +176,7 @@ class PerceptionDLMDecoderLayer(GradientCheckpointingLayer):
 class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
     """Runs LLaDA's bidirectional decoder stack."""
 
-    config: PerceptionDLMTextConfig  # type: ignore[assignment]
+    config: PerceptionDLMTextConfig
 
     def __init__(self, config: PerceptionDLMTextConfig):
         super().__init__(config)
@@ -235,7 +235,7 @@ class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
 class PerceptionDLMLanguageModel(PerceptionDLMPreTrainedModel):
     """Holds the decoder and its head."""
 
-    config: PerceptionDLMTextConfig  # type: ignore[assignment]
+    config: PerceptionDLMTextConfig
     base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = LlamaForCausalLM._tp_plan  # a tied head is split as the embeddings are

@@ -76,9 +76,7 @@ class PerceptionDLMOutput(ModelOutput):
         )
 
 
-class PerceptionDLMForConditionalGeneration(  # type: ignore[misc]
-    DiffusionGenerationMixin, PerceptionDLMPreTrainedModel
-):
+class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, PerceptionDLMPreTrainedModel):
     """Captions image regions, or answers about images, by masked diffusion (arXiv:2606.19534)."""
 
     _tied_weights_keys = {
@@ -214,7 +212,7 @@ class PerceptionDLMForConditionalGeneration(  # type: ignore[misc]
         this to its embeddings.
         """
         size = self.config.vision_config.image_size
-        blank = torch.zeros(1, 3, size, size, device=self.device)  # type: ignore[arg-type]
+        blank = torch.zeros(1, 3, size, size, device=self.device)
         patches = None
         if self.region_prompts is not None:
             side = self.config.grid_side

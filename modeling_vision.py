@@ -30,14 +30,14 @@ ROI_SAMPLES = 2  # bilinear samples a bin and axis
 class PerceptionDLMVisionModel(SiglipPreTrainedModel):
     """Runs SigLIP's embeddings and the layers that are used, with region prompts on patches."""
 
-    config: SiglipVisionConfig  # type: ignore[assignment]
+    config: SiglipVisionConfig
     main_input_name = "pixel_values"
     _input_embed_layer = "patch_embedding"
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__(config)
         self.embeddings = SiglipVisionEmbeddings(config)
-        self.encoder = SiglipEncoder(config)  # type: ignore[arg-type]
+        self.encoder = SiglipEncoder(config)
         self.post_init()
 
     def forward(self, pixel_values, patch_prompts=None) -> torch.Tensor:
