@@ -72,6 +72,13 @@ def test_the_image_outside_the_regions_is_left_as_it_is():
     assert ImageChops.difference(drawing.crop(window), image.crop(window)).getbbox() is None
 
 
+def test_a_region_keeps_its_colors_unless_a_fill_is_asked_for():
+    image = Image.new("RGB", (900, 600), "yellow")
+    region = [[100, 100, 800, 500]]
+    assert draw_regions(image, region).getpixel((300, 200)) == (255, 255, 0)
+    assert draw_regions(image, region, fill=True).getpixel((300, 200)) != (255, 255, 0)
+
+
 @pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
 def test_captions_never_overlap_and_stay_within_the_panel(count, beside):

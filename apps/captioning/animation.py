@@ -23,6 +23,7 @@ def draw_steps(
     steps: Sequence[Sequence[str]],
     *,
     font: str | Path | None = None,
+    fill: bool = False,
     min_side: int = 640,
     max_side: int = 960,
 ) -> list[Image.Image]:
@@ -31,7 +32,7 @@ def draw_steps(
     Args:
         image, masks: as for `draw_regions`; without masks the texts are not numbered.
         steps: for each step the text of each region, `MASKED` where a token is to come.
-        font, min_side, max_side: as for `draw_regions`.
+        font, fill, min_side, max_side: as for `draw_regions`.
     """
     if not steps:
         raise ValueError("expected at least one step to draw, got none: ask for return_history")
@@ -39,7 +40,7 @@ def draw_steps(
     regions = [load_mask(mask, image.size) for mask in masks]
     image, regions = scale_to(image, regions, min_side, max_side)
     style = Style.fitting(max(image.size), font)
-    marked = mark_regions(image, regions, style) if regions else image
+    marked = mark_regions(image, regions, style, fill) if regions else image
     texts = [one_line(step) if regions else list(step) for step in steps]
     frames = add_panel(marked, texts, style, numbered=bool(regions))
     return [_with_bar(f, i, len(frames) - 1, style) for i, f in enumerate(frames)]

@@ -3,7 +3,7 @@
 captioner = RegionCaptioner.from_pretrained("owner/name")
 result = captioner("photo.jpg", masks=["cup.png", {"box": [10, 20, 200, 180]}])
 print(result)                         # numbered captions
-result.draw().save("captioned.png")   # colored regions and their captions
+result.draw().save("captioned.png")   # outlined regions and their captions
 for step in captioner.stream("photo.jpg", masks=["cup.png"]):
     print(step)                       # captions as they appear
 """

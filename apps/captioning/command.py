@@ -125,6 +125,9 @@ def _add_results(group):
         help="the captions appearing step by step (.gif, .webp, .png); for several, a folder",
     )
     group.add_argument("--font", type=Path, help="TrueType font, for captions beyond Latin letters")
+    group.add_argument(
+        "--fill", action="store_true", default=None, help="tint the regions in the drawing, too"
+    )
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 

@@ -1,4 +1,4 @@
-"""Images to look at: regions in color, numbered, with their captions beside or below.
+"""Images to look at: regions outlined in color, numbered, with their captions beside or below.
 
 Everything is Pillow's, its bundled font included (Latin letters; pass `font` for other scripts).
 Boxes are (x0, y0, x1, y1) in pixels of the drawing, half-open.
@@ -38,15 +38,17 @@ def draw_regions(
     captions: Sequence[str] | None = None,
     *,
     font: str | Path | None = None,
+    fill: bool = False,
     min_side: int = MIN_SIDE,
     max_side: int = MAX_SIDE,
 ) -> Image.Image:
-    """Draws an image with each region colored and numbered, and the captions laid out in full.
+    """Draws an image with each region outlined and numbered, and the captions laid out in full.
 
     Args:
         image: as for `load_image`; masks: as for `load_mask`, one for each region.
         captions: one for each mask; None draws the regions alone.
         font: a TrueType file, for scripts that the bundled font lacks.
+        fill: also tint the regions, which changes the colors that the model saw.
         min_side, max_side: the image is scaled so that its long side lies between them.
 
     Captions stand beside a tall image and below a wide one; nothing is cut off or overlaps.
@@ -60,7 +62,7 @@ def draw_regions(
         )
     image, regions = scale_to(image, regions, min_side, max_side)
     style = Style.fitting(max(image.size), font)
-    marked = mark_regions(image, regions, style)
+    marked = mark_regions(image, regions, style, fill)
     if captions is None:
         return marked
     return add_panel(marked, [one_line(captions)], style, numbered=True)[0]
@@ -106,16 +108,18 @@ def scale_to(image: Image.Image, regions: list[Image.Image], least: int, most: i
     return image.resize(size, Image.Resampling.LANCZOS), masks
 
 
-def mark_regions(image: Image.Image, masks: list[Image.Image], style: Style) -> Image.Image:
-    """Fills, outlines and numbers the regions; small ones come to lie above large ones."""
+def mark_regions(
+    image: Image.Image, masks: list[Image.Image], style: Style, fill: bool = False
+) -> Image.Image:
+    """Outlines and numbers the regions, on request tints them; small ones lie above large ones."""
     marked = image.copy()
     width = max(1, round(style.size / 9))
     areas = [mask_area(mask) for mask in masks]
     large_first = sorted(range(len(masks)), key=lambda i: -areas[i])
 
-    for i in large_first:
-        fill = Image.new("RGB", image.size, color_of(i))
-        marked = Image.composite(Image.blend(marked, fill, 0.36), marked, masks[i])
+    for i in large_first if fill else ():
+        tint = Image.new("RGB", image.size, color_of(i))
+        marked = Image.composite(Image.blend(marked, tint, 0.36), marked, masks[i])
     for i in large_first:
         _outline(marked, masks[i], color_of(i), width)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from ...generation_options import options_of
 from .outputs import format_of
 
-REGION_OPTIONS = ("instruction", "max_regions", *options_of("captions"))
+REGION_OPTIONS = ("instruction", "max_regions", "fill", *options_of("captions"))
 NEEDED = {  # option: others, of which it needs one
     "font": ("output", "animate"),
+    "fill": ("output", "animate"),
     "remask_below": ("threshold", "factor", "entropy_bound"),
     "subfolder": ("model",),
     "revision": ("model",),

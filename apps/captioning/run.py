@@ -210,12 +210,12 @@ class CaptionRun:
         from .animation import draw_history, encode_animation
         from .drawing import encode_image
 
-        font = self.args.font
+        style = {"font": self.args.font} | ({"fill": True} if self.args.fill else {})
         try:
             if drawing is not None:
-                write_bytes(drawing, encode_image(result.draw(font=font), drawing.suffix))
+                write_bytes(drawing, encode_image(result.draw(**style), drawing.suffix))
             if animation is not None:
-                frames = draw_history(result, font=font)
+                frames = draw_history(result, **style)
                 write_bytes(animation, encode_animation(frames, animation.suffix))
         except (ValueError, OSError) as error:
             self._fail(source, f"captioned, but not drawn: {error}")
