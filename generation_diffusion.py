@@ -27,6 +27,7 @@ from .configuration_perceptiondlm import (
 )
 from .generation_cache import (
     ResponseNetwork,
+    check_inputs,
     expect_responses,
     response_slots,
     rows_of,
@@ -36,10 +37,14 @@ from .generation_loop import RowNoise, Sampler, denoise
 from .generation_options import KNOWN, DiffusionOptions, GenerateArguments, decoding_defaults
 from .generation_rules import Rule, State, StopAt
 from .image_loading import describe
-from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
+from .image_processing_perceptiondlm import (
+    PerceptionDLMImageProcessor,
+    pair_images,
+    pair_masks,
+)
 from .modeling_language import fastest_linear
-from .processing_perceptiondlm import PerceptionDLMProcessor, pair_images
-from .processing_sequence import IGNORED_LABEL, RESPONSE_INPUTS, check_inputs, response_length
+from .processing_perceptiondlm import PerceptionDLMProcessor
+from .processing_sequence import IGNORED_LABEL, RESPONSE_INPUTS, response_length
 
 # An answer is the only group of its row.
 ANSWER_REGION = 0
@@ -247,17 +252,8 @@ class DiffusionGenerationMixin:
 
     def _caption_regions(self, images, masks, prompts, processor, options, callback):
         """Captions the regions of images, each image's in groups."""
-        if images is None:
-            raise ValueError("expected an image for the masks, got none")
-        single = not isinstance(images, (list, tuple))
-        images, masks = ([images], [masks]) if single else (list(images), list(masks))
-        if len(images) != len(masks):
-            raise ValueError(
-                f"expected a list of masks for each of {len(images)} images, got {len(masks)}"
-            )
-        for own in masks:
-            if isinstance(own, (str, dict)) or not hasattr(own, "__len__"):
-                raise ValueError(f"expected a list of masks for each image, got {describe(own)}")
+        images, masks = pair_masks(images, masks)
+
         # More regions than the checkpoint has prompts for are captioned in several groups.
         groups = plan_groups([len(own) for own in masks], self.config.num_region_prompts)
         instructions = _instructions(prompts, len(images))
