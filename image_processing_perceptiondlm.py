@@ -402,7 +402,7 @@ class PerceptionDLMImageProcessor(BaseImageProcessor):
             indices into the masks given.
         """
         self.expect_neutral(arguments)
-        if do_normalize not in (None, True, False):
+        if not (do_normalize is None or isinstance(do_normalize, bool)):
             raise ValueError(f"expected do_normalize True or False, got {do_normalize!r}")
         if masks is not None:
             images, masks = pair_masks(images, masks)

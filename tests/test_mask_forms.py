@@ -518,5 +518,5 @@ def test_a_gray_image_of_any_mode_is_the_same_image(mode):
 def test_eight_bits_in_sixteen_are_refused_rather_than_black(mode):
     gray = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     image = np.asarray(gray).astype(np.uint16) if mode == "uint16" else gray.convert(mode)
-    with pytest.raises(ValueError, match="16-bit grey values, got .0, 255.: give 8-bit"):
+    with pytest.raises(ValueError, match="16-bit gray values, got .0, 255.: give 8-bit"):
         load_image(image)
