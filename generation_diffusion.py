@@ -43,7 +43,7 @@ from .image_processing_perceptiondlm import (
     pair_masks,
 )
 from .modeling_language import fastest_linear
-from .processing_perceptiondlm import PerceptionDLMProcessor
+from .processing_perceptiondlm import PerceptionDLMProcessor, broadcast_texts
 from .processing_sequence import IGNORED_LABEL, RESPONSE_INPUTS, response_length
 
 # An answer is the only group of its row.
@@ -256,17 +256,17 @@ class DiffusionGenerationMixin:
 
         # More regions than the checkpoint has prompts for are captioned in several groups.
         groups = plan_groups([len(own) for own in masks], self.config.num_region_prompts)
-        instructions = _instructions(prompts, len(images))
+        given = processor.region_instruction if prompts is None else prompts
+        instructions = broadcast_texts(given, len(images), "image")
 
         rule, suppressed = self._caption_settings(options)
         runs: list[Run] = []
         orders: list[list[int]] = []
         for batch in _chunks(groups, options.batch_size):
-            own = [instructions[group.image] for group in batch]
             inputs = processor(
                 [images[group.image] for group in batch],
                 masks=[[masks[group.image][k] for k in group.masks] for group in batch],
-                prompts=[text or processor.region_instruction for text in own],
+                prompts=[instructions[group.image] for group in batch],
                 caption_length=options.caption_length,
             )
             orders += orders_of(inputs) or []
@@ -648,14 +648,6 @@ def orders_of(inputs) -> list[list[int]] | None:
     if orders is None:
         return None
     return [[k for k in row if k >= 0] for row in orders.tolist()]
-
-
-def _instructions(prompts, count: int) -> list[str | None]:
-    if prompts is None or isinstance(prompts, str):
-        return [prompts] * count
-    if len(prompts) != count:
-        raise ValueError(f"expected an instruction for each of {count} images, got {len(prompts)}")
-    return list(prompts)
 
 
 def stop_sequences(options: DiffusionOptions, processor) -> tuple[tuple[int, ...], ...]:

@@ -55,6 +55,15 @@ CHAT_TEMPLATE = """\
 {{- '<|start_header_id|>assistant<|end_header_id|>\\n' -}}
 {%- endif -%}
 """
+# The prompt of a region group, in which the released model expects no spaces but these.
+REGION_PROMPT = """\
+<|start_header_id|>system<|end_header_id|>
+{system}{eot}
+<|start_header_id|>user<|end_header_id|>
+<img>{image}</img>{roi}
+{instruction}{eot}
+<|start_header_id|>assistant<|end_header_id|>
+"""
 
 
 class PerceptionDLMProcessor(ProcessorMixin):
@@ -241,12 +250,17 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     def _regions(self, images, masks, prompts, caption_length, captions, call):
         """Returns the image processor's features and the sequence of each image's regions."""
+        # The prompt holds its special tokens already.
         if call.add_special_tokens:
             raise ValueError("expected add_special_tokens False with masks, got True")
-        captions = None if captions is None else pair_captions(images, masks, captions)
+        is_single = not isinstance(images, (list, tuple))
         images, masks = pair_masks(images, masks)
+        if captions is not None:
+            captions = [captions] if is_single else captions
+            _expect_captions(captions, masks)
         given = self.region_instruction if prompts is None else prompts
         instructions = broadcast_texts(given, len(images))
+
         if caption_length is None and captions is None:
             caption_length = DEFAULT_CAPTION_LENGTH
         expect_positive(caption_length=caption_length)
@@ -353,11 +367,18 @@ class PerceptionDLMProcessor(ProcessorMixin):
             prompts: the regions' prompt numbers (default 0, 1, ...). In the independent layout,
                 where no region is first, a region's RoI tokens and marker carry its number.
         """
-        image_tokens = self._image_tokens(features, index)
-        instruction = instruction or self.region_instruction
-        return self._builder.region_sequence(
-            slots, image_tokens, self.system_prompt, instruction, prompts
+        builder = self._builder
+        texts = [self.system_prompt, instruction or self.region_instruction]
+        system, instruction = escape(self.tokenizer, texts)
+        prompt = REGION_PROMPT.format(
+            system=system,
+            eot=self.eot_token,
+            image=self.image_token,
+            roi="\n".join(builder.roi_placeholders(len(slots))),
+            instruction=instruction,
         )
+        image_tokens = self._image_tokens(features, index)
+        return builder.region_sequence(prompt, slots, image_tokens, prompts)
 
     def chat_sequence(
         self, text: str, features, *, answer: str | None = None, max_new_tokens: int | None = None
@@ -423,28 +444,29 @@ class PerceptionDLMProcessor(ProcessorMixin):
 # Arguments of one call, brought to one form.
 
 
-def pair_captions(images, masks, captions) -> list[list[str]]:
-    """Pairs each image with the captions of its region masks; see `pair_masks`."""
-    if not isinstance(images, (list, tuple)):
-        captions = [captions]
-    images, masks = pair_masks(images, masks)
-    if len(captions) != len(images):
-        raise ValueError(
-            f"expected a list of captions for each of {len(images)} images, got {len(captions)}"
-        )
+def _expect_captions(captions: Sequence, masks: list):
+    """Refuses captions that are not one for each region mask of each image."""
+    if not isinstance(captions, (list, tuple)) or len(captions) != len(masks):
+        got = len(captions) if isinstance(captions, (list, tuple)) else describe(captions)
+        raise ValueError(f"expected a list of captions for each of {len(masks)} images, got {got}")
+
     for own, texts in zip(masks, captions, strict=True):
+        if not isinstance(texts, (list, tuple)):
+            raise ValueError(f"expected a list of captions for each image, got {describe(texts)}")
         if len(own) != len(texts):
             raise ValueError(f"expected a caption for each of {len(own)} masks, got {len(texts)}")
-    return list(captions)
 
 
-def broadcast_texts(value: str | Sequence[str], count: int) -> list[str]:
-    """Gives each of `count` samples its text: one for all, or a list of them."""
+def broadcast_texts(value: str | Sequence[str], count: int, owner: str = "sample") -> list[str]:
+    """Gives each of `count` samples its text: one for all, or a list of them.
+
+    `owner` names in errors (ValueError) what has a text.
+    """
     if not isinstance(value, (str, list, tuple)):
         raise ValueError(f"expected a text or a list of texts, got {describe(value)}")
     values = [value] * count if isinstance(value, str) else list(value)
     if len(values) != count:
-        raise ValueError(f"expected {count} texts, one for each sample, got {len(values)}")
+        raise ValueError(f"expected {count} texts, one for each {owner}, got {len(values)}")
     return values
 
 

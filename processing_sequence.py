@@ -172,11 +172,6 @@ class TokenSequence:
         self.labels += list(ids) if target else [IGNORED_LABEL] * len(ids)
 
 
-# The frame of a turn in a prompt about regions.
-HEADER = "<|start_header_id|>{}<|end_header_id|>\n"
-IMAGE_FRAME = "<img>{}</img>"
-
-
 @dataclass(frozen=True)
 class SequenceBuilder:
     """Builds the sequences of region groups and of conversations.
@@ -226,24 +221,28 @@ class SequenceBuilder:
         """Returns the mask tokens of a response that is to be denoised."""
         return [self.token_id(self.mask_token)] * length
 
+    def roi_placeholders(self, count: int) -> list[str]:
+        """Lists the RoI placeholders that the prompt of `count` regions holds; none in a tree."""
+        is_without = self.is_tree or not self.roi_output_size
+        return [] if is_without else [self.roi_token.format(k) for k in range(count)]
+
     def region_sequence(
         self,
+        prompt: str,
         slots: list[list[int]],
         image_tokens: int,
-        system_prompt: str,
-        instruction: str,
         prompts: list[int] | None = None,
     ) -> TokenSequence:
         """Builds the sequence of a region group.
 
-        `slots` are the ids of each region's caption, `image_tokens` counts the image's tokens and
-        `prompts` are the regions' prompt numbers (default 0, 1, ...), which a tree alone uses.
+        `prompt` is rendered, with its placeholders; `slots` are the ids of each region's caption,
+        `image_tokens` counts the image's tokens and `prompts` are the regions' prompt numbers
+        (default 0, 1, ...), which a tree alone uses.
         """
-        placeholders = 0 if self.is_tree or not self.roi_output_size else len(slots)
-        prompt = self._region_prompt(system_prompt, instruction, placeholders)
         ids = encode_prompt(self.tokenizer, prompt)
 
         # The texts of the prompt must not add placeholders, nor take any away.
+        placeholders = len(self.roi_placeholders(len(slots)))
         total = max(self.num_region_prompts, len(slots))
         roi = [self.token_id(self.roi_token.format(k)) for k in range(total)]
         _expect_count(ids, roi, placeholders, "RoI placeholders", self.roi_token)
@@ -267,6 +266,8 @@ class SequenceBuilder:
         """
         image = [self.token_id(self.image_token)]
         _expect_count(ids, image, len(image_tokens), "image placeholders", self.image_token)
+
+        # In a tree questions about the same images can share what stands before them.
         sequence = self._expand_prompt(ids, image_tokens, roi=[])
         if self.is_tree:
             self._branch_off(sequence)
@@ -276,16 +277,6 @@ class SequenceBuilder:
         if slot:
             sequence.slots.append(range(start, start + len(slot)))
         return sequence
-
-    def _region_prompt(self, system_prompt: str, instruction: str, placeholders: int) -> str:
-        """Renders the prompt of a region group, what the user wrote escaped in it."""
-        roi = "\n".join(self.roi_token.format(k) for k in range(placeholders))
-        system, instruction = escape(self.tokenizer, [system_prompt, instruction])
-        return (
-            f"{HEADER.format('system')}{system}{self.eot_token}\n"
-            f"{HEADER.format('user')}{IMAGE_FRAME.format(self.image_token)}{roi}\n"
-            f"{instruction}{self.eot_token}\n{HEADER.format('assistant')}"
-        )
 
     def _expand_prompt(
         self, ids: list[int], image_tokens: list[int], roi: list[int]
@@ -316,6 +307,7 @@ class SequenceBuilder:
 
     def _add_captions(self, sequence: TokenSequence, slots: list[list[int]]):
         """Adds the marker, caption and newline of each region in turn, end-of-turn last."""
+        # As the released model was trained: what ends a caption is predicted too.
         newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
         for k, slot in enumerate(slots):
             end = newline if k + 1 < len(slots) else [self.token_id(self.eot_token)]
@@ -334,17 +326,14 @@ class SequenceBuilder:
             sequence.add(fixed, position=trunk, region=k, role=ROLE_ROI)
         sequence.prompt_length = len(sequence.ids)
 
+        # Captions stand together behind all branches, but go on from their own.
         for k, slot in enumerate(slots):
             column, start = len(sequence.ids), trunk + count + 1
             sequence.add(slot, position=start, region=k, role=ROLE_CAPTION, target=True)
             sequence.slots.append(range(column, column + len(slot)))
 
     def _branch_off(self, sequence: TokenSequence):
-        """Makes what follows the last image of a conversation a branch of a tree.
-
-        It is fixed as a region's RoI tokens are, so questions about the same images can share the
-        trunk.
-        """
+        """Makes what follows the last image of a conversation a branch, as RoI tokens are."""
         image_id = self.token_id(self.image_token)
         columns = [i for i, token in enumerate(sequence.ids) if token == image_id]
         if columns:

@@ -158,7 +158,7 @@ def test_lists_of_other_lengths_are_refused(generate, image, masks):
 
 
 def test_too_few_instructions_are_refused(generate, image, masks):
-    with pytest.raises(ValueError, match="2 images"):
+    with pytest.raises(ValueError, match="2 texts, one for each image, got 1"):
         generate([image, image], [masks, masks], ["only one"])
 
 

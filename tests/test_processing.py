@@ -1,6 +1,7 @@
 """Prompts, padding, targets and decoding."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from perceptiondlm.common.special_tokens import (
     NAMED_TOKENS,
     ROI_TOKENS,
 )
-from perceptiondlm.configuration_perceptiondlm import NO_REGION
-from perceptiondlm.generation_cache import prompt_length, response_slots
-from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
-from perceptiondlm.processing_sequence import HEADER, IMAGE_FRAME
+from perceptiondlm.configuration_perceptiondlm import NO_REGION, ROLE_CAPTION
+from perceptiondlm.processing_perceptiondlm import (
+    CHAT_TEMPLATE,
+    REGION_PROMPT,
+    PerceptionDLMProcessor,
+)
 
 CAPTIONS = ["a red circle", "a person", "an orange ring"]
 
@@ -297,6 +300,7 @@ def test_special_tokens_decode_to_nothing(processor):
         ),
         ({"images": 2, "masks": 1}, "a list of masks for each of 2 images, got 1"),
         ({"images": 1, "masks": 2, "captions": ["a"]}, "a caption for each of 2 masks, got 1"),
+        ({"images": 1, "masks": 2, "captions": "ab"}, "a list of captions for each image, got str"),
         ({"images": 1, "masks": 1, "caption_length": 0}, "caption_length of at least 1, got 0"),
         ({"images": 1, "masks": 1, "caption_length": 2.0}, "caption_length of at least 1, got 2.0"),
         ({"images": 1, "masks": 1, "text": "a"}, "expected no text for this kind of input"),
@@ -357,11 +361,9 @@ def test_the_processors_tokens_are_those_of_the_table(processor):
     }
     assert [processor.roi_token.format(k) for k in range(MAX_REGIONS)] == ROI_TOKENS
     assert [processor.caption_token.format(k) for k in range(MAX_REGIONS)] == CAPTION_TOKENS
-    for frame, names in (
-        (HEADER, ("start_header_token_id", "end_header_token_id")),
-        (IMAGE_FRAME, ("image_start_token_id", "image_end_token_id")),
-    ):
-        assert frame.strip().split("{}") == [table[name] for name in names]
+    for template in (CHAT_TEMPLATE, REGION_PROMPT):
+        named = set(re.findall(r"</?\w+>|<\|\w+\|>", template))
+        assert len(named) >= 4 and named <= set(table.values())
 
 
 def test_an_unknown_option_is_refused(processor, image, masks):
@@ -386,12 +388,13 @@ def test_the_responses_stand_where_a_search_for_mask_tokens_finds_them(
     pair = processor([image, image], masks=[masks, masks[:1]], caption_length=3)
     asked = processor(image, prompts=["What?", "What is it?"], max_new_tokens=4)
     for inputs, task in ((pair, "captions"), (asked.to("cpu"), "answers")):
-        start = prompt_length(inputs)
-        columns, state = response_slots(inputs, start, processor.mask_token_id)
-        given = inputs["response_columns"]
+        start = int((inputs["role_ids"] != ROLE_CAPTION).all(0).sum())
         assert inputs["response_start"].tolist() == [start, start] and inputs["task"] == task
-        assert torch.equal(given >= 0, state.valid)
-        assert torch.equal(given[given >= 0] - start, columns[state.valid])
+        is_open = inputs["input_ids"] == processor.mask_token_id
+        for row, groups in enumerate(inputs["response_columns"].tolist()):
+            for k, given in enumerate(groups):
+                found = is_open[row] & (inputs["region_ids"][row] == k)
+                assert [i for i in given if i >= 0] == found.nonzero().flatten().tolist()
 
 
 def test_a_prompt_without_a_response_has_no_response_columns(processor, image):
