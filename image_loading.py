@@ -203,6 +203,7 @@ def _from_16_bit(array: np.ndarray) -> np.ndarray:
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
+    """Scales pixel values of any known type to bytes; ValueError for others."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
@@ -222,6 +223,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray, layout: str) -> Image.Image:
+    """Makes an image of an array, channels last; `layout` says in errors how it was given."""
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
         raise ValueError(
@@ -265,6 +267,7 @@ def _open_path(path: str | os.PathLike) -> Image.Image:
 
 
 def _open(image) -> Image.Image:
+    """Opens an image in any form, as PIL does: not converted, not turned."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, (bytes, bytearray)):
@@ -311,6 +314,7 @@ def turn_upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any mode to RGB; alpha is dropped."""
     if 0 in image.size:
         raise ValueError(f"expected an image with at least one pixel, got size {image.size}")
     if image.mode == "RGB":
@@ -329,7 +333,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _damage_as_value_error(name: str, given):
-    """Raises what PIL says of files that it cannot read in the terms of this module."""
+    """Raises ValueError for what PIL raises in many ways: a file that it cannot read."""
     try:
         yield
     except FileNotFoundError:
@@ -394,7 +398,7 @@ def _loss_of(image: Image.Image) -> str | None:
 
 
 def expect_lossless(image: Image.Image, name: str):
-    """Refuses a mask from a lossy format: near an edge its pixels are no longer zero.
+    """Refuses a region mask of a lossy format: near an edge its pixels are no longer zero.
 
     What is to be asked has to be as opened: of WebP, decoding leaves no trace of the format.
     """
@@ -405,8 +409,8 @@ def expect_lossless(image: Image.Image, name: str):
         )
 
 
-def _open_lossless(image, name: str = "a mask") -> Image.Image:
-    """Opens a mask or label map upright, not converted."""
+def _open_lossless(image, name: str = "a region mask") -> Image.Image:
+    """Opens a region mask or label map upright, not converted."""
     image = _open(image)
     expect_lossless(image, name)
     return turn_upright(image)
@@ -433,7 +437,7 @@ def _colors(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _levels(image: Image.Image) -> np.ndarray:
-    """Reads a mask's bools, integers or floats (H, W), 0 where it is transparent or black."""
+    """Reads the values of a region mask (H, W), 0 where it is transparent or black."""
     if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
         return _gray_values(image)
     return levels_of_colors(*_colors(image))
@@ -464,8 +468,8 @@ def _open_mask(mask, size: tuple[int, int]) -> np.ndarray:
         return fill_polygons(mask, size)
 
     raise ValueError(
-        "expected a mask as PIL image, path, (H, W) array or tensor, COCO RLE, box or polygons,"
-        f" got {describe(mask)}"
+        "expected a region mask as PIL image, path, (H, W) array or tensor, COCO RLE, box or"
+        f" polygons, got {describe(mask)}"
     )
 
 
@@ -486,11 +490,13 @@ def load_mask(mask, size: tuple[int, int]) -> Image.Image:
     Raises ValueError for a mask that is empty, of another size, of several regions (see
     `split_label_map`), or of no known form.
     """
-    with _damage_as_value_error("mask", mask):
+    with _damage_as_value_error("region mask", mask):
         region = _open_mask(mask, size)
     expect_size(region.shape[::-1], size)
     if not region.any():
-        raise ValueError("expected a mask with at least one non-zero pixel, got an empty mask")
+        raise ValueError(
+            "expected a region mask with at least one non-zero pixel, got an empty region mask"
+        )
     return Image.fromarray(region.astype(np.uint8) * 255)
 
 
@@ -533,7 +539,7 @@ def read_labels(labels, void: int | None = VOID) -> tuple[np.ndarray, dict[int, 
 
 
 def split_label_map(labels, void: int | None = VOID) -> dict[str, Image.Image]:
-    """Splits a label map into the masks of its labels, as `load_mask` takes them.
+    """Splits a label map into the region masks of its labels, as `load_mask` takes them.
 
     Args:
         labels: as the pixels of a mask, but bools or integers, or colors. Zero, black and

@@ -53,14 +53,14 @@ def _integers(name: str, values, count: int) -> list[int]:
 
 
 def turned_hint(got: tuple[int, int], size: tuple[int, int]) -> str:
-    """Says what is likely wrong with a mask that lies on its side."""
+    """Says what is likely wrong with a region mask that lies on its side."""
     if tuple(got) != tuple(size)[::-1]:
         return ""
     return ": an image is turned upright by its EXIF orientation, and its mask has to be, too"
 
 
-def expect_size(got: tuple[int, int], size: tuple[int, int], name: str = "a mask"):
-    """Refuses a mask that has not the image's size, both (width, height)."""
+def expect_size(got: tuple[int, int], size: tuple[int, int], name: str = "a region mask"):
+    """Refuses a region mask that has not the image's size, both (width, height)."""
     if tuple(got) != tuple(size):
         raise ValueError(
             f"expected {name} with the image's size {size[0]}x{size[1]} (width x height),"
@@ -84,8 +84,8 @@ ADVICE = (
 
 def _several(what: str) -> str:
     return (
-        "expected a mask of one region: zero, black or transparent outside, one value or color"
-        f" inside, with soft edges at most; got the {what}. {ADVICE}"
+        "expected a region mask of one region: zero, black or transparent outside, one value or"
+        f" color inside, with soft edges at most; got the {what}. {ADVICE}"
     )
 
 
@@ -106,19 +106,19 @@ def _filled(levels: np.ndarray) -> np.ndarray:
 
 
 def _above_half(values: np.ndarray) -> np.ndarray:
-    """Returns the pixels of a float mask that belong to its region."""
+    """Returns the pixels of a float region mask that belong to its region."""
     top = values.max()
     if 1 < top < np.inf and ((values == 0) | (values == top)).all():
         return values > 0  # nothing soft: 0 and 255, say
     if top > 1:
         raise ValueError(
-            f"expected a float mask with values in [0, 1], got a maximum of {top}: give the pixels"
-            " above a threshold, say `mask > 127`"
+            f"expected a float region mask with values in [0, 1], got a maximum of {top}: give the"
+            " pixels above a threshold, say `mask > 127`"
         )
     if not top > HALF and top > 0:
         raise ValueError(
-            f"expected a float mask with values above {HALF}, which are its region, got a maximum"
-            f" of {top}: for another threshold give `mask > threshold`"
+            f"expected a float region mask with values above {HALF}, which are its region, got a"
+            f" maximum of {top}: for another threshold give `mask > threshold`"
         )
     return values > HALF
 
@@ -161,24 +161,24 @@ def region_of_values(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     elif values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
         values = values[0] if values.shape[0] == 1 else values[..., 0]
     if values.ndim != 2 or 0 in values.shape:
-        raise ValueError(f"expected a mask array of shape (H, W), got {values.shape}")
+        raise ValueError(f"expected a region mask array of shape (H, W), got {values.shape}")
 
     # Only numbers from 0 on can be told from what is outside.
     if values.dtype.kind not in "buif":
-        raise ValueError(f"expected a bool, integer or float mask, got {values.dtype}")
+        raise ValueError(f"expected a bool, integer or float region mask, got {values.dtype}")
     if values.dtype.kind == "b":
         return values
     if not values.min() >= 0:  # NaN fails this too
         raise ValueError(
-            f"expected mask values of 0 or more, got a minimum of {values.min()}: for logits give"
-            " `logits > 0`"
+            f"expected region mask values of 0 or more, got a minimum of {values.min()}: for"
+            " logits give `logits > 0`"
         )
 
     return _above_half(values) if values.dtype.kind == "f" else _one_region(values)
 
 
 def levels_of_colors(colors: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
-    """Returns how much of a mask's one color each pixel has, integers (H, W), 0 outside.
+    """Returns how much of a region mask's one color each pixel has, integers (H, W), 0 outside.
 
     Args:
         colors: uint8 (H, W, 3); black is outside, and the rest has one hue.

@@ -239,7 +239,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         conversation = escape(self.tokenizer, conversation)
         prompt = super().apply_chat_template(conversation, *args, **kwargs)
 
-        # Escapes that are not needed would only be in the way of who reads the prompt.
+        # Escapes that are not needed are only in the way of whoever reads the prompt.
         if isinstance(prompt, str):
             return settle(self.tokenizer, prompt)
         if isinstance(prompt, list) and all(isinstance(one, str) for one in prompt):
@@ -330,6 +330,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     @property
     def _builder(self) -> SequenceBuilder:
+        """Returns a builder of what the processor's attributes say now."""
         return SequenceBuilder(
             tokenizer=self.tokenizer,
             is_tree=self.region_layout == "independent",
@@ -394,11 +395,13 @@ class PerceptionDLMProcessor(ProcessorMixin):
         return self._builder.chat_sequence(ids, image_tokens, slot)
 
     def _answer_slot(self, answer: str | None, length: int | None) -> list[int]:
+        """Returns the ids of an answer to learn, or to denoise where there is none."""
         if answer is None:
             return self._builder.masked_slot(length or 0)
         return self._builder.response_slot(answer, length, end=True)
 
     def _image_tokens(self, features, index: int) -> int:
+        """Counts the tokens of one of the image processor's images."""
         height, width = features["image_sizes"][index].tolist()
         grid = tuple(features["image_grids"][index].tolist())
         return self.image_processor.num_image_tokens((width, height), grid)

@@ -141,7 +141,7 @@ def test_no_masks_are_refused(generate, image, masks):
 
 
 def test_an_empty_mask_is_refused(generate, image, masks):
-    with pytest.raises(ValueError, match="at least one non-zero pixel, got an empty mask"):
+    with pytest.raises(ValueError, match="at least one non-zero pixel, got an empty region mask"):
         generate(image, [masks[0], np.zeros((47, 61))])
 
 

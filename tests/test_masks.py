@@ -206,8 +206,8 @@ def test_polygons_add_up():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (np.zeros((17, 23), bool), "at least one non-zero pixel, got an empty mask"),
-        (Image.new("L", (23, 17)), "at least one non-zero pixel, got an empty mask"),
+        (np.zeros((17, 23), bool), "at least one non-zero pixel, got an empty region mask"),
+        (Image.new("L", (23, 17)), "at least one non-zero pixel, got an empty region mask"),
         (np.ones((23, 17), bool), "image's size 23x17 .width x height., got 17x23"),
         (Image.new("L", (22, 17), 1), "image's size 23x17 .width x height., got 22x17"),
         (np.ones((17, 23, 3)), r"shape \(H, W\), got \(17, 23, 3\)"),
@@ -215,15 +215,15 @@ def test_polygons_add_up():
         (np.ones((0, 23)), r"shape \(H, W\), got \(0, 23\)"),
         (np.full((17, 23), np.nan), "mask values of 0 or more, got a minimum of nan"),
         (np.full((17, 23), -1), "mask values of 0 or more, got a minimum of -1"),
-        (np.full((17, 23), 1j), "bool, integer or float mask, got complex128"),
-        (np.full((17, 23), "a"), "bool, integer or float mask, got <U1"),
+        (np.full((17, 23), 1j), "bool, integer or float region mask, got complex128"),
+        (np.full((17, 23), "a"), "bool, integer or float region mask, got <U1"),
         ("", "FileNotFound"),
-        (b"1234", "expected a readable mask"),
-        (7, "expected a mask as PIL image, path"),
-        (None, "expected a mask as PIL image, path"),
-        ({}, "expected a mask as PIL image, path"),
-        ([], "expected a mask as PIL image, path"),
-        ([1, 2, 3], "expected a mask as PIL image, path"),
+        (b"1234", "expected a readable region mask"),
+        (7, "expected a region mask as PIL image, path"),
+        (None, "expected a region mask as PIL image, path"),
+        ({}, "expected a region mask as PIL image, path"),
+        ([], "expected a region mask as PIL image, path"),
+        ([1, 2, 3], "expected a region mask as PIL image, path"),
         ([5, 2, 5, 9], "x0 < x1 and y0 < y1"),
         ([9, 2, 5, 9], "x0 < x1 and y0 < y1"),
         ([30, 2, 40, 9], "a box inside the 23x17 image"),
@@ -239,7 +239,7 @@ def test_polygons_add_up():
         ([[1, 2, 3, 4, 5, 10**400]], "6 finite numbers"),
         ({"polygons": [3]}, "three points or more"),
         ({"polygons": None}, "expected a list of polygons, got NoneType"),
-        ({"polygons": []}, "an empty mask"),
+        ({"polygons": []}, "an empty region mask"),
         ({"size": [17, 23], "counts": "0"}, "add up to 391 pixels, got 0"),
         ({"size": [17, 23], "counts": ""}, "add up to 391 pixels, got 0"),
         ({"size": [17, 23], "counts": [1, 2]}, "add up to 391 pixels, got 3"),
@@ -269,5 +269,5 @@ def test_a_damaged_mask_file_is_refused(region, tmp_path):
     data = (tmp_path / "mask.png").read_bytes()
     for name, content in {"cut.png": data[:40], "text.png": b"no picture"}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match="expected a readable mask"):
+        with pytest.raises(ValueError, match="expected a readable region mask"):
             load_mask(tmp_path / name, (23, 17))

@@ -60,7 +60,7 @@ def read(limits: Limits | None = None, *, masks=(BOX,), picture=IMAGE, **extra):
 
 
 def test_a_masks_size_is_compared_before_its_pixels_are_looked_for():
-    with pytest.raises(ValueError, match="mask 1: expected a mask with the image's size"):
+    with pytest.raises(ValueError, match="mask 1: expected a region mask with the image's size"):
         read(masks=[data_url(png(6324, 6324))])
 
 

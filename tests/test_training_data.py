@@ -253,7 +253,7 @@ BROKEN_REGIONS = {
     "a truncated image": (region_record("cut.jpg", 1), "readable image"),
     "an empty mask": (
         {**region_record("0.jpg", 1), "mask_rles": [rle(np.zeros((48, 48)))]},
-        "empty mask",
+        "empty region mask",
     ),
     "a mask of another size": (
         {**region_record("0.jpg", 1), "mask_rles": [rle(np.ones((20, 48)))]},
