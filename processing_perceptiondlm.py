@@ -447,15 +447,14 @@ class PerceptionDLMProcessor(ProcessorMixin):
 # Arguments of one call, brought to one form.
 
 
-def _expect_captions(captions: Sequence, masks: list):
+def _expect_captions(captions, masks: list):
     """Refuses captions that are not one for each region mask of each image."""
-    if not isinstance(captions, (list, tuple)) or len(captions) != len(masks):
-        got = len(captions) if isinstance(captions, (list, tuple)) else describe(captions)
-        raise ValueError(f"expected a list of captions for each of {len(masks)} images, got {got}")
-
+    lists = captions if isinstance(captions, (list, tuple)) else []
+    if len(lists) != len(masks) or not all(isinstance(own, (list, tuple)) for own in lists):
+        raise ValueError(
+            f"expected a list of captions for each of {len(masks)} images, got {describe(captions)}"
+        )
     for own, texts in zip(masks, captions, strict=True):
-        if not isinstance(texts, (list, tuple)):
-            raise ValueError(f"expected a list of captions for each image, got {describe(texts)}")
         if len(own) != len(texts):
             raise ValueError(f"expected a caption for each of {len(own)} masks, got {len(texts)}")
 

@@ -300,7 +300,7 @@ def test_special_tokens_decode_to_nothing(processor):
         ),
         ({"images": 2, "masks": 1}, "a list of masks for each of 2 images, got 1"),
         ({"images": 1, "masks": 2, "captions": ["a"]}, "a caption for each of 2 masks, got 1"),
-        ({"images": 1, "masks": 2, "captions": "ab"}, "a list of captions for each image, got str"),
+        ({"images": 1, "masks": 2, "captions": "ab"}, "captions for each of 1 images, got list"),
         ({"images": 1, "masks": 1, "caption_length": 0}, "caption_length of at least 1, got 0"),
         ({"images": 1, "masks": 1, "caption_length": 2.0}, "caption_length of at least 1, got 2.0"),
         ({"images": 1, "masks": 1, "text": "a"}, "expected no text for this kind of input"),
@@ -325,7 +325,7 @@ def test_special_tokens_decode_to_nothing(processor):
         ({"prompts": "a", "max_tiles": 2}, "expected no max_tiles without images, got 2"),
         (
             {"images": 2, "masks": 1, "per_image": True, "captions": [["a"]]},
-            "a list of captions for each of 2 images, got 1",
+            "a list of captions for each of 2 images, got list",
         ),
         ({"prompts": "a", "answers": ["x", "y"]}, "expected 1 texts, one for each sample, got 2"),
         ({"prompts": "a", "videos": [1]}, "expected no videos"),
