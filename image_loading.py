@@ -12,7 +12,6 @@ import json
 import os
 import re
 import urllib.request
-from collections.abc import Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -165,7 +164,7 @@ def _register_heif():
     register_heif_opener()
 
 
-def open_encoded(source, formats: Sequence[str] | None = None) -> Image.Image:
+def open_encoded(source, formats: list[str] | tuple[str, ...] | None = None) -> Image.Image:
     """Opens an encoded image, a path or binary file, as PIL does: lazily, not converted.
 
     A PNG whose EXIF has a wrong checksum, which PIL refuses, is opened without it; HEIC with
@@ -301,7 +300,7 @@ def turn_upright(image: Image.Image) -> Image.Image:
     """
     image.load()
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # PIL's parser fails in many ways on damaged EXIF
         turn = None
     if turn is None:
@@ -365,7 +364,7 @@ LOSSY_COMPRESSION = frozenset(["jpeg", "tiff_jpeg", "webp"])  # in TIFF
 
 def _webp_data(image: Image.Image) -> bytes:
     """Reads the encoded file, or nothing where it was in memory and is decoded by now."""
-    for source in (image.fp, image.filename):
+    for source in (getattr(image, "fp", None), getattr(image, "filename", None)):
         if hasattr(source, "seek") or (source and os.path.isfile(source)):
             data = _read_all(source)
             if data.startswith(b"RIFF"):
@@ -535,7 +534,8 @@ def read_labels(labels, void: int | None = VOID) -> tuple[np.ndarray, dict[int, 
     if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
         return labels_of_values(_gray_values(image), void)
     colors, alpha = _colors(image)
-    return labels_of_colors(colors, alpha == 0 if alpha is not None else False, void)
+    outside = np.zeros(colors.shape[:2], bool) if alpha is None else alpha == 0
+    return labels_of_colors(colors, outside, void)
 
 
 def split_label_map(labels, void: int | None = VOID) -> dict[str, Image.Image]:

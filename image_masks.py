@@ -5,6 +5,7 @@ is guessed: what could be several regions, or none, raises ValueError.
 """
 
 import os
+from typing import Any
 
 import numpy as np
 
@@ -26,8 +27,9 @@ def describe(value) -> str:
     return f"{type(value).__name__} {text[:80]}".strip()
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and abs(value) <= MAX_NUMBER
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, (int, float, np.integer, np.floating))
+    return is_real and bool(abs(value) <= MAX_NUMBER)
 
 
 def is_box(value) -> bool:

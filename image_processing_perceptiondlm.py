@@ -8,6 +8,7 @@ Axis letters: T tiles, R regions, H W rows and columns of pixels, h w of patches
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ class CallArguments(Padding):
         Raises TypeError for an unknown name, ValueError for a value that is not honored.
         """
         flat = {k: v for k, v in arguments.items() if k not in GROUPS}
-        merged = {}
+        merged: dict[str, Any] = {}
         for group in GROUPS:
             own = arguments.get(group) or {}
             if not isinstance(own, dict):
@@ -291,7 +292,9 @@ def region_box(mask: Image.Image, inclusive: bool) -> tuple[float, float, float,
 
     Its maxima are the last pixel's when `inclusive`, else one beyond it.
     """
-    left, top, right, bottom = mask.getbbox()
+    box = mask.getbbox()
+    assert box is not None, "a region mask that was loaded is not empty"
+    left, top, right, bottom = box
     last = 1 if inclusive else 0
     width, height = mask.size
     return left / width, top / height, (right - last) / width, (bottom - last) / height

@@ -348,6 +348,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
     ) -> list[list[int]]:
         """Encodes each of `count` regions' captions; masks them where there are none."""
         if captions is None:
+            if caption_length is None:
+                raise ValueError("expected caption_length where there are no captions, got None")
             return [self._builder.masked_slot(caption_length)] * count
         return [self._builder.response_slot(text, caption_length, end=False) for text in captions]
 

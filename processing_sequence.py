@@ -89,7 +89,10 @@ def encode_prompt(
 
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     added = control_ids(tokenizer)
-    before, ids, after, end, inside = [], [], [], 0, False
+    before: list[int] = []
+    ids: list[int] = []
+    after: list[int] = []
+    end, inside = 0, False
 
     # Keep the control tokens, and encode what stands between them as a user's text.
     for token, span, place in zip(
@@ -111,8 +114,8 @@ def escape(tokenizer: PreTrainedTokenizerFast, value):
     """
     if isinstance(value, str):
         starts = {token.content[0] for token in tokenizer.added_tokens_decoder.values()}
-        starts = {ord(c): _escaped(c) for c in starts | {ESCAPE} if not c.isspace()}
-        return value.translate(starts)
+        escapes = {ord(c): _escaped(c) for c in starts | {ESCAPE} if not c.isspace()}
+        return value.translate(escapes)
     if isinstance(value, dict):
         return {k: v if k in MEDIA_KEYS else escape(tokenizer, v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -382,7 +385,7 @@ class Padding:
     @property
     def min_length(self) -> int:
         """Returns the tokens to which every sequence is padded at least."""
-        return self.max_length if self.padding == "max_length" else 0
+        return (self.max_length or 0) if self.padding == "max_length" else 0
 
     def check_lengths(self, lengths: list[int], max_known: int):
         """Refuses sequences that would have to be cut, or padded without leave.
