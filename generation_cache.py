@@ -15,6 +15,12 @@ from collections.abc import Mapping
 
 import torch
 
+from .configuration_perceptiondlm import (
+    NO_REGION,
+    ROLE_CAPTION,
+    ROLE_SHARED,
+    PerceptionDLMConfig,
+)
 from .generation_rules import State
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from .modeling_attention import Structure
@@ -284,3 +290,108 @@ def rows_of(state: State) -> list[list[list[int]]]:
         [ids for ids, keep in zip(row, kept, strict=True) if keep]
         for row, kept in zip(tokens, valid, strict=True)
     ]
+
+
+# Prepared inputs: what a caller may hand over instead of images, masks and prompts.
+
+MAX_GRID, MAX_SIDE = 64, 2**20  # tiles along a side, and pixels: beyond any image
+
+# What the processor makes: type and axes of each tensor. A letter is one size wherever it stands: B
+# rows, L positions, T tiles, N images, K regions of the batch, M regions of a row at most, S pixels
+# and P patches along a tile's side, R region prompts.
+SEQUENCE_INPUTS = {
+    "input_ids": ("integer", "B L"),
+    "attention_mask": ("integer", "B L"),
+    "position_ids": ("integer", "B L"),
+    "region_ids": ("integer", "B L"),
+    "role_ids": ("integer", "B L"),
+}
+IMAGE_INPUTS = {
+    "pixel_values": ("float", "T 3 S S"),
+    "image_grids": ("integer", "N 2"),
+    "image_sizes": ("integer", "N 2"),
+}
+REGION_INPUTS = {
+    "region_patches": ("bool", "T R P P"),
+    "boxes": ("float", "K 4"),
+    "box_images": ("integer", "K"),
+    "region_orders": ("integer", "B M"),
+}
+
+
+def check_inputs(inputs, config: PerceptionDLMConfig):
+    """Refuses prepared inputs that no model of `config` could read.
+
+    Raises ValueError for a tensor that is missing, of another type or shape than the processor
+    makes, or holds values that are out of range.
+    """
+    if not isinstance(inputs, Mapping):
+        raise ValueError(f"expected `inputs` as the processor's, got {type(inputs).__name__}")
+
+    # Images and regions are there with all their tensors or not at all.
+    needed = dict(SEQUENCE_INPUTS)
+    if any(name in inputs for name in IMAGE_INPUTS):
+        needed |= IMAGE_INPUTS
+    if any(name in inputs for name in REGION_INPUTS):
+        needed |= IMAGE_INPUTS | REGION_INPUTS
+        if "region_orders" not in inputs:  # the processor can leave it out
+            needed.pop("region_orders")
+        if not config.num_region_prompts:
+            raise ValueError("expected a checkpoint with region prompts for masks, got one without")
+
+    sizes = {
+        "S": config.vision_config.image_size,
+        "P": config.grid_side,
+        "R": config.num_region_prompts,
+    }
+    if "response_columns" in inputs:
+        needed |= {"response_columns": ("integer", "B G n"), "response_start": ("integer", "B")}
+    for name, (kind, axes) in needed.items():
+        _expect_tensor(name, inputs.get(name), kind, axes.split(), sizes)
+    _expect_values(inputs, config)
+
+
+def _expect_tensor(name: str, tensor, kind: str, axes: list[str], sizes: dict[str, int]):
+    """Checks type and shape; notes in `sizes` what a letter is the first time that it stands."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"expected {name} as a tensor in `inputs`, got {type(tensor).__name__}")
+    is_float, is_bool = tensor.is_floating_point(), tensor.dtype == torch.bool
+    got = "float" if is_float else "bool" if is_bool else "integer"
+    if got != kind or tensor.is_complex():
+        raise ValueError(f"expected {name} of {kind} type, got {tensor.dtype}")
+
+    fits = tensor.ndim == len(axes) and all(
+        size == (int(axis) if axis.isdigit() else sizes.setdefault(axis, size))
+        for axis, size in zip(axes, tensor.shape, strict=True)
+    )
+    if not fits:
+        known = {axis: sizes[axis] for axis in axes if axis in sizes}
+        raise ValueError(
+            f"expected {name} of shape ({', '.join(axes)}) with {known}, got {tuple(tensor.shape)}"
+        )
+
+
+def _expect_values(inputs, config: PerceptionDLMConfig):
+    """Checks that ids and numbers lie in their ranges, both ends included."""
+    length = inputs["input_ids"].shape[-1]
+    ranges = {
+        "input_ids": (0, config.text_config.vocab_size - 1),
+        "attention_mask": (0, 1),
+        "position_ids": (0, config.text_config.max_position_embeddings - 1),
+        "region_ids": (NO_REGION, length),
+        "role_ids": (ROLE_SHARED, ROLE_CAPTION),
+        "image_grids": (0 if config.image_layout == "anyres" else 1, MAX_GRID),  # (0, 0): no canvas
+        "image_sizes": (1, MAX_SIDE),
+        "boxes": (0, 1),
+        "box_images": (0, len(inputs.get("image_grids", ())) - 1),
+        "region_orders": (-1, length),
+        "pixel_values": (-MAX_SIDE, MAX_SIDE),
+    }
+
+    for name, (low, high) in ranges.items():
+        tensor = inputs.get(name)
+        if tensor is None or not tensor.numel():
+            continue
+        minimum, maximum = tensor.min().item(), tensor.max().item()
+        if not (low <= minimum and maximum <= high):  # NaN fails this too
+            raise ValueError(f"expected {name} in [{low}, {high}], got [{minimum}, {maximum}]")

@@ -27,6 +27,7 @@ from .configuration_perceptiondlm import (
 )
 from .generation_cache import (
     ResponseNetwork,
+    check_inputs,
     expect_responses,
     response_slots,
     rows_of,
@@ -36,10 +37,14 @@ from .generation_loop import RowNoise, Sampler, denoise
 from .generation_options import KNOWN, DiffusionOptions, GenerateArguments, decoding_defaults
 from .generation_rules import Rule, State, StopAt
 from .image_loading import describe
-from .image_processing_perceptiondlm import PerceptionDLMImageProcessor
+from .image_processing_perceptiondlm import (
+    PerceptionDLMImageProcessor,
+    pair_images,
+    pair_masks,
+)
 from .modeling_language import fastest_linear
-from .processing_perceptiondlm import PerceptionDLMProcessor, pair_images
-from .processing_sequence import IGNORED_LABEL, RESPONSE_INPUTS, check_inputs, response_length
+from .processing_perceptiondlm import PerceptionDLMProcessor, broadcast_texts
+from .processing_sequence import IGNORED_LABEL, RESPONSE_INPUTS, response_length
 
 # An answer is the only group of its row.
 ANSWER_REGION = 0
@@ -247,30 +252,21 @@ class DiffusionGenerationMixin:
 
     def _caption_regions(self, images, masks, prompts, processor, options, callback):
         """Captions the regions of images, each image's in groups."""
-        if images is None:
-            raise ValueError("expected an image for the masks, got none")
-        single = not isinstance(images, (list, tuple))
-        images, masks = ([images], [masks]) if single else (list(images), list(masks))
-        if len(images) != len(masks):
-            raise ValueError(
-                f"expected a list of masks for each of {len(images)} images, got {len(masks)}"
-            )
-        for own in masks:
-            if isinstance(own, (str, dict)) or not hasattr(own, "__len__"):
-                raise ValueError(f"expected a list of masks for each image, got {describe(own)}")
+        images, masks = pair_masks(images, masks)
+
         # More regions than the checkpoint has prompts for are captioned in several groups.
         groups = plan_groups([len(own) for own in masks], self.config.num_region_prompts)
-        instructions = _instructions(prompts, len(images))
+        given = processor.region_instruction if prompts is None else prompts
+        instructions = broadcast_texts(given, len(images), "image")
 
         rule, suppressed = self._caption_settings(options)
         runs: list[Run] = []
         orders: list[list[int]] = []
         for batch in _chunks(groups, options.batch_size):
-            own = [instructions[group.image] for group in batch]
             inputs = processor(
                 [images[group.image] for group in batch],
                 masks=[[masks[group.image][k] for k in group.masks] for group in batch],
-                prompts=[text or processor.region_instruction for text in own],
+                prompts=[instructions[group.image] for group in batch],
                 caption_length=options.caption_length,
             )
             orders += orders_of(inputs) or []
@@ -652,14 +648,6 @@ def orders_of(inputs) -> list[list[int]] | None:
     if orders is None:
         return None
     return [[k for k in row if k >= 0] for row in orders.tolist()]
-
-
-def _instructions(prompts, count: int) -> list[str | None]:
-    if prompts is None or isinstance(prompts, str):
-        return [prompts] * count
-    if len(prompts) != count:
-        raise ValueError(f"expected an instruction for each of {count} images, got {len(prompts)}")
-    return list(prompts)
 
 
 def stop_sequences(options: DiffusionOptions, processor) -> tuple[tuple[int, ...], ...]:

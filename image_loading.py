@@ -1,4 +1,9 @@
-"""Opening what users give: images in any form, and region masks in any form."""
+"""Opens what users give: images in any form, and region masks in any form.
+
+path, URL, base64, bytes, array, tensor  ->  PIL image, upright  ->  RGB
+                                                                 ->  region mask of 0 and 255
+run lengths, box, polygons               ->  bool array          ->
+"""
 
 import base64
 import binascii
@@ -7,7 +12,6 @@ import json
 import os
 import re
 import urllib.request
-from collections.abc import Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -32,6 +36,8 @@ from .image_masks import (
     region_of_values,
 )
 
+# URLs, `data:` URLs and base64: bytes of a file that is elsewhere, or in the text itself.
+
 MAX_BYTES = 256 << 20  # of a download
 TIMEOUT = 30.0  # seconds without a byte
 NO_PIXELS = ("image/svg+xml", "text/html")  # media types that browsers show and Pillow cannot read
@@ -48,6 +54,14 @@ def is_data_url(text: str) -> bool:
     return text.lstrip()[:5].lower() == "data:"
 
 
+def _ascii(url: str) -> str:
+    """Encodes the host (IDNA) and whatever else is not allowed in a URL, as browsers do."""
+    parts = urlsplit(url)
+    if not parts.netloc.isascii():
+        parts = parts._replace(netloc=parts.netloc.encode("idna").decode())
+    return quote(parts._replace(fragment="").geturl(), safe=SAFE_IN_URLS)
+
+
 def fetch_image(url: str, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT) -> bytes:
     """Downloads the bytes behind an http(s) URL, following redirects.
 
@@ -62,20 +76,37 @@ def fetch_image(url: str, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT) 
         with urllib.request.urlopen(request, timeout=timeout) as response:
             data = response.read(max_bytes + 1)
     except (OSError, HTTPException, ValueError) as error:
-        raise ValueError(f"expected a picture at {url[:200]}, got: {error}") from error
+        raise ValueError(f"expected an image at {url[:200]}, got: {error}") from error
     if len(data) > max_bytes:
         raise ValueError(
-            f"expected a picture of at most {max_bytes >> 20} MiB at {url[:200]}, got more"
+            f"expected an image of at most {max_bytes >> 20} MiB at {url[:200]}, got more"
         )
     return data
 
 
-def _ascii(url: str) -> str:
-    """Encodes the host (IDNA) and whatever else is not allowed in a URL, as browsers do."""
-    parts = urlsplit(url)
-    if not parts.netloc.isascii():
-        parts = parts._replace(netloc=parts.netloc.encode("idna").decode())
-    return quote(parts._replace(fragment="").geturl(), safe=SAFE_IN_URLS)
+def decode_base64(text: str | bytes, name: str = "an image") -> bytes:
+    """Decodes base64, also line-wrapped, URL-safe, or without its padding.
+
+    Raises ValueError for any other character, for a mixture of the two alphabets, and for a text
+    that is cut off.
+    """
+    try:
+        digits = text.encode("ascii") if isinstance(text, str) else text
+        digits = digits.translate(None, b" \t\r\n\f")
+
+        # The URL-safe alphabet, as the usual one.
+        if re.search(rb"[-_]", digits):
+            if re.search(rb"[+/]", digits):
+                raise ValueError("both of its alphabets at once")
+            digits = digits.translate(bytes.maketrans(b"-_", b"+/"))
+
+        # Padding may be left out, but not be wrong.
+        bare = digits.rstrip(b"=")
+        if len(digits) > len(bare) and len(digits) % 4:
+            raise ValueError("the wrong padding")
+        return base64.b64decode(bare + b"=" * (-len(bare) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"expected {name} in base64, got: {error}") from error
 
 
 def decode_data_url(url: str, name: str = "an image") -> bytes:
@@ -98,176 +129,10 @@ def decode_data_url(url: str, name: str = "an image") -> bytes:
     return unquote_to_bytes(body)
 
 
-def decode_base64(text: str | bytes, name: str = "an image") -> bytes:
-    """Decodes base64, also line-wrapped, URL-safe, or without its padding.
+# Encoded files, as Pillow opens them, and two cases that it does not.
 
-    Raises ValueError for any other character, for a mixture of the two alphabets, and for a text
-    that is cut off.
-    """
-    try:
-        digits = text.encode("ascii") if isinstance(text, str) else text
-        digits = digits.translate(None, b" \t\r\n\f")
-        if re.search(rb"[-_]", digits):
-            if re.search(rb"[+/]", digits):
-                raise ValueError("both of its alphabets at once")
-            digits = digits.translate(bytes.maketrans(b"-_", b"+/"))
-        bare = digits.rstrip(b"=")
-        if len(digits) > len(bare) and len(digits) % 4:
-            raise ValueError("the wrong padding")
-        return base64.b64decode(bare + b"=" * (-len(bare) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"expected {name} in base64, got: {error}") from error
-
-
-def path_inside(folder: str | Path, name: object, links: bool = False) -> Path:
-    """Returns the path of a file that another file names, which has to lie inside a folder.
-
-    Raises ValueError for a name that leads out of it: absolute, by `..`, or, unless `links` are
-    taken for the owner's own, by a symbolic link; those of a Hub cache always lead to the files of
-    the same repository.
-    """
-    folder = Path(folder)
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"expected the name of a file in {folder}, got {name!r:.120}")
-    path = folder / name
-    is_elsewhere = bool(re.match(r"[A-Za-z]:[\\/]", name)) or not _is_below(
-        os.path.normpath(path), os.path.normpath(folder)
-    )
-    roots = [folder.resolve(), *_blobs(folder)]
-    is_linked = not any(_is_below(path.resolve(), root) for root in roots)
-    if is_elsewhere or (is_linked and not links):
-        raise ValueError(f"expected the name of a file inside {folder}, got {name!r:.120}")
-    return path
-
-
-def expect_shards_inside(folder: str | Path):
-    """Refuses a folder of weights whose index names files elsewhere, which would be read."""
-    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        index = Path(folder) / name
-        if index.is_file():
-            shards = json.loads(index.read_bytes()).get("weight_map", {})
-            for shard in set(shards.values()):
-                path_inside(folder, shard, links=True)
-
-
-def _is_below(path: str | Path, folder: str | Path) -> bool:
-    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
-    return path != folder and path.is_relative_to(folder)
-
-
-def _blobs(folder: Path) -> list[Path]:
-    """Where the files of a Hub cache's snapshot are kept; nothing for any other folder."""
-    place = Path(os.path.abspath(folder))
-    snapshots = [p for p in (place, *place.parents) if p.parent.name == "snapshots"]
-    return [snapshot.parent.parent.resolve() / "blobs" for snapshot in snapshots]
-
-
-# How formats that change pixels, or may, call themselves. WebP is both, see `_webp_lossless`.
-LOSSY_FORMATS = frozenset(["JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"])
-LOSSY_COMPRESSION = frozenset(["jpeg", "tiff_jpeg", "webp"])  # in TIFF
-LONGEST_PATH = 4096  # characters; a longer text is no path but base64
-EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # PIL's
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 PNG_START = b"\x89PNG\r\n\x1a\n"
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def load_image(image) -> Image.Image:
-    """Opens an image as RGB, upright.
-
-    Accepts a PIL image, a path, an http(s) URL, a `data:` URL, base64 text, encoded bytes, a numpy
-    array (H, W) or (H, W, C), or a torch tensor (H, W) or (C, H, W); arrays are uint8, uint16, or
-    floats in [0, 1]; C is 1, 3 or 4 (alpha is dropped). EXIF orientation is applied; 16-bit gray is
-    scaled to 8.
-
-    Raises ValueError for anything else, FileNotFoundError for a path that is not there.
-    """
-    with _damage_as_value_error("picture", image):
-        return _to_rgb(turn_upright(_open(image)))
-
-
-@contextmanager
-def _damage_as_value_error(name: str, given):
-    """What PIL raises for files that it cannot read, in the terms of this module."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"expected a readable {name}, got {describe(given)}: {error}") from error
-
-
-def _open(image) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, (bytes, bytearray)):
-        return open_encoded(io.BytesIO(image))
-    if isinstance(image, str) and is_url(image):
-        return _open(fetch_image(image))
-    if isinstance(image, str) and is_data_url(image):
-        return _open(decode_data_url(image))
-    if isinstance(image, (str, os.PathLike)):
-        return _open_path(image)
-    if isinstance(image, torch.Tensor):
-        array = _to_numpy(image)
-        return _from_array(array.transpose(1, 2, 0) if array.ndim == 3 else array, "(C, H, W)")
-    if isinstance(image, np.ndarray):
-        return _from_array(image, "(H, W, C)")
-    raise ValueError(
-        "expected a picture as PIL image, path, URL, bytes, numpy (H, W, C) or torch (C, H, W),"
-        f" got {type(image).__name__}"
-    )
-
-
-def _open_path(path: str | os.PathLike) -> Image.Image:
-    """Opens a file or, as transformers does where there is none, base64 text."""
-    if os.path.isfile(path):
-        return open_encoded(path)
-    if isinstance(path, str):
-        try:
-            return Image.open(io.BytesIO(decode_base64(path)))
-        except (ValueError, OSError, SyntaxError):
-            if len(path) > LONGEST_PATH:
-                raise ValueError(
-                    f"expected an image as path, URL or base64, got {describe(path)}..."
-                ) from None
-    raise FileNotFoundError(f"expected an image file, got {os.fspath(path)!r}: no such file")
-
-
-def open_encoded(source, formats: Sequence[str] | None = None) -> Image.Image:
-    """Opens an encoded image, a path or binary file, as PIL does: lazily, not converted.
-
-    A PNG whose EXIF has a wrong checksum, which PIL refuses, is opened without it; HEIC with
-    pillow-heif, where any format may be opened. Raises ValueError for HEIC without it.
-    """
-    try:
-        return Image.open(source, formats=formats)
-    except (OSError, SyntaxError):
-        data = _read_all(source)
-        if formats is None and data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
-            _register_heif()
-            return Image.open(io.BytesIO(data))
-        if not data.startswith(PNG_START):
-            raise
-        return Image.open(io.BytesIO(_without_exif(data)), formats=formats)
-
-
-def _register_heif():
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        raise ValueError(
-            "expected pillow-heif for HEIC, got none: pip install pillow-heif"
-        ) from None
-    register_heif_opener()
 
 
 def _read_all(source) -> bytes:
@@ -289,43 +154,41 @@ def _without_exif(data: bytes) -> bytes:
     return b"".join(kept)
 
 
+def _register_heif():
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ValueError(
+            "expected pillow-heif for HEIC, got none: pip install pillow-heif"
+        ) from None
+    register_heif_opener()
+
+
+def open_encoded(source, formats: list[str] | tuple[str, ...] | None = None) -> Image.Image:
+    """Opens an encoded image, a path or binary file, as PIL does: lazily, not converted.
+
+    A PNG whose EXIF has a wrong checksum, which PIL refuses, is opened without it; HEIC with
+    pillow-heif, where any format may be opened. Raises ValueError for HEIC without it.
+    """
+    try:
+        return Image.open(source, formats=formats)
+    except (OSError, SyntaxError):
+        # What has failed as a whole may be one of the two cases.
+        data = _read_all(source)
+        if formats is None and data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
+            _register_heif()
+            return Image.open(io.BytesIO(data))
+        if not data.startswith(PNG_START):
+            raise
+        return Image.open(io.BytesIO(_without_exif(data)), formats=formats)
+
+
+# Arrays and tensors, as 8-bit images.
+
+
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _from_array(array: np.ndarray, layout: str) -> Image.Image:
-    channels = array.shape[2] if array.ndim == 3 else 1
-    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
-        raise ValueError(
-            f"expected a picture array of shape (H, W) or {layout} with C of 1, 3 or 4,"
-            f" got {array.ndim} axes and, channels last, shape {array.shape}"
-        )
-    return Image.fromarray(
-        np.ascontiguousarray(
-            _to_uint8(array).squeeze(2) if array.ndim == 3 and channels == 1 else _to_uint8(array)
-        )
-    )
-
-
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    if array.dtype == np.uint16:
-        return _from_16_bit(array)
-    if (
-        array.dtype.kind == "f"
-        and np.isfinite(array).all()
-        and array.min() >= 0
-        and array.max() <= 1
-    ):
-        return np.rint(array * 255.0).astype(np.uint8)
-    extent = f" in [{array.min()}, {array.max()}]" if array.dtype.kind in "iuf" else ""
-    raise ValueError(
-        f"expected picture values as uint8, uint16 or floats in [0, 1], got {array.dtype}{extent}"
-    )
 
 
 def _from_16_bit(array: np.ndarray) -> np.ndarray:
@@ -333,9 +196,101 @@ def _from_16_bit(array: np.ndarray) -> np.ndarray:
     low, high = array.min(), array.max()
     if low < 0 or high > 65535 or 0 < high < 256:
         raise ValueError(
-            f"expected 16-bit grey values, got [{low}, {high}]: give 8-bit values as uint8"
+            f"expected 16-bit gray values, got [{low}, {high}]: give 8-bit values as uint8"
         )
     return np.rint(array / 257.0).astype(np.uint8)  # 65535 / 257 = 255
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    """Scales pixel values of any known type to bytes; ValueError for others."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype == np.uint16:
+        return _from_16_bit(array)
+
+    # Floats are shares of full brightness; integers beyond a byte could mean anything.
+    is_float = array.dtype.kind == "f"
+    if is_float and np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1:
+        return np.rint(array * 255.0).astype(np.uint8)
+
+    extent = f" in [{array.min()}, {array.max()}]" if array.dtype.kind in "iuf" else ""
+    raise ValueError(
+        f"expected image values as uint8, uint16 or floats in [0, 1], got {array.dtype}{extent}"
+    )
+
+
+def _from_array(array: np.ndarray, layout: str) -> Image.Image:
+    """Makes an image of an array, channels last; `layout` says in errors how it was given."""
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
+        raise ValueError(
+            f"expected an image array of shape (H, W) or {layout} with C of 1, 3 or 4,"
+            f" got {array.ndim} axes and, channels last, shape {array.shape}"
+        )
+    values = _to_uint8(array)
+    if array.ndim == 3 and channels == 1:  # gray, which PIL knows without an axis of channels
+        values = values.squeeze(2)
+    return Image.fromarray(np.ascontiguousarray(values))
+
+
+# Images in any form, upright and in RGB.
+
+MAX_PATH = 4096  # characters; a longer text is no path but base64
+EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # PIL's
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _open_path(path: str | os.PathLike) -> Image.Image:
+    """Opens a file or, as transformers does where there is none, base64 text."""
+    if os.path.isfile(path):
+        return open_encoded(path)
+    if isinstance(path, str):
+        try:
+            return Image.open(io.BytesIO(decode_base64(path)))
+        except (ValueError, OSError, SyntaxError):
+            if len(path) > MAX_PATH:
+                raise ValueError(
+                    f"expected an image as path, URL or base64, got {describe(path)}..."
+                ) from None
+    raise FileNotFoundError(f"expected an image file, got {os.fspath(path)!r}: no such file")
+
+
+def _open(image) -> Image.Image:
+    """Opens an image in any form, as PIL does: not converted, not turned."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, (bytes, bytearray)):
+        return open_encoded(io.BytesIO(image))
+
+    # Texts and paths.
+    if isinstance(image, str) and is_url(image):
+        return _open(fetch_image(image))
+    if isinstance(image, str) and is_data_url(image):
+        return _open(decode_data_url(image))
+    if isinstance(image, (str, os.PathLike)):
+        return _open_path(image)
+
+    # Pixels.
+    if isinstance(image, torch.Tensor):
+        array = _to_numpy(image)
+        return _from_array(array.transpose(1, 2, 0) if array.ndim == 3 else array, "(C, H, W)")
+    if isinstance(image, np.ndarray):
+        return _from_array(image, "(H, W, C)")
+
+    raise ValueError(
+        "expected an image as PIL image, path, URL, bytes, numpy (H, W, C) or torch (C, H, W),"
+        f" got {type(image).__name__}"
+    )
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -345,7 +300,7 @@ def turn_upright(image: Image.Image) -> Image.Image:
     """
     image.load()
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # PIL's parser fails in many ways on damaged EXIF
         turn = None
     if turn is None:
@@ -358,10 +313,13 @@ def turn_upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any mode to RGB; alpha is dropped."""
     if 0 in image.size:
-        raise ValueError(f"expected a picture with at least one pixel, got size {image.size}")
+        raise ValueError(f"expected an image with at least one pixel, got size {image.size}")
     if image.mode == "RGB":
         return image
+
+    # Modes that PIL would clip, or not convert.
     if image.mode.startswith("I"):  # 16-bit gray, which PIL may open as 32-bit integers
         values = np.asarray(image)
         image = Image.fromarray(_from_16_bit(values))
@@ -370,6 +328,148 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
     return image.convert("RGB")
+
+
+@contextmanager
+def _damage_as_value_error(name: str, given):
+    """Raises ValueError for what PIL raises in many ways: a file that it cannot read."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"expected a readable {name}, got {describe(given)}: {error}") from error
+
+
+def load_image(image) -> Image.Image:
+    """Opens an image as RGB, upright.
+
+    Accepts a PIL image, a path, an http(s) URL, a `data:` URL, base64 text, encoded bytes, a numpy
+    array (H, W) or (H, W, C), or a torch tensor (H, W) or (C, H, W); arrays are uint8, uint16, or
+    floats in [0, 1]; C is 1, 3 or 4 (alpha is dropped). EXIF orientation is applied; 16-bit gray is
+    scaled to 8.
+
+    Raises ValueError for anything else, FileNotFoundError for a path that is not there.
+    """
+    with _damage_as_value_error("image", image):
+        return _to_rgb(turn_upright(_open(image)))
+
+
+# Formats that lose: a region mask is no mask any more when its pixels have changed.
+
+# How formats that change pixels, or may, call themselves. WebP is both, see `_webp_lossless`.
+LOSSY_FORMATS = frozenset(["JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"])
+LOSSY_COMPRESSION = frozenset(["jpeg", "tiff_jpeg", "webp"])  # in TIFF
+
+
+def _webp_data(image: Image.Image) -> bytes:
+    """Reads the encoded file, or nothing where it was in memory and is decoded by now."""
+    for source in (getattr(image, "fp", None), getattr(image, "filename", None)):
+        if hasattr(source, "seek") or (source and os.path.isfile(source)):
+            data = _read_all(source)
+            if data.startswith(b"RIFF"):
+                return data
+    return b""
+
+
+def _webp_lossless(data: bytes) -> bool:
+    """Tells whether the first frame is a lossless one."""
+    start = 12  # behind the file's header
+    while start + 8 <= len(data):
+        kind = data[start : start + 4]
+        length = int.from_bytes(data[start + 4 : start + 8], "little")
+        if kind in (b"VP8 ", b"VP8L"):
+            return kind == b"VP8L"
+        start += 24 if kind == b"ANMF" else 8 + length + length % 2  # a frame holds chunks
+    return False
+
+
+def _loss_of(image: Image.Image) -> str | None:
+    """Names what has changed, or may have changed, the pixels of an image that was encoded."""
+    if image.format in LOSSY_FORMATS:
+        return image.format
+    if image.format == "TIFF" and image.info.get("compression") in LOSSY_COMPRESSION:
+        return f"TIFF with {image.info['compression']} compression"
+    if image.format == "WEBP" and not _webp_lossless(_webp_data(image)):
+        two_colors = image.convert("RGBA").getcolors(2) is not None  # nothing has changed
+        return None if two_colors else "WebP that is not known to be lossless"
+    return None
+
+
+def expect_lossless(image: Image.Image, name: str):
+    """Refuses a region mask of a lossy format: near an edge its pixels are no longer zero.
+
+    What is to be asked has to be as opened: of WebP, decoding leaves no trace of the format.
+    """
+    if (kind := _loss_of(image)) is not None:
+        raise ValueError(
+            f"expected {name} without loss, say as PNG, got {kind}, which changes the pixels near"
+            " an edge"
+        )
+
+
+def _open_lossless(image, name: str = "a region mask") -> Image.Image:
+    """Opens a region mask or label map upright, not converted."""
+    image = _open(image)
+    expect_lossless(image, name)
+    return turn_upright(image)
+
+
+# Region masks.
+
+
+def _gray_values(image: Image.Image) -> np.ndarray:
+    """Reads the values of a mode of one channel, 0 where a PNG says that one is transparent."""
+    values, hidden = np.asarray(image), image.info.get("transparency")
+    if not isinstance(hidden, int):
+        return values
+    return np.where(values == (bool(hidden) if image.mode == "1" else hidden), 0, values)
+
+
+def _colors(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads the colors (H, W, 3) and alpha (H, W), or None, of any other mode."""
+    if "transparency" not in image.info and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
+        return np.asarray(image.convert("RGB")), None
+    image = image.convert("LA") if image.mode == "La" else image
+    rgba = np.asarray(image.convert("RGBA"))
+    return rgba[..., :3], rgba[..., 3]
+
+
+def _levels(image: Image.Image) -> np.ndarray:
+    """Reads the values of a region mask (H, W), 0 where it is transparent or black."""
+    if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
+        return _gray_values(image)
+    return levels_of_colors(*_colors(image))
+
+
+def _open_mask(mask, size: tuple[int, int]) -> np.ndarray:
+    """Opens a region mask in any form, bool (H, W)."""
+    # Pixels.
+    if isinstance(mask, (str, os.PathLike, bytes, bytearray, Image.Image)):
+        return region_of_values(_levels(_open_lossless(mask)), size)
+    if isinstance(mask, torch.Tensor):
+        return region_of_values(_to_numpy(mask), size)
+    if isinstance(mask, np.ndarray):
+        return region_of_values(mask, size)
+
+    # Numbers that say what they are.
+    if isinstance(mask, dict) and {"size", "counts"} <= set(mask):
+        return decode_rle(mask, size)
+    if isinstance(mask, dict) and set(mask) == {"box"}:
+        return fill_box(mask["box"], size)
+    if isinstance(mask, dict) and set(mask) == {"polygons"}:
+        return fill_polygons(mask["polygons"], size)
+
+    # Plain lists.
+    if is_box(mask):
+        return fill_box(mask, size)
+    if isinstance(mask, (list, tuple)) and mask and all(isinstance(p, (list, tuple)) for p in mask):
+        return fill_polygons(mask, size)
+
+    raise ValueError(
+        "expected a region mask as PIL image, path, (H, W) array or tensor, COCO RLE, box or"
+        f" polygons, got {describe(mask)}"
+    )
 
 
 def load_mask(mask, size: tuple[int, int]) -> Image.Image:
@@ -389,119 +489,57 @@ def load_mask(mask, size: tuple[int, int]) -> Image.Image:
     Raises ValueError for a mask that is empty, of another size, of several regions (see
     `split_label_map`), or of no known form.
     """
-    with _damage_as_value_error("mask", mask):
+    with _damage_as_value_error("region mask", mask):
         region = _open_mask(mask, size)
     expect_size(region.shape[::-1], size)
     if not region.any():
-        raise ValueError("expected a mask with at least one non-zero pixel, got an empty mask")
+        raise ValueError(
+            "expected a region mask with at least one non-zero pixel, got an empty region mask"
+        )
     return Image.fromarray(region.astype(np.uint8) * 255)
 
 
-def _open_mask(mask, size: tuple[int, int]) -> np.ndarray:
-    """The region, bool (H, W)."""
-    if isinstance(mask, (str, os.PathLike, bytes, bytearray, Image.Image)):
-        return region_of_values(_levels(_open_lossless(mask)), size)
-    if isinstance(mask, torch.Tensor):
-        return region_of_values(_to_numpy(mask), size)
-    if isinstance(mask, np.ndarray):
-        return region_of_values(mask, size)
-    if isinstance(mask, dict) and {"size", "counts"} <= set(mask):
-        return decode_rle(mask, size)
-    if isinstance(mask, dict) and set(mask) == {"box"}:
-        return fill_box(mask["box"], size)
-    if isinstance(mask, dict) and set(mask) == {"polygons"}:
-        return fill_polygons(mask["polygons"], size)
-    if is_box(mask):
-        return fill_box(mask, size)
-    if isinstance(mask, (list, tuple)) and mask and all(isinstance(p, (list, tuple)) for p in mask):
-        return fill_polygons(mask, size)
-    raise ValueError(
-        "expected a mask as PIL image, path, (H, W) array or tensor, COCO RLE, box or polygons,"
-        f" got {describe(mask)}"
-    )
+# Label maps: many regions in one image, each with a value or color of its own.
 
 
-def _open_lossless(image, name: str = "a mask") -> Image.Image:
-    """Opens a mask or label map upright, not converted."""
-    image = _open(image)
-    expect_lossless(image, name)
-    return turn_upright(image)
+def _palette_labels(image: Image.Image, void: int | None) -> tuple[np.ndarray, dict[int, str]]:
+    """Reads the labels of a palette image: its indices, but what is no label goes by its color."""
+    indices = np.asarray(image).astype(np.int32)
+    colors, alpha = _colors(image)
+
+    # Without black in the palette its first color is outside.
+    outside = ~colors.any(-1)
+    if not outside.any():
+        outside = indices == 0
+    if alpha is not None:
+        outside |= alpha == 0
+    if void is not None and (~outside & (indices != void)).any():
+        outside |= (indices == void) | (colors == VOID_COLOR).all(-1)
+    # Index 0 may be a label, so all are counted from 1.
+    found = np.unique(indices[~outside]).tolist()
+    return np.where(outside, 0, indices + 1), {index + 1: str(index) for index in found}
 
 
-def expect_lossless(image: Image.Image, name: str):
-    """Refuses a mask from a lossy format: near an edge its pixels are no longer zero.
+def read_labels(labels, void: int | None = VOID) -> tuple[np.ndarray, dict[int, str]]:
+    """Reads a label map as integers (H, W), 0 without a label, and the names of the others."""
+    if isinstance(labels, torch.Tensor):
+        labels = _to_numpy(labels)
+    if isinstance(labels, np.ndarray):
+        return labels_of_values(labels, void)
 
-    What is to be asked has to be as opened: of WebP, decoding leaves no trace of the format.
-    """
-    if (kind := _loss_of(image)) is not None:
-        raise ValueError(
-            f"expected {name} without loss, say as PNG, got {kind}, which changes the pixels near"
-            " an edge"
-        )
-
-
-def _loss_of(image: Image.Image) -> str | None:
-    """Names what has changed, or may have changed, the pixels of an image that was encoded."""
-    if image.format in LOSSY_FORMATS:
-        return image.format
-    if image.format == "TIFF" and image.info.get("compression") in LOSSY_COMPRESSION:
-        return f"TIFF with {image.info['compression']} compression"
-    if image.format == "WEBP" and not _webp_lossless(_webp_data(image)):
-        two_colors = image.convert("RGBA").getcolors(2) is not None  # nothing has changed
-        return None if two_colors else "WebP that is not known to be lossless"
-    return None
-
-
-def _webp_data(image: Image.Image) -> bytes:
-    """The encoded file, or nothing where it was in memory and is decoded by now."""
-    for source in (image.fp, image.filename):
-        if hasattr(source, "seek") or (source and os.path.isfile(source)):
-            data = _read_all(source)
-            if data.startswith(b"RIFF"):
-                return data
-    return b""
-
-
-def _webp_lossless(data: bytes) -> bool:
-    """Whether the first frame is a lossless one."""
-    start = 12
-    while start + 8 <= len(data):
-        kind, length = (
-            data[start : start + 4],
-            int.from_bytes(data[start + 4 : start + 8], "little"),
-        )
-        if kind in (b"VP8 ", b"VP8L"):
-            return kind == b"VP8L"
-        start += 24 if kind == b"ANMF" else 8 + length + length % 2  # a frame holds chunks
-    return False
-
-
-def _levels(image: Image.Image) -> np.ndarray:
-    """A mask's bools, integers or floats (H, W), 0 where it is transparent or black."""
+    # An image's labels are its indices, its values or its colors.
+    image = _open_lossless(labels, "a label map")
+    if image.mode == "P":
+        return _palette_labels(image, void)
     if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
-        return _gray_values(image)
-    return levels_of_colors(*_colors(image))
-
-
-def _gray_values(image: Image.Image) -> np.ndarray:
-    """The values of a mode of one channel, 0 where a PNG says that a value is transparent."""
-    values, hidden = np.asarray(image), image.info.get("transparency")
-    if not isinstance(hidden, int):
-        return values
-    return np.where(values == (bool(hidden) if image.mode == "1" else hidden), 0, values)
-
-
-def _colors(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
-    """Colors (H, W, 3) and alpha (H, W), or None, of any other mode."""
-    if "transparency" not in image.info and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
-        return np.asarray(image.convert("RGB")), None
-    image = image.convert("LA") if image.mode == "La" else image
-    rgba = np.asarray(image.convert("RGBA"))
-    return rgba[..., :3], rgba[..., 3]
+        return labels_of_values(_gray_values(image), void)
+    colors, alpha = _colors(image)
+    outside = np.zeros(colors.shape[:2], bool) if alpha is None else alpha == 0
+    return labels_of_colors(colors, outside, void)
 
 
 def split_label_map(labels, void: int | None = VOID) -> dict[str, Image.Image]:
-    """Splits a label map into the masks of its labels, as `load_mask` takes them.
+    """Splits a label map into the region masks of its labels, as `load_mask` takes them.
 
     Args:
         labels: as the pixels of a mask, but bools or integers, or colors. Zero, black and
@@ -522,31 +560,49 @@ def split_label_map(labels, void: int | None = VOID) -> dict[str, Image.Image]:
     }
 
 
-def read_labels(labels, void: int | None = VOID) -> tuple[np.ndarray, dict[int, str]]:
-    """Reads a label map as integers (H, W), 0 without a label, and the names of the others."""
-    if isinstance(labels, torch.Tensor):
-        labels = _to_numpy(labels)
-    if isinstance(labels, np.ndarray):
-        return labels_of_values(labels, void)
-    image = _open_lossless(labels, "a label map")
-    if image.mode == "P":
-        return _palette_labels(image, void)
-    if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
-        return labels_of_values(_gray_values(image), void)
-    colors, alpha = _colors(image)
-    return labels_of_colors(colors, alpha == 0 if alpha is not None else False, void)
+# Files that another file names, which have to lie beside it.
 
 
-def _palette_labels(image: Image.Image, void: int | None) -> tuple[np.ndarray, dict[int, str]]:
-    """The labels of a palette image are its indices, but what is none goes by its color."""
-    indices = np.asarray(image).astype(np.int32)
-    colors, alpha = _colors(image)
-    outside = ~colors.any(-1)
-    if not outside.any():
-        outside = indices == 0
-    if alpha is not None:
-        outside |= alpha == 0
-    if void is not None and (~outside & (indices != void)).any():
-        outside |= (indices == void) | (colors == VOID_COLOR).all(-1)
-    found = np.unique(indices[~outside]).tolist()
-    return np.where(outside, 0, indices + 1), {index + 1: str(index) for index in found}
+def _is_below(path: str | Path, folder: str | Path) -> bool:
+    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    return path != folder and path.is_relative_to(folder)
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """Finds where the files of a Hub cache's snapshot are kept; nothing for any other folder."""
+    place = Path(os.path.abspath(folder))
+    snapshots = [p for p in (place, *place.parents) if p.parent.name == "snapshots"]
+    return [snapshot.parent.parent.resolve() / "blobs" for snapshot in snapshots]
+
+
+def path_inside(folder: str | Path, name: object, links: bool = False) -> Path:
+    """Returns the path of a file that another file names, which has to lie inside a folder.
+
+    Raises ValueError for a name that leads out of it: absolute, by `..`, or, unless `links` are
+    taken for the owner's own, by a symbolic link; those of a Hub cache always lead to the files of
+    the same repository.
+    """
+    folder = Path(folder)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"expected the name of a file in {folder}, got {name!r:.120}")
+    path = folder / name
+
+    # By its name alone, and by where links lead.
+    is_elsewhere = bool(re.match(r"[A-Za-z]:[\\/]", name)) or not _is_below(
+        os.path.normpath(path), os.path.normpath(folder)
+    )
+    roots = [folder.resolve(), *_blobs(folder)]
+    is_linked = not any(_is_below(path.resolve(), root) for root in roots)
+    if is_elsewhere or (is_linked and not links):
+        raise ValueError(f"expected the name of a file inside {folder}, got {name!r:.120}")
+    return path
+
+
+def expect_shards_inside(folder: str | Path):
+    """Refuses a folder of weights whose index names files elsewhere, which would be read."""
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        index = Path(folder) / name
+        if index.is_file():
+            shards = json.loads(index.read_bytes()).get("weight_map", {})
+            for shard in set(shards.values()):
+                path_inside(folder, shard, links=True)

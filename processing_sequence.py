@@ -1,8 +1,21 @@
-"""Sequences under construction, and batches of them."""
+"""Builds the sequences that the network reads, from token ids, and stacks them into batches.
+
+A sequence is parallel integer lists (ids, positions, region ids, role ids, labels): first its fixed
+prompt, then the responses, which are denoised or learned. There are two orders:
+
+    joint   system, image, RoI tokens of all regions, instruction | marker 0, caption 0, ...
+    tree    system, image, instruction; RoI tokens, marker 0; RoI tokens, marker 1; ...
+                                                                  | caption 0, caption 1, ...
+
+In a tree everything up to the instruction is the trunk and each region a branch, whose positions go
+on from the trunk's end. In a batch prompts are padded on the left and responses on the right, so
+that every response starts in the same column.
+"""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -10,15 +23,33 @@ from transformers import PreTrainedTokenizerFast
 from .configuration_perceptiondlm import (
     NO_REGION,
     ROLE_CAPTION,
+    ROLE_ROI,
     ROLE_SHARED,
-    PerceptionDLMConfig,
+    SHARED_REGION,
 )
+
+IGNORED_LABEL = -100
+
+# Where the responses stand, see `locate_responses`; the network does not need it.
+RESPONSE_INPUTS = ("response_columns", "response_start", "task")
+
+
+# Texts as token ids. What a user writes never becomes a control token: in a rendered prompt such
+# texts are escaped, each first character of an added token written as code points of no character.
 
 ESCAPE = "\ufdd0"
 DIGITS = "".join(chr(0xFDD1 + value) for value in range(16))
-# up to 10ffff, the last code point
+# Six digits, up to 10ffff, the last code point.
 ESCAPED = re.compile(f"{ESCAPE}((?:{DIGITS[0]}[{DIGITS}]|{DIGITS[1]}{DIGITS[0]})[{DIGITS}]{{4}})")
 MEDIA_KEYS = ("type", "image", "image_url", "url", "path", "base64")  # parts that are not text
+
+_TO_DIGITS = str.maketrans("0123456789abcdef", DIGITS)
+_FROM_DIGITS = str.maketrans(DIGITS, "0123456789abcdef")
+
+
+def control_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Returns the ids that no user's text may become: all added tokens but the unknown one."""
+    return set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -30,7 +61,8 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     added = control_ids(tokenizer)
     if added.isdisjoint(ids):
         return ids
-    # the tokenizer's own steps but for its first, which looks for added tokens
+
+    # Take the tokenizer's own steps but for its first, which looks for added tokens.
     backend = tokenizer.backend_tokenizer
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
@@ -38,6 +70,7 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     if backend.pre_tokenizer is not None:
         pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
     ids = [token.id for piece in pieces for token in backend.model.tokenize(piece)]
+
     if not added.isdisjoint(ids):
         raise ValueError(
             "expected text that the tokenizer can write without control tokens, got one in"
@@ -56,7 +89,12 @@ def encode_prompt(
 
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     added = control_ids(tokenizer)
-    before, ids, after, end, inside = [], [], [], 0, False
+    before: list[int] = []
+    ids: list[int] = []
+    after: list[int] = []
+    end, inside = 0, False
+
+    # Keep the control tokens, and encode what stands between them as a user's text.
     for token, span, place in zip(
         encoding["input_ids"], encoding["offset_mapping"], encoding.sequence_ids(), strict=True
     ):
@@ -69,11 +107,6 @@ def encode_prompt(
     return [*before, *ids, *encode_text(tokenizer, unescape(text[end:])), *after]
 
 
-def control_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """Ids that no user's text may become: all added tokens but the unknown one."""
-    return set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
-
-
 def escape(tokenizer: PreTrainedTokenizerFast, value):
     """Escapes the first character of every added token in a text, so that none begins there.
 
@@ -81,8 +114,8 @@ def escape(tokenizer: PreTrainedTokenizerFast, value):
     """
     if isinstance(value, str):
         starts = {token.content[0] for token in tokenizer.added_tokens_decoder.values()}
-        starts = {ord(c): _escaped(c) for c in starts | {ESCAPE} if not c.isspace()}
-        return value.translate(starts)
+        escapes = {ord(c): _escaped(c) for c in starts | {ESCAPE} if not c.isspace()}
+        return value.translate(escapes)
     if isinstance(value, dict):
         return {k: v if k in MEDIA_KEYS else escape(tokenizer, v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -90,16 +123,21 @@ def escape(tokenizer: PreTrainedTokenizerFast, value):
     return value
 
 
+def _escaped(character: str) -> str:
+    return ESCAPE + f"{ord(character):06x}".translate(_TO_DIGITS)
+
+
 def unescape(text: str) -> str:
     """Restores what was escaped."""
-    return ESCAPED.sub(lambda found: chr(int(found[1].translate(_VALUES), 16)), text)
+    return ESCAPED.sub(lambda found: chr(int(found[1].translate(_FROM_DIGITS), 16)), text)
 
 
 def settle(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    """A rendered prompt without its escapes where it has the same control tokens without them."""
+    """Drops a rendered prompt's escapes where it has the same control tokens without them."""
     plain = unescape(text)
     if plain == text:
         return text
+
     added = control_ids(tokenizer)
     escaped_ids, plain_ids = (
         tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, plain)
@@ -108,41 +146,7 @@ def settle(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     return plain if same and not ESCAPED.search(plain) else text
 
 
-def _escaped(character: str) -> str:
-    return ESCAPE + f"{ord(character):06x}".translate(_DIGITS)
-
-
-_DIGITS = str.maketrans("0123456789abcdef", DIGITS)
-_VALUES = str.maketrans(DIGITS, "0123456789abcdef")
-
-
-IGNORED_LABEL = -100
-MAX_GRID, MAX_SIDE = 64, 2**20  # tiles along a side, and pixels: beyond any image
-
-# What the processor makes: type and axes of each tensor. A letter is one size wherever it stands: B
-# rows, L positions, T tiles, N images, K regions of the batch, M regions of a row at most, S pixels
-# and P patches along a tile's side, R region prompts.
-SEQUENCE_INPUTS = {
-    "input_ids": ("integer", "B L"),
-    "attention_mask": ("integer", "B L"),
-    "position_ids": ("integer", "B L"),
-    "region_ids": ("integer", "B L"),
-    "role_ids": ("integer", "B L"),
-}
-IMAGE_INPUTS = {
-    "pixel_values": ("float", "T 3 S S"),
-    "image_grids": ("integer", "N 2"),
-    "image_sizes": ("integer", "N 2"),
-}
-REGION_INPUTS = {
-    "region_patches": ("bool", "T R P P"),
-    "boxes": ("float", "K 4"),
-    "box_images": ("integer", "K"),
-    "region_orders": ("integer", "B M"),
-}
-
-# Where the responses stand, see `locate_responses`; the network does not need it.
-RESPONSE_INPUTS = ("response_columns", "response_start", "task")
+# One sequence.
 
 
 @dataclass
@@ -163,7 +167,7 @@ class TokenSequence:
     slots: list[range] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], *, position: int, region: int, role: int, target=False):
-        """Appends `ids` at consecutive positions from `position`; labelled when a `target`."""
+        """Appends `ids` at consecutive positions from `position`; labeled when a `target`."""
         self.ids += ids
         self.positions += range(position, position + len(ids))
         self.regions += [region] * len(ids)
@@ -171,35 +175,275 @@ class TokenSequence:
         self.labels += list(ids) if target else [IGNORED_LABEL] * len(ids)
 
 
+@dataclass(frozen=True)
+class SequenceBuilder:
+    """Builds the sequences of region groups and of conversations.
+
+    Attributes:
+        is_tree: orders a sequence as a tree; else jointly, as the released code does.
+        roi_output_size: side of a region's replayed grid; its square is the RoI tokens a region.
+        num_region_prompts: the regions that a prompt has placeholders for.
+        image_token, mask_token, eot_token, roi_token, caption_token: see `PerceptionDLMProcessor`.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    is_tree: bool
+    roi_output_size: int
+    num_region_prompts: int
+    image_token: str
+    mask_token: str
+    eot_token: str
+    roi_token: str
+    caption_token: str
+
+    def token_id(self, token: str) -> int:
+        """Returns the id of a special token; ValueError where the vocabulary has none."""
+        index = self.tokenizer.convert_tokens_to_ids(token)
+        if index is None or index == self.tokenizer.unk_token_id:
+            raise ValueError(
+                f"expected a tokenizer with the special token {token!r}, got one without"
+            )
+        return index
+
+    def response_slot(self, text: str, length: int | None, end: bool) -> list[int]:
+        """Encodes a response that is to be learned.
+
+        It is padded with end-of-turn to `length`; without one it is closed by it where `end` says
+        so, and in a tree. Raises ValueError for a longer one.
+        """
+        ids = encode_text(self.tokenizer, text)
+        if length is None:
+            return [*ids, self.token_id(self.eot_token)] if end or self.is_tree else ids
+        if len(ids) > length:
+            raise ValueError(
+                f"expected a text of at most {length} tokens, got {len(ids)}: {text[:80]!r}"
+            )
+        return ids + [self.token_id(self.eot_token)] * (length - len(ids))
+
+    def masked_slot(self, length: int) -> list[int]:
+        """Returns the mask tokens of a response that is to be denoised."""
+        return [self.token_id(self.mask_token)] * length
+
+    def roi_placeholders(self, count: int) -> list[str]:
+        """Lists the RoI placeholders that the prompt of `count` regions holds; none in a tree."""
+        is_without = self.is_tree or not self.roi_output_size
+        return [] if is_without else [self.roi_token.format(k) for k in range(count)]
+
+    def region_sequence(
+        self,
+        prompt: str,
+        slots: list[list[int]],
+        image_tokens: int,
+        prompts: list[int] | None = None,
+    ) -> TokenSequence:
+        """Builds the sequence of a region group.
+
+        `prompt` is rendered, with its placeholders; `slots` are the ids of each region's caption,
+        `image_tokens` counts the image's tokens and `prompts` are the regions' prompt numbers
+        (default 0, 1, ...), which a tree alone uses.
+        """
+        ids = encode_prompt(self.tokenizer, prompt)
+
+        # The texts of the prompt must not add placeholders, nor take any away.
+        placeholders = len(self.roi_placeholders(len(slots)))
+        total = max(self.num_region_prompts, len(slots))
+        roi = [self.token_id(self.roi_token.format(k)) for k in range(total)]
+        _expect_count(ids, roi, placeholders, "RoI placeholders", self.roi_token)
+        image = [self.token_id(self.image_token)]
+        _expect_count(ids, image, 1, "image placeholders", self.image_token)
+
+        sequence = self._expand_prompt(ids, [image_tokens], roi)
+        if self.is_tree:
+            self._add_branches(sequence, slots, prompts or list(range(len(slots))))
+        else:
+            self._add_captions(sequence, slots)
+        return sequence
+
+    def chat_sequence(
+        self, ids: list[int], image_tokens: list[int], slot: list[int]
+    ) -> TokenSequence:
+        """Builds the sequence of a conversation.
+
+        `ids` are the rendered conversation's, `image_tokens` counts the tokens of each image in it
+        and `slot` are the answer's ids, none for a prompt alone.
+        """
+        image = [self.token_id(self.image_token)]
+        _expect_count(ids, image, len(image_tokens), "image placeholders", self.image_token)
+
+        # In a tree questions about the same images can share what stands before them.
+        sequence = self._expand_prompt(ids, image_tokens, roi=[])
+        if self.is_tree:
+            self._branch_off(sequence)
+
+        start = len(sequence.ids)
+        sequence.add(slot, position=start, region=0, role=ROLE_CAPTION, target=True)
+        if slot:
+            sequence.slots.append(range(start, start + len(slot)))
+        return sequence
+
+    def _expand_prompt(
+        self, ids: list[int], image_tokens: list[int], roi: list[int]
+    ) -> TokenSequence:
+        """Repeats each placeholder as often as it is replaced.
+
+        What stands between two RoI spans is seen by no caption.
+        """
+        sequence = TokenSequence()
+        image_id, counts = self.token_id(self.image_token), iter(image_tokens)
+        last = max((i for i, token in enumerate(ids) if token in roi), default=-1)
+        seen_roi = False
+
+        for i, token in enumerate(ids):
+            region, role, repeats = SHARED_REGION, ROLE_SHARED, 1
+            if token == image_id:
+                repeats = next(counts)
+            elif token in roi:
+                region, role, repeats = roi.index(token), ROLE_ROI, self.roi_output_size**2
+                seen_roi = True
+            elif seen_roi and i < last:
+                region, role = NO_REGION, ROLE_ROI
+            position = len(sequence.ids)
+            sequence.add([token] * repeats, position=position, region=region, role=role)
+
+        sequence.prompt_length = len(sequence.ids)
+        return sequence
+
+    def _add_captions(self, sequence: TokenSequence, slots: list[list[int]]):
+        """Adds the marker, caption and newline of each region in turn, end-of-turn last."""
+        # As the released model was trained: what ends a caption is predicted too.
+        newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        for k, slot in enumerate(slots):
+            end = newline if k + 1 < len(slots) else [self.token_id(self.eot_token)]
+            block = [self.token_id(self.caption_token.format(k)), *slot, *end]
+            start = len(sequence.ids)
+            sequence.add(block, position=start, region=k, role=ROLE_CAPTION, target=True)
+            sequence.slots.append(range(start + 1, start + 1 + len(slot)))  # behind the marker
+
+    def _add_branches(self, sequence: TokenSequence, slots: list[list[int]], prompts: list[int]):
+        """Adds the fixed tokens of every branch, then every caption."""
+        trunk = len(sequence.ids)
+        count = self.roi_output_size**2
+        for k, number in enumerate(prompts):
+            marker = self.token_id(self.caption_token.format(number))
+            fixed = [self.token_id(self.roi_token.format(number))] * count + [marker]
+            sequence.add(fixed, position=trunk, region=k, role=ROLE_ROI)
+        sequence.prompt_length = len(sequence.ids)
+
+        # Captions stand together behind all branches, but go on from their own.
+        for k, slot in enumerate(slots):
+            column, start = len(sequence.ids), trunk + count + 1
+            sequence.add(slot, position=start, region=k, role=ROLE_CAPTION, target=True)
+            sequence.slots.append(range(column, column + len(slot)))
+
+    def _branch_off(self, sequence: TokenSequence):
+        """Makes what follows the last image of a conversation a branch, as RoI tokens are."""
+        image_id = self.token_id(self.image_token)
+        columns = [i for i, token in enumerate(sequence.ids) if token == image_id]
+        if columns:
+            trunk = columns[-1] + 1
+            count = len(sequence.ids) - trunk
+            sequence.regions[trunk:] = [0] * count
+            sequence.roles[trunk:] = [ROLE_ROI] * count
+
+
+def _expect_count(ids, wanted, count: int, name: str, token: str):
+    found = sum(i in wanted for i in ids)
+    if found != count:
+        raise ValueError(f"expected {count} {name} ({token!r}) in the prompt, got {found}")
+
+
+# Batches of sequences.
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Says how the sequences of a batch become equally long, in transformers' terms.
+
+    Attributes:
+        padding: True or "longest"; "max_length" with `max_length`; False where nothing is to be
+            padded.
+        padding_side: of prompts, "left"; "right" where no response follows them.
+        pad_to_multiple_of: pads on to a multiple of so many tokens.
+        truncation, max_length: sequences beyond `max_length` are refused, never cut, unless
+            `truncation` is False.
+    """
+
+    padding: bool | str = True
+    padding_side: str = "left"
+    pad_to_multiple_of: int | None = None
+    truncation: bool | str | None = None
+    max_length: int | None = None
+
+    def __post_init__(self):
+        to_length = ("max_length",) if self.max_length else ()
+        truncation = (False, "do_not_truncate", True, "longest_first", "only_first")
+        expect_one_of("padding", self.padding, (True, "longest", False, "do_not_pad", *to_length))
+        expect_one_of("padding_side", self.padding_side, ("left", "right"))
+        expect_one_of("truncation", self.truncation, (None, *truncation))
+        expect_positive(pad_to_multiple_of=self.pad_to_multiple_of, max_length=self.max_length)
+
+    @property
+    def min_length(self) -> int:
+        """Returns the tokens to which every sequence is padded at least."""
+        return (self.max_length or 0) if self.padding == "max_length" else 0
+
+    def check_lengths(self, lengths: list[int], max_known: int):
+        """Refuses sequences that would have to be cut, or padded without leave.
+
+        `max_known` bounds them where there is to be truncation, but `max_length` does not say.
+        """
+        bound = self.max_length or (max_known if self.truncation else None)
+        truncates = self.truncation not in (False, "do_not_truncate")
+        if truncates and bound is not None and max(lengths) > bound:
+            raise ValueError(
+                f"expected sequences of at most max_length {bound} tokens, got {max(lengths)}:"
+                " cutting one could cut its images or its answer"
+            )
+        if self.padding in (False, "do_not_pad") and len(set(lengths)) > 1:
+            raise ValueError(
+                f"expected padding True or 'longest' for lengths {sorted(set(lengths))},"
+                f" got {self.padding!r}"
+            )
+
+
+def expect_one_of(name: str, value, allowed: tuple):
+    """Raises ValueError for a value that is none of those allowed."""
+    value = value.value if isinstance(value, Enum) else value  # transformers' own names
+    if not isinstance(value, (bool, str, type(None))) or value not in allowed:
+        raise ValueError(f"expected {name} {allowed[0]!r} or {allowed[1]!r}, got {value!r}")
+
+
+def expect_positive(**options):
+    """Raises ValueError for an option that is neither None nor an integer from 1 on."""
+    for name, value in options.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"expected {name} of at least 1, got {value!r}")
+
+
 def pad_sequences(
     sequences: list[TokenSequence],
     pad_id: int,
     with_labels: bool,
-    *,
-    side: str = "left",
-    min_length: int = 0,
-    multiple_of: int | None = None,
+    padding: Padding = Padding(),  # noqa: B008 (it is frozen)
 ) -> dict:
-    """Stacks sequences into int64 (B, L): prompts padded on the left, answers on the right.
-
-    `side` is the prompts'; "right" is for sequences without answers. L is at least `min_length`
-    and, with `multiple_of`, the next multiple of it.
-    """
+    """Stacks sequences into int64 (B, L): prompts padded on the left, responses on the right."""
+    side = padding.padding_side
+    # Columns before and after the one in which all responses start.
     left = max(s.prompt_length for s in sequences)
     right = max(len(s.ids) - s.prompt_length for s in sequences)
-    left = max(left, min_length - right)
-    left += -(left + right) % (multiple_of or 1)
+    left = max(left, padding.min_length - right)
+    left += -(left + right) % (padding.pad_to_multiple_of or 1)
     if side == "right" and right:
         raise ValueError("expected padding_side 'left' with answers, got 'right'")
 
     def stack(values, before: int, after: int) -> torch.Tensor:
         rows = []
         for s, row in zip(sequences, values, strict=True):
-            padding = [before] * (left - s.prompt_length)
+            fill = [before] * (left - s.prompt_length)
             if side == "right":
-                rows.append(row + padding)
+                rows.append(row + fill)
             else:
-                rows.append(padding + row + [after] * (left + right - len(padding) - len(row)))
+                rows.append(fill + row + [after] * (left + right - len(fill) - len(row)))
         return torch.tensor(rows, dtype=torch.int64)
 
     data = {
@@ -230,80 +474,6 @@ def locate_responses(sequences: list[TokenSequence], start: int) -> dict[str, to
             # Padding on the left moves a row to where all prompts end.
             group[: len(slot)] = torch.tensor(slot, dtype=torch.int64) + start - s.prompt_length
     return {"response_columns": columns, "response_start": torch.full((len(sequences),), start)}
-
-
-def check_inputs(inputs, config: PerceptionDLMConfig):
-    """Refuses prepared inputs that no model of `config` could read.
-
-    Raises ValueError for a tensor that is missing, of another type or shape than the processor
-    makes, or holds values that are out of range.
-    """
-    if not isinstance(inputs, Mapping):
-        raise ValueError(f"expected `inputs` as the processor's, got {type(inputs).__name__}")
-    needed = dict(SEQUENCE_INPUTS)
-    if any(name in inputs for name in IMAGE_INPUTS):
-        needed |= IMAGE_INPUTS
-    if any(name in inputs for name in REGION_INPUTS):
-        needed |= IMAGE_INPUTS | REGION_INPUTS
-        if "region_orders" not in inputs:  # the processor can leave it out
-            needed.pop("region_orders")
-        if not config.num_region_prompts:
-            raise ValueError("expected a checkpoint with region prompts for masks, got one without")
-
-    sizes = {
-        "S": config.vision_config.image_size,
-        "P": config.grid_side,
-        "R": config.num_region_prompts,
-    }
-    if "response_columns" in inputs:
-        needed |= {"response_columns": ("integer", "B G n"), "response_start": ("integer", "B")}
-    for name, (kind, axes) in needed.items():
-        _expect_tensor(name, inputs.get(name), kind, axes.split(), sizes)
-    _expect_values(inputs, config)
-
-
-def _expect_tensor(name: str, tensor, kind: str, axes: list[str], sizes: dict[str, int]):
-    """Checks type and shape; notes in `sizes` what a letter is the first time that it stands."""
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"expected {name} as a tensor in `inputs`, got {type(tensor).__name__}")
-    is_float, is_bool = tensor.is_floating_point(), tensor.dtype == torch.bool
-    got = "float" if is_float else "bool" if is_bool else "integer"
-    if got != kind or tensor.is_complex():
-        raise ValueError(f"expected {name} of {kind} type, got {tensor.dtype}")
-    fits = tensor.ndim == len(axes) and all(
-        size == (int(axis) if axis.isdigit() else sizes.setdefault(axis, size))
-        for axis, size in zip(axes, tensor.shape, strict=True)
-    )
-    if not fits:
-        known = {axis: sizes[axis] for axis in axes if axis in sizes}
-        raise ValueError(
-            f"expected {name} of shape ({', '.join(axes)}) with {known}, got {tuple(tensor.shape)}"
-        )
-
-
-def _expect_values(inputs, config: PerceptionDLMConfig):
-    """Checks that ids and numbers lie in their ranges, both ends included."""
-    length = inputs["input_ids"].shape[-1]
-    ranges = {
-        "input_ids": (0, config.text_config.vocab_size - 1),
-        "attention_mask": (0, 1),
-        "position_ids": (0, config.text_config.max_position_embeddings - 1),
-        "region_ids": (NO_REGION, length),
-        "role_ids": (ROLE_SHARED, ROLE_CAPTION),
-        "image_grids": (0 if config.image_layout == "anyres" else 1, MAX_GRID),  # (0, 0): no canvas
-        "image_sizes": (1, MAX_SIDE),
-        "boxes": (0, 1),
-        "box_images": (0, len(inputs.get("image_grids", ())) - 1),
-        "region_orders": (-1, length),
-        "pixel_values": (-MAX_SIDE, MAX_SIDE),
-    }
-    for name, (low, high) in ranges.items():
-        tensor = inputs.get(name)
-        if tensor is None or not tensor.numel():
-            continue
-        least, most = tensor.min().item(), tensor.max().item()
-        if not (low <= least and most <= high):  # NaN fails this too
-            raise ValueError(f"expected {name} in [{low}, {high}], got [{least}, {most}]")
 
 
 def response_length(ids: Sequence[int], ends: Sequence[tuple[int, ...]]) -> int:

@@ -207,7 +207,7 @@ def _to_rle(segmentation: object, size: tuple[int, int], where: str) -> dict:
         raise ValueError(f"{where}: expected a COCO RLE or polygons, got {segmentation!r:.80}")
     if list(segmentation["size"]) != list(size):
         raise ValueError(
-            f"{where}: expected a mask of the image's height and width {list(size)},"
+            f"{where}: expected a region mask of the image's height and width {list(size)},"
             f" got {segmentation['size']}"
         )
     return segmentation

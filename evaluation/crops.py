@@ -21,11 +21,13 @@ def crop_window(mask: np.ndarray) -> tuple[int, int, int, int]:
     Args:
         mask: region mask (H, W), non-zero inside.
 
-    Returns (x0, y0, x1, y1), half-open, in pixels. Raises ValueError for an empty mask.
+    Returns (x0, y0, x1, y1), half-open, in pixels. Raises ValueError for an empty region mask.
     """
     rows, columns = np.nonzero(mask)
     if not len(rows):
-        raise ValueError("expected a mask with at least one non-zero pixel, got an empty mask")
+        raise ValueError(
+            "expected a region mask with at least one non-zero pixel, got an empty region mask"
+        )
     height, width = mask.shape
     x0, x1 = _widened(int(columns.min()), int(columns.max()) + 1, width)
     y0, y1 = _widened(int(rows.min()), int(rows.max()) + 1, height)

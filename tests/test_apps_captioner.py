@@ -123,7 +123,7 @@ def test_a_closed_stream_ends_denoising(captioner, scene):
 
 
 def test_a_streams_failure_is_the_readers(captioner, scene):
-    with pytest.raises(ValueError, match="empty mask"):
+    with pytest.raises(ValueError, match="empty region mask"):
         list(captioner.stream(scene[0], [Image.new("L", (150, 140))]))
 
 

@@ -120,10 +120,10 @@ def test_blocks_of_captions_are_refused(generate, image, masks):
         generate(image, masks, block_length=4)
 
 
-# Pictures, masks and prompts.
+# Images, masks and prompts.
 
 
-def test_masks_without_a_picture_are_refused(generate, masks):
+def test_masks_without_an_image_are_refused(generate, masks):
     with pytest.raises(ValueError, match="expected an image for the masks, got none"):
         generate(masks=masks)
 
@@ -141,7 +141,7 @@ def test_no_masks_are_refused(generate, image, masks):
 
 
 def test_an_empty_mask_is_refused(generate, image, masks):
-    with pytest.raises(ValueError, match="at least one non-zero pixel, got an empty mask"):
+    with pytest.raises(ValueError, match="at least one non-zero pixel, got an empty region mask"):
         generate(image, [masks[0], np.zeros((47, 61))])
 
 
@@ -158,7 +158,7 @@ def test_lists_of_other_lengths_are_refused(generate, image, masks):
 
 
 def test_too_few_instructions_are_refused(generate, image, masks):
-    with pytest.raises(ValueError, match="2 images"):
+    with pytest.raises(ValueError, match="2 texts, one for each image, got 1"):
         generate([image, image], [masks, masks], ["only one"])
 
 
@@ -235,17 +235,17 @@ def test_inputs_with_slots_of_different_lengths_are_refused(pair, image, masks):
         model.diffusion_generate(inputs=inputs)
 
 
-# Pictures that are none.
+# Images that are none.
 
 
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (None, "expected a picture as PIL image, path, URL, bytes"),
-        (7, "expected a picture as PIL image, path, URL, bytes"),
-        ([[1]], "expected a picture as PIL image, path, URL, bytes"),
-        (b"", "expected a readable picture"),
-        (b"no picture", "expected a readable picture"),
+        (None, "expected an image as PIL image, path, URL, bytes"),
+        (7, "expected an image as PIL image, path, URL, bytes"),
+        ([[1]], "expected an image as PIL image, path, URL, bytes"),
+        (b"", "expected a readable image"),
+        (b"no picture", "expected a readable image"),
         (np.zeros((4, 4, 2), np.uint8), "C of 1, 3 or 4"),
         (np.zeros((0, 4, 3), np.uint8), "C of 1, 3 or 4"),
         (np.zeros(4, np.uint8), "C of 1, 3 or 4"),
@@ -255,16 +255,16 @@ def test_inputs_with_slots_of_different_lengths_are_refused(pair, image, masks):
         (np.full((4, 4, 3), 1.5), "got float64 in .1.5, 1.5."),
         (np.full((4, 4, 3), -0.5), "got float64"),
         (np.full((4, 4, 3), np.nan), "got float64"),
-        (np.full((4, 4, 3), "a"), "expected picture values as uint8"),
-        (np.full((4, 4, 3), None), "expected picture values as uint8"),
+        (np.full((4, 4, 3), "a"), "expected image values as uint8"),
+        (np.full((4, 4, 3), None), "expected image values as uint8"),
         (torch.zeros(5, 4, 4), "C of 1, 3 or 4"),
-        (torch.zeros(3, 4, 4, dtype=torch.complex64), "expected picture values as uint8"),
-        (Image.fromarray(np.full((4, 4), -3, np.int32)), "16-bit grey values, got .-3, -3."),
+        (torch.zeros(3, 4, 4, dtype=torch.complex64), "expected image values as uint8"),
+        (Image.fromarray(np.full((4, 4), -3, np.int32)), "16-bit gray values, got .-3, -3."),
         (Image.fromarray(np.full((4, 4), 7.0, np.float32)), "floats in .0, 1."),
         (Image.new("RGB", (0, 4)), "at least one pixel, got size .0, 4."),
     ],
 )
-def test_a_picture_that_is_none_is_refused(image, message):
+def test_an_image_that_is_none_is_refused(image, message):
     with pytest.raises(ValueError, match=message):
         load_image(image)
 
@@ -281,18 +281,18 @@ def test_a_damaged_file_is_refused(tmp_path, picture):
     whole = (tmp_path / "whole.png").read_bytes()
     for size in (0, 1, 20, 60, len(whole) // 2):
         (tmp_path / "cut.png").write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="expected a readable picture"):
+        with pytest.raises(ValueError, match="expected a readable image"):
             load_image(tmp_path / "cut.png")
 
 
-def test_a_picture_too_large_to_be_meant_is_refused(monkeypatch, picture, tmp_path):
+def test_an_image_too_large_to_be_meant_is_refused(monkeypatch, picture, tmp_path):
     picture(61, 47).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="expected a readable picture"):
+    with pytest.raises(ValueError, match="expected a readable image"):
         load_image(tmp_path / "a.png")
 
 
-def test_a_list_of_pictures_that_holds_none_is_refused(pair):
+def test_a_list_of_images_that_holds_none_is_refused(pair):
     _, processor = pair
-    with pytest.raises(ValueError, match="for each of 0 pictures, got 1"):
+    with pytest.raises(ValueError, match="for each of 0 images, got 1"):
         processor([[None]], prompts=["What?"])

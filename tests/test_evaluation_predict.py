@@ -254,7 +254,7 @@ def test_a_picture_that_is_not_there_ends_the_run_and_keeps_what_is_done(samples
 
 def test_a_mask_that_does_not_fit_is_named(samples, output):
     other = dataclasses.replace(samples[0], mask={"size": [2, 2], "counts": [0, 4]})
-    with pytest.raises(ValueError, match="region 70_0 of .*0.png: expected a mask"):
+    with pytest.raises(ValueError, match="region 70_0 of .*0.png: expected a region mask"):
         run([other], output)
 
 

@@ -11,6 +11,8 @@ import torch
 from perceptiondlm.image_loading import load_image
 from perceptiondlm.image_processing_perceptiondlm import (
     PerceptionDLMImageProcessor,
+    normalize,
+    pair_masks,
     resize,
 )
 from perceptiondlm.image_tiling import anyres_map_size, choose_canvas, choose_grid
@@ -40,6 +42,30 @@ def test_tiles_equal_the_plain_ones(process, picture, size):
     assert torch.allclose(pixels.double(), reference.normalize(expected), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_tiles_that_are_not_normalized_are_bytes(process, picture, size):
+    image = picture(*size)
+    expected = reference.cut(image, reference.best_grid(*size, SIDE), SIDE)
+    tiles = process(image, do_normalize=False)["pixel_values"]
+    assert tiles.dtype == torch.uint8 and tiles.is_contiguous()
+    assert np.array_equal(tiles.permute(0, 2, 3, 1).numpy(), expected)
+    assert torch.equal(normalize(tiles), process(image)["pixel_values"])
+
+
+def test_normalizing_keeps_the_bytes(process, picture):
+    tiles = process(picture(40, 40), do_normalize=False)["pixel_values"]
+    before = tiles.clone()
+    values = normalize(tiles)
+    assert torch.equal(tiles, before)
+    assert torch.equal(normalize(tiles.float()), values) and torch.equal(tiles, before)
+
+
+@pytest.mark.parametrize("value", [0, 0.5, "no", [False]])
+def test_another_value_of_do_normalize_is_refused(process, picture, value):
+    with pytest.raises(ValueError, match="expected do_normalize True or False, got"):
+        process(picture(40, 40), do_normalize=value)
+
+
 def test_grids_equal_the_plain_ones_for_random_sizes():
     rng = np.random.default_rng(5)
     for width, height in rng.integers(1, 3000, (300, 2)).tolist():
@@ -60,6 +86,30 @@ def test_max_tiles_limits_the_grid_for_all_or_for_each(process, picture):
     images = [picture(200, 60), picture(200, 60, seed=1)]
     assert process(images, max_tiles=1)["image_grids"].tolist() == [[1, 1], [1, 1]]
     assert process(images, max_tiles=[1, None])["image_grids"].tolist() == [[1, 1], [3, 1]]
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "message"),
+    [
+        (None, [1], "expected an image for the masks, got none"),
+        ([], [], "for each of 0 images, got 0"),
+        (["a", "b"], [[1]], "for each of 2 images, got 1"),
+        (["a"], 5, "for each of 1 images, got int"),
+        (["a"], "mask.png", "for each of 1 images, got str 'mask.png'"),
+        ("a", {"box": [1, 2, 3, 4]}, "a list of masks for each image, got dict"),
+        ("a", None, "a list of masks for each image, got NoneType"),
+        ("a", torch.tensor(1), "a list of masks for each image, got Tensor"),
+    ],
+)
+def test_masks_that_belong_to_no_image_are_refused(process, images, masks, message):
+    with pytest.raises(ValueError, match=message):
+        pair_masks(images, masks)
+
+
+def test_what_is_paired_with_its_masks_stays_as_it_is():
+    assert pair_masks("a", [1, 2]) == (["a"], [[1, 2]])
+    assert pair_masks(*pair_masks("a", [1, 2])) == (["a"], [[1, 2]])
+    assert pair_masks(("a", "b"), ([1], (2, 3))) == (["a", "b"], [[1], (2, 3)])
 
 
 def test_sizes_are_height_and_width(process, picture):

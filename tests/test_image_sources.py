@@ -210,7 +210,7 @@ def closed_port() -> int:
 def test_a_url_that_leads_nowhere_is_a_value_error_that_names_it(url):
     url = url.replace("{closed_port}", str(closed_port()))
     for load in (load_image, lambda url: load_mask(url, (4, 4))):
-        with pytest.raises(ValueError, match="expected a picture at http"):
+        with pytest.raises(ValueError, match="expected an image at http"):
             load(url)
 
 

@@ -150,7 +150,7 @@ def test_a_gray_that_a_png_declares_transparent_is_outside(region, hidden):
 def test_masks_that_are_black_all_over_are_empty_whatever_their_alpha(region):
     black = Image.new("RGBA", SIZE)
     black.putalpha(gray(region))
-    with pytest.raises(ValueError, match="empty mask"):
+    with pytest.raises(ValueError, match="empty region mask"):
         load_mask(black, SIZE)
 
 
@@ -232,7 +232,7 @@ def test_the_region_of_a_float_mask_is_where_it_exceeds_one_half(region, form):
         (lambda p: p * 0.4, "above 0.5, which are its region, got a maximum of 0.3"),
         (lambda p: np.where(p > 0.5, np.inf, 0), r"in \[0, 1\], got a maximum of inf"),
         (lambda p: np.where(p > 0.5, np.nan, p), "got a minimum of nan"),
-        (lambda p: p * 0, "empty mask"),
+        (lambda p: p * 0, "empty region mask"),
     ],
 )
 def test_a_float_mask_without_a_threshold_that_goes_without_saying_is_refused(
@@ -271,7 +271,9 @@ def test_a_lossy_mask_is_refused_in_every_form(region, kind, tmp_path):
     opened.load()
     forms = (data, path, "data:;base64," + base64.b64encode(data).decode(), opened)
     for form in (*forms, Image.open(io.BytesIO(data))):
-        with pytest.raises(ValueError, match="expected a mask without loss, say as PNG, got "):
+        with pytest.raises(
+            ValueError, match="expected a region mask without loss, say as PNG, got "
+        ):
             load_mask(form, SIZE)
 
 
@@ -518,5 +520,5 @@ def test_a_gray_image_of_any_mode_is_the_same_image(mode):
 def test_eight_bits_in_sixteen_are_refused_rather_than_black(mode):
     gray = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     image = np.asarray(gray).astype(np.uint16) if mode == "uint16" else gray.convert(mode)
-    with pytest.raises(ValueError, match="16-bit grey values, got .0, 255.: give 8-bit"):
+    with pytest.raises(ValueError, match="16-bit gray values, got .0, 255.: give 8-bit"):
         load_image(image)

@@ -1,14 +1,25 @@
 """Prompts, padding, targets and decoding."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
 import reference
 import torch
-from perceptiondlm.configuration_perceptiondlm import NO_REGION
-from perceptiondlm.generation_cache import prompt_length, response_slots
-from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.common.special_tokens import (
+    CAPTION_TOKENS,
+    IMAGE_TOKENS,
+    MAX_REGIONS,
+    NAMED_TOKENS,
+    ROI_TOKENS,
+)
+from perceptiondlm.configuration_perceptiondlm import NO_REGION, ROLE_CAPTION
+from perceptiondlm.processing_perceptiondlm import (
+    CHAT_TEMPLATE,
+    REGION_PROMPT,
+    PerceptionDLMProcessor,
+)
 
 CAPTIONS = ["a red circle", "a person", "an orange ring"]
 
@@ -278,11 +289,18 @@ def test_special_tokens_decode_to_nothing(processor):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"masks": 1}, "expected a picture for the masks, got none"),
-        ({"images": 1, "masks": 0}, "expected 1 to 6 masks for a picture in one pass, got 0"),
-        ({"images": 1, "masks": 7}, "expected 1 to 6 masks for a picture in one pass, got 7"),
-        ({"images": 2, "masks": 1}, "2 pictures and 1 lists of masks"),
+        ({"masks": 1}, "expected an image for the masks, got none"),
+        (
+            {"images": 1, "masks": 0},
+            "expected 1 to 6 masks for an image in one region group, got 0",
+        ),
+        (
+            {"images": 1, "masks": 7},
+            "expected 1 to 6 masks for an image in one region group, got 7",
+        ),
+        ({"images": 2, "masks": 1}, "a list of masks for each of 2 images, got 1"),
         ({"images": 1, "masks": 2, "captions": ["a"]}, "a caption for each of 2 masks, got 1"),
+        ({"images": 1, "masks": 2, "captions": "ab"}, "captions for each of 1 images, got list"),
         ({"images": 1, "masks": 1, "caption_length": 0}, "caption_length of at least 1, got 0"),
         ({"images": 1, "masks": 1, "caption_length": 2.0}, "caption_length of at least 1, got 2.0"),
         ({"images": 1, "masks": 1, "text": "a"}, "expected no text for this kind of input"),
@@ -293,11 +311,22 @@ def test_special_tokens_decode_to_nothing(processor):
         ({"images": 1, "masks": 1, "padding": "max_length"}, "or 'longest', got 'max_length'"),
         ({"images": 1}, "exactly one of `text` and `prompts`"),
         ({"images": 1, "text": "a", "prompts": "b"}, "exactly one of `text` and `prompts`"),
-        ({"images": 1, "text": "no placeholder"}, "for each of 1 pictures, got 0"),
-        ({"text": "<IMG_CONTEXT>"}, "for each of 0 pictures, got 1"),
+        ({"images": 1, "text": "no placeholder"}, "for each of 1 images, got 0"),
+        ({"text": "<IMG_CONTEXT>"}, "for each of 0 images, got 1"),
         ({"images": 2, "prompts": ["a", "b", "c"]}, "for each of 3 prompts, got 2"),
         ({"prompts": "a", "max_new_tokens": 0}, "max_new_tokens of at least 1, got 0"),
         ({"prompts": "a", "caption_length": 3}, "expected no caption_length"),
+        ({"images": 1, "prompts": "a", "caption_length": 3}, "expected no caption_length"),
+        ({"prompts": "a", "captions": ["x"]}, "expected no captions"),
+        ({"prompts": "a", "return_region_orders": False}, "return_region_orders True without"),
+        ({"images": 1, "text": "<IMG_CONTEXT>", "return_region_orders": False}, "region_orders"),
+        ({"images": 1, "masks": 1, "add_special_tokens": True}, "add_special_tokens False with"),
+        ({"images": 2, "prompts": "a", "max_tiles": 2}, "where a text has several images, got 2"),
+        ({"prompts": "a", "max_tiles": 2}, "expected no max_tiles without images, got 2"),
+        (
+            {"images": 2, "masks": 1, "per_image": True, "captions": [["a"]]},
+            "a list of captions for each of 2 images, got list",
+        ),
         ({"prompts": "a", "answers": ["x", "y"]}, "expected 1 texts, one for each sample, got 2"),
         ({"prompts": "a", "videos": [1]}, "expected no videos"),
     ],
@@ -309,8 +338,32 @@ def test_inputs_that_do_not_fit_together_are_refused(processor, image, masks, ar
     if "masks" in given:
         many = (masks * 3)[: given["masks"]]
         given["masks"] = [many] if isinstance(given.get("images"), list) else many
+        if given.pop("per_image", False):
+            given["masks"] *= len(given["images"])
     with pytest.raises(ValueError, match=message):
         processor(**given)
+
+
+def test_several_images_of_a_question_have_one_tile_each(processor, picture):
+    images = [picture(90, 40), picture(40, 90, seed=1)]
+    plain = processor(images, prompts="Which?", max_new_tokens=2)
+    assert plain["image_grids"].tolist() == [[1, 1], [1, 1]]
+    limited = processor(images, prompts="Which?", max_new_tokens=2, max_tiles=1)
+    assert torch.equal(limited["input_ids"], plain["input_ids"])
+
+
+def test_the_processors_tokens_are_those_of_the_table(processor):
+    fields = {"image_token_id": "image_token", "mask_token_id": "mask_token"}
+    fields |= {"eot_token_id": "eot_token"}
+    table = {**NAMED_TOKENS, **IMAGE_TOKENS}
+    assert {f: getattr(processor, name) for f, name in fields.items()} == {
+        f: table[f] for f in fields
+    }
+    assert [processor.roi_token.format(k) for k in range(MAX_REGIONS)] == ROI_TOKENS
+    assert [processor.caption_token.format(k) for k in range(MAX_REGIONS)] == CAPTION_TOKENS
+    for template in (CHAT_TEMPLATE, REGION_PROMPT):
+        named = set(re.findall(r"</?\w+>|<\|\w+\|>", template))
+        assert len(named) >= 4 and named <= set(table.values())
 
 
 def test_an_unknown_option_is_refused(processor, image, masks):
@@ -335,12 +388,13 @@ def test_the_responses_stand_where_a_search_for_mask_tokens_finds_them(
     pair = processor([image, image], masks=[masks, masks[:1]], caption_length=3)
     asked = processor(image, prompts=["What?", "What is it?"], max_new_tokens=4)
     for inputs, task in ((pair, "captions"), (asked.to("cpu"), "answers")):
-        start = prompt_length(inputs)
-        columns, state = response_slots(inputs, start, processor.mask_token_id)
-        given = inputs["response_columns"]
+        start = int((inputs["role_ids"] != ROLE_CAPTION).all(0).sum())
         assert inputs["response_start"].tolist() == [start, start] and inputs["task"] == task
-        assert torch.equal(given >= 0, state.valid)
-        assert torch.equal(given[given >= 0] - start, columns[state.valid])
+        is_open = inputs["input_ids"] == processor.mask_token_id
+        for row, groups in enumerate(inputs["response_columns"].tolist()):
+            for k, given in enumerate(groups):
+                found = is_open[row] & (inputs["region_ids"][row] == k)
+                assert [i for i in given if i >= 0] == found.nonzero().flatten().tolist()
 
 
 def test_a_prompt_without_a_response_has_no_response_columns(processor, image):

@@ -128,7 +128,10 @@ ABUSES = {
     "file URL as mask": (lambda: regions(["file:///etc/passwd"]), "mask 1"),
     "JPEG as mask": (lambda: regions([data_url(jpeg(), "image/jpeg")]), "without loss"),
     "mask of another size": (lambda: regions([data_url(png(64, 64))]), "mask 1"),
-    "empty mask": (lambda: regions([data_url(Image.new("L", (WIDTH, HEIGHT)))]), "empty mask"),
+    "empty mask": (
+        lambda: regions([data_url(Image.new("L", (WIDTH, HEIGHT)))]),
+        "empty region mask",
+    ),
     "RLE of another size": (lambda: regions([{"size": [3, 3], "counts": [0, 9]}]), "size"),
     "RLE of a huge size": (
         lambda: regions([{"size": [10**6, 10**6], "counts": [0, 10**12]}]),

@@ -60,7 +60,7 @@ def read(limits: Limits | None = None, *, masks=(BOX,), picture=IMAGE, **extra):
 
 
 def test_a_masks_size_is_compared_before_its_pixels_are_looked_for():
-    with pytest.raises(ValueError, match="mask 1: expected a mask with the picture's size"):
+    with pytest.raises(ValueError, match="mask 1: expected a region mask with the image's size"):
         read(masks=[data_url(png(6324, 6324))])
 
 
@@ -86,7 +86,7 @@ def test_many_large_masks_of_a_small_image_are_refused_at_once(captioner):
         started = time.monotonic()
         masks = [data_url(huge.getvalue(), "image/webp")] * 62
         refused = post(address, picture=data_url(Image.new("RGB", (1, 1))), masks=masks)
-    assert refused.status_code == 400 and "picture's size" in refused.text
+    assert refused.status_code == 400 and "image's size" in refused.text
     assert time.monotonic() - started < 2
 
 

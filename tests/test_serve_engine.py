@@ -147,7 +147,7 @@ def test_a_job_that_breaks_a_batch_does_not_break_the_others(engine, captioner):
     tickets = [engine.submit(job, **SHORT) for job in (good[0], bad, good[1])]
     assert tickets[2].result(60).result.captions == alone
     assert tickets[0].result(60).batch_size == 1
-    with pytest.raises(ValueError, match="picture's size"):
+    with pytest.raises(ValueError, match="image's size"):
         tickets[1].result(60)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from llada_v_models import maker
+from perceptiondlm.scenes.shapes import render_scene
 from perceptiondlm.training.broken import BrokenRecords, TooManyBroken
 from perceptiondlm.training.conversations import ConversationSamples
 from perceptiondlm.training.datasets import FileDataset, StreamDataset
@@ -17,6 +18,7 @@ from perceptiondlm.training.records import open_records
 from perceptiondlm.training.regions import RegionSamples, partition
 from perceptiondlm.training.sampler import EpochSampler
 from perceptiondlm.training.samples import DiffusionCollator
+from perceptiondlm.training.synthetic import encode_scene
 from pycocotools import mask as coco
 from torch.utils.data import DataLoader
 
@@ -248,14 +250,14 @@ def test_an_arrow_table_with_image_bytes_makes_the_same_samples(folder, processo
 
 BROKEN_REGIONS = {
     "a missing image": ({**region_record("none.jpg", 1)}, "no such file"),
-    "a truncated image": (region_record("cut.jpg", 1), "readable picture"),
+    "a truncated image": (region_record("cut.jpg", 1), "readable image"),
     "an empty mask": (
         {**region_record("0.jpg", 1), "mask_rles": [rle(np.zeros((48, 48)))]},
-        "empty mask",
+        "empty region mask",
     ),
     "a mask of another size": (
         {**region_record("0.jpg", 1), "mask_rles": [rle(np.ones((20, 48)))]},
-        "picture's size",
+        "image's size",
     ),
     "fewer captions than masks": (
         {**region_record("0.jpg", 2), "captions": ["only one"]},
@@ -516,3 +518,19 @@ def test_an_unreadable_file_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match="got .*a.txt"):
         open_records([str(tmp_path / "a.txt")], len, streaming=False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_scene_that_is_kept_as_bytes_gives_the_image_processors_tensors(processor, seed):
+    images = processor.image_processor
+    scene = render_scene(seed, "train")
+    masks = [thing.mask for thing in scene.objects[: images.num_region_prompts]]
+    expected = images([scene.image], [masks])
+
+    kept = encode_scene(images, seed, "train")
+    assert kept.pixels.dtype == np.uint8
+    for _ in range(2):  # what is kept is not changed by its use
+        tensors = kept.tensors()
+        assert tensors.keys() == expected.keys() - {"region_orders"}
+        for name, tensor in tensors.items():
+            assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])

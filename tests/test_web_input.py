@@ -138,7 +138,7 @@ def test_a_payload_that_will_not_do_is_refused(text, message):
         ({"box": [5, 5, 1, 1]}, "region 1: .*x0 < x1"),
         ({"box": [1e999, 0, 1, 1]}, "region 1"),
         ({"exact": "/etc/passwd"}, "region 1: .*data:image"),
-        ({"exact": data_url(Image.new("L", (3, 3), 1))}, "picture's size"),
+        ({"exact": data_url(Image.new("L", (3, 3), 1))}, "image's size"),
         ({"painted": 3}, "region 1"),
         ({"painted": data_url(Image.new("RGBA", (9, 9)))}, "empty"),
         ({"other": 3}, "one of painted"),

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..image_processing_perceptiondlm import normalize
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from ..scenes.language import Question, ask, caption_of
 from ..scenes.shapes import render_scene
@@ -32,12 +33,12 @@ class EncodedScene:
 
     pixels: np.ndarray  # (T, 3, S, S) uint8
     features: dict[str, np.ndarray]
-    regions: list[dict[str, str]]  # attributes of the objects of the first region pass, by area
+    regions: list[dict[str, str]]  # attributes of the objects of the first region group, by area
     objects: list[dict[str, str]]  # of all
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns the image processor's tensors."""
-        values = torch.from_numpy(self.pixels).float().div_(127.5).sub_(1.0)
+        values = normalize(torch.from_numpy(self.pixels))
         rest = {name: torch.from_numpy(value) for name, value in self.features.items()}
         return {"pixel_values": values, **rest}
 
@@ -49,11 +50,11 @@ def encode_scene(image_processor, seed: int, split: str) -> EncodedScene:
 
     captioned = objects[: image_processor.num_region_prompts]
     masks = [[thing.mask for thing in captioned]] if captioned else None
-    features = image_processor([scene.image], masks)
+    # Training keeps bytes, which take a quarter of the memory of float32.
+    features = image_processor([scene.image], masks, do_normalize=False)
     order = features.pop("region_orders", [[]])[0]
 
-    # training keeps bytes, which take a quarter of the memory of float32
-    pixels = features.pop("pixel_values").add(1.0).mul(127.5).round().byte().numpy()
+    pixels = features.pop("pixel_values").numpy()
     regions = [captioned[k].attributes for k in order]
     arrays = {name: value.numpy() for name, value in features.items()}
     return EncodedScene(pixels, arrays, regions, [thing.attributes for thing in objects])
