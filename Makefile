@@ -1,4 +1,4 @@
-# `make demo` runs the embedded model on a picture; `make test` passes the tests. Both set up what
+# `make demo` runs the embedded model on an image; `make test` passes the tests. Both set up what
 # they need in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 demo: .venv/.ready
 	$(BIN)/python -m perceptiondlm.apps.demo --output outputs/demo
 
-test: .venv/.ready
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Also the browser's tests (with Chromium installed), sharded training and whatever else is slow:
@@ -17,11 +17,14 @@ test: .venv/.ready
 test-all: .venv/.ready
 	$(BIN)/python -m pytest -m ""
 
-# Style, formatting, and the types of the root modules.
+# Style, formatting, and the types of the root modules. The link names the package for the type
+# checker, whatever this folder is called.
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	mkdir -p .venv/types && ln -sfn ../.. .venv/types/perceptiondlm
+	cd .venv/types && ../bin/mypy --config-file perceptiondlm/pyproject.toml \
+	    $(patsubst %,perceptiondlm/%,$(wildcard *.py))
 
 # transformers' own tests of models and processors; docs/transformers-suite.md has those that fail.
 test-transformers: .venv/.ready
