@@ -7,6 +7,7 @@ The image processor counts each image's tokens, the sequence builder puts their 
 prompt; what is denoised or learned, captions or an answer, stands after it.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -98,10 +99,13 @@ class PerceptionDLMProcessor(ProcessorMixin):
         system_prompt: str = "You are a helpful assistant.",
         region_instruction: str = "Describe each masked region in detail.",
     ):
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        if tokenizer is not None:
-            # As every prompt is padded: pipelines pad batches as the tokenizer says.
+        # Prompts are padded on the left, and pipelines pad batches as the tokenizer says; the
+        # caller's own tokenizer stays as it is.
+        if tokenizer is not None and tokenizer.padding_side != "left":
+            tokenizer = copy.copy(tokenizer)
             tokenizer.padding_side = "left"
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
         # What a model's config decides, see `follow`.
         self.region_layout = region_layout
         self.roi_output_size = roi_output_size

@@ -1,5 +1,6 @@
 """Tokenizers say that prompts are padded on the left, so that pipelines can batch."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from perceptiondlm.convert_checkpoint import convert
+from perceptiondlm.image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.training.tokenizer import train_tokenizer
 
@@ -71,3 +73,11 @@ def test_a_pipeline_answers_alike_one_by_one_and_in_batches(older):
         assert done.returncode == 0, done.stderr
         answers.append(json.loads(done.stdout.splitlines()[-1]))
     assert answers[0] == answers[1]
+
+
+def test_the_tokenizer_that_a_processor_is_made_of_stays_as_it_is(tokenizer):
+    given = copy.copy(tokenizer)
+    given.padding_side = "right"
+    processor = PerceptionDLMProcessor(PerceptionDLMImageProcessor(), given)
+    assert given.padding_side == "right"
+    assert processor.tokenizer.padding_side == "left"
