@@ -1,7 +1,7 @@
 """How to decode: the options of `diffusion_generate`, and transformers' arguments of `generate`.
 
-`DiffusionOptions` is the one declaration of the decoding options. The command line, the server's
-fields, the web page and the README's table are made from it. A checkpoint's defaults for them live
+`DiffusionOptions` is the one declaration of the decoding options. The command lines, the server's
+fields and the README's table are made from it. A checkpoint's defaults for them live
 in its `generation_config.json`.
 """
 
@@ -24,6 +24,7 @@ MAX_NUMBER = 1e6  # beyond it logits overflow
 MAX_INTEGER = 2**31 - 1
 MAX_STEPS = 2**16  # more than any response has positions
 MAX_SEED = 2**64 - 1
+ACCEPTANCES = " or ".join([", ".join(list(ACCEPT_RULES)[:-1]), list(ACCEPT_RULES)[-1]])
 
 # Names that options had before, and what is to be written instead.
 RENAMED = {
@@ -133,7 +134,7 @@ class DiffusionOptions:
         None,
         integer(1, MAX_STEPS),
         "denoising steps, all blocks together (default: one for each token of a response); with"
-        " threshold, factor or entropy_bound the most that may be taken",
+        f" {ACCEPTANCES} the most that may be taken",
         kind=int,
     )
     caption_length: int = option(
@@ -189,7 +190,7 @@ class DiffusionOptions:
     )
     threshold: float | None = option(
         None,
-        number(0),
+        number(0, 1),
         "commit at each step what has at least this probability, say 0.9: fewer forward passes",
         kind=float,
     )
@@ -208,8 +209,7 @@ class DiffusionOptions:
     remask_below: float | None = option(
         None,
         share,
-        "with threshold, factor or entropy_bound: mask committed tokens again whose probability"
-        " falls under this",
+        f"with {ACCEPTANCES}: mask committed tokens again whose probability falls under this",
         kind=float,
     )
 
@@ -282,10 +282,14 @@ class DiffusionOptions:
         accepting = {n: getattr(self, n) for n in ACCEPT_RULES if getattr(self, n) is not None}
         if len(accepting) > 1:
             raise ValueError(f"expected at most one of {', '.join(ACCEPT_RULES)}, got {accepting}")
+        if accepting and self.remasking == "random":
+            raise ValueError(
+                f"expected remasking 'low_confidence' with {ACCEPTANCES}, which compare"
+                " confidences, got 'random'"
+            )
         if self.remask_below is not None and not accepting:
             raise ValueError(
-                f"expected {', '.join(ACCEPT_RULES)} with remask_below, got"
-                f" {self.remask_below} alone"
+                f"expected {ACCEPTANCES} with remask_below, got {self.remask_below} alone"
             )
 
     def check_against(self, config):

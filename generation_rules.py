@@ -1,8 +1,9 @@
 """Decoding rules: which response positions are committed, or masked again, after a forward pass.
 
 A rule is a small frozen object whose `commit` takes a `Prediction` and a `State` and returns the
-next `State`; it knows nothing of the network. To add one, write such a class here and let
-`DiffusionOptions` choose it.
+next `State`; it knows nothing of the network. `Adaptive` is a rule that leaves to an acceptance,
+`Threshold` or another of `ACCEPT_RULES`, which candidates are good enough. CONTRIBUTING.md says how
+to add either.
 
 Shapes: B rows, G groups of response positions in a row (a region's caption each, or one answer),
 n positions a group, V vocabulary.
@@ -199,6 +200,22 @@ class SemiAutoregressive:
         return fill(state, chosen & (prediction.tokens != mask_token_id), prediction.tokens)
 
 
+class Accept(Protocol):
+    """Describes an acceptance, which `Adaptive` asks what to commit.
+
+    It is built of one number, `value`, which has a default. Called with a prediction and the
+    eligible positions, bool (B, G, n): those that are masked in the first unfinished block. It
+    returns those of them that are good enough, bool (B, G, n). The prediction's logits are there,
+    and filtered: what may not be chosen is -inf. Its candidates are the likeliest tokens or, at a
+    temperature above 0, drawn ones.
+    """
+
+    @property
+    def value(self) -> float: ...
+
+    def __call__(self, prediction: Prediction, eligible: torch.Tensor) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class Threshold:
     """Accepts candidates of at least this probability (Fast-dLLM, arXiv:2505.22618)."""
@@ -242,7 +259,7 @@ class EntropyBound:
         return torch.zeros_like(eligible).scatter(-1, order, accepted)
 
 
-ACCEPT_RULES: dict[str, type[Threshold] | type[Factor] | type[EntropyBound]] = {
+ACCEPT_RULES: dict[str, Callable[..., Accept]] = {
     "threshold": Threshold,
     "factor": Factor,
     "entropy_bound": EntropyBound,
@@ -259,7 +276,7 @@ class Adaptive:
 
     Attributes:
         steps: the budget of predictions.
-        accept: which eligible candidates are good enough (`Threshold`, `Factor`, `EntropyBound`).
+        accept: which eligible candidates are good enough, of `ACCEPT_RULES`.
         block_length: of semi-autoregressive decoding; a caption is one block.
         eot_token_id: the end-of-turn, or None to decode every position.
         remask_below: masks committed positions again whose token's probability has fallen under
@@ -268,7 +285,7 @@ class Adaptive:
     """
 
     steps: int
-    accept: Callable[[Prediction, torch.Tensor], torch.Tensor]
+    accept: Accept
     block_length: int
     eot_token_id: int | None = None
     remask_below: float | None = None

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
+from perceptiondlm.generation_options import OPTIONS as DECODING_OPTIONS
 from perceptiondlm.image_loading import load_image, load_mask
 from PIL import Image
 
@@ -36,13 +37,7 @@ TEXTS = [
     "\0",
     "é" * 40,
 ]
-OPTIONS = [
-    "steps", "caption_length", "max_new_tokens", "block_length", "temperature", "top_k", "top_p",
-    "cfg_scale", "remasking", "stop_strings", "suppress_tokens", "threshold", "factor",
-    "entropy_bound",
-    "remask_below", "prompt_refresh_interval", "batch_size", "seed", "generator", "return_history",
-    "compile", "callback", "nonsense",
-]  # fmt: skip
+OPTIONS = [*DECODING_OPTIONS, "callback", "nonsense"]
 
 
 def anything(rng: random.Random, depth: int = 0):

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...generation_options import options_of
+from ...generation_rules import ACCEPT_RULES
 from .outputs import format_of
 
 REGION_OPTIONS = ("instruction", "max_regions", "fill", *options_of("captions"))
 NEEDED = {  # option: others, of which it needs one
     "font": ("output", "animate"),
     "fill": ("output", "animate"),
-    "remask_below": ("threshold", "factor", "entropy_bound"),
+    "remask_below": tuple(ACCEPT_RULES),
     "subfolder": ("model",),
     "revision": ("model",),
 }

@@ -31,12 +31,7 @@ from .sam import ClickMasks  # noqa: E402
 
 TITLE = "PerceptionDLM"
 LEAD = "Paint regions of an image: they are described together, in one denoising process."
-PACES = {
-    "fixed": None,
-    "by threshold": "threshold",
-    "by factor": "factor",
-    "by entropy": "entropy_bound",
-}
+PACES = {"fixed": None, **{f"by {rule.replace('_', ' ')}": rule for rule in ACCEPT_RULES}}
 CONCURRENT = 16  # people whose requests are with the engine at the same time
 # Of every event that runs the model.
 SHARED_QUEUE = {
