@@ -285,7 +285,7 @@ class Adaptive:
     """
 
     steps: int
-    accept: Accept
+    accept: Callable[[Prediction, torch.Tensor], torch.Tensor]
     block_length: int
     eot_token_id: int | None = None
     remask_below: float | None = None
