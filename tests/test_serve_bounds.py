@@ -126,6 +126,15 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_and_a_progressive_one_is_not():
         Decoder(Limits()).image(data[:-2] + data[last:-2] * 6000 + data[-2:], "the image")
 
 
+def test_the_scans_of_all_images_of_an_mpo_file_count():
+    file, image = io.BytesIO(), Image.open(PICTURE).convert("RGB")
+    image.save(file, "MPO", save_all=True, append_images=[image, image])
+    assert Image.open(io.BytesIO(file.getvalue())).format == "MPO"
+    Decoder(Limits(scans=3)).image(file.getvalue(), "the image")
+    with pytest.raises(ValueError, match="at most 2 scans"):
+        Decoder(Limits(scans=2)).image(file.getvalue(), "the image")
+
+
 def test_an_image_with_an_endless_side_is_refused():
     for size in ((39_000_000, 1), (1, 39_000_000)):
         with pytest.raises(ValueError, match="along a side"):
