@@ -332,3 +332,14 @@ def test_rows_that_are_no_list_are_refused(tmp_path, capsys):
     given = ["--scores", str(tmp_path / "scores.json"), "--output", str(tmp_path / "report")]
     assert main(["evaluate", "report", *given, "--rows", str(tmp_path / "rows.json")]) == 2
     assert "expected a list of rows, got dict" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "3", '{"summary": 1, "regions": {}}', '{"provenance": 3}']
+)
+def test_scores_of_another_form_are_named(tmp_path, content, capsys):
+    (tmp_path / "scores.json").write_text(content)
+    given = ["--scores", str(tmp_path / "scores.json"), "--output", str(tmp_path / "made")]
+    assert main(["evaluate", "report", *given]) == 2
+    said = capsys.readouterr().err
+    assert "scores.json, got another form" in said and "Traceback" not in said

@@ -18,6 +18,7 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="the endpoint needs the package's apps extra")
 
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.cli import main  # noqa: E402
 from perceptiondlm.apps.serving.chat import RequestReader  # noqa: E402
 from perceptiondlm.apps.serving.decode import Decoder  # noqa: E402
 from perceptiondlm.apps.serving.engine import Engine, QueueFull  # noqa: E402
@@ -329,3 +330,10 @@ def wait_for(condition, seconds: float = 60):  # a worker process may have to st
     while not condition():
         assert time.monotonic() < give_up
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("option", ["--max-mib", "--max-decoded-mib"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_a_number_of_mib_that_makes_no_sense_is_refused(option, value, capsys):
+    assert main(["serve", option, value]) == 2
+    assert "perceptiondlm serve: expected" in capsys.readouterr().err

@@ -21,6 +21,7 @@ import yaml
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import COMMANDS, main
 from perceptiondlm.apps.serving import arguments
+from perceptiondlm.apps.serving.pool import WorkerPool
 from perceptiondlm.conversion.command import argument_parser
 from perceptiondlm.conversion.command import main as convert_main
 from perceptiondlm.evaluation.cli import STEPS
@@ -241,6 +242,7 @@ def quick_model(load, monkeypatch):
         return RegionCaptioner(model, processor, **options)
 
     monkeypatch.setattr(RegionCaptioner, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(WorkerPool, "warm_up", lambda _: None)  # their folder is gone soon
     load_engine = arguments.load_engine
 
     def refuse(args):
