@@ -128,7 +128,7 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_and_a_progressive_one_is_not():
 
 
 def test_the_scans_of_all_images_of_an_mpo_file_count():
-    file, image = io.BytesIO(), Image.open(PICTURE).convert("RGB")
+    file, image = io.BytesIO(), Image.open(IMAGE).convert("RGB")
     image.save(file, "MPO", save_all=True, append_images=[image, image])
     assert Image.open(io.BytesIO(file.getvalue())).format == "MPO"
     Decoder(Limits(scans=3)).image(file.getvalue(), "the image")

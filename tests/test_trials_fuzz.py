@@ -26,9 +26,9 @@ from perceptiondlm.conversion.command import argument_parser
 from perceptiondlm.conversion.command import main as convert_main
 from perceptiondlm.evaluation.cli import STEPS
 from perceptiondlm.training.conversations import ConversationSamples
+from perceptiondlm.training.datasets import FileDataset, StreamDataset
 from perceptiondlm.training.recipe import ConversationData, RegionData
 from perceptiondlm.training.regions import RegionSamples
-from perceptiondlm.training.sources import FileDataset, StreamDataset
 from PIL import Image
 from test_evaluation_benchmarks import write_paradlc
 from training_runs import recipe_values
@@ -480,13 +480,13 @@ def lines_named(caplog, path: Path, seed: int, maker) -> set[int]:
 
 
 def by_index(path: Path, maker):
-    samples = FileDataset([str(path)], maker, most_broken=1.0)
+    samples = FileDataset([str(path)], maker, max_broken_share=1.0)
     for k in range(len(samples)):
         samples[k]
 
 
 def by_stream(path: Path, maker):
-    stream = StreamDataset([str(path)], maker, most_broken=1.0, buffer=1)
+    stream = StreamDataset([str(path)], maker, max_broken_share=1.0, buffer=1)
     for _ in stream._epoch(0):
         pass
 
