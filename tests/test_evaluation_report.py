@@ -223,8 +223,11 @@ def test_the_revision_is_the_commit_and_tells_of_changes(tmp_path):
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "-m", "one")
+    os.utime(tmp_path / "file", (1, 1))  # git would note it in its index, under a lock
+    index = (tmp_path / ".git" / "index").read_bytes()
     clean = git_revision(tmp_path)
     assert len(clean) == 40
+    assert (tmp_path / ".git" / "index").read_bytes() == index
     (tmp_path / "file").write_text("2")
     assert git_revision(tmp_path) == clean + "+changes"
     (tmp_path / "inside").mkdir()

@@ -93,15 +93,21 @@ GOOD = {
     "repo_id": ["somebody/model"],
     "limit": ["1"],
     "option": ["caption_length=2", "steps=1"],
-    "scenes": ["1"],
-    "own_scenes": ["1"],
     "regions": ["1", "1,2"],
     "repeats": ["1"],
     "port": ["0", "8000"],
     "recipe": ["recipe.yaml"],
 }
 # What would take long, reach out or never end.
-FIXED = {"attempts": "1", "first_delay": "0", "timeout": "1", "compile": None, "open": None}
+FIXED = {
+    "attempts": ["1"],
+    "first_delay": ["0"],
+    "timeout": ["1"],
+    "scenes": ["1", "1", "1", "0", "-1", "x"],
+    "own_scenes": ["1", "1", "1", "0", "-1", "x"],
+    "compile": None,
+    "open": None,
+}
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
@@ -126,7 +132,7 @@ def drawn_arguments(draw: random.Random, parser: argparse.ArgumentParser) -> lis
         fixed = action.dest in FIXED
         if (fixed and FIXED[action.dest] is None) or (not fixed and draw.random() > wanted):
             continue
-        values = [FIXED[action.dest]] if fixed else values_of(draw, action)
+        values = [draw.choice(FIXED[action.dest])] if fixed else values_of(draw, action)
         words += [draw.choice(action.option_strings)] if is_option else []
         words += [] if action.nargs == 0 else values
     return words if draw.random() > 0.05 else [*words, draw.choice(BAD)]
