@@ -99,12 +99,13 @@ GOOD = {
     "recipe": ["recipe.yaml"],
 }
 # What would take long, reach out or never end.
+FEW = ["1", "1", "1", "0", "-1", "x"]
 FIXED = {
     "attempts": ["1"],
     "first_delay": ["0"],
     "timeout": ["1"],
-    "scenes": ["1", "1", "1", "0", "-1", "x"],
-    "own_scenes": ["1", "1", "1", "0", "-1", "x"],
+    "scenes": FEW,
+    "own_scenes": FEW,
     "compile": None,
     "open": None,
 }
@@ -129,10 +130,13 @@ def drawn_arguments(draw: random.Random, parser: argparse.ArgumentParser) -> lis
         is_option = bool(action.option_strings)
         wanted = 0.97 if action.required else 0.12 if is_option else 0.8
         wanted = 0.6 if action.dest in ("box", "model", "device", "caption_length") else wanted
-        fixed = action.dest in FIXED
-        if (fixed and FIXED[action.dest] is None) or (not fixed and draw.random() > wanted):
+        # what `latency` measures, and no files
+        fixed = action.dest in FIXED or action.option_strings == ["--pictures"]
+        if (fixed and FIXED.get(action.dest, FEW) is None) or (
+            not fixed and draw.random() > wanted
+        ):
             continue
-        values = [draw.choice(FIXED[action.dest])] if fixed else values_of(draw, action)
+        values = [draw.choice(FIXED.get(action.dest, FEW))] if fixed else values_of(draw, action)
         words += [draw.choice(action.option_strings)] if is_option else []
         words += [] if action.nargs == 0 else values
     return words if draw.random() > 0.05 else [*words, draw.choice(BAD)]
