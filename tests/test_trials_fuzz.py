@@ -130,13 +130,12 @@ def drawn_arguments(draw: random.Random, parser: argparse.ArgumentParser) -> lis
         is_option = bool(action.option_strings)
         wanted = 0.97 if action.required else 0.12 if is_option else 0.8
         wanted = 0.6 if action.dest in ("box", "model", "device", "caption_length") else wanted
-        # what `latency` measures, and no files
+        # `latency` has an option of the same name as the files of `caption`
         fixed = action.dest in FIXED or action.option_strings == ["--pictures"]
-        if (fixed and FIXED.get(action.dest, FEW) is None) or (
-            not fixed and draw.random() > wanted
-        ):
+        few = FIXED.get(action.dest, FEW)
+        if few is None or (not fixed and draw.random() > wanted):
             continue
-        values = [draw.choice(FIXED.get(action.dest, FEW))] if fixed else values_of(draw, action)
+        values = [draw.choice(few)] if fixed else values_of(draw, action)
         words += [draw.choice(action.option_strings)] if is_option else []
         words += [] if action.nargs == 0 else values
     return words if draw.random() > 0.05 else [*words, draw.choice(BAD)]
