@@ -5,7 +5,7 @@ import importlib
 import sys
 
 from ..common.extras import MissingExtra
-from .streams import escape_what_streams_lack, silence_stdout
+from ..common.streams import escape_what_streams_lack, silence_stdout
 
 INTERRUPTED = 130  # as a shell says of a command that Ctrl-C ended
 

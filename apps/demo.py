@@ -4,8 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..common.files import only_run, write_bytes
 from ..scenes.shapes import render_scene
 from .captioning.captioner import RegionCaptioner
+from .captioning.drawing import encode_picture
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,10 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     captions = captioner(scene.image, [thing.mask for thing in scene.objects])
     answer = captioner.ask(scene.image, question.question)
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    scene.image.save(args.output / "scene.png")
-    captions.draw().save(args.output / "captions.png")
-    answer.draw().save(args.output / "answer.png")
+    drawings = {"scene": scene.image, "captions": captions.draw(), "answer": answer.draw()}
+    with only_run(args.output):
+        for name, drawing in drawings.items():
+            write_bytes(args.output / f"{name}.png", encode_picture(drawing, ".png"))
     print(captions)
     print(f"{captions.seconds:.2f} s, {captions.tokens_per_forward:.1f} tokens a forward pass")
     print(f"{answer} (the truth: {question.answer})")

@@ -6,6 +6,7 @@ those of the umask.
 """
 
 import contextlib
+import ctypes
 import errno
 import glob
 import hashlib
@@ -14,6 +15,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,7 @@ except ImportError:  # Windows: nothing keeps two runs apart there
     fcntl = None
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # from file systems that know none
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 BLOCK = 1 << 22  # bytes that are hashed at once
 UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 KINDS = {
@@ -119,6 +122,32 @@ def sync_folder(folder: Path):
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def replace_folder(new: Path, target: Path, aside: Path):
+    """Moves a whole folder to `target`, where an old one is, which goes to another name beside.
+
+    Linux exchanges the two in one step. Elsewhere there is a moment at which nothing is at
+    `target`, and the next run has to put `aside` back.
+    """
+    if _exchange(new, target):
+        new.rename(aside)
+        return
+    target.rename(aside)
+    try:
+        new.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # not in every C library
+    names = AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other)
+    return rename is not None and rename(*names, RENAME_EXCHANGE) == 0
 
 
 class GrowingFile:

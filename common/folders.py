@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .files import fcntl, lock_handle, sync_folder
+from .files import fcntl, lock_handle, replace_folder, sync_folder
 
 REPLACED = "replaced"  # what was there, until its successor is
 
@@ -80,13 +80,9 @@ def _put_in_place(unfinished: Path, target: Path, replaced: Path, force: bool):
     """Renames a finished folder; what it replaces is back in its place if that fails."""
     if force and target.exists():
         shutil.copymode(target, unfinished)
-        target.rename(replaced)
-    try:
+        replace_folder(unfinished, target, replaced)
+    else:
         unfinished.rename(target)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
     sync_folder(target.parent)
 
 

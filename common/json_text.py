@@ -18,9 +18,15 @@ def parse_json(text: bytes | str, name: str | Path):
     Raises ValueError for what is not JSON.
     """
     try:
-        return json.loads(text.removeprefix(BYTE_ORDER_MARK) if isinstance(text, str) else text)
+        return json.loads(without_mark(text))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in {name}, got: {error}") from error
+
+
+def without_mark(text: bytes | bytearray | str) -> bytes | bytearray | str:
+    """Drops the byte order mark that UTF-8 text may begin with, for parsers that take none."""
+    mark = BYTE_ORDER_MARK if isinstance(text, str) else codecs.BOM_UTF8
+    return text.removeprefix(mark) if text.startswith(mark) else text
 
 
 def read_json(path: str | Path):

@@ -58,8 +58,10 @@ def load_model(
         config_fields: fields of `PerceptionDLMConfig` instead of the saved ones, which the
             processor follows.
 
-    Raises as `expect_checkpoint`, and ValueError for weights that do not fit the config.
+    Raises as `expect_checkpoint`, and ValueError for weights that do not fit the config or a
+    device that is not there.
     """
+    device = None if device is None else usable_device(device)
     place = {"revision": revision, "token": token, "subfolder": subfolder or ""}
     expect_checkpoint(source, **place)
 
@@ -87,6 +89,20 @@ def default_device() -> torch.device:
     """Returns the accelerator if there is one, else the CPU."""
     found = torch.accelerator.is_available()
     return torch.accelerator.current_accelerator() if found else torch.device("cpu")
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Returns a device, after trying it; raises ValueError for one that torch does not have."""
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # not known, or not built for
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"expected a device such as cpu or cuda:0, got {str(device)!r}: {reason}"
+        ) from error
+    if found.type == "meta":
+        raise ValueError("expected a device that holds values, got 'meta'")
+    return found
 
 
 def local_path(source: str | Path) -> Path | None:

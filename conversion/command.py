@@ -9,6 +9,7 @@ from pathlib import Path
 from ..common.extras import MissingExtra
 from ..common.folders import OutputExists
 from ..common.loading import UnrecognizedCheckpoint
+from ..common.streams import escape_what_streams_lack
 from ..publishing.command import add_push_options, push_from
 from ..publishing.provenance import write_provenance
 from .convert import DTYPES, VerificationFailed, convert
@@ -68,6 +69,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
+    escape_what_streams_lack()
     args = argument_parser().parse_args(argv)
     parameters = inspect.signature(convert).parameters
     try:

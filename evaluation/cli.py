@@ -5,8 +5,10 @@ import importlib
 import logging
 import os
 import sys
+from pathlib import Path
 
 from ..common.files import only_run
+from .files import run_record_path
 
 # name: (module with `configure(parser)` and `run(args) -> exit code`, one line of help)
 STEPS = {
@@ -54,8 +56,10 @@ def run(args: argparse.Namespace) -> int:
         return 2
 
 
-def _outputs(args: argparse.Namespace) -> list[str | None]:
+def _outputs(args: argparse.Namespace) -> list[str | Path | None]:
     """What a step writes; of several processes of one run the first alone answers for it."""
     if os.environ.get("RANK", "0") != "0":
         return []
-    return [getattr(args, name, None) for name in ("output", "own_output", "texts")]
+    outputs = [getattr(args, name, None) for name in ("output", "own_output", "texts")]
+    files = [output for output in outputs if output is not None and Path(output).suffix]
+    return outputs + [run_record_path(file) for file in files]

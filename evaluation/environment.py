@@ -70,10 +70,10 @@ def git_revision(folder: str | Path | None = None) -> str | None:
 
 
 def _git(folder: str | Path, *arguments: str) -> str | None:
+    # Without a lock on the index, which a killed run would leave behind
+    command = ["git", "--no-optional-locks", *arguments]
     try:
-        result = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
-        )
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine
         return None
     return result.stdout.strip() if result.returncode == 0 else None

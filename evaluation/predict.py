@@ -2,11 +2,14 @@
 
 Every batch is journaled when it is done, so a killed run goes on where it stopped, also with
 another number of processes. Each process writes a journal of its own; the first merges them.
+Regions whose image or mask cannot be read are named and left out: the next run tries them again.
 """
 
 import argparse
 import glob
 import json
+import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,15 +32,24 @@ from .files import Journal, read_journal, run_record_path, write_json
 from .sharding import Shard, process_state
 from .throughput import BatchCost, Throughput, batch_cost, stop_ids, timed, total_throughput
 
+logger = logging.getLogger(__name__)
+
 ASIDE = ".old"  # ends the names of journals that a restart replaces, until the restart is done
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Captions by region key, and their cost; both of all processes."""
+    """What came of a run, all processes together.
+
+    Attributes:
+        captions: by region key.
+        throughput: what they took.
+        missing: keys of the regions that could not be captioned.
+    """
 
     captions: dict[str, str]
     throughput: Throughput
+    missing: tuple[str, ...] = ()
 
 
 def predict(
@@ -71,7 +83,8 @@ def predict(
             when the prediction file is written.
         progress: shows a progress bar.
 
-    Returns the captions in the order of the samples (None in every process but the first).
+    Returns the captions in the order of the samples (None in every process but the first). Where
+    there are none at all, what was at `output` stays.
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size of 1 or more, got {batch_size}")
@@ -103,8 +116,9 @@ def predict(
         with bar:
             for batch in batches:
                 captions, cost = _caption(model, processor, batch, options, shard.rank)
-                journal.append({"captions": captions, "cost": asdict(cost)})
-                bar.update(len(captions))
+                if captions:
+                    journal.append({"captions": captions, "cost": asdict(cost)})
+                bar.update(sum(map(len, batch)))
 
     shard.barrier()
     return _merge(samples, output, identity) if shard.rank == 0 else None
@@ -116,31 +130,33 @@ def _merge(samples: Sequence[RegionSample], output: str | Path, identity: dict) 
     found = _captions_in(journals, identity)
 
     # In the order of the samples, whoever captioned them
-    captions = {sample.key: found[sample.key] for sample in samples}
+    captions = {sample.key: found[sample.key] for sample in samples if sample.key in found}
+    missing = tuple(sample.key for sample in samples if sample.key not in found)
     costs = [
         BatchCost(**record["cost"])
         for records in journals.values()
         for record in records
         if "cost" in record
     ]
-    write_json(output, captions)
+    if captions or not missing:
+        write_json(output, captions)
 
-    # Only now are journals that a restart replaces no longer needed.
-    for path in _journals(output, ASIDE):
-        path.unlink()
-    return Prediction(captions, total_throughput(costs))
+        # Only now are journals that a restart replaces no longer needed.
+        for path in _journals(output, ASIDE):
+            path.unlink()
+    return Prediction(captions, total_throughput(costs), missing)
 
 
 def _caption(
     model, processor, batch: Sequence[Sequence[RegionSample]], options: dict, rank: int
-) -> tuple[dict[str, str], BatchCost]:
-    """Captions one batch of images and measures it."""
+) -> tuple[dict[str, str], BatchCost | None]:
+    """Captions what can be read of one batch of images, and measures it."""
     start = time.perf_counter()
-    images = [load_image(regions[0].image_path) for regions in batch]
-    masks = [
-        [_load_region(region, image) for region in regions]
-        for regions, image in zip(batch, images, strict=True)
-    ]
+    read = [found for regions in batch if (found := _read(regions))[1]]
+    if not read:
+        return {}, None
+    images = [image for image, _ in read]
+    masks = [list(regions.values()) for _, regions in read]
 
     result, seconds = timed(
         model,
@@ -153,14 +169,14 @@ def _caption(
     end = time.perf_counter()
 
     captions = {
-        region.key: text
-        for regions, texts in zip(batch, result.texts, strict=True)
-        for region, text in zip(regions, texts, strict=True)
+        key: text
+        for (_, regions), texts in zip(read, result.texts, strict=True)
+        for key, text in zip(regions, texts, strict=True)
     }
     cost = batch_cost(
         result,
         stop_ids(model.config),
-        images=len(batch),
+        images=len(read),
         generate_seconds=seconds,
         end_to_end_seconds=end - start,
         rank=rank,
@@ -168,11 +184,17 @@ def _caption(
     return captions, cost
 
 
-def _load_region(region: RegionSample, image):
-    try:
-        return load_mask(region.mask, image.size)
-    except ValueError as error:
-        raise ValueError(f"region {region.key} of {region.image_path}: {error}") from error
+def _read(regions: Sequence[RegionSample]) -> tuple:
+    """Reads the regions of one image: it, and the masks by key; those that cannot be read are named
+    and left out."""
+    image, masks = None, {}
+    for region in regions:
+        try:
+            image = load_image(region.image_path) if image is None else image
+            masks[region.key] = load_mask(region.mask, image.size)
+        except Exception as error:  # files hold anything, and their readers raise anything
+            logger.warning("left out region %s of %s: %s", region.key, region.image_path, error)
+    return image, masks
 
 
 def _by_image(samples: Iterator[RegionSample]) -> list[list[RegionSample]]:
@@ -265,11 +287,19 @@ def run(args: argparse.Namespace) -> int:
         restart=args.restart,
     )
 
-    if prediction is not None:
+    if prediction is None:
+        return 0
+    if prediction.captions:
         record = _run_record(args, model, checkpoint, prediction)
         write_json(run_record_path(args.output), record)
         print(f"{args.output}: {prediction.throughput}")
-    return 0
+    if missing := prediction.missing:
+        print(
+            f"perceptiondlm evaluate predict: {len(missing)} of {len(samples)} regions have no"
+            " caption, as said above; the same command tries them again",
+            file=sys.stderr,
+        )
+    return 1 if missing else 0
 
 
 def _run_record(args: argparse.Namespace, model, checkpoint: str, prediction: Prediction) -> dict:
@@ -278,6 +308,7 @@ def _run_record(args: argparse.Namespace, model, checkpoint: str, prediction: Pr
         **checkpoint_record(args, model),
         "benchmark": str(args.benchmark),
         "predictions": str(args.output),
+        "missing": list(prediction.missing),
         "batch_size": args.batch_size,
         "options": decoding_options(args, questions=False),
         "throughput": prediction.throughput.to_json(),

@@ -7,6 +7,7 @@ as the runs recorded them.
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from .environment import run_environment
@@ -297,10 +298,29 @@ def configure(parser: argparse.ArgumentParser):
     add("--output", required=True, help="folder for report.md, report.json and figures")
 
 
+@contextmanager
+def _reading(paths: Sequence[str]):
+    """Says that one of the files is not what a step wrote, where its content is of another form."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        names, problem = ", ".join(paths), f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"expected what the steps of `evaluate` wrote in {names}, got another form ({problem})"
+        ) from error
+
+
 def run(args: argparse.Namespace) -> int:
     """Writes the report of the files that were given."""
-    measured = {path: read_json(path) for path in args.rows}
     given = (args.scores, args.predictions, args.answers, args.measurements, *args.rows)
+    given = [path for path in given if path]
+    with _reading(given):
+        print(_write(args, given))
+    return 0
+
+
+def _write(args: argparse.Namespace, given: Sequence[str]) -> Path:
+    measured = {path: read_json(path) for path in args.rows}
     scores, judge_run = read_json(args.scores), _run_record(args.answers)
 
     # Each step recorded the hash of what it was made from.
@@ -318,10 +338,9 @@ def run(args: argparse.Namespace) -> int:
             for path, content in measured.items()
             if isinstance(content, dict)
         },
-        sources={str(path): file_sha256(path) for path in given if path},
+        sources={str(path): file_sha256(path) for path in given},
     )
-    print(write_report(report, args.output, title=args.title))
-    return 0
+    return write_report(report, args.output, title=args.title)
 
 
 def _expect_made_from(path: str | None, recorded: str | None):

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import tqdm
 
-from ..common.files import file_sha256, write_text
+from ..common.files import file_sha256, only_run, write_text
 from ..common.json_text import read_json
 from .provenance import Provenance, is_hub_id, read_provenance
 
@@ -60,7 +60,8 @@ def write_card(folder: str | Path, repo_id: str, **options):
     if not writes_card(folder):
         return
     card = model_card(folder, repo_id, **{"provenance": read_provenance(folder), **options})
-    write_text(folder / CARD, card)
+    with only_run(folder / CARD):
+        write_text(folder / CARD, card)
 
 
 def writes_card(folder: Path) -> bool:

@@ -204,6 +204,28 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
         source.regions(cat, SIZE)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_a_jpeg_of_thousands_of_scans_is_named_and_a_progressive_one_opened(tmp_path, kind):
+    path, image = tmp_path / "a.jpg", Image.effect_noise((64, 64), 50).convert("RGB")
+    options = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}
+    image.save(path, kind, progressive=True, **options)
+    data = path.read_bytes()
+    assert 1 < data.count(b"\xff\xda") < 30 and open_image(str(path)).size == (64, 64)
+    last = data.rindex(b"\xff\xda")
+    path.write_bytes(data[:-2] + data[last:-2] * 6000 + data[-2:])
+    with pytest.raises(ValueError, match="at most 256 scans in the JPEG of .*a.jpg, got 60"):
+        open_image(str(path))
+
+
+@pytest.mark.parametrize("size", [(39_000_000, 1), (1, 39_000_000)])
+def test_an_image_with_an_endless_side_is_named_before_it_is_decoded(tmp_path, size):
+    declare_png(tmp_path / "a.png", *size)
+    with pytest.raises(ValueError, match="at most 200,000 pixels along a side of .*a.png"):
+        open_image(str(tmp_path / "a.png"))
+    with pytest.raises(ValueError, match="at most 200,000 pixels along a side of .*a.png"):
+        inputs.open_mask_file(tmp_path / "a.png")
+
+
 def test_a_jpeg_mask_is_refused(tmp_path):
     (cat,) = image_files(tmp_path, "cat.png")
     (source,) = open_sources([str(save(tmp_path / "mask.jpg"))], [cat])

@@ -5,7 +5,9 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from perceptiondlm.common import files
@@ -286,8 +288,6 @@ def test_a_killed_conversion_leaves_nothing_after_the_next(tmp_path):
 
 
 def test_a_conversion_killed_between_two_renamings_gives_the_old_folder_back(tmp_path, monkeypatch):
-    from pathlib import Path
-
     make(tmp_path / "out", "old")
     rename = Path.rename
 
@@ -296,11 +296,23 @@ def test_a_conversion_killed_between_two_renamings_gives_the_old_folder_back(tmp
         die()
 
     with monkeypatch.context() as patched:
+        patched.setattr(files, "_exchange", lambda *_: False)  # as on other systems than Linux
         patched.setattr(Path, "rename", once)
         kill_in(make, tmp_path / "out", "new")
     assert not (tmp_path / "out").exists()
     clear_unfinished(tmp_path / "out")
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "weights").read_text() == "old"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two names in one step")
+def test_a_folder_is_replaced_with_no_moment_without_one(tmp_path, monkeypatch):
+    make(tmp_path / "out", "old")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", die)  # right after the new folder is in its place
+        kill_in(make, tmp_path / "out", "new")
+    assert (tmp_path / "out" / "weights").read_text() == "new"
+    clear_unfinished(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_second_conversion_to_one_folder_is_refused(tmp_path):

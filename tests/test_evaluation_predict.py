@@ -244,18 +244,66 @@ def test_stops_are_the_configs_ends(eos, stops):
     assert stop_ids(SimpleNamespace(eot_token_id=7, eos_token_id=eos)) == stops
 
 
-def test_a_picture_that_is_not_there_ends_the_run_and_keeps_what_is_done(samples, output):
-    samples[-1].image_path.unlink()
-    with pytest.raises(FileNotFoundError, match=samples[-1].image_path.name):
-        run(samples, output)
-    journal = output.parent / "captions.rank0.journal.jsonl"
-    assert len(journal.read_text().splitlines()) == IMAGES  # a header and all but one
+DAMAGE = {
+    "none": lambda path: path.unlink(),
+    "half": lambda path: path.write_bytes(path.read_bytes()[:60]),
+    "text": lambda path: path.write_text("<html>"),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+}
 
 
-def test_a_mask_that_does_not_fit_is_named(samples, output):
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_broken_image_belongs_to_its_regions_and_the_next_run_tries_them_again(
+    samples, output, kind, batch_size, caplog
+):
+    image = samples[2].image_path
+    whole = image.read_bytes()
+    DAMAGE[kind](image)
+    first = run(samples, output, batch_size=batch_size)
+    assert first.missing == ("71_0", "71_1")
+    assert first.captions == read_json(output)
+    assert first.captions == {k: v for k, v in EXPECTED.items() if k not in first.missing}
+    named = [record.getMessage() for record in caplog.records if "left out" in record.message]
+    assert [line.split(":")[0] for line in named] == [
+        f"left out region {key} of {image}" for key in first.missing
+    ]
+    if image.is_dir():
+        image.rmdir()
+    image.write_bytes(whole)
+    model = FakeModel()
+    assert run(samples, output, model).captions == EXPECTED and model.calls == [[2]]
+
+
+def test_a_mask_that_does_not_fit_is_named_and_the_others_of_its_image_are_captioned(
+    samples, output, caplog
+):
     other = dataclasses.replace(samples[0], mask={"size": [2, 2], "counts": [0, 4]})
-    with pytest.raises(ValueError, match="region 70_0 of .*0.png: expected a region mask"):
-        run([other], output)
+    assert run([other, *samples[1:]], output).missing == ("70_0",)
+    assert (
+        "left out region 70_0 of" in caplog.text and "0.png: expected a region mask" in caplog.text
+    )
+    assert read_json(output) == {k: v for k, v in EXPECTED.items() if k != "70_0"}
+
+
+def test_a_run_in_which_all_is_broken_leaves_the_old_captions(samples, output):
+    run(samples, output)
+    before = output.read_bytes()
+    for sample in samples:
+        sample.image_path.unlink(missing_ok=True)
+    prediction = run(samples, output, restart=True)
+    assert len(prediction.missing) == IMAGES * REGIONS and output.read_bytes() == before
+
+
+def test_the_command_says_how_many_regions_have_no_caption(samples, output, monkeypatch, capsys):
+    monkeypatch.setattr(predict_module, "load_model", lambda *_: (FakeModel(), "processor"))
+    bench = samples[0].image_path.parent.parent
+    given = ["evaluate", "predict", "--benchmark", str(bench), "--output", str(output)]
+    given += ["--model", "some/model", "--device", "cpu"]
+    samples[0].image_path.write_text("no image")
+    assert main(given) == 1
+    assert "2 of 10 regions have no caption" in capsys.readouterr().err
+    assert read_json(output.with_suffix(".run.json"))["missing"] == ["70_0", "70_1"]
 
 
 def test_sizes_that_make_no_sense_are_refused(samples, output):

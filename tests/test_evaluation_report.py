@@ -223,8 +223,11 @@ def test_the_revision_is_the_commit_and_tells_of_changes(tmp_path):
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "-m", "one")
+    os.utime(tmp_path / "file", (1, 1))  # git would note it in its index, under a lock
+    index = (tmp_path / ".git" / "index").read_bytes()
     clean = git_revision(tmp_path)
     assert len(clean) == 40
+    assert (tmp_path / ".git" / "index").read_bytes() == index
     (tmp_path / "file").write_text("2")
     assert git_revision(tmp_path) == clean + "+changes"
     (tmp_path / "inside").mkdir()
@@ -332,3 +335,14 @@ def test_rows_that_are_no_list_are_refused(tmp_path, capsys):
     given = ["--scores", str(tmp_path / "scores.json"), "--output", str(tmp_path / "report")]
     assert main(["evaluate", "report", *given, "--rows", str(tmp_path / "rows.json")]) == 2
     assert "expected a list of rows, got dict" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "3", '{"summary": 1, "regions": {}}', '{"provenance": 3}']
+)
+def test_scores_of_another_form_are_named(tmp_path, content, capsys):
+    (tmp_path / "scores.json").write_text(content)
+    given = ["--scores", str(tmp_path / "scores.json"), "--output", str(tmp_path / "made")]
+    assert main(["evaluate", "report", *given]) == 2
+    said = capsys.readouterr().err
+    assert "scores.json, got another form" in said and "Traceback" not in said

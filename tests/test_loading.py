@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
+from perceptiondlm.apps.cli import main
+from perceptiondlm.common.loading import load_model
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -93,3 +95,16 @@ def test_a_config_of_wrong_types_is_refused(damage, name, value):
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     with pytest.raises(ValueError, match="expected a valid PerceptionDLM"):
         PerceptionDLMForConditionalGeneration.from_pretrained(path.parent)
+
+
+@pytest.mark.parametrize("device", ["abacus", "0.5", "", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_refused_at_every_door(converted, device, tmp_path, capsys):
+    folder = str(converted("released-region"))
+    with pytest.raises(ValueError, match="expected a device"):
+        load_model(folder, device=device)
+    if device:  # an empty one is none at all on the command line
+        assert main(["serve", "--model", folder, "--device", device]) == 2
+        given = ["--model", folder, "--device", device, "--output", str(tmp_path / "a.json")]
+        assert main(["evaluate", "synthetic", *given]) == 2
+        said = capsys.readouterr().err
+        assert "serve: expected a device" in said and "synthetic: expected a device" in said

@@ -18,6 +18,7 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="the endpoint needs the package's apps extra")
 
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.cli import main  # noqa: E402
 from perceptiondlm.apps.serving.chat import RequestReader  # noqa: E402
 from perceptiondlm.apps.serving.decode import Decoder  # noqa: E402
 from perceptiondlm.apps.serving.engine import Engine, QueueFull  # noqa: E402
@@ -124,6 +125,15 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_and_a_progressive_one_is_not():
     last = data.rindex(b"\xff\xda")
     with pytest.raises(ValueError, match="scans"):
         Decoder(Limits()).image(data[:-2] + data[last:-2] * 6000 + data[-2:], "the image")
+
+
+def test_the_scans_of_all_images_of_an_mpo_file_count():
+    file, image = io.BytesIO(), Image.open(IMAGE).convert("RGB")
+    image.save(file, "MPO", save_all=True, append_images=[image, image])
+    assert Image.open(io.BytesIO(file.getvalue())).format == "MPO"
+    Decoder(Limits(scans=3)).image(file.getvalue(), "the image")
+    with pytest.raises(ValueError, match="at most 2 scans"):
+        Decoder(Limits(scans=2)).image(file.getvalue(), "the image")
 
 
 def test_an_image_with_an_endless_side_is_refused():
@@ -320,3 +330,10 @@ def wait_for(condition, seconds: float = 60):  # a worker process may have to st
     while not condition():
         assert time.monotonic() < give_up
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("option", ["--max-mib", "--max-decoded-mib"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_a_number_of_mib_that_makes_no_sense_is_refused(option, value, capsys):
+    assert main(["serve", option, value]) == 2
+    assert "perceptiondlm serve: expected" in capsys.readouterr().err

@@ -9,6 +9,7 @@ pytest.importorskip("fastapi", reason="the endpoint needs the package's apps ext
 from openai.types import chat  # noqa: E402
 from openai.types.chat import completion_create_params as params  # noqa: E402
 from perceptiondlm.apps.serving import request as own  # noqa: E402
+from perceptiondlm.apps.serving.chat import _masks_of  # noqa: E402
 from perceptiondlm.apps.serving.errors import ApiError  # noqa: E402
 from perceptiondlm.generation_options import OPTIONS
 
@@ -157,6 +158,16 @@ def test_hints_of_parts_are_taken_and_other_kinds_of_parts_refused():
     ):
         with pytest.raises(ApiError, match=part["type"]):
             read(messages=[{"role": "user", "content": [part]}])
+
+
+def test_a_byte_order_mark_before_json_is_no_matter():
+    content = {"model": "tester", "messages": [MESSAGE]}
+    body = json.dumps(content).encode("utf-8-sig")
+    assert own.read_request(bytearray(body)) == own.read_request(json.dumps(content).encode())
+    masks = '\ufeff{"masks": [[1, 2, 3, 4]]}'
+    message = {"role": "user", "content": [{"type": "text", "text": masks}]}
+    request = own.read_request(json.dumps({"model": "tester", "messages": [message]}).encode())
+    assert _masks_of(request) == [[1, 2, 3, 4]]
 
 
 def test_an_error_names_the_fields_place_and_no_more():

@@ -15,12 +15,14 @@ import pytest
 import torch
 import yaml
 from perceptiondlm.apps.cli import main
+from perceptiondlm.common.files import only_run
 from perceptiondlm.training import checkpoints
 from perceptiondlm.training.checkpoints import check_whole, choose_checkpoint, newest_whole
 from perceptiondlm.training.recipe import build_recipe
 from perceptiondlm.training.run import train
 from perceptiondlm.training.stopping import RunStopped, plain_message
 from safetensors.torch import load_file
+from test_common_files import die, kill_in
 from training_runs import losses_of, recipe_values, small_recipe, weights_of
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine"}
@@ -235,6 +237,56 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(run, caplog, 
     assert str(run / "checkpoint-4") in line
     with pytest.raises(ValueError, match=r"checkpoint-4.*checkpoint-2 is whole"):
         choose_checkpoint(str(run), str(run / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_checkpoint_that_a_killed_run_had_set_aside_is_put_back(run, monkeypatch, named):
+    monkeypatch.setattr("perceptiondlm.common.files._exchange", lambda *_: False)
+    rename = Path.rename
+
+    def once(self, target):
+        rename(self, target)
+        die()
+
+    def replace():
+        monkeypatch.setattr(Path, "rename", once)
+        shutil.copytree(run / "checkpoint-4", run / ".saving" / "checkpoint-4")
+        checkpoints.move_checkpoint(run / ".saving" / "checkpoint-4", run / "checkpoint-4")
+
+    kill_in(replace)
+    assert not (run / "checkpoint-4").exists()
+    asked = str(run / "checkpoint-4") if named else True
+    assert choose_checkpoint(str(run), asked) == run / "checkpoint-4"
+
+
+def test_a_checkpoint_set_aside_outlives_the_next_save(run):
+    (run / ".saving").mkdir()
+    (run / "checkpoint-4").rename(run / ".saving" / "replaced-checkpoint-4")
+    with checkpoints.saving_folder(str(run), is_main=True):
+        check_whole(run / "checkpoint-4")
+
+
+def test_a_checkpoint_is_moved_when_every_process_has_written_its_part(recipe_of, monkeypatch):
+    from perceptiondlm.training import trainer
+
+    events = []
+
+    def noted(name, work):
+        return lambda *given: (events.append(name), work(*given))[1]
+
+    own = trainer.DiffusionTrainer
+    monkeypatch.setattr(own, "_save_rng_state", noted("write", own._save_rng_state))
+    monkeypatch.setattr(trainer, "wait_for_others", noted("wait", trainer.wait_for_others))
+    monkeypatch.setattr(trainer, "move_checkpoint", noted("move", trainer.move_checkpoint))
+    train(recipe_of(trainer={**SAVING, "max_steps": 2}))
+    assert events[:4] == ["write", "wait", "move", "wait"]
+
+
+def test_a_second_run_on_one_output_folder_is_refused(recipe_of, tmp_path):
+    with only_run(tmp_path / "run"):
+        with pytest.raises(ValueError, match="expected no other run to write .*run"):
+            train(recipe_of(trainer=SAVING))
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_run_resumed_from_an_older_checkpoint_ends_as_the_uninterrupted_one(finished, run):

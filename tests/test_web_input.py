@@ -172,3 +172,7 @@ def test_examples_are_scenes_with_masks_of_their_size():
 def test_the_painters_setup_survives_being_put_into_markup():
     text = markup(LIMITS, [{"picture": 'a"b<', "regions": []}], regions=True, sam=False)
     assert 'a"b<' not in text and "a\\&quot;b&lt;" in text
+
+
+def test_a_byte_order_mark_before_what_the_page_sends_is_no_matter():
+    assert read_payload("\ufeff" + sent(), LIMITS)[0].size == SIZE

@@ -78,3 +78,9 @@ def test_the_pages_outline_answers_with_a_mask_or_says_why_not(folder):
         (data_url(IMAGE), None, None),
     ):
         assert set(json.loads(json.dumps(page.outline(*arguments)))) == {"problem"}
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(OSError, match="expected a SAM checkpoint in .*list.json"):
+        find_sam(str(tmp_path / "list.json"))

@@ -12,17 +12,18 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..common.files import replace_folder
 from .stopping import is_distributed
 
 logger = logging.getLogger(__name__)
 
-SAVING = ".saving"
+SAVING, REPLACED = ".saving", "replaced-"
 STATE = "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -38,6 +39,7 @@ def saving_folder(output_dir: str, *, is_main: bool) -> Iterator[Path]:
     """Gives an empty folder to every process of a run; removes it afterwards, whatever happens."""
     folder = Path(output_dir) / SAVING
     if is_main:
+        put_back_replaced(output_dir)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     wait_for_others()
@@ -52,8 +54,18 @@ def move_checkpoint(folder: Path, target: Path):
     """Moves a whole checkpoint to its place; an older one of the same step is replaced."""
     sync(folder)
     if target.exists():
-        target.rename(folder.parent / f"replaced-{target.name}")
-    folder.rename(target)
+        replace_folder(folder, target, folder.parent / f"{REPLACED}{target.name}")
+    else:
+        folder.rename(target)
+
+
+def put_back_replaced(output_dir: str | Path):
+    """Puts back the checkpoints that a killed run had set aside and not replaced."""
+    for aside in (Path(output_dir) / SAVING).glob(f"{REPLACED}*"):
+        target = Path(output_dir) / aside.name.removeprefix(REPLACED)
+        if not target.exists():
+            with suppress(FileNotFoundError):  # another process of the run was first
+                aside.rename(target)
 
 
 def move_final(folder: Path, target: Path):
@@ -125,6 +137,7 @@ def choose_checkpoint(output_dir: str, resume: str | bool) -> Path:
     Raises ValueError for one that is not whole and where there is none, FileNotFoundError for a
     folder that is not there.
     """
+    put_back_replaced(output_dir)
     if resume is True:
         newest = newest_whole(output_dir)
         if newest is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from ..common.files import only_run
 from .build import build_model
 from .checkpoints import choose_checkpoint, has_final, read_state
 from .conversations import ConversationSamples
@@ -29,16 +30,21 @@ def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
     Args:
         resume: a checkpoint to go on from, or True for the newest whole one.
 
-    Raises `RunStopped` where the run ends before its last step, and KeyboardInterrupt with what
-    there is to go on from.
+    Raises ValueError where another run writes there, `RunStopped` where the run ends before its
+    last step, and KeyboardInterrupt with what there is to go on from.
     """
     expect_evaluation(recipe)
     args = TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
     _check_devices(args)
     trainer = build_trainer(recipe, args)
     _expect_whole_batches(trainer)
+    with only_run(args.output_dir if args.process_index == 0 else None):
+        return _run(trainer, recipe, resume)
 
-    checkpoint = None
+
+def _run(trainer: DiffusionTrainer, recipe: Recipe, resume: str | bool | None) -> DiffusionTrainer:
+    """Trains, or goes on, and saves the result."""
+    args, checkpoint = trainer.args, None
     if resume:
         checkpoint = choose_checkpoint(args.output_dir, resume)
         if is_finished(args, checkpoint) and has_final(args.output_dir, checkpoint):

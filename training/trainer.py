@@ -252,6 +252,7 @@ class DiffusionTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 folder, self._saving = self._saving / name, None
+            wait_for_others()  # whose random states belong to it
             if args.process_index == 0:
                 if self.state.best_global_step == step:
                     self.state.best_model_checkpoint = str(target)

@@ -139,9 +139,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_options(args)
         task = CaptionRun(args, given_options(args))
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        # torch raises RuntimeError for a device that it does not know, AssertionError for one that
-        # it was not built for
+    except (ValueError, OSError) as error:
         report(str(error))
         return USAGE
     except KeyboardInterrupt:

@@ -38,9 +38,13 @@ IMAGE_SUFFIXES = READ_SUFFIXES | HEIF_SUFFIXES | OTHER_SUFFIXES
 MASK_SUFFIXES = frozenset(".png .webp .gif .bmp .tif .tiff .pgm".split())
 
 MAX_PIXELS = 80_000_000
+MAX_SIDE = 200_000
+MAX_SCANS = 256  # of a JPEG; photographs have about ten
 MAX_IMAGE_BYTES = 256 << 20
 MAX_JSON_BYTES = 512 << 20
 DOWNLOAD_SECONDS = 30
+JPEG_FORMATS = ("JPEG", "MPO")  # the second is several in one file, as cameras write it
+JPEG_SCAN = b"\xff\xda"  # a marker that no scan has inside
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,20 @@ def _open_checked(source, name: str) -> Image.Image:
         raise ValueError(
             f"expected {MAX_PIXELS:,} pixels at most in {name}, got {image.width}x{image.height}"
         )
+    expect_bounded(image, source, name, side=MAX_SIDE, scans=MAX_SCANS)
     return image
+
+
+def expect_bounded(image: Image.Image, source, name: str, *, side: int, scans: int):
+    """Refuses an image, opened from a path or BytesIO and not yet decoded, of too long a side; and
+    a JPEG of too many scans, each of which is a pass over the whole image."""
+    if max(image.size) > side:
+        got = f"{image.width}x{image.height}"
+        raise ValueError(f"expected at most {side:,} pixels along a side of {name}, got {got}")
+    if image.format in JPEG_FORMATS or image.info.get("compression") == "jpeg":  # the latter: TIFF
+        data = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+        if (found := data.count(JPEG_SCAN)) > scans:
+            raise ValueError(f"expected at most {scans} scans in the JPEG of {name}, got {found}")
 
 
 def _check_file(path: Path, most: int, kind: str):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...common.files import file_to_replace, only_run, write_bytes
-from ..streams import silence_stdout
+from ...common.streams import silence_stdout
 from .command import DONE, INTERRUPTED, SOME_FAILED, USAGE, report
 from .inputs import find_images, open_image
 from .model_arguments import load_captioner

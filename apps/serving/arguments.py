@@ -1,6 +1,7 @@
 """Declares the arguments that the web page and the server share, and makes an engine of them."""
 
 import argparse
+import math
 
 from ...common.option_arguments import add_option_arguments, given_options
 from ..captioning.model_arguments import add_model_arguments, load_captioner
@@ -88,15 +89,21 @@ def _add_numbers(group, rows):
 def limits_of(args: argparse.Namespace) -> Limits:
     """Returns the limits asked for; raises ValueError for one that is not above 0."""
     return Limits(
-        body_bytes=int(args.max_mib * MIB),
+        body_bytes=_bytes_of("--max-mib", args.max_mib),
         pixels=args.max_pixels,
         masks=args.max_masks,
-        decoded_bytes=int(args.max_decoded_mib * MIB),
+        decoded_bytes=_bytes_of("--max-decoded-mib", args.max_decoded_mib),
         caption_length=args.max_caption_length,
         new_tokens=args.max_answer_length,
         steps=max(args.max_caption_length, args.max_answer_length),
         request_seconds=args.request_seconds,
     )
+
+
+def _bytes_of(option: str, mib: float) -> int:
+    if not math.isfinite(mib):
+        raise ValueError(f"expected a finite number for {option}, got {mib}")
+    return int(mib * MIB)
 
 
 def load_engine(args: argparse.Namespace):

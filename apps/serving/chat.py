@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from ...common.json_text import without_mark
 from ...image_loading import is_data_url, load_image, load_mask
 from .decode import Decoder, alpha_mask
 from .limits import Limits, each_numbered, expect_at_most
 from .request import DECODING, ChatRequest, ImagePart, MaskPart, Message, TextPart
 
 MAX_STOPS = 4  # as OpenAI's
-MASKS_TEXT = re.compile(r'\s*\{\s*"masks"\s*:.*\}\s*', re.DOTALL)
+MASKS_TEXT = re.compile(r'\ufeff?\s*\{\s*"masks"\s*:.*\}\s*', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _mask_parts(message: Message) -> list:
 
 def _masks_in(text: str) -> list:
     try:
-        content = json.loads(text, parse_constant=_no_constant)
+        content = json.loads(without_mark(text), parse_constant=_no_constant)
     except RecursionError as error:
         raise ValueError("expected masks as flat JSON, got deeply nested JSON") from error
     except ValueError as error:

@@ -12,12 +12,11 @@ from PIL import Image
 from ... import image_loading
 from ...image_loading import expect_lossless, load_mask, open_encoded, turn_upright
 from ...image_masks import expect_size
-from ..captioning.inputs import annotation_mask, readable_formats
-from .limits import Limits, expect_at_most
+from ..captioning.inputs import annotation_mask, expect_bounded, readable_formats
+from .limits import Limits
 
 MAX_NUMBER = 10**9  # of a coordinate or run length
 IMAGE_BYTES, MASK_BYTES = 4, 1  # of a pixel, once decoded
-JPEG_SCAN = b"\xff\xda"  # a marker that no scan has inside
 # What people send as an image that is none: first bytes, and what to call it.
 NOT_IMAGES = (
     (b"<svg", "SVG"),
@@ -156,8 +155,9 @@ class Decoder:
                 f"expected {name} of at most {limit:g} MiB, got {len(data) / (1 << 20):.1f} MiB"
             )
 
+        source = io.BytesIO(data)
         try:
-            image = open_encoded(io.BytesIO(data), readable_formats())
+            image = open_encoded(source, readable_formats())
         except Image.DecompressionBombError as error:
             raise ValueError(
                 f"expected at most {limits.pixels:,} pixels in {name}, got: {error}"
@@ -166,19 +166,13 @@ class Decoder:
             kinds = ", ".join(readable_formats())
             raise ValueError(f"expected {name} as {kinds}, got {_kind_of(data)}") from error
 
-        self._check(image, data, name)
-        return image
-
-    def _check(self, image: Image.Image, data: bytes, name: str):
         width, height = image.size
-        if width * height > self.limits.pixels:
+        if width * height > limits.pixels:
             raise ValueError(
-                f"expected at most {self.limits.pixels:,} pixels in {name}, got {width}x{height}"
+                f"expected at most {limits.pixels:,} pixels in {name}, got {width}x{height}"
             )
-        expect_at_most(f"pixels along a side of {name}", max(width, height), self.limits.side)
-        if "jpeg" in (str(image.format).lower(), image.info.get("compression")):
-            scans = data.count(JPEG_SCAN)
-            expect_at_most(f"scans in the JPEG of {name}", scans, self.limits.scans)
+        expect_bounded(image, source, name, side=limits.side, scans=limits.scans)
+        return image
 
 
 def _loaded(image: Image.Image, name: str) -> Image.Image:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import from_json
 
+from ...common.json_text import without_mark
 from ...generation_options import OPTIONS, RENAMED
 from .errors import ApiError
 
@@ -156,7 +157,7 @@ def expect_model(known: str, name: str):
 def read_request(body: bytes | bytearray) -> ChatRequest:
     """Parses a body; raises ApiError 400, which says what field is wrong."""
     try:
-        content = from_json(body)
+        content = from_json(without_mark(body))
     except ValueError as error:
         raise ApiError(400, f"expected JSON, got: {error}", code="invalid_request") from error
     _expect_small(content)

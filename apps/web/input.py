@@ -2,12 +2,12 @@
 
 import base64
 import io
-import json
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from ...common.json_text import parse_json
 from ...image_loading import load_image, load_mask
 from ...scenes.shapes import render_scene
 from ..captioning.drawing import PALETTE
@@ -38,10 +38,7 @@ def read_payload(
         return None, []
     if len(text) > 2 * limits.body_bytes:
         raise ValueError(f"expected at most {limits.body_bytes >> 20} MiB of image and masks")
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON from the page, got: {error}") from error
+    content = parse_json(text, "what the page sent")
     if not isinstance(content, dict) or not isinstance(content.get("regions"), list):
         raise ValueError("expected an image and regions from the page")
 

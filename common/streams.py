@@ -1,4 +1,4 @@
-"""Standard output and error of the command, whatever they are connected to."""
+"""Standard output and error of a command, whatever they are connected to."""
 
 import contextlib
 import io
