@@ -7,7 +7,7 @@ from pathlib import Path
 from ..common.files import only_run, write_bytes
 from ..scenes.shapes import render_scene
 from .captioning.captioner import RegionCaptioner
-from .captioning.drawing import encode_picture
+from .captioning.drawing import encode_image
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     drawings = {"scene": scene.image, "captions": captions.draw(), "answer": answer.draw()}
     with only_run(args.output):
         for name, drawing in drawings.items():
-            write_bytes(args.output / f"{name}.png", encode_picture(drawing, ".png"))
+            write_bytes(args.output / f"{name}.png", encode_image(drawing, ".png"))
     print(captions)
     print(f"{captions.seconds:.2f} s, {captions.tokens_per_forward:.1f} tokens a forward pass")
     print(f"{answer} (the truth: {question.answer})")
