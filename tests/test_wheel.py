@@ -214,7 +214,8 @@ def test_an_installed_wheel_trains_by_its_own_recipes(elsewhere):
         "apps.cli", "train", "configs/tiny.yaml", "trainer.max_steps=1", "data.scenes=16",
         "data.scene_sets=1", "trainer.bf16=false", "trainer.use_cpu=true",
         "trainer.per_device_train_batch_size=2", "trainer.lr_scheduler_type=constant",
-        "trainer.lr_scheduler_kwargs={}", "model.tokenizer_scenes=20",
+        "trainer.lr_scheduler_kwargs={}", "trainer.warmup_steps=0",
+        "model.tokenizer_scenes=20",
     )  # fmt: skip
     assert (elsewhere.home / "runs" / "tiny" / "config.json").is_file()
 
