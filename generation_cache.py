@@ -219,20 +219,6 @@ def _trunk_length(region_ids: torch.Tensor) -> int:
     return int(lengths[0]) if bool((lengths == lengths[0]).all()) else 0
 
 
-def expect_responses(inputs: dict):
-    """Refuses inputs without what the processor says of their responses."""
-    if not isinstance(inputs, Mapping):
-        raise ValueError(f"expected `inputs` as the processor's, got {type(inputs).__name__}")
-    missing = [name for name in RESPONSE_INPUTS if inputs.get(name) is None]
-    if missing:
-        raise ValueError(
-            f"expected inputs with a response to denoise, as the processor makes them,"
-            f" got none of {', '.join(missing)}"
-        )
-    if not isinstance(inputs["task"], str) or inputs["task"] not in TASKS:
-        raise ValueError(f"expected a task among {', '.join(TASKS)}, got {inputs['task']!r}")
-
-
 def response_slots(inputs: dict, mask_token_id: int) -> tuple[torch.Tensor, State]:
     """Locates the masked positions of each region and builds the initial state.
 
@@ -297,14 +283,16 @@ def rows_of(state: State) -> list[list[list[int]]]:
 MAX_GRID, MAX_SIDE = 64, 2**20  # tiles along a side, and pixels: beyond any image
 
 # What the processor makes: type and axes of each tensor. A letter is one size wherever it stands: B
-# rows, L positions, T tiles, N images, K regions of the batch, M regions of a row at most, S pixels
-# and P patches along a tile's side, R region prompts.
+# rows, L positions, G groups of n response positions, T tiles, N images, K regions of the batch, M
+# regions of a row at most, S pixels and P patches along a tile's side, R region prompts.
 SEQUENCE_INPUTS = {
     "input_ids": ("integer", "B L"),
     "attention_mask": ("integer", "B L"),
     "position_ids": ("integer", "B L"),
     "region_ids": ("integer", "B L"),
     "role_ids": ("integer", "B L"),
+    "response_columns": ("integer", "B G n"),
+    "response_start": ("integer", "B"),
 }
 IMAGE_INPUTS = {
     "pixel_values": ("float", "T 3 S S"),
@@ -328,6 +316,15 @@ def check_inputs(inputs, config: PerceptionDLMConfig):
     if not isinstance(inputs, Mapping):
         raise ValueError(f"expected `inputs` as the processor's, got {type(inputs).__name__}")
 
+    missing = [name for name in RESPONSE_INPUTS if inputs.get(name) is None]
+    if missing:
+        raise ValueError(
+            "expected inputs with a response to denoise, as the processor makes them,"
+            f" got none of {', '.join(missing)}"
+        )
+    if not isinstance(inputs["task"], str) or inputs["task"] not in TASKS:
+        raise ValueError(f"expected a task among {', '.join(TASKS)}, got {inputs['task']!r}")
+
     # Images and regions are there with all their tensors or not at all.
     needed = dict(SEQUENCE_INPUTS)
     if any(name in inputs for name in IMAGE_INPUTS):
@@ -344,8 +341,6 @@ def check_inputs(inputs, config: PerceptionDLMConfig):
         "P": config.grid_side,
         "R": config.num_region_prompts,
     }
-    if "response_columns" in inputs:
-        needed |= {"response_columns": ("integer", "B G n"), "response_start": ("integer", "B")}
     for name, (kind, axes) in needed.items():
         _expect_tensor(name, inputs.get(name), kind, axes.split(), sizes)
     _expect_values(inputs, config)

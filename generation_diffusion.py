@@ -10,6 +10,7 @@ prompt.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import cached_file
 
 from .configuration_perceptiondlm import (
     ROLE_CAPTION,
@@ -28,13 +30,18 @@ from .configuration_perceptiondlm import (
 from .generation_cache import (
     ResponseNetwork,
     check_inputs,
-    expect_responses,
     response_slots,
     rows_of,
     scatter_valid,
 )
 from .generation_loop import RowNoise, Sampler, denoise
-from .generation_options import KNOWN, DiffusionOptions, GenerateArguments, decoding_defaults
+from .generation_options import (
+    KNOWN,
+    DiffusionOptions,
+    GenerateArguments,
+    decoding_defaults,
+    update_generation_config,
+)
 from .generation_rules import Rule, State, StopAt
 from .image_loading import describe
 from .image_processing_perceptiondlm import (
@@ -53,7 +60,11 @@ COLUMNS = ("input_ids", "attention_mask", "position_ids", "region_ids", "role_id
 TRAINING_INPUTS = ("labels", "timesteps", "noise")
 IMAGE_INPUTS = (*PerceptionDLMImageProcessor.model_input_names, "region_orders")
 INPUTS = (*COLUMNS, *IMAGE_INPUTS, *TRAINING_INPUTS, *RESPONSE_INPUTS)
-MAY_BE_MISSING = (OSError,)  # what transformers raises for a file that is not there
+GENERATION_CONFIG = "generation_config.json"
+LOADING = (  # what `cached_file` takes of the arguments of `from_pretrained`
+    *("cache_dir", "force_download", "proxies", "local_files_only"),
+    *("token", "revision", "subfolder"),
+)
 
 
 @dataclass
@@ -167,23 +178,21 @@ class DiffusionGenerationMixin:
     ):
         """Loads `generation_config.json`, as transformers asks after the weights.
 
-        What it leaves open stays as the config says, for checkpoints that have no such file.
+        What it leaves open stays as the config says, for checkpoints that have no such file. Raises
+        ValueError for a file that is damaged, or holds a field that nobody knows.
         """
-        if generation_config is None:
-            # Absolute: transformers looks for "." with a subfolder in the wrong folder.
-            place = pretrained_model_name_or_path
-            place = Path(place).absolute() if Path(place).is_dir() else place
-            try:
-                generation_config = GenerationConfig.from_pretrained(
-                    place,
-                    _from_auto=from_auto_class,
-                    _from_pipeline=from_pipeline,
-                    **loading,
-                )
-            except MAY_BE_MISSING:
+        place = pretrained_model_name_or_path
+        if generation_config is not None:
+            saved = generation_config.to_diff_dict()
+        else:
+            known = {k: v for k, v in loading.items() if k in LOADING}
+            path = cached_file(
+                place, GENERATION_CONFIG, _raise_exceptions_for_missing_entries=False, **known
+            )
+            if path is None:
                 return
-        own, saved = self.generation_config.to_dict(), generation_config.to_diff_dict()
-        self.generation_config = GenerationConfig.from_dict({**own, **saved})
+            saved = _read_json(path)
+        self.generation_config = update_generation_config(self.generation_config, saved, place)
 
     @torch.no_grad()
     def diffusion_generate(
@@ -226,7 +235,6 @@ class DiffusionGenerationMixin:
             if images is not None or masks is not None or prompts is not None:
                 raise ValueError("expected `inputs` or images, masks and prompts, got both")
             # Prepared inputs say by themselves what is denoised and how long it is.
-            expect_responses(inputs)
             check_inputs(inputs, self.config)
             task = inputs["task"]
             chosen = self._options(self._with_length_of(inputs, task, options), task)
@@ -386,11 +394,12 @@ class DiffusionGenerationMixin:
         # Where each response ends: at the end of its turn or text, or at a stop string.
         stops = stop_sequences(options, processor) if processor is not None else ()
         ends = [(i,) for i in self._end_ids()] + list(stops)
+        lengths = [[response_length(ids, ends) for ids in row] for row in token_ids]
         return DiffusionOutput(
-            texts=_texts(token_ids, stops, options.stop_strings, processor),
+            texts=_texts(token_ids, lengths, options.stop_strings, processor),
             token_ids=token_ids,
             num_forwards=sum(forwards),
-            lengths=[[response_length(ids, ends) for ids in row] for row in token_ids],
+            lengths=lengths,
             forward_passes=layout.nest(passes),
             image_forwards=image_forwards,
             history=history,
@@ -659,17 +668,28 @@ def stop_sequences(options: DiffusionOptions, processor) -> tuple[tuple[int, ...
     return tuple(map(tuple, encoded))
 
 
-def _texts(token_ids, stops, stop_strings, processor) -> list[list[str]] | None:
+def _texts(token_ids, lengths, stop_strings, processor) -> list[list[str]] | None:
     """Decodes each response up to its end."""
     if processor is None:
         return None
     texts = [
-        [processor.decode_answer(ids[: response_length(ids, stops)]) for ids in row]
-        for row in token_ids
+        [processor.decode_answer(ids[:length]) for ids, length in zip(row, own, strict=True)]
+        for row, own in zip(token_ids, lengths, strict=True)
     ]
     for stop in stop_strings or ():  # those that the tokenizer splits otherwise in their context
         texts = [[text.split(stop)[0].strip() for text in row] for row in texts]
     return texts
+
+
+def _read_json(path: str) -> dict:
+    """Reads a JSON file that holds an object; raises ValueError for any other."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected JSON in {path}, got: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object in {path}, got {describe(value)}")
+    return value
 
 
 def _chunks(items: Sequence, size: int | None) -> list[Sequence]:

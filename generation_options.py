@@ -25,6 +25,7 @@ MAX_INTEGER = 2**31 - 1
 MAX_STEPS = 2**16  # more than any response has positions
 MAX_SEED = 2**64 - 1
 ACCEPTANCES = " or ".join([", ".join(list(ACCEPT_RULES)[:-1]), list(ACCEPT_RULES)[-1]])
+EXCLUSIVE = (tuple(ACCEPT_RULES), ("seed", "generator"))  # options of which one may be given
 
 # Names that options had before, and what is to be written instead.
 RENAMED = {
@@ -255,7 +256,7 @@ class DiffusionOptions:
         # Unknown names first, whichever of the two they come from.
         expect_known(defaults | options)
         if task is None:
-            return cls(**(defaults | options))
+            return cls(**merge_options(defaults, options))
 
         # An option of the call that the task has no use for is a mistake.
         for name in sorted(set(options) - set(options_for(task, options))):
@@ -267,7 +268,7 @@ class DiffusionOptions:
         defaults = options_for(task, defaults)
         if task == "captions":  # a checkpoint's list is of what its answers must not hold
             defaults.pop("suppress_tokens", None)
-        return cls(**(defaults | options_for(task, options)))
+        return cls(**merge_options(defaults, options_for(task, options)))
 
     def __post_init__(self):
         # Each value by its own check.
@@ -360,6 +361,15 @@ class DiffusionOptions:
 OPTIONS = {declared.name: declared for declared in dataclasses.fields(DiffusionOptions)}
 
 
+def merge_options(defaults: dict, options: dict) -> dict:
+    """Puts options over defaults; one of several that exclude each other goes before them all."""
+    replaced: set[str] = set()
+    for names in EXCLUSIVE:
+        if any(options.get(name) is not None for name in names):
+            replaced.update(names)
+    return {k: v for k, v in defaults.items() if k not in replaced} | options
+
+
 def expect_known(options: dict):
     """Raises ValueError for names that are no option; for an old name it says the new one."""
     unknown = sorted(set(options) - set(OPTIONS))
@@ -412,6 +422,27 @@ def take_defaults(config) -> GenerationConfig:
     taken = default_generation_config(config)
     config.generation_defaults = config.banned_token_ids = None
     return taken
+
+
+def update_generation_config(config: GenerationConfig, saved: dict, place) -> GenerationConfig:
+    """Returns a generation config with other fields over its own.
+
+    Args:
+        config: the decoding defaults that hold where `saved` says nothing.
+        saved: fields, as a `generation_config.json` holds them.
+        place: where they come from, for messages.
+
+    Raises ValueError for a field that neither transformers nor `DiffusionOptions` knows, and for an
+    option's value that cannot be.
+    """
+    saved = {k: v for k, v in saved.items() if not k.startswith("_")}
+    try:
+        expect_known({k: v for k, v in saved.items() if k not in KNOWN})
+        updated = GenerationConfig.from_dict({**config.to_dict(), **saved})
+        DiffusionOptions.build(decoding_defaults(updated), {})
+    except ValueError as error:
+        raise ValueError(f"{error}, in the generation config of {place}") from error
+    return updated
 
 
 def decoding_defaults(generation_config: GenerationConfig) -> dict:

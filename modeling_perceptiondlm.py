@@ -490,7 +490,7 @@ def _with_defaults(input_ids, attention_mask, position_ids, region_ids, role_ids
 
 def _splice(embeds, places, tokens, name: str) -> torch.Tensor:
     """Puts tokens (n, D) where `places`, bool (B, L), says, in row-major order."""
-    # A mismatch is never truncated or repeated: it says that the inputs were made for another.
+    # A mismatch is never truncated or repeated: the inputs were made by another processor.
     expected = int(places.sum())
     if expected != len(tokens):
         raise ValueError(

@@ -9,6 +9,13 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ..common.special_tokens import (
+    CAPTION_TOKENS,
+    IMAGE_TOKENS,
+    NAMED_TOKENS,
+    ROI_TOKENS,
+    token_ids,
+)
 from ..configuration_perceptiondlm import FLAGSHIP_VISION, PerceptionDLMConfig
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
@@ -52,17 +59,10 @@ PRESETS = {
 }
 
 SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|startoftext|>",
-    "<|mdm_mask|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<IMG_CONTEXT>",
-    "<img>",
-    "</img>",
-    *(f"<|reserved_token_{i}|>" for i in range(16)),
-    *(f"<|Mask_Cap_{i}|>" for i in range(16)),
+    *NAMED_TOKENS.values(),
+    *IMAGE_TOKENS.values(),
+    *ROI_TOKENS,
+    *CAPTION_TOKENS,
 ]
 
 
@@ -83,22 +83,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(preset: str, tokenizer, device: str) -> PerceptionDLMForConditionalGeneration:
     """Builds the preset's model with random weights (seed 0), made on the device."""
     fields, dtype = PRESETS[preset]
-    token_id = tokenizer.convert_tokens_to_ids
-    config = PerceptionDLMConfig(
-        **fields,
-        mask_token_id=token_id("<|mdm_mask|>"),
-        eot_token_id=token_id("<|eot_id|>"),
-        start_header_token_id=token_id("<|start_header_id|>"),
-        end_header_token_id=token_id("<|end_header_id|>"),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        image_token_id=token_id("<IMG_CONTEXT>"),
-        image_start_token_id=token_id("<img>"),
-        image_end_token_id=token_id("</img>"),
-        roi_token_ids=token_id([f"<|reserved_token_{i}|>" for i in range(16)]),
-        caption_token_ids=token_id([f"<|Mask_Cap_{i}|>" for i in range(16)]),
-    )
+    config = PerceptionDLMConfig(**fields, **token_ids(tokenizer, IMAGE_TOKENS))
 
     # Made in its dtype at once: the largest preset has no room for float32.
     torch.manual_seed(0)

@@ -174,8 +174,8 @@ def write_shard(path: Path, source: Source, names: list[str], dtype: torch.dtype
 def write_settings(folder: Path, source: Source, dtype: torch.dtype):
     """Writes the configs of the model and of decoding, tokenizer and processor."""
     config = source.config
-    decoding = source.generation_config or take_defaults(config)
-    config.generation_defaults = config.banned_token_ids = None
+    of_config = take_defaults(config)
+    decoding = source.generation_config or of_config
     config.architectures = [MODEL_CLASS]
     config.auto_map = dict(AUTO_MAP)
     config.dtype = dtype

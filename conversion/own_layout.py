@@ -9,7 +9,11 @@ from transformers import GenerationConfig
 from ..common.extras import MissingExtra
 from ..common.loading import ADAPTER_FILE, CheckpointError, UnrecognizedCheckpoint
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..generation_options import OPTIONS, default_generation_config
+from ..generation_options import (
+    OPTIONS,
+    default_generation_config,
+    update_generation_config,
+)
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
@@ -70,9 +74,9 @@ def own_generation_config(folders, config) -> GenerationConfig:
     saved = next((f for f in folders if (f / "generation_config.json").exists()), None)
     if saved is not None:
         settings = read_json(saved / "generation_config.json")
-        known = {name: settings[name] for name in (*OPTIONS, "do_sample") if name in settings}
-        decoding = GenerationConfig.from_dict({**decoding.to_dict(), **known})
-    return decoding
+        decoding = update_generation_config(decoding, settings, saved)
+    known = {name: getattr(decoding, name, None) for name in (*OPTIONS, "do_sample")}
+    return GenerationConfig(**{name: value for name, value in known.items() if value is not None})
 
 
 def own_processor(folders, config, tokenizer) -> PerceptionDLMProcessor:

@@ -1,11 +1,10 @@
 """Options that several steps share: which checkpoint is measured, and how it decodes."""
 
 import argparse
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
+from ..common.fingerprints import weights_fingerprint
 from ..common.loading import default_device, load_model
 from ..common.option_arguments import add_option_arguments, given_options
 from ..generation_options import options_of
@@ -51,56 +50,6 @@ def checkpoint_record(args: argparse.Namespace, model) -> dict:
         "device": str(model.device),
         "weights": weights_fingerprint(model),
     }
-
-
-FINGERPRINT_VALUES = 16  # of each parameter
-
-
-def weights_fingerprint(model) -> str:
-    """Returns a short name of a model's weights: a hash of a few values of each parameter.
-
-    Training changes it; copying the folder does not.
-    """
-    return _fingerprint(model.named_parameters())
-
-
-def folder_fingerprint(folder: Path, dtype: str) -> str:
-    """Returns the `weights_fingerprint` of a checkpoint's folder, as loaded in a dtype.
-
-    Only the values that are hashed are read. Raises ValueError where the weights do not fit the
-    config, or for a dtype that torch does not have.
-    """
-    import torch
-    from safetensors import safe_open
-
-    from ..configuration_perceptiondlm import PerceptionDLMConfig
-    from ..conversion.files import weight_files
-    from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"expected a dtype such as float32, got {dtype!r}")
-
-    # The first values of each tensor, in the parameters' first dimension
-    first = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            first |= {name: file.get_slice(name)[:FINGERPRINT_VALUES] for name in file.keys()}
-
-    # The names and their order are those of the model, which needs no memory for them.
-    with torch.device("meta"):
-        model = PerceptionDLMForConditionalGeneration(PerceptionDLMConfig.from_pretrained(folder))
-    names = [name for name, _ in model.named_parameters()]
-    if missing := [name for name in names if name not in first]:
-        raise ValueError(f"expected a tensor {missing[0]!r} in {folder}, got none")
-    return _fingerprint((name, first[name].to(getattr(torch, dtype))) for name in names)
-
-
-def _fingerprint(parameters: Iterable[tuple]) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in parameters:
-        values = parameter.detach().flatten()[:FINGERPRINT_VALUES].float().cpu().numpy()
-        digest.update(name.encode() + values.tobytes())
-    return digest.hexdigest()[:16]
 
 
 FLAGS = ("steps", *ACCEPT_RULES)  # decoding options that have an argument of their own

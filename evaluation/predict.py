@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..common.fingerprints import weights_fingerprint
 from ..common.loading import load_model
 from ..image_processing_perceptiondlm import load_image, load_mask
 from .benchmarks import RegionSample, load_benchmark
@@ -25,7 +26,6 @@ from .checkpoint import (
     add_decoding_arguments,
     checkpoint_record,
     decoding_options,
-    weights_fingerprint,
 )
 from .environment import run_environment
 from .files import Journal, read_journal, run_record_path, write_json

@@ -12,9 +12,10 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi
 from transformers.dynamic_module_utils import get_relative_imports
 
+from ..common.fingerprints import files_fingerprint
 from ..common.json_text import read_optional_json
 from ..common.loading import ADAPTER_FILE, adapter_error
-from ..evaluation.checkpoint import folder_fingerprint
+from ..conversion.files import weight_files
 from .card import CARD, LICENSE, STALE, write_card, writes_card
 from .provenance import PROVENANCE, is_hub_id
 
@@ -147,7 +148,7 @@ def expect_report_of(folder: Path, report: Mapping):
     runs = [report.get(name) or {} for name in ("prediction_run", "measurements")]
     runs = [run for run in runs if run.get("weights")]
     for run in runs:
-        own = folder_fingerprint(folder, run.get("dtype", "float32"))
+        own = files_fingerprint(folder, weight_files(folder), run.get("dtype", "float32"))
         if run["weights"] != own:
             name = run.get("checkpoint") or run.get("model")
             raise ValueError(

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from perceptiondlm.apps.cli import main
+from perceptiondlm.common.fingerprints import weights_fingerprint
 from perceptiondlm.evaluation import predict as predict_module
 from perceptiondlm.evaluation.benchmarks import load_benchmark
-from perceptiondlm.evaluation.checkpoint import parse_option, weights_fingerprint
+from perceptiondlm.evaluation.checkpoint import parse_option
 from perceptiondlm.evaluation.files import read_json
 from perceptiondlm.evaluation.predict import predict
 from perceptiondlm.evaluation.sharding import Shard

@@ -21,12 +21,12 @@ ALLOWED = {
     "root": {"root"},
     "common": {"root"},
     "scenes": {"root", "common"},
-    # evaluation, for the fingerprint by which a report names the weights that it is of
-    "publishing": {"root", "common", "conversion", "evaluation"},
+    "regions": {"root", "common"},
+    "publishing": {"root", "common", "conversion"},
     "conversion": {"root", "common", "publishing"},
     "training": {"root", "common", "scenes", "conversion", "publishing"},
     "evaluation": {"root", "common", "scenes", "conversion"},
-    "apps": {"root", "common", "scenes", "conversion"},
+    "apps": {"root", "common", "scenes", "conversion", "regions"},
     "benchmarks": {"root", "common", "scenes", "evaluation", "training"},
     "docs": {"root", "scenes", "apps"},  # scripts that draw figures and write tables
 }

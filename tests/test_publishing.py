@@ -17,10 +17,10 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
+from perceptiondlm.common.fingerprints import weights_fingerprint
 from perceptiondlm.common.loading import load_model
 from perceptiondlm.conversion import command as convert_checkpoint
 from perceptiondlm.convert_checkpoint import convert
-from perceptiondlm.evaluation.checkpoint import weights_fingerprint
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.publishing.card import checksums, model_card, write_card
 from perceptiondlm.publishing.provenance import Provenance, write_provenance

@@ -240,3 +240,10 @@ def test_metrics_add_up(captioner):
     assert 0 < now["latency_seconds_sum"] <= 4 * (time.monotonic() - started)
     assert (sizes["2.0"], sizes["4.0"], sizes["+Inf"]) == (0, 1, 1)
     assert (now["up"], now["queue_length"], now["running"]) == (1, 0, 0)
+
+
+def test_a_request_may_choose_another_acceptance_than_the_server(load):
+    captioner = RegionCaptioner(*load("released-region"), threshold=1.0, **SHORT)
+    with Engine(captioner) as engine:
+        done = engine.submit(region_job(0), factor=1e6).result()
+    assert done.result.num_forwards == 1

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..common.files import replace_folder
+from ..common.folders import sync_tree
 from .stopping import is_distributed
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def saving_folder(output_dir: str, *, is_main: bool) -> Iterator[Path]:
 
 def move_checkpoint(folder: Path, target: Path):
     """Moves a whole checkpoint to its place; an older one of the same step is replaced."""
-    sync(folder)
+    sync_tree(folder)
     if target.exists():
         replace_folder(folder, target, folder.parent / f"{REPLACED}{target.name}")
     else:
@@ -74,7 +75,7 @@ def move_final(folder: Path, target: Path):
     The weights stand for all: an interrupted move is seen by weights that are older than the last
     checkpoint.
     """
-    sync(folder)
+    sync_tree(folder)
     files = sorted(folder.iterdir(), key=lambda file: (bool(WEIGHTS.fullmatch(file.name)), file))
     new = {file.name for file in files}
     for file in files:
@@ -92,14 +93,6 @@ def _remove_other_shards(folder: Path, new: set[str]):
         same = WEIGHTS.fullmatch(old.name) and old.name.startswith("adapter_") in kinds
         if same and old.name not in new:
             old.unlink()
-
-
-def sync(folder: Path):
-    """Waits until the files of a folder are on the disk."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
 
 
 def wait_for_others():

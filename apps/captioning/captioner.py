@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ...common.loading import default_device, load_model
-from ...generation_options import DiffusionOptions, options_for
+from ...generation_options import DiffusionOptions, merge_options, options_for
 from ...image_processing_perceptiondlm import load_image, load_mask
 from .results import MASKED, Answers, Region, RegionCaptions, Step
 
@@ -162,7 +162,7 @@ class RegionCaptioner:
             **inputs,
             processor=self.processor,
             callback=on_step if callback else None,
-            **(options_for(task, self.options) | options),
+            **merge_options(options_for(task, self.options), options),
         )
         return output, time.perf_counter() - started
 

@@ -2,7 +2,7 @@
 
 import bisect
 
-from ...generation_options import DiffusionOptions, options_for
+from ...generation_options import DiffusionOptions, merge_options, options_for
 from ..captioning.captioner import RegionCaptioner
 from .jobs import ChatJob, RegionJob, TooLong
 
@@ -34,7 +34,7 @@ class Admission:
 
         Raises ValueError for a job or option that does not fit.
         """
-        options = options_for(job.task, self.captioner.options) | options
+        options = merge_options(options_for(job.task, self.captioner.options), options)
         if shorten is not None:
             options = self._shortened(job, options, shorten)
         return options, *self._measure(job, options)

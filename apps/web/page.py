@@ -73,9 +73,7 @@ class Page:
             if not masks:
                 raise refusal("Paint at least one region, drag a box, or add a mask.", "No region")
             options = {"caption_length": int(length), "steps": int(steps)}
-            if PACES[pace] is not None:
-                rule = PACES[pace]
-                options[rule] = ACCEPT_RULES[rule]().value
+            options |= options_of_pace(pace, self.defaults)
             job = RegionJob(image, tuple(masks))
             ticket = self._submit(job, request, **options)
 
@@ -163,6 +161,15 @@ class Page:
         """How the checkpoint decodes unless a visitor says otherwise."""
         captioner = self.engine.captioner
         return DiffusionOptions.build(captioner.model.decoding_defaults, captioner.options)
+
+
+def options_of_pace(pace: str, defaults: DiffusionOptions) -> dict:
+    """Returns the decoding options of a pace: the server's own value of its rule, if it has one."""
+    rule = PACES[pace]
+    if rule is None:
+        return dict.fromkeys((*ACCEPT_RULES, "remask_below"))
+    own = getattr(defaults, rule)
+    return {rule: ACCEPT_RULES[rule]().value if own is None else own}
 
 
 def refusal(message: str, title: str) -> gr.Error:
