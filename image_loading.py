@@ -449,8 +449,8 @@ def _open_mask(mask, size: tuple[int, int]) -> np.ndarray:
         return region_of_values(_levels(_open_lossless(mask)), size)
     if isinstance(mask, torch.Tensor):
         return region_of_values(_to_numpy(mask), size)
-    if isinstance(mask, np.ndarray):
-        return region_of_values(mask, size)
+    if isinstance(mask, np.ndarray) or hasattr(mask, "__array__"):
+        return region_of_values(np.asarray(mask), size)
 
     # Numbers that say what they are.
     if isinstance(mask, dict) and {"size", "counts"} <= set(mask):
