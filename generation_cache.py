@@ -12,8 +12,10 @@ computed once and the cache is exact. Elsewhere every step computes the whole se
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from .configuration_perceptiondlm import (
     NO_REGION,
@@ -28,6 +30,7 @@ from .processing_sequence import RESPONSE_INPUTS
 
 COLUMNS = ("region_ids", "role_ids", "attention_mask")  # of a `Structure`
 TASKS = ("captions", "answers")
+FEATURE_INPUTS = ("image_features", "region_features")  # instead of pixels
 
 
 class StaticKVCache:
@@ -58,6 +61,12 @@ class StaticKVCache:
         values[:, :, start:stop] = value
         return keys[:, :, :stop], values[:, :, :stop]
 
+    def repeat(self, times: int):
+        """Repeats each row so many times, one behind the other."""
+        if times > 1:
+            self.keys = {i: k.repeat_interleave(times, 0) for i, k in self.keys.items()}
+            self.values = {i: v.repeat_interleave(times, 0) for i, v in self.values.items()}
+
 
 class ResponseNetwork:
     """Computes logits of the response positions of one batch, as little as its structure allows.
@@ -68,10 +77,20 @@ class ResponseNetwork:
             exact, 0: once); the tree layout always keeps it, exactly.
         cfg_scale: guidance, 0 for none.
         compiled: compiles the step.
+        trunks: for each row where keys and values of its trunk are kept, by the trunk's token ids
+            (see `SeenGroup`); what is missing is computed and put there. None: nothing is kept.
+        repeats: each row's responses run so many times together, for one prompt.
     """
 
     def __init__(
-        self, model, inputs: dict, refresh_interval: int | None, cfg_scale: float, compiled: bool
+        self,
+        model,
+        inputs: dict,
+        refresh_interval: int | None = None,
+        cfg_scale: float = 0.0,
+        compiled: bool = False,
+        trunks: list[dict] | None = None,
+        repeats: int = 1,
     ):
         self.model = model
         self.text = model.language_model
@@ -86,23 +105,42 @@ class ResponseNetwork:
         if cfg_scale:
             prompt = torch.cat([prompt, self._masked_prompt(prompt)])
             columns = {k: torch.cat([v, v]) for k, v in columns.items()}
-        self.positions = columns.pop("position_ids")
 
         # How often the prompt is computed: in a tree once, else as asked for.
-        is_tree = model.config.region_layout == "independent"
+        layout = model.config.region_layout
+        is_tree = layout == "independent"
         self.refresh_interval = (
             0 if is_tree else 1 if refresh_interval is None else refresh_interval
         )
-        self._build_masks(Structure(model.config.region_layout, **columns), prompt.dtype, is_tree)
         self.cache = None
         if self.refresh_interval != 1:
-            self.cache = StaticKVCache(self.positions.shape[1])
+            self.cache = StaticKVCache(columns["position_ids"].shape[1])
 
         # A tree keeps keys and values alone, the joint layout the embeddings too.
-        self.prompt = None if is_tree else prompt
+        self.prompt = None
         if is_tree:
-            self._prefill(prompt)
+            self._prefill(prompt, columns, None if cfg_scale else trunks, inputs["input_ids"])
+        else:
+            self.prompt = prompt.repeat_interleave(repeats, 0)
+
+        # From here on every row runs as often as it is repeated.
+        columns = {k: v.repeat_interleave(repeats, 0) for k, v in columns.items()}
+        self.response_ids = self.response_ids.repeat_interleave(repeats, 0)
+        if self.cache is not None:
+            self.cache.repeat(repeats)
+        self.positions = columns.pop("position_ids")
+        start, argument = self.prompt_length, self._arguments(columns, prompt.dtype)
+        self.response_mask = argument(slice(start, None), None)
+        # Who may see whom when the whole sequence is computed.
+        self.full_mask = None if is_tree else argument(slice(None), None)
         self.step = self._compiled_step() if compiled else self._step
+
+    def _arguments(self, columns: dict, dtype):
+        """Makes a function of query columns and a number of keys to attention arguments."""
+        columns = {k: columns[k] for k in COLUMNS}
+        structure = Structure(self.model.config.region_layout, **columns)
+        implementation = self.text.config._attn_implementation
+        return partial(structure.argument, implementation, dtype)
 
     def _compiled_step(self):
         """Compiles the step for static shapes.
@@ -120,7 +158,7 @@ class ResponseNetwork:
 
     def _prompt_embeds(self, inputs: dict) -> torch.Tensor:
         """Embeds the prompt, (B, L, D), its images and RoI tokens in their places."""
-        names = PerceptionDLMImageProcessor.model_input_names
+        names = (*PerceptionDLMImageProcessor.model_input_names, *FEATURE_INPUTS)
         features = {k: inputs[k] for k in names if k in inputs}
         embeds = self.model.embed_inputs(inputs["input_ids"], inputs["role_ids"], **features)
         return embeds[:, : self.prompt_length]
@@ -130,37 +168,72 @@ class ResponseNetwork:
         mask = torch.full_like(self.response_ids[:1, :1], self.model.config.mask_token_id)
         return self.text.get_input_embeddings()(mask).to(prompt).expand_as(prompt)
 
-    def _build_masks(self, structure: Structure, dtype, is_tree: bool):
-        """Makes the attention arguments of the response, of the whole sequence or the prefills."""
-        start = self.prompt_length
-        implementation = self.text.config._attn_implementation
+    def _prefill(self, prompt, columns: dict, trunks: list[dict] | None, ids: torch.Tensor):
+        """Computes keys and values of a tree's prompt: the trunk's, then the branches'.
 
-        def argument(queries: slice, num_keys: int | None):
-            return structure.argument(implementation, dtype, queries, num_keys)
-
-        self.response_mask = argument(slice(start, None), None)
-        # Who may see whom when the whole sequence is computed.
-        self.full_mask = None if is_tree else argument(slice(None), None)
-
+        `prompt` is (B, L, D), `columns` are those of whole sequences and `ids` their tokens.
+        """
         # The trunk is computed before the branches, as it needs no mask.
-        self.prefills = []
-        if is_tree:
-            trunk = _trunk_length(structure.region_ids[:, :start])
-            ends = sorted({trunk, start} - {0})
-            parts = zip([0, *ends], ends, strict=False)
-            self.prefills = [(a, b, argument(slice(a, b), b)) for a, b in parts]
+        start = self.prompt_length
+        trunk = _trunk_length(columns["region_ids"][:, :start])
+        if trunk and trunks is not None:
+            self._take_trunks(prompt[:, :trunk], columns, trunks, ids[:, :trunk])
+        elif trunk:
+            self._compute(prompt, columns, 0, trunk, self.cache)
+        if trunk < start:
+            self._compute(prompt, columns, trunk, start, self.cache)
 
-    def _prefill(self, prompt: torch.Tensor):
-        """Computes keys and values of the prompt: the trunk's, then the branches'."""
-        for start, stop, mask in self.prefills:
-            self.text.model(
-                prompt[:, start:stop],
-                self.positions[:, start:stop],
-                mask,
-                self.cache,
-                start,
-                first_query=stop - start,  # the last layer's states are not needed
+    def _compute(self, prompt, columns: dict, start: int, stop: int, cache: StaticKVCache | None):
+        """Computes keys and values of the prompt's columns from `start` to `stop`."""
+        argument = self._arguments(columns, prompt.dtype)
+        self.text.model(
+            prompt[:, start:stop],
+            columns["position_ids"][:, start:stop],
+            argument(slice(start, stop), stop),
+            cache,
+            start,
+            first_query=stop - start,  # the last layer's states are not needed
+        )
+
+    def _take_trunks(self, prompt, columns: dict, trunks: list[dict], ids: torch.Tensor):
+        """Puts the trunks' keys and values into the cache; computes those that are not kept yet.
+
+        `prompt` (B, trunk, D) and `ids` (B, trunk) are the trunk's.
+        """
+        length = ids.shape[1]
+        padding = (columns["attention_mask"][:, :length] == 0).sum(1).tolist()
+        keys = [tuple(row[skip:]) for row, skip in zip(ids.tolist(), padding, strict=True)]
+
+        # Compute each missing one once, however many rows have it.
+        missing = {
+            (id(kept), key): row
+            for row, (kept, key) in enumerate(zip(trunks, keys, strict=True))
+            if key not in kept
+        }
+        rows = sorted(missing.values())
+        if rows:
+            cache = StaticKVCache(length)
+            chosen = torch.tensor(rows, device=ids.device)
+            own = {k: v.index_select(0, chosen) for k, v in columns.items()}
+            embeds = prompt.index_select(0, chosen.to(prompt.device))
+            self._compute(embeds, own, 0, length, cache)
+            for i, row in enumerate(rows):
+                trunks[row][keys[row]] = [
+                    tuple(
+                        kept[n][i, :, padding[row] :].clone() for kept in (cache.keys, cache.values)
+                    )
+                    for n in sorted(cache.keys)
+                ]
+
+        # Each row's trunk ends where all prompts' trunks end.
+        assert self.cache is not None  # a tree's prompt is always kept
+        taken = [kept[key] for kept, key in zip(trunks, keys, strict=True)]
+        for layer in range(len(taken[0])):
+            pairs = [own[layer] for own in taken]
+            key, value = (
+                torch.stack([_padded(pair[side], length) for pair in pairs]) for side in (0, 1)
             )
+            self.cache.update(key, value, layer, 0)
 
     def __call__(self, response_ids: torch.Tensor, step: int, columns: torch.Tensor):
         """Computes logits (B, N, V) at some columns, int64 (B, N), of responses (B, A)."""
@@ -219,6 +292,11 @@ def _trunk_length(region_ids: torch.Tensor) -> int:
     return int(lengths[0]) if bool((lengths == lengths[0]).all()) else 0
 
 
+def _padded(values: torch.Tensor, length: int) -> torch.Tensor:
+    """Pads (heads, n, head_dim) in front to (heads, length, head_dim)."""
+    return F.pad(values, (0, 0, length - values.shape[1], 0))
+
+
 def response_slots(inputs: dict, mask_token_id: int) -> tuple[torch.Tensor, State]:
     """Locates the masked positions of each region and builds the initial state.
 
@@ -252,12 +330,10 @@ def response_slots(inputs: dict, mask_token_id: int) -> tuple[torch.Tensor, Stat
     n = int(sizes.max())
     if not bool(is_open.flatten(1).any(1).all()):
         raise ValueError("expected masked response positions in every row of input_ids, got none")
-    if not bool(((sizes == n) | (sizes == 0)).all()):
-        raise ValueError(f"expected equally many masked positions a region, got {sizes.tolist()}")
 
     # The masked columns of each group, in order: a stable sort puts them first.
     order = (~is_open).long().sort(dim=-1, stable=True).indices[..., :n]
-    valid = (sizes == n)[..., None].expand(-1, -1, n).contiguous()
+    valid = torch.arange(n, device=ids.device) < sizes[..., None]
     tokens = torch.full_like(order, mask_token_id)
     return (columns.gather(-1, order) - start) * valid, State(tokens, valid.clone(), valid)
 
@@ -269,13 +345,24 @@ def scatter_valid(template, columns, tokens, valid) -> torch.Tensor:
     return spare.scatter(1, target, tokens)[:, :-1]
 
 
-def rows_of(state: State) -> list[list[list[int]]]:
-    """Lists the token ids of each row's valid groups."""
-    tokens, valid = state.tokens.tolist(), state.valid[..., 0].tolist()
-    return [
-        [ids for ids, keep in zip(row, kept, strict=True) if keep]
-        for row, kept in zip(tokens, valid, strict=True)
-    ]
+def responses_of(inputs: dict, filled: torch.Tensor) -> list[list[list]]:
+    """Lists what stands in each row's responses, given tokens included.
+
+    `filled` is (B, A), a value for each column from the start of the responses on.
+    """
+    columns = inputs["response_columns"]
+    held = filled.gather(
+        1, (columns - inputs["response_start"][:, None, None]).clamp(min=0).flatten(1)
+    )
+    values, present = held.view_as(columns).tolist(), (columns >= 0).tolist()
+    rows = []
+    for row, kept in zip(values, present, strict=True):
+        groups = [
+            [value for value, keep in zip(group, own, strict=True) if keep]
+            for group, own in zip(row, kept, strict=True)
+        ]
+        rows.append([group for group in groups if group])
+    return rows
 
 
 # Prepared inputs: what a caller may hand over instead of images, masks and prompts.

@@ -1,65 +1,65 @@
-"""`diffusion_generate` and `generate`: from images, region masks and prompts to texts.
+"""`diffusion_generate`: from images, region masks and prompts to texts.
 
-    images, masks, prompts        region groups         batches            responses
-    one image, 8 masks      -->   [0 1 2 3 4 5]   -->   inputs, rule  -->  denoise  -->  texts in
-                                  [6 7]                                                  the order
-                                                                                         given
+    images, masks   -->  seen, once         -->  rows: a sequence   -->  denoise,     -->  texts in
+    prompts              one for each group      for each group,         batch by          the order
+    template             [0 1 2 3 4 5]           candidate and           batch             given
+                         [6 7]                   length of fields
 
-Shapes: B rows, G groups of response positions in a row, n positions a group, L positions of a
-prompt.
+Shapes: B rows, G groups of response positions in a row, n positions a group, A columns of a row's
+responses.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
-from .configuration_perceptiondlm import (
-    ROLE_CAPTION,
-    ROLE_SHARED,
-    SHARED_REGION,
-    PerceptionDLMConfig,
-)
+from .configuration_perceptiondlm import PerceptionDLMConfig
 from .generation_cache import (
     ResponseNetwork,
     check_inputs,
     response_slots,
-    rows_of,
+    responses_of,
     scatter_valid,
 )
+from .generation_generate import GenerateMixin
 from .generation_loop import RowNoise, Sampler, denoise
 from .generation_options import (
-    KNOWN,
     DiffusionOptions,
-    GenerateArguments,
-    decoding_defaults,
+    expect_known,
+    options_for,
     update_generation_config,
 )
-from .generation_rules import Rule, State, StopAt
-from .image_loading import describe
-from .image_processing_perceptiondlm import (
-    PerceptionDLMImageProcessor,
-    pair_images,
-    pair_masks,
+from .generation_output import (
+    Denoised,
+    DiffusionOutput,
+    OutputBuilder,
+    Part,
+    Row,
+    merge_parts,
+    nest,
+    part_listener,
 )
+from .generation_rows import Batch, Call, RowMaker, settings, stop_sequences
+from .generation_rules import State
+from .generation_scoring import ScoringMixin, pair_seen
+from .generation_seen import (
+    RegionGroup,
+    Seen,
+    expect_seen_by,
+    group_by_instruction,
+    plan_groups,
+)
+from .generation_templates import pair_templates
+from .image_loading import describe
+from .image_processing_perceptiondlm import pair_images, pair_masks
 from .modeling_language import fastest_linear
-from .processing_perceptiondlm import PerceptionDLMProcessor, broadcast_texts
-from .processing_sequence import IGNORED_LABEL, RESPONSE_INPUTS, response_length
+from .processing_perceptiondlm import pair_prompts
 
-# An answer is the only group of its row.
-ANSWER_REGION = 0
-COLUMNS = ("input_ids", "attention_mask", "position_ids", "region_ids", "role_ids")
-# What only training needs beside them, and what comes with images.
-TRAINING_INPUTS = ("labels", "timesteps", "noise")
-IMAGE_INPUTS = (*PerceptionDLMImageProcessor.model_input_names, "region_orders")
-INPUTS = (*COLUMNS, *IMAGE_INPUTS, *TRAINING_INPUTS, *RESPONSE_INPUTS)
 GENERATION_CONFIG = "generation_config.json"
 LOADING = (  # what `cached_file` takes of the arguments of `from_pretrained`
     *("cache_dir", "force_download", "proxies", "local_files_only"),
@@ -67,89 +67,11 @@ LOADING = (  # what `cached_file` takes of the arguments of `from_pretrained`
 )
 
 
-@dataclass
-class DiffusionOutput:
-    """Holds captions or answers, and what they took.
-
-    Attributes:
-        texts: for each image the text of each region, in the order of the masks given; for
-            questions one text each. None where there is no processor to decode them.
-        token_ids: the same nesting, each a list of caption_length or max_new_tokens ids.
-        num_forwards: denoising forward passes, summed over region groups; running groups together
-            in a batch does not change it.
-        lengths: nested as the texts, the tokens of each response before its end: end-of-turn,
-            end-of-text or a stop string.
-        forward_passes: nested alike, those of the region group that each response was in.
-        image_forwards: forward passes of each image or question, summed over its region groups.
-        history: after each step the token ids, nested alike, on request.
-    """
-
-    texts: list[list[str]] | None
-    token_ids: list[list[list[int]]]
-    num_forwards: int
-    lengths: list[list[int]] = field(default_factory=list)
-    forward_passes: list[list[int]] = field(default_factory=list)
-    image_forwards: list[int] = field(default_factory=list)
-    history: list[list[list[list[int]]]] = field(default_factory=list, repr=False)
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Returns TPF as published: response tokens, padding counted, over forward passes."""
-        tokens = sum(len(ids) for response in self.token_ids for ids in response)
-        return tokens / self.num_forwards
-
-    def to_dict(self) -> dict:
-        """Returns plain lists and numbers, ready for JSON."""
-        return {**dataclasses.asdict(self), "tokens_per_forward": self.tokens_per_forward}
-
-
-@dataclass
-class RegionGroup:
-    """Names the regions of one image that share one sequence: one row of a batch."""
-
-    image: int
-    masks: list[int]
-
-
-class Run(NamedTuple):
-    """Holds one batch to denoise.
-
-    Attributes:
-        inputs: the processor's tensors.
-        rule: which positions are committed.
-        suppressed: ids that are never produced.
-        keys: what tells each row from all others of the call: its image and first mask.
-    """
-
-    inputs: dict
-    rule: Rule
-    suppressed: tuple[int, ...]
-    keys: list[tuple[int, int]]
-
-
-class Layout(NamedTuple):
-    """Says how the rows of a call are nested for the caller.
-
-    Attributes:
-        nest: puts a value of each group of each row where the caller expects it; there may be
-            fewer rows while a run goes on.
-        row_images: the image, or question, of each row.
-        num_images: how many there are.
-    """
-
-    nest: Callable[[list[list]], list[list]]
-    row_images: list[int]
-    num_images: int
-
-
-class DiffusionGenerationMixin:
-    """Gives `diffusion_generate` and `generate` to a model with `embed_inputs`.
+class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
+    """Gives `diffusion_generate` and all that goes with it to a model with `embed_inputs`.
 
     Attributes:
         config, generation_config, device, language_model: the model's.
-        _source: the path or Hub id and the loading options of the weights, beside which a
-            processor is looked for; None for a model that was not loaded.
-        _processor: the processor that was found there.
     """
 
     config: PerceptionDLMConfig
@@ -157,14 +79,6 @@ class DiffusionGenerationMixin:
     device: torch.device
     language_model: torch.nn.Module
     output_modalities = ("text",)  # which pipelines ask for
-
-    _source: tuple[str, dict] | None = None
-    _processor: PerceptionDLMProcessor | None = None
-
-    @property
-    def decoding_defaults(self) -> dict:
-        """Returns the options of `DiffusionOptions` that the checkpoint prefers."""
-        return decoding_defaults(self.generation_config)
 
     def adjust_generation_fn(
         self,
@@ -199,28 +113,35 @@ class DiffusionGenerationMixin:
         self,
         images=None,
         masks=None,
-        prompts: str | Sequence[str] | None = None,
+        prompts=None,
         *,
+        template=None,
         inputs: dict | None = None,
         processor=None,
         callback: Callable[[int, list], None] | None = None,
         **options,
     ) -> DiffusionOutput:
-        """Captions every masked region, or answers a question about whole images.
+        """Captions every masked region, or answers questions about regions or whole images.
 
         Args:
-            images: one image or a list of them.
+            images: one image or a list of them; or what `see` returned.
             masks: a list of region masks for one image, or a list of such lists for a list of
                 images; each is captioned, more than `num_region_prompts` of an image in several
-                region groups. Masks as `load_mask` takes them.
-            prompts: a question or a list of them; with masks, the instruction.
+                region groups. Masks as `load_mask` takes them. In a list of images None stands for
+                one that is asked about as a whole.
+            prompts: a question or a list of them; with masks, the instruction for all regions, one
+                for each image, or nested as the masks: one for each region, None for the
+                checkpoint's own. In the tree layout a region's question may name other regions as
+                `<region 2>`, for weights that have learned it.
+            template: fixed text with fields to be filled, for all responses or nested as the masks
+                (or questions); see `generation_templates`.
             inputs: instead of the above, what the processor made (say, from a conversation) with
                 the masked response in it. Captions come in the order of the masks given to the
                 processor.
             processor: defaults to the one saved beside the weights. With `inputs` it only decodes
                 the texts, which are None where there is none.
             callback: called after each step with its number and the token ids, nested as in the
-                output.
+                output, None for a response that is not begun.
             options: see `DiffusionOptions`.
 
         Returns a `DiffusionOutput`. Raises ValueError for inputs or options that do not fit, and
@@ -228,103 +149,186 @@ class DiffusionGenerationMixin:
         """
         if callback is not None and not callable(callback):
             raise ValueError(f"expected a callable callback, got {describe(callback)}")
+        expect_known(options)
         # On a CPU, products of float32 go to the faster of two libraries.
         fastest_linear(self)  # type: ignore[arg-type]
 
         if inputs is not None:
-            if images is not None or masks is not None or prompts is not None:
-                raise ValueError("expected `inputs` or images, masks and prompts, got both")
-            # Prepared inputs say by themselves what is denoised and how long it is.
-            check_inputs(inputs, self.config)
-            task = inputs["task"]
-            chosen = self._options(self._with_length_of(inputs, task, options), task)
-            processor = processor or self._processor_if_saved()
-            return self._generate_inputs(inputs, processor, chosen, callback)
+            if any(given is not None for given in (images, masks, prompts, template)):
+                raise ValueError(
+                    "expected `inputs` or images, masks, prompts and template, got both"
+                )
+            return self._generate_inputs(inputs, processor, callback, options)
 
         # Else the processor prepares them, batch by batch.
-        chosen = self._options(options, "answers" if masks is None else "captions")
         processor = processor or self._saved_processor()
         self._check_processor(processor)
-        if masks is not None:
-            return self._caption_regions(images, masks, prompts, processor, chosen, callback)
+        has_masks = images.counts is not None if isinstance(images, Seen) else masks is not None
+        if isinstance(images, Seen) and masks is not None:
+            raise ValueError("expected no masks for images that were seen with theirs, got some")
+        if has_masks and _is_mixed(images, masks):
+            return self._mixed(images, masks, prompts, template, processor, callback, options)
+        if has_masks:
+            chosen = self._options(options, "captions", template)
+            return self._caption_regions(
+                images, masks, prompts, template, processor, chosen, callback
+            )
         if prompts is None:
             raise ValueError("expected masks to caption or prompts to answer, got neither")
-        return self._answer_prompts(images, prompts, processor, chosen, callback)
+        chosen = self._options(options, "answers", template)
+        return self._answer_prompts(images, prompts, template, processor, chosen, callback)
 
-    def _options(self, options: dict, task: str) -> DiffusionOptions:
+    def _options(self, options: dict, task: str, template=None) -> DiffusionOptions:
+        """Merges the call's options over the checkpoint's, and checks them."""
+        if template is not None:
+            for name in ("caption_length", "max_new_tokens", "block_length", "stop_strings"):
+                if options.get(name) is not None:
+                    raise ValueError(
+                        f"expected no {name} with a template, whose fields say how long they are,"
+                        f" got {options[name]!r}"
+                    )
         chosen = DiffusionOptions.build(self.decoding_defaults, options, task)
+        if template is not None:  # a checkpoint's defaults for whole answers
+            chosen = dataclasses.replace(chosen, block_length=None, stop_strings=None)
         chosen.check_against(self.config)
         return chosen
 
-    # What is denoised: captions, answers, or what the caller prepared.
+    # What is denoised: captions, answers, both, or what the caller prepared.
 
-    def _caption_regions(self, images, masks, prompts, processor, options, callback):
+    def _caption_regions(self, images, masks, prompts, template, processor, options, callback):
         """Captions the regions of images, each image's in groups."""
-        images, masks = pair_masks(images, masks)
+        is_seen = isinstance(images, Seen)
+        if is_seen:
+            expect_seen_by(images, self)
+            asked, is_single = images.chosen, len(images.chosen) == 1
+        else:
+            is_single = not isinstance(images, (list, tuple))
+            images, masks = pair_masks(images, masks)
+            asked = [list(range(len(own))) for own in masks]
+        counts = [len(own) for own in asked]
+        instructions = pair_prompts(prompts, counts, is_single)
+        templates = None if template is None else pair_templates(template, counts, is_single)
+        call = Call(processor, options, counts, "captions", callback, templates, is_seen)
+        maker = RowMaker(self, call)
 
         # More regions than the checkpoint has prompts for are captioned in several groups.
-        groups = plan_groups([len(own) for own in masks], self.config.num_region_prompts)
-        given = processor.region_instruction if prompts is None else prompts
-        instructions = broadcast_texts(given, len(images), "image")
+        groups: Sequence = images.groups if is_seen else self._plan(counts, instructions, processor)
 
-        rule, suppressed = self._caption_settings(options)
-        runs: list[Run] = []
-        orders: list[list[int]] = []
-        for batch in _chunks(groups, options.batch_size):
-            inputs = processor(
-                [images[group.image] for group in batch],
-                masks=[[masks[group.image][k] for k in group.masks] for group in batch],
-                prompts=[instructions[group.image] for group in batch],
-                caption_length=options.caption_length,
-            )
-            orders += orders_of(inputs) or []
-            keys = [(group.image, group.masks[0]) for group in batch]
-            runs.append(Run(inputs, rule, suppressed, keys))
+        def batches() -> Iterator[Batch]:
+            for chunk in _chunks(groups, options.batch_size):
+                seen = chunk if is_seen else self._see_regions(chunk, images, masks, processor)
+                made = []
+                for plan, group in zip(chunk, seen, strict=True):
+                    image = group.images[0]
+                    own = instructions[image] if is_seen or self._is_tree else plan.instruction
+                    made += maker.region_rows(group, asked[image], own)
+                if made:
+                    yield maker.batch(made)
 
-        # Rows come back in the order of their groups, captions in that of the regions' areas.
-        def nest(rows: list[list]) -> list[list]:
-            nested = [[None] * len(own) for own in masks]
-            for group, captions in zip(groups, in_given_order(rows, orders), strict=False):
-                for k, caption in zip(group.masks, captions, strict=True):
-                    nested[group.image][k] = caption
-            return nested
+        return self._run(batches(), call)
 
-        layout = Layout(nest, [group.image for group in groups], len(images))
-        return self._run(runs, layout, processor, options, callback)
+    @property
+    def _is_tree(self) -> bool:
+        return self.config.region_layout == "independent"
 
-    def _answer_prompts(self, images, prompts, processor, options, callback):
+    def _plan(self, counts: list[int], instructions, processor) -> list[RegionGroup]:
+        """Plans region groups; in the joint layout those of a group have one instruction."""
+        most = self.config.num_region_prompts
+        if self._is_tree:
+            return plan_groups(counts, most)
+        return group_by_instruction(counts, most, instructions, processor.region_instruction)
+
+    def _answer_prompts(self, images, prompts, template, processor, options, callback):
         """Answers questions, each about its images."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        image_groups = pair_images(images, len(prompts))
-        rule, suppressed = self._answer_settings(options.max_new_tokens, processor, options)
-        # Every batch has the same rule: answers are equally long.
-        runs = []
-        for batch in _chunks(range(len(prompts)), options.batch_size):
-            inputs = processor(
-                [image_groups[i] for i in batch],
-                prompts=[prompts[i] for i in batch],
-                max_new_tokens=options.max_new_tokens,
-            )
-            runs.append(Run(inputs, rule, suppressed, [(i, 0) for i in batch]))
-
-        layout = Layout(lambda rows: rows, list(range(len(prompts))), len(prompts))
-        return self._run(runs, layout, processor, options, callback)
-
-    def _generate_inputs(self, inputs, processor, options, callback):
-        """Fills the responses of a batch that the caller prepared."""
-        orders = orders_of(inputs)
-        if inputs["task"] == "captions":
-            rule, suppressed = self._caption_settings(options)
+        is_seen = isinstance(images, Seen)
+        if is_seen:
+            expect_seen_by(images, self)
+            groups: list = pair_seen(images, len(prompts))
         else:
-            rule, suppressed = self._answer_settings(options.max_new_tokens, processor, options)
+            groups = pair_images(images, len(prompts))
+        templates = None
+        if template is not None:  # a list has one for each question
+            templates = pair_templates(template, [1] * len(prompts))
+        counts = [1] * len(prompts)
+        call = Call(processor, options, counts, "answers", callback, templates, is_seen)
+        maker = RowMaker(self, call)
 
-        def nest(rows: list) -> list:
-            return rows if orders is None else in_given_order(rows, orders)
+        def batches() -> Iterator[Batch]:
+            for chunk in _chunks(range(len(prompts)), options.batch_size):
+                own = [groups[i] for i in chunk]
+                seen = own if is_seen else self._see_images(own, processor)
+                made = []
+                for i, group in zip(chunk, seen, strict=True):
+                    made += maker.answer_rows(i, prompts[i], group)
+                yield maker.batch(made)
 
-        count = len(inputs["input_ids"])
-        run = Run(inputs, rule, suppressed, [(i, 0) for i in range(count)])
-        layout = Layout(nest, list(range(count)), count)
-        return self._run([run], layout, processor, options, callback)
+        return self._run(batches(), call)
+
+    def _mixed(self, images, masks, prompts, template, processor, callback, options):
+        """Captions the regions of some images, and answers questions about others as a whole."""
+        images = list(images)
+        count = len(images)
+        given = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts] * count
+        for name, listed in {"masks": masks, "prompts": given}.items():
+            if len(listed) != count:
+                raise ValueError(f"expected {name} for each of {count} images, got {len(listed)}")
+        has_list = isinstance(template, (list, tuple))
+        if has_list and len(template) != count:
+            raise ValueError(f"expected templates of {count} images, got {len(template)}")
+        whole = [i for i, own in enumerate(masks) if own is None]
+        for i in whole:
+            if not isinstance(given[i], str):
+                raise ValueError(
+                    f"expected a question about image {i}, which has no region masks, got"
+                    f" {describe(given[i])}"
+                )
+
+        # One seed, which each part would else draw for itself.
+        expect_known(options)
+        if options.get("generator") is not None:
+            drawn = DiffusionOptions.build({}, {"generator": options["generator"]})
+            options = {**options, "generator": None, "seed": drawn.draw_seed(self.device)}
+        parts: list[Part] = []
+        for task, own in (
+            ("captions", [i for i in range(count) if i not in whole]),
+            ("answers", whole),
+        ):
+            if own:
+                output = self.diffusion_generate(
+                    [images[i] for i in own],
+                    [masks[i] for i in own] if task == "captions" else None,
+                    [given[i] for i in own],
+                    template=[template[i] for i in own] if has_list else template,
+                    processor=processor,
+                    callback=part_listener(callback, parts, own, count),
+                    **options_for(task, options),
+                )
+                parts.append(Part(own, output))
+        return merge_parts(parts, count)
+
+    def _generate_inputs(self, inputs, processor, callback, options):
+        """Fills the responses of a batch that the caller prepared."""
+        # Prepared inputs say by themselves what is denoised and how long it is.
+        check_inputs(inputs, self.config)
+        task = inputs["task"]
+        chosen = self._options(self._with_length_of(inputs, task, options), task)
+        if chosen.num_return_sequences > 1:
+            raise ValueError(
+                "expected num_return_sequences 1 with `inputs`, which are one batch, got"
+                f" {chosen.num_return_sequences}"
+            )
+        processor = processor or self._processor_if_saved()
+
+        # Responses come in the order of the regions' areas, and go back in that of their masks.
+        orders = orders_of(inputs)
+        sizes = (inputs["response_columns"] >= 0).any(-1).sum(1).tolist()
+        rows = []
+        for b, count in enumerate(sizes):
+            order = list(range(count)) if orders is None else orders[b]
+            rows.append(Row([(b, k) for k in order], [b], (b, 0)))
+        call = Call(processor, chosen, sizes, task, callback)
+        return self._run([Batch(inputs, rows, *settings(self, call))], call)
 
     def _with_length_of(self, inputs, task: str, options: dict) -> dict:
         """Adds the response length that prepared inputs have to the options.
@@ -347,305 +351,102 @@ class DiffusionGenerationMixin:
             )
         return options | {name: length}
 
-    def _caption_settings(self, options) -> tuple[Rule, tuple[int, ...]]:
-        """Chooses the rule for captions, and the ids that are suppressed in them."""
-        scope = "region" if self.config.region_layout == "independent" else "image"
-        rule = options.region_rule(scope, self.config.eot_token_id)
-        return rule, tuple(options.suppress_tokens or ())
-
-    def _answer_settings(self, length: int, processor, options) -> tuple[Rule, tuple[int, ...]]:
-        """Chooses the rule for answers, and the ids that are suppressed in them."""
-        rule = options.answer_rule(length, self.config.eot_token_id)
-        if options.stop_strings:
-            rule = StopAt(rule, stop_sequences(options, processor or self._saved_processor()))
-        return rule, tuple(options.suppress_tokens or ())
-
     # How it is denoised.
 
-    def _run(self, runs: list[Run], layout: Layout, processor, options, callback):
+    def _run(self, batches, call: Call) -> DiffusionOutput:
         """Denoises each batch and puts its rows back where the caller expects them."""
+        options, processor = call.options, call.processor
+        stops = stop_sequences(options, processor) if processor is not None else ()
+        # Where each response ends: at the end of its turn or text, or at a stop string.
+        ends = [(i,) for i in self._end_ids()] + list(stops)
+        builder = OutputBuilder(call.counts, processor, ends, options.stop_strings or ())
+
         # One seed for the whole call: each row derives its own from it.
         seed = options.draw_seed(self.device) if options.is_random else 0
-        rows: list[list[list[int]]] = []
+        listens = options.return_history or call.callback is not None
         history: list[list] = []
-        forwards: list[int] = []
-        for run in runs:
-            finished = list(rows)
+        done: dict = {}  # what the batches before this one have filled, by place
+        for batch in batches:
+            if listens:
+                _expect_one_row_each(batch.rows)
 
-            def on_step(step: int, responses: list, finished=finished):
-                nested = layout.nest(finished + responses)
+            def on_step(step: int, responses: list, rows=batch.rows, done=done):
+                nested = nest(call.counts, {**done, **_by_place(rows, responses)})
                 if options.return_history:
                     history.append(nested)
-                if callback is not None:
-                    callback(step, nested)
+                if call.callback is not None:
+                    call.callback(step, nested)
 
             # Nobody listens by default, and then nothing is moved off the device at each step.
-            listener = on_step if options.return_history or callback is not None else None
-            responses, counts = self._denoise_batch(run, options, seed, listener)
-            rows += responses
-            forwards += counts
+            ready = list(batch.ready)
+            if batch.rows:
+                denoised = self._denoise_batch(batch, options, seed, on_step if listens else None)
+                ready += zip(batch.rows, denoised, strict=True)
+            for row, own in ready:
+                builder.add(row, own)
+                done = {**done, **_by_place([row], [own.token_ids])}
+        return builder.output(options.return_token_scores, options.num_return_sequences, history)
 
-        # What the loop counted, for each image and for each response.
-        image_forwards = [0] * layout.num_images
-        for image, count in zip(layout.row_images, forwards, strict=True):
-            image_forwards[image] += count
-        token_ids = layout.nest(rows)
-        passes = [[count] * len(row) for row, count in zip(rows, forwards, strict=True)]
-        # Where each response ends: at the end of its turn or text, or at a stop string.
-        stops = stop_sequences(options, processor) if processor is not None else ()
-        ends = [(i,) for i in self._end_ids()] + list(stops)
-        lengths = [[response_length(ids, ends) for ids in row] for row in token_ids]
-        return DiffusionOutput(
-            texts=_texts(token_ids, lengths, options.stop_strings, processor),
-            token_ids=token_ids,
-            num_forwards=sum(forwards),
-            lengths=lengths,
-            forward_passes=layout.nest(passes),
-            image_forwards=image_forwards,
-            history=history,
-        )
-
-    def _denoise_batch(self, run: Run, options, seed: int, listener):
-        """Denoises one batch.
-
-        Returns token ids of its responses, a list (groups) of lists for each row, and each row's
-        forward passes.
-        """
-        given = {k: v for k, v in run.inputs.items() if isinstance(v, torch.Tensor)}
+    def _denoise_batch(self, batch: Batch, options, seed: int, listener) -> list[Denoised]:
+        """Denoises one batch; `listener` gets each step's number and the rows' token ids."""
+        given = {k: v for k, v in batch.inputs.items() if isinstance(v, torch.Tensor)}
         inputs = {k: v.to(self.device) for k, v in given.items()}
+        assert batch.rule is not None  # or there is nothing to denoise
+        # Where the responses stand, all that is open in them masked at first.
+        columns, state = response_slots(inputs, self.config.mask_token_id)
         # The prompt is computed here, once where the layout allows it.
         network = ResponseNetwork(
-            self, inputs, options.prompt_refresh_interval, options.cfg_scale, options.compile
+            self,
+            inputs,
+            options.prompt_refresh_interval,
+            options.cfg_scale,
+            options.compile,
+            batch.trunks,
         )
-        # Where the responses stand, all of them masked at first.
-        columns, state = response_slots(inputs, self.config.mask_token_id)
         B, G, n = state.tokens.shape
         flat, valid = columns.view(B, G * n), state.valid.view(B, G * n)
 
-        counts = state.valid[..., 0].sum(1).tolist()  # groups of each row
+        lengths = state.valid.sum(-1)  # (B, G)
+        sizes = list(zip((lengths > 0).sum(1).tolist(), lengths.amax(1).tolist(), strict=True))
+        keys = [row.key for row in batch.rows]
         sampler = Sampler(
             options.temperature,
             options.top_k,
             options.top_p,
             options.remasking,
-            torch.tensor(run.suppressed, device=self.device) if run.suppressed else None,
-            RowNoise(seed, run.keys, counts, self.device) if options.is_random else None,
+            torch.tensor(batch.suppressed, device=self.device) if batch.suppressed else None,
+            RowNoise(seed, keys, sizes, self.device) if options.is_random else None,
         )
 
         # The loop knows groups of positions, the network columns of a sequence.
+        def filled(tokens: torch.Tensor) -> torch.Tensor:
+            return scatter_valid(network.response_ids, flat, tokens.view(B, G * n), valid)
+
         def predict(tokens: torch.Tensor, step: int) -> torch.Tensor:
-            ids = scatter_valid(network.response_ids, flat, tokens.view(B, G * n), valid)
-            return network(ids, step, flat).view(B, G, n, -1)
+            return network(filled(tokens), step, flat).view(B, G, n, -1)
 
         def on_step(step: int, state: State):
-            listener(step, rows_of(state))
+            listener(step, responses_of(inputs, filled(state.tokens)))
 
-        state, forwards = denoise(
+        state, forwards, log_probs = denoise(
             predict,
             state,
-            run.rule,
+            batch.rule,
             sampler,
             self.config.mask_token_id,
             on_step if listener else None,
             network.depends_on_step,
         )
-        return rows_of(state), forwards.tolist()
 
-    # The processor that is saved beside the weights.
-
-    def _saved_processor(self) -> PerceptionDLMProcessor:
-        """Loads the processor saved beside the weights, once."""
-        if self._processor is None:
-            if self._source is None:
-                raise ValueError("expected `processor`: this model was not loaded from a folder")
-            path, options = self._source
-            try:
-                self._processor = PerceptionDLMProcessor.from_pretrained(path, **options)
-            except (OSError, ValueError) as error:  # transformers raises either
-                place = Path(path) / options.get("subfolder", "")
-                raise FileNotFoundError(
-                    f"expected a processor beside the weights in {place}, got: {error}; pass"
-                    " `processor`"
-                ) from error
-        return self._processor
-
-    def _processor_if_saved(self) -> PerceptionDLMProcessor | None:
-        try:
-            return None if self._source is None else self._saved_processor()
-        except FileNotFoundError:
-            return None
-
-    def _check_processor(self, processor):
-        """Refuses a processor that was made for another model."""
-        vision, images = self.config.vision_config, processor.image_processor
-        pairs = {
-            "region_layout": (self.config.region_layout, processor.region_layout),
-            "roi_output_size": (self.config.roi_output_size, processor.roi_output_size),
-            "image_size": (vision.image_size, images.image_size),
-            "image_layout": (self.config.image_layout, images.image_layout),
-            "mask_token_id": (self.config.mask_token_id, processor.mask_token_id),
-        }
-        for name, (expected, got) in pairs.items():
-            if expected != got:
-                raise ValueError(
-                    f"expected a processor with the model's {name} {expected!r}, got {got!r}"
-                )
-
-    # transformers' `generate`, for answers about whole images.
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        inputs: torch.Tensor | None = None,
-        generation_config=None,
-        streamer=None,
-        tokenizer=None,
-        **inputs_and_options,
-    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """Returns prompts and their answers, int64 (B, L + n).
-
-        Past an answer's first end-of-turn or stop string there is only end-of-turn.
-
-        Args:
-            input_ids, attention_mask: (B, L), prompts padded on the left. Answers in them, to be
-                filled or to be learned, are left out.
-            inputs: another name of `input_ids`.
-            generation_config: goes before the model's own `generation_config`, and what is given
-                by name before both. `generation_options` lists the fields that are honored, and
-                the neutral values of all others; another value raises ValueError.
-            streamer: gets the prompts, then the answers' tokens in turn when all are final.
-            tokenizer: encodes stop strings, where no `processor` is given or saved.
-            inputs_and_options: the processor's other tensors, fields of `GenerationConfig`, and
-                options of `diffusion_generate`; `max_new_tokens` is n (default: the length of the
-                masked answers in the inputs, then the checkpoint's).
-        """
-        # What was given, by what it is for.
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs_and_options}
-        call = {k: v for k, v in given.items() if k in KNOWN}
-        options = {k: v for k, v in given.items() if k not in KNOWN and k not in INPUTS}
-        tensors = {k: v for k, v in given.items() if k in INPUTS and v is not None}
-        self._expect_real_tokens()
-        prompts, slots = _prompts(tensors, inputs)
-        ids = prompts["input_ids"]
-
-        # transformers' arguments, translated to decoding options.
-        configs = (generation_config, self.generation_config)
-        arguments = GenerateArguments(call, configs, self._end_ids())
-        suppressed = self.decoding_defaults.get("suppress_tokens", ())
-        options = arguments.options(suppressed) | options
-        if tokenizer is not None and options.get("processor") is None:
-            options["processor"] = PerceptionDLMProcessor(PerceptionDLMImageProcessor(), tokenizer)
-        # How long the answers are to be.
-        length = arguments.new_tokens(ids.shape[1], slots)
-        if length is None:
-            length = DiffusionOptions.build(self.decoding_defaults, {}).max_new_tokens
-
-        # Denoise; to a streamer it looks as if the tokens came one after another.
-        if streamer is not None:
-            streamer.put(ids.cpu())
-        answers, ends = self._answers(prompts, length, options)
-        if streamer is not None:
-            for column in answers[:, : max(ends)].T.cpu():  # as if they came one after another
-                streamer.put(column)
-            streamer.end()
-        sequences = torch.cat([ids, answers], dim=1)
-        if arguments.get("return_dict_in_generate"):
-            return GenerateDecoderOnlyOutput(sequences=sequences)
-        return sequences
-
-    def prepare_inputs_for_generation(self, input_ids, **inputs) -> dict:
-        """Returns what `forward` takes; adapters of PEFT ask for this method."""
-        return {"input_ids": input_ids, **inputs}
-
-    def _expect_real_tokens(self):
-        """Refuses virtual tokens, for which PEFT puts a method of its own in the model's place."""
-        if "prepare_inputs_for_generation" in vars(self):
-            raise ValueError(
-                "expected an adapter of weights, such as LoRA, got one with virtual tokens, which"
-                " diffusion has no place for"
-            )
-
-    def _end_ids(self) -> set[int]:
-        """Collects the ids that end an answer or stand behind it."""
-        named = (self.config.eot_token_id, self.config.eos_token_id, self.config.pad_token_id)
-        lists = (ids if isinstance(ids, list) else [ids] for ids in named if ids is not None)
-        return {token for ids in lists for token in ids}
-
-    def _answers(self, prompts: dict, length: int, options: dict):
-        """Answers prompts for `generate`.
-
-        Returns int64 (B, length), only end-of-turn past each one's end, and each one's number of
-        tokens, the one that ends it counted.
-        """
-        out = self.diffusion_generate(inputs=self._with_answers(prompts, length), **options)
-        rows = [row[0] for row in out.token_ids]
-        chosen = {k: v for k, v in options.items() if k == "stop_strings"}
-        # Past its end an answer is filled up with end-of-turn.
-        stops = DiffusionOptions.build(self.decoding_defaults, chosen).stop_strings
-        tokenizer = stops and (options.get("processor") or self._saved_processor()).tokenizer
-        ends = [_end(ids, self.config.eot_token_id, stops or (), tokenizer) for ids in rows]
-        past = torch.arange(length) >= torch.tensor(ends)[:, None]
-        answers = torch.tensor(rows).masked_fill(past, self.config.eot_token_id)
-        return answers.to(prompts["input_ids"].device), ends
-
-    def _with_answers(self, inputs: dict, length: int) -> dict:
-        """Adds `length` masked positions behind each prompt of the inputs."""
-        ids = inputs["input_ids"]
-        mask = inputs.get("attention_mask", torch.ones_like(ids))
-        if not bool(mask[:, -1].all()):
-            raise ValueError("expected prompts padded on the left, got padding on the right")
-
-        positions = inputs.get("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
-        steps = torch.arange(1, length + 1, device=ids.device)
-        columns = {  # name: (of the prompt where it is not given, of the answer)
-            "input_ids": (ids, self.config.mask_token_id),
-            "attention_mask": (mask, 1),
-            "position_ids": (positions, positions[:, -1:] + steps),
-            "region_ids": (torch.full_like(ids, SHARED_REGION), ANSWER_REGION),
-            "role_ids": (torch.full_like(ids, ROLE_SHARED), ROLE_CAPTION),
-        }
-        behind = ids.new_empty(len(ids), length)
-        extended = {
-            name: torch.cat([inputs.get(name, prompt), torch.zeros_like(behind) + answer], dim=1)
-            for name, (prompt, answer) in columns.items()
-        }
-        start = ids.shape[1]
-        places = torch.arange(start, start + length, device=ids.device)
-        responses = {
-            "response_columns": places.expand(len(ids), 1, -1),
-            "response_start": torch.full((len(ids),), start, device=ids.device),
-            "task": "answers",
-        }
-        return {**inputs, **extended, **responses}
-
-
-def plan_groups(counts: Sequence[int], max_regions: int) -> list[RegionGroup]:
-    """Splits each image's masks, in the order given, into groups of at most `max_regions`."""
-    if max_regions == 0:
-        raise ValueError("expected a checkpoint with region prompts for masks, got one without")
-    for i, count in enumerate(counts):
-        if count == 0:
-            raise ValueError(f"expected at least one mask for image {i}, got none")
-    return [
-        RegionGroup(image, list(range(first, min(first + max_regions, count))))
-        for image, count in enumerate(counts)
-        for first in range(0, count, max_regions)
-    ]
-
-
-def in_given_order(rows: list[list], orders: Sequence[Sequence[int]]) -> list[list]:
-    """Restores the caller's mask order.
-
-    Each row's values come in an order of the masks' indices; there may be fewer rows than orders
-    while a run goes on.
-    """
-    return [
-        [values[order.index(k)] for k in range(len(order))]
-        for values, order in zip(rows, orders, strict=False)
-    ]
+        # What was given has no probability.
+        unknown = torch.full_like(network.response_ids, torch.nan, dtype=torch.float64)
+        scores = scatter_valid(unknown, flat, log_probs.view(B, G * n), valid)
+        token_ids = responses_of(inputs, filled(state.tokens))
+        token_scores = responses_of(inputs, scores)
+        return [
+            Denoised(ids, [[None if p != p else p for p in one] for one in own], count)
+            for ids, own, count in zip(token_ids, token_scores, forwards.tolist(), strict=True)
+        ]
 
 
 def orders_of(inputs) -> list[list[int]] | None:
@@ -659,28 +460,6 @@ def orders_of(inputs) -> list[list[int]] | None:
     return [[k for k in row if k >= 0] for row in orders.tolist()]
 
 
-def stop_sequences(options: DiffusionOptions, processor) -> tuple[tuple[int, ...], ...]:
-    """Encodes each stop string to token ids."""
-    encoded = (
-        processor.tokenizer(stop, add_special_tokens=False)["input_ids"]
-        for stop in options.stop_strings or ()
-    )
-    return tuple(map(tuple, encoded))
-
-
-def _texts(token_ids, lengths, stop_strings, processor) -> list[list[str]] | None:
-    """Decodes each response up to its end."""
-    if processor is None:
-        return None
-    texts = [
-        [processor.decode_answer(ids[:length]) for ids, length in zip(row, own, strict=True)]
-        for row, own in zip(token_ids, lengths, strict=True)
-    ]
-    for stop in stop_strings or ():  # those that the tokenizer splits otherwise in their context
-        texts = [[text.split(stop)[0].strip() for text in row] for row in texts]
-    return texts
-
-
 def _read_json(path: str) -> dict:
     """Reads a JSON file that holds an object; raises ValueError for any other."""
     try:
@@ -692,63 +471,32 @@ def _read_json(path: str) -> dict:
     return value
 
 
+def _is_mixed(images, masks) -> bool:
+    """Tells whether some of a list of images have no region masks."""
+    are_lists = isinstance(images, (list, tuple)) and isinstance(masks, (list, tuple))
+    return are_lists and any(own is None for own in masks)
+
+
+def _expect_one_row_each(rows: list[Row]):
+    """Refuses to listen where several rows answer for one place."""
+    places = [place for row in rows for place in row.places]
+    if None in places or len(set(places)) < len(places):
+        raise ValueError(
+            "expected one candidate for each response where its steps are asked for, got several:"
+            " give the template's fields one length, or drop callback and return_history"
+        )
+
+
+def _by_place(rows: list[Row], responses: list[list]) -> dict:
+    """Returns the rows' responses by the places that they belong to."""
+    return {
+        place: response
+        for row, own in zip(rows, responses, strict=True)
+        for place, response in zip(row.places, own, strict=True)
+        if place is not None
+    }
+
+
 def _chunks(items: Sequence, size: int | None) -> list[Sequence]:
     size = size or max(len(items), 1)
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _prompts(tensors: dict, inputs) -> tuple[dict, int | None]:
-    """Leaves the answers out of the tensors given to `generate`.
-
-    Returns the prompts, and how many positions were masked for an answer (None: none).
-    """
-    if "boxes" in tensors:
-        raise ValueError(
-            "expected a prompt about whole images, got regions; captions of regions are made"
-            " by `diffusion_generate`"
-        )
-    if (inputs is None) == ("input_ids" not in tensors):
-        raise ValueError("expected exactly one of `input_ids` and `inputs`")
-    tensors = {"input_ids": inputs, **tensors}
-    length = tensors["input_ids"].shape[1]
-    labels = tensors.get("labels")
-
-    # An answer that is there, to be filled or learned, begins where the processor says.
-    start = length
-    if "response_start" in tensors:
-        start = int(tensors["response_start"][0])
-    elif labels is not None:
-        start = _first_label(labels)
-    if start == 0:
-        raise ValueError("expected a prompt before the answer, got none")
-    slots = length - start if labels is None and start < length else None
-    prompts = {k: v[:, :start] if k in COLUMNS else v for k, v in tensors.items()}
-    return {
-        k: v for k, v in prompts.items() if k not in (*TRAINING_INPUTS, *RESPONSE_INPUTS)
-    }, slots
-
-
-def _first_label(labels: torch.Tensor) -> int:
-    """Finds the column of labels (B, L) in which every row's answer starts."""
-    starts = (labels == IGNORED_LABEL).long().cumprod(1).sum(1)
-    if len(starts.unique()) > 1:
-        raise ValueError(
-            f"expected answers that start in one column, got columns {starts.tolist()}: pad the"
-            " prompts on the left, or let the processor make the inputs"
-        )
-    return int(starts[0])
-
-
-def _end(ids: list[int], eot: int, stops: Sequence[str], tokenizer) -> int:
-    """Counts the tokens up to the first end-of-turn or stop string, that one included."""
-    end = min(response_length(ids, [(eot,)]) + 1, len(ids))
-
-    def stopped(count: int) -> bool:
-        known = [token for token in ids[:count] if token < len(tokenizer)]
-        text = tokenizer.decode(known)
-        return any(stop in text for stop in stops)
-
-    # A stop string may be spelled by other tokens than when it stands alone.
-    if stops and stopped(end):
-        end = next(count for count in range(1, end + 1) if stopped(count))
-    return end

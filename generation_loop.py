@@ -27,25 +27,34 @@ class RowNoise:
     Args:
         seed: of the whole call.
         keys: what tells each row from all others of the call, whole numbers.
-        counts: each row's groups of response positions; what only pads the batch draws nothing.
+        sizes: each row's groups of response positions, and the positions of its longest group;
+            what only pads the batch draws nothing.
         device: on which to draw.
     """
 
-    def __init__(self, seed: int, keys: Sequence[tuple[int, ...]], counts: Sequence[int], device):
-        self.counts = counts
+    def __init__(
+        self,
+        seed: int,
+        keys: Sequence[tuple[int, ...]],
+        sizes: Sequence[tuple[int, int]],
+        device,
+    ):
+        self.sizes = sizes
         self.generators = []
         for key in keys:
             (own,) = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)
             self.generators.append(torch.Generator(device).manual_seed(int(own)))
 
     def __call__(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Draws from [0, 1) in the given shape (B, G, ...); 0.5 for groups that pad."""
+        """Draws from [0, 1) in the given shape (B, G, n, ...); 0.5 for what pads."""
         device = self.generators[0].device
         drawn = torch.full(shape, 0.5, dtype=dtype, device=device)
-        for row, (count, generator) in enumerate(zip(self.counts, self.generators, strict=True)):
-            # Drawn for the row's own groups alone: padding must not use up draws.
-            own = (count, *shape[2:])
-            drawn[row, :count] = torch.rand(own, generator=generator, dtype=dtype, device=device)
+        for row, (own, generator) in enumerate(zip(self.sizes, self.generators, strict=True)):
+            # Drawn for the row's own positions alone: padding must not use up draws.
+            groups, length = own
+            own_shape = (groups, length, *shape[3:])
+            draws = torch.rand(own_shape, generator=generator, dtype=dtype, device=device)
+            drawn[row, :groups, :length] = draws
         return drawn
 
 
@@ -83,11 +92,11 @@ class Sampler:
 
         # Choose, and say how sure the choice is.
         tokens = self._choose(logits)
+        probability = probability_of(tokens, logits)
+        confidence = probability
         if self.remasking == "random":
             confidence = self._uniform(tokens, torch.float64)
-        else:
-            confidence = probability_of(tokens, logits)
-        return Prediction(logits, tokens, confidence)
+        return Prediction(logits, tokens, confidence, probability.log())
 
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:
         if self.temperature == 0:
@@ -143,7 +152,8 @@ class Memory:
 
     def add(self, keys: list[bytes], prediction: Prediction):
         """Keeps the prediction made from the states, without its logits."""
-        said = zip(prediction.tokens, prediction.confidence, strict=True)
+        assert prediction.log_probs is not None  # a sampler's always are
+        said = zip(prediction.tokens, prediction.confidence, prediction.log_probs, strict=True)
         for row, key, one in zip(self.rows, keys, said, strict=True):
             row.setdefault(key, one)
 
@@ -154,8 +164,7 @@ class Memory:
         """
         keyed = zip(self.rows, keys, strict=True)
         said = [row[key] if key in row else next(iter(row.values())) for row, key in keyed]
-        candidates, confidence = map(torch.stack, zip(*said, strict=True))
-        return Prediction(None, candidates, confidence)
+        return Prediction(None, *map(torch.stack, zip(*said, strict=True)))
 
 
 def denoise(
@@ -166,8 +175,11 @@ def denoise(
     mask_token_id: int,
     on_step: Callable[[int, State], None] | None = None,
     depends_on_step: bool = True,
-) -> tuple[State, torch.Tensor]:
-    """Runs the loop; returns the last state and each row's forward passes, int64 (B,).
+) -> tuple[State, torch.Tensor, torch.Tensor]:
+    """Runs the loop.
+
+    Returns the last state, each row's forward passes, int64 (B,), and the log-probability of each
+    position's token at the step that committed it, float64 (B, G, n).
 
     Args:
         predict: gives logits (B, G, n, V) of all response positions from tokens and a step number.
@@ -179,6 +191,7 @@ def denoise(
     # A rule with more steps than positions comes back to states that it has seen.
     B, _, n = state.tokens.shape
     forwards = torch.zeros(B, dtype=torch.int64, device=state.tokens.device)
+    log_probs = torch.zeros_like(state.tokens, dtype=torch.float64)
     may_finish_early = rule.adaptive or rule.steps > n
     may_repeat = not depends_on_step and sampler.is_deterministic and not rule.uses_logits
     memory = Memory(B) if may_repeat and rule.steps > n else None
@@ -209,9 +222,12 @@ def denoise(
         before, state = state, rule.commit(step, prediction, state, mask_token_id)
         if may_finish_early:
             state = _keep_finished(~running, before, state)
+        committed = before.masked & ~state.masked
+        assert prediction.log_probs is not None  # a sampler's always are
+        log_probs = torch.where(committed, prediction.log_probs, log_probs)
         if on_step is not None and (runs or not torch.equal(before.tokens, state.tokens)):
             on_step(step, state)
-    return state, forwards
+    return state, forwards, log_probs
 
 
 def _keep_finished(done: torch.Tensor, state: State, proposed: State) -> State:

@@ -243,7 +243,17 @@ class DiffusionOptions:
     generator: torch.Generator | None = option(
         None, instance(torch.Generator), "draws the seed, instead of `seed`"
     )
+    num_return_sequences: int = option(
+        1,
+        integer(1, 1024),
+        "responses drawn for each region or question, at a temperature; all are returned, the"
+        " likeliest first",
+    )
+
     return_history: bool = option(False, instance(bool), "keep the responses after each step")
+    return_token_scores: bool = option(
+        False, instance(bool), "give the log-probability of each token, too"
+    )
 
     @classmethod
     def build(cls, defaults: dict, options: dict, task: str | None = None) -> "DiffusionOptions":
@@ -288,6 +298,15 @@ class DiffusionOptions:
                 f"expected remasking 'low_confidence' with {ACCEPTANCES}, which compare"
                 " confidences, got 'random'"
             )
+        if self.num_return_sequences > 1 and not self.is_random:
+            raise ValueError(
+                "expected a temperature above 0 for several num_return_sequences, which would else"
+                f" all be the same, got {self.num_return_sequences}"
+            )
+        if self.num_return_sequences > 1 and self.return_history:
+            raise ValueError(
+                "expected return_history False with several num_return_sequences, got True"
+            )
         if self.remask_below is not None and not accepting:
             raise ValueError(
                 f"expected {ACCEPTANCES} with remask_below, got {self.remask_below} alone"
@@ -326,17 +345,25 @@ class DiffusionOptions:
         at = device if generator is None else generator.device
         return int(torch.randint(2**63 - 1, (), generator=generator, device=at))
 
-    def region_rule(self, scope: str, eot_token_id: int | None) -> Rule:
-        """Chooses the rule for captions; `scope` is what re-masking ranks together."""
-        steps = self.steps or self.caption_length
+    def region_rule(self, scope: str, eot_token_id: int | None, length: int | None = None) -> Rule:
+        """Chooses the rule for captions.
+
+        Args:
+            scope: what re-masking ranks together.
+            eot_token_id: what ends a caption; None where nothing does.
+            length: the longest response's open positions, where they are of several lengths;
+                each then takes a step for each of its own, unless `steps` says otherwise.
+        """
+        steps = self.steps or length or self.caption_length
+        per_token = length is not None and self.steps is None
         accept = self._accept()
         if accept is None:
-            return RemaskLowConfidence(steps, scope)
-        length = self.caption_length
-        return Adaptive(steps, accept, length, eot_token_id, self.remask_below)
+            return RemaskLowConfidence(steps, scope, per_token)
+        block = length or self.caption_length
+        return Adaptive(steps, accept, block, eot_token_id, self.remask_below, per_token)
 
-    def answer_rule(self, length: int, eot_token_id: int | None) -> Rule:
-        """Chooses the rule for an answer of `length` tokens."""
+    def answer_rule(self, length: int, eot_token_id: int | None, per_token: bool = False) -> Rule:
+        """Chooses the rule for an answer of `length` tokens; `per_token` as in `Adaptive`."""
         block = self.block_length or length
         if length % block:
             raise ValueError(f"expected block_length to divide {length} new tokens, got {block}")
@@ -345,7 +372,8 @@ class DiffusionOptions:
 
         accept = self._accept()
         if accept is not None:
-            return Adaptive(steps, accept, block, eot_token_id, self.remask_below)
+            per_token = per_token and self.steps is None
+            return Adaptive(steps, accept, block, eot_token_id, self.remask_below, per_token)
         if steps % blocks:
             raise ValueError(f"expected steps divisible by the {blocks} blocks, got {steps}")
         return SemiAutoregressive(steps, block, blocks)

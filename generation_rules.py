@@ -39,11 +39,13 @@ class Prediction:
         logits: (B, G, n, V), float32 or float64, filtered; None where no rule reads them.
         tokens: int64 (B, G, n), the candidate of each position.
         confidence: float64 (B, G, n), by which positions are ranked.
+        log_probs: float64 (B, G, n), of the candidates, in nats; None where nobody asks.
     """
 
     logits: torch.Tensor | None
     tokens: torch.Tensor
     confidence: torch.Tensor
+    log_probs: torch.Tensor | None = None
 
     def entropy(self) -> torch.Tensor:
         """Returns the entropy of each position in nats, (B, G, n)."""
@@ -147,10 +149,13 @@ class RemaskLowConfidence:
         steps: S.
         scope: "image" ranks the N positions of all captions of a row together; "region" ranks
             each caption's own, so that captions do not influence each other.
+        per_token: S is at most the positions of a caption, the longest of those ranked together:
+            one step for each token, where responses of several lengths run together.
     """
 
     steps: int
     scope: str = "image"
+    per_token: bool = False
     adaptive = False
     uses_logits = False
 
@@ -162,7 +167,11 @@ class RemaskLowConfidence:
 
         # How many of each caption, or of all captions of a row, are masked again.
         total = valid.sum(-1, keepdim=True).double()
-        count = (total * ((self.steps - 1 - step) / self.steps)).long()
+        steps: int | torch.Tensor = self.steps
+        if self.per_token:
+            lengths = state.valid.sum(-1).view(B, -1, G if self.scope == "image" else 1)
+            steps = lengths.amax(-1, keepdim=True).double().clamp(min=1)  # (B, 1 or G, 1)
+        count = (total * ((steps - 1 - step) / steps)).long()
 
         confidence = prediction.confidence.view(ranked_together).masked_fill(~valid, torch.inf)
         masked = ((ranks(confidence) < count) & valid).view(B, G, n)
@@ -282,6 +291,8 @@ class Adaptive:
         remask_below: masks committed positions again whose token's probability has fallen under
             this, as far as the budget allows (WINO, arXiv:2507.18578); None: what is committed
             stays.
+        per_token: the budget of a group is at most its positions, where groups of several lengths
+            run together.
     """
 
     steps: int
@@ -289,6 +300,7 @@ class Adaptive:
     block_length: int
     eot_token_id: int | None = None
     remask_below: float | None = None
+    per_token: bool = False
     adaptive = True
     uses_logits = True
 
@@ -298,7 +310,8 @@ class Adaptive:
 
         # As many as the budget requires, from the block and, where it is too small, beyond it.
         left = state.masked.sum(-1, keepdim=True)
-        quota = torch.ceil(left / (self.steps - step)).long().clamp(min=1)
+        steps_left = (self._budget(state) - step).clamp(min=1)
+        quota = torch.ceil(left / steps_left).long().clamp(min=1)
         required = largest(prediction.confidence, eligible, quota)
         short = (quota - eligible.sum(-1, keepdim=True)).clamp(min=0)
         beyond = largest(prediction.confidence, state.masked & ~eligible, short)
@@ -312,12 +325,17 @@ class Adaptive:
             state = replace(state, tokens=tokens, masked=state.masked | remasked)
         return self._end_turns(state)
 
+    def _budget(self, state: State) -> torch.Tensor:
+        """Returns the predictions that each group may take, int64 (B, G, 1)."""
+        lengths = state.valid.sum(-1, keepdim=True)
+        return lengths.clamp(max=self.steps) if self.per_token else lengths.fill_(self.steps)
+
     def _remasked(self, step: int, prediction: Prediction, state: State) -> torch.Tensor | None:
         """Marks committed positions, bool (B, G, n), that have become unlikely; None: none."""
         if self.remask_below is None or step + 2 >= self.steps:
             return None
         assert prediction.logits is not None  # for a rule that says `uses_logits`
-        committed = state.valid & ~state.masked
+        committed = state.valid & ~state.masked & (step + 2 < self._budget(state))
         return committed & (probability_of(state.tokens, prediction.logits) < self.remask_below)
 
     def _end_turns(self, state: State) -> State:

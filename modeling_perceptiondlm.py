@@ -239,43 +239,48 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
     def embed_inputs(self, input_ids, role_ids, **images) -> torch.Tensor:
         """Returns token embeddings (B, L, D) with visual and RoI tokens spliced in.
 
-        `images` are `pixel_values` ... `box_images` of `forward`.
+        `images` are `pixel_values` ... `region_features` of `forward`.
         """
         # By way of forward: the newline is this module's own, and at hand only while it runs.
-        return self(input_ids, role_ids=role_ids, **images, only_embeds=True)
+        return self(input_ids, role_ids=role_ids, **images, stop_at="embeds")
 
-    def _embed(
-        self,
-        input_ids,
-        role_ids,
-        pixel_values,
-        image_grids,
-        image_sizes,
-        region_patches,
-        boxes,
-        box_images,
-    ) -> torch.Tensor:
-        """Returns what `embed_inputs` describes."""
+    def see_features(self, **images) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encodes images, for any number of prompts about them.
+
+        `images` are `pixel_values` ... `box_images` of `forward`. Returns `image_features` and
+        `region_features` (None without boxes), which `forward` takes in their place.
+        """
+        return self(**images, stop_at="features")
+
+    def _features(
+        self, pixel_values, image_grids, image_sizes, region_patches, boxes, box_images
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns what `see_features` describes."""
+        grids = [tuple(grid) for grid in image_grids.tolist()]
+        features = self.encode_images(pixel_values, region_patches)
+        tokens = self.image_tokens(features, grids, image_sizes.tolist())
+        if boxes is None or not self.config.roi_output_size:
+            return tokens, None
+        return tokens, replay_regions(features, grids, boxes, box_images, self.config)
+
+    def _embed(self, input_ids, role_ids, image_features, region_features) -> torch.Tensor:
+        """Returns what `embed_inputs` describes, of features that are computed."""
         embeds = self.get_input_embeddings()(input_ids)  # (B, L, D)
         B, L, D = embeds.shape
         fixed = role_ids != ROLE_CAPTION  # what is being denoised may hold any id
         places = fixed & (input_ids == self.config.image_token_id)
-        if pixel_values is None or not len(pixel_values):
+        if image_features is None:
             embeds = _splice(embeds, places, embeds.new_zeros(0, D), "image")
             return embeds + self._unseen_image().to(embeds) if self._waits_for_others() else embeds
 
         # The tokens of the images, at their placeholders.
-        grids = [tuple(grid) for grid in image_grids.tolist()]
-        features = self.encode_images(pixel_values, region_patches)
-        tokens = self.image_tokens(features, grids, image_sizes.tolist())
-        embeds = _splice(embeds, places, tokens, "image")
+        embeds = _splice(embeds, places, image_features, "image")
 
         # The features of each region's box, replayed at the RoI placeholders.
-        if boxes is not None and self.config.roi_output_size:
+        if region_features is not None:
             roi_ids = torch.tensor(self.config.roi_token_ids, device=input_ids.device)
             places = (role_ids == ROLE_ROI) & torch.isin(input_ids, roi_ids)
-            replayed = replay_regions(features, grids, boxes, box_images, self.config)
-            embeds = _splice(embeds, places, replayed.flatten(0, 1), "RoI")
+            embeds = _splice(embeds, places, region_features.flatten(0, 1), "RoI")
         return embeds
 
     def forward(
@@ -291,6 +296,8 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         region_patches: torch.Tensor | None = None,
         boxes: torch.Tensor | None = None,
         box_images: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
         region_orders: torch.Tensor | None = None,
         response_columns: torch.Tensor | None = None,
         response_start: torch.Tensor | None = None,
@@ -302,7 +309,7 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        only_embeds: bool = False,
+        stop_at: str | None = None,
         inputs_embeds: torch.Tensor | None = None,
         past_key_values=None,
         use_cache: bool | None = None,
@@ -313,6 +320,9 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         Args:
             input_ids ... box_images: what the processor makes; positions default to 0, 1, 2, ...
                 over what is not padding, structure to none.
+            image_features: float (tokens, D), of all images' tokens; region_features: float (K,
+                roi_output_size^2, D). What `see_features` made of images, instead of
+                `pixel_values` and what comes with them.
             region_orders ... task: not used here; generation reads them.
             labels: int (B, L), -100 where there is nothing to learn. Labelled positions are
                 masked with probability p = (1 - eps) t + eps.
@@ -321,7 +331,8 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             loss_weighting: "inverse_rate" (LLaDA: cross-entropy / p, over the label count) or
                 "none" (mean cross-entropy of a sample's masked positions).
             logits_to_keep: without labels, the last so many positions (0: all), or their indices.
-            only_embeds: returns what `embed_inputs` describes, before anything attends.
+            stop_at: "features" returns what `see_features` describes, "embeds" what
+                `embed_inputs` does, before anything attends.
             inputs_embeds ... output_attentions: as trainers and adapters pass them, None or False.
         """
         expect_neutral(
@@ -333,6 +344,15 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             },
             FORWARD_NEUTRAL,
         )
+        # Encode the images, but for those whose features are given.
+        images = (pixel_values, image_grids, image_sizes, region_patches, boxes, box_images)
+        if pixel_values is not None and len(pixel_values):
+            if image_features is not None:
+                raise ValueError("expected pixel_values or image_features, got both")
+            image_features, region_features = self._features(*images)
+        if stop_at == "features":
+            return image_features, region_features
+
         if input_ids is None:
             raise ValueError("expected input_ids, got none")
         attention_mask, position_ids, region_ids, role_ids = _with_defaults(
@@ -350,9 +370,8 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             expect_masked(input_ids, role_ids == ROLE_CAPTION, self.config.mask_token_id)
 
         # Embed.
-        images = (pixel_values, image_grids, image_sizes, region_patches, boxes, box_images)
-        embeds = self._embed(input_ids, role_ids, *images)
-        if only_embeds:
+        embeds = self._embed(input_ids, role_ids, image_features, region_features)
+        if stop_at == "embeds":
             return embeds
 
         # Attend.

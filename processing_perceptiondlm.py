@@ -8,6 +8,7 @@ prompt; what is denoised or learned, captions or an answer, stands after it.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,7 @@ from .image_processing_perceptiondlm import (
 )
 from .processing_sequence import (
     RESPONSE_INPUTS,
+    Padding,
     SequenceBuilder,
     TokenSequence,
     encode_prompt,
@@ -56,15 +58,20 @@ CHAT_TEMPLATE = """\
 {{- '<|start_header_id|>assistant<|end_header_id|>\\n' -}}
 {%- endif -%}
 """
-# The prompt of a region group, in which the released model expects no spaces but these.
-REGION_PROMPT = """\
+# The prompt of a region group, in which the released model expects no spaces but these: what all
+# regions share, and what asks. In a tree each region's branch may hold its own question.
+REGION_IMAGE = """\
 <|start_header_id|>system<|end_header_id|>
 {system}{eot}
 <|start_header_id|>user<|end_header_id|>
-<img>{image}</img>{roi}
+<img>{image}</img>"""
+REGION_QUESTION = """\
+{roi}
 {instruction}{eot}
 <|start_header_id|>assistant<|end_header_id|>
 """
+# A region that a region's question names, by its place in the list of masks.
+REGION_REFERENCE = re.compile(r"<region (\d+)>")
 
 
 class PerceptionDLMProcessor(ProcessorMixin):
@@ -161,7 +168,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         masks=None,
         *,
-        prompts: str | list[str] | None = None,
+        prompts=None,
         caption_length: int | None = None,
         max_new_tokens: int | None = None,
         captions=None,
@@ -178,9 +185,11 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 tokens that are spelled in it are control tokens, as in transformers, but for those
                 that `apply_chat_template` has escaped.
             masks: a list of region masks for one image, or a list of such lists; see `load_mask`.
-            prompts: with masks, the instruction (default `region_instruction`); without, plain
-                questions, rendered through the chat template after their images. Like captions
-                and answers they are text: nothing in them becomes a control token.
+            prompts: with masks, the instruction (default `region_instruction`), one for each
+                image, or nested as the masks: one for each region, None for the default; see
+                `pair_prompts`. Without masks, plain questions, rendered through the chat template
+                after their images. Like captions and answers they are text: nothing in them
+                becomes a control token.
             caption_length: masked tokens for each region (32 when neither this nor `captions` is
                 given); with `captions`, the slot that each is padded to with end-of-turn.
             max_new_tokens: masked tokens of an answer; with `answers`, the padded slot.
@@ -215,21 +224,35 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 raise ValueError("expected return_region_orders True without masks, got False")
             data, sequences = self._chat(images, text, prompts, max_new_tokens, answers, call)
 
-        # Stack the sequences, and say where their responses stand.
         call.check_lengths([len(s.ids) for s in sequences], self.tokenizer.model_max_length)
         has_targets = captions is not None or answers is not None
-        padded = pad_sequences(sequences, self.tokenizer.pad_token_id, has_targets, call)
+        task = "answers" if masks is None else "captions"
         orders = data.pop("region_orders", None)
-        data = {**padded, **data}
-        if all(s.slots for s in sequences):
-            behind = max(len(s.ids) - s.prompt_length for s in sequences)
-            data |= locate_responses(sequences, padded["input_ids"].shape[1] - behind)
-            data["task"] = "answers" if masks is None else "captions"
-
+        data = {**self.stack(sequences, task, has_targets, call), **data}
         if return_region_orders and orders is not None:
             rows = [torch.tensor(order) for order in orders]
             data["region_orders"] = pad_sequence(rows, batch_first=True, padding_value=-1)
         return BatchFeature(data)
+
+    def stack(
+        self,
+        sequences: list[TokenSequence],
+        task: str,
+        has_targets: bool = False,
+        padding: Padding | None = None,
+    ) -> dict:
+        """Stacks sequences into a batch, and says where their responses stand.
+
+        Returns `input_ids` ... `role_ids`, `labels` where there are targets and, where every
+        sequence has a response, `response_columns`, `response_start` and the `task`.
+        """
+        pad_id = self.tokenizer.pad_token_id
+        data = pad_sequences(sequences, pad_id, has_targets, padding or Padding())
+        if all(s.slots for s in sequences):
+            behind = max(len(s.ids) - s.prompt_length for s in sequences)
+            data |= locate_responses(sequences, data["input_ids"].shape[1] - behind)
+            data["task"] = task
+        return data
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """Renders a conversation as transformers does, but what messages say stays text.
@@ -262,8 +285,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         if captions is not None:
             captions = [captions] if is_single else captions
             _expect_captions(captions, masks)
-        given = self.region_instruction if prompts is None else prompts
-        instructions = broadcast_texts(given, len(images))
+        instructions = pair_prompts(prompts, [len(own) for own in masks], is_single)
 
         if caption_length is None and captions is None:
             caption_length = DEFAULT_CAPTION_LENGTH
@@ -279,7 +301,15 @@ class PerceptionDLMProcessor(ProcessorMixin):
             texts = None if captions is None else [captions[i][k] for k in order]
             slots = self.caption_slots(texts, len(order), caption_length)
             sequences.append(self.region_sequence(features, i, slots, instructions[i]))
-        return dict(features), sequences
+
+        # A region has a box for each run of its RoI tokens.
+        data = dict(features)
+        counts = [len(order) for order in features["region_orders"]]
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        spans = [start + k for s, start in zip(sequences, starts, strict=True) for k in s.spans]
+        if self.roi_output_size and spans != list(range(sum(counts))):
+            data |= {name: features[name][spans] for name in ("boxes", "box_images")}
+        return data, sequences
 
     def _chat(self, images, text, prompts, max_new_tokens, answers, call):
         """Returns the image processor's features and the sequence of each conversation."""
@@ -291,7 +321,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         if prompts is not None:
             questions = [prompts] if isinstance(prompts, str) else list(prompts)
             images = pair_images(images, len(questions))
-            text = self._render_questions(images, questions)
+            text = self.render_questions(images, questions)
         texts = [text] if isinstance(text, str) else list(text)
         answers = [None] * len(texts) if answers is None else broadcast_texts(answers, len(texts))
 
@@ -310,19 +340,20 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
         features = {}
         if images:
-            features = self.image_processor(images, max_tiles=_tile_limits(counts, call.max_tiles))
+            features = self.image_processor(images, max_tiles=tile_limits(counts, call.max_tiles))
         elif call.max_tiles is not None:
             raise ValueError(f"expected no max_tiles without images, got {call.max_tiles}")
 
         sequences, first = [], 0
         for ids, count, answer in zip(batch_ids, counts, answers, strict=True):
-            image_tokens = [self._image_tokens(features, first + k) for k in range(count)]
+            image_tokens = [self.count_image_tokens(features, first + k) for k in range(count)]
             slot = self._answer_slot(answer, max_new_tokens)
             sequences.append(self._builder.chat_sequence(ids, image_tokens, slot))
             first += count
         return dict(features), sequences
 
-    def _render_questions(self, groups: list[list], questions: list[str]) -> list[str]:
+    def render_questions(self, groups: Sequence[Sequence], questions: Sequence[str]) -> list[str]:
+        """Renders plain questions as conversations, each after its images."""
         texts = []
         for question, group in zip(questions, groups, strict=True):
             content = [{"type": "image"} for _ in group] + [{"type": "text", "text": question}]
@@ -362,43 +393,103 @@ class PerceptionDLMProcessor(ProcessorMixin):
         features,
         index: int,
         slots: list[list[int]],
-        instruction: str | None = None,
+        instruction=None,
         prompts: list[int] | None = None,
+        regions: Sequence[int] | None = None,
     ) -> TokenSequence:
-        """Builds the sequence that captions regions of one image.
+        """Builds the sequence that captions regions of one image, or answers questions about them.
 
         Args:
             features: the image processor's; the image is their number `index`.
-            slots: the captions' ids, in the order of the regions.
-            instruction: default `region_instruction`.
+            slots: the responses' ids, in the order of the regions.
+            instruction: default `region_instruction`. A list, or a dict, has one for each region
+                mask by its number in `region_orders`, None for the default: in the tree layout
+                each goes into its region's branch, and `<region 2>` in one stands for the region
+                of mask 2.
             prompts: the regions' prompt numbers (default 0, 1, ...). In the independent layout,
                 where no region is first, a region's RoI tokens and marker carry its number.
+            regions: in the tree layout, which regions there are branches for, by their place in
+                the order of areas (default: each once).
+
+        Raises ValueError for several instructions in another layout than the tree, and for a
+        region that is not there.
         """
         builder = self._builder
-        texts = [self.system_prompt, instruction or self.region_instruction]
-        system, instruction = escape(self.tokenizer, texts)
-        prompt = REGION_PROMPT.format(
-            system=system,
-            eot=self.eot_token,
-            image=self.image_token,
-            roi="\n".join(builder.roi_placeholders(len(slots))),
-            instruction=instruction,
-        )
-        image_tokens = self._image_tokens(features, index)
-        return builder.region_sequence(prompt, slots, image_tokens, prompts)
+        roi = "\n".join(builder.roi_placeholders(len(slots)))
+        image_tokens = self.count_image_tokens(features, index)
+        system = escape(self.tokenizer, self.system_prompt)
+        prompt = REGION_IMAGE.format(system=system, eot=self.eot_token, image=self.image_token)
+
+        # One instruction for all: in the prompt.
+        numbers = list(range(len(slots))) if prompts is None else prompts
+        if regions is not None:
+            numbers = [k if prompts is None else prompts[k] for k in regions]
+        if not builder.is_tree and not isinstance(instruction, (str, type(None))):
+            instruction = self._one_instruction(
+                list(instruction.values()) if isinstance(instruction, dict) else instruction
+            )
+        if isinstance(instruction, (str, type(None))):
+            prompt += self._question(instruction, roi)
+            return builder.region_sequence(prompt, slots, image_tokens, numbers)
+
+        # One for each region: in the branches, which follow the regions' areas.
+        order = [int(k) for k in features["region_orders"][index]]
+        all_numbers = range(len(order)) if prompts is None else prompts
+        places = {k: self._roi_of(number) for k, number in zip(order, all_numbers, strict=True)}
+        asked = range(len(order)) if regions is None else regions
+        questions = [self._question(instruction[order[k]], roi, places) for k in asked]
+        return builder.region_sequence(prompt, slots, image_tokens, numbers, questions)
+
+    def _question(self, instruction: str | None, roi: str, places: dict | None = None) -> str:
+        """Renders what follows the image; `places` are the regions that may be named in it."""
+        parts = REGION_REFERENCE.split(instruction or self.region_instruction)
+        if places is None or len(parts) == 1:  # nothing is named
+            text = escape(self.tokenizer, instruction or self.region_instruction)
+        else:
+            text = ""
+            for i, part in enumerate(parts):
+                text += escape(self.tokenizer, part) if i % 2 == 0 else _place_of(part, places)
+        return REGION_QUESTION.format(roi=roi, instruction=text, eot=self.eot_token)
+
+    def _roi_of(self, number: int) -> str:
+        """Returns the placeholder of a region's RoI tokens; empty where the model has none."""
+        return self.roi_token.format(number) if self.roi_output_size else ""
+
+    def _one_instruction(self, instructions: Sequence[str | None]) -> str:
+        """Returns the instruction that all regions have; raises ValueError where they differ."""
+        texts = {text or self.region_instruction for text in instructions}
+        if any(REGION_REFERENCE.search(text) for text in texts):
+            raise ValueError(
+                "expected region_layout 'independent' for a question that names regions, got"
+                f" {self.region_layout!r}"
+            )
+        if len(texts) > 1:
+            raise ValueError(
+                "expected one instruction for the regions of an image in the joint layout, whose"
+                f" weights know one, got {len(texts)}: caption them in several calls, or let"
+                " `diffusion_generate` group them"
+            )
+        return texts.pop()
 
     def chat_sequence(
-        self, text: str, features, *, answer: str | None = None, max_new_tokens: int | None = None
+        self,
+        text: str,
+        features,
+        *,
+        answer: str | None = None,
+        max_new_tokens: int | None = None,
+        slot: list[int] | None = None,
     ) -> TokenSequence:
         """Builds the sequence of one rendered conversation.
 
-        Its images are those of the image processor's `features` ({}: none).
+        Its images are those of the image processor's `features` ({}: none); `slot` are the answer's
+        ids, instead of an answer to learn or a number of tokens to denoise.
         """
         ids = encode_prompt(self.tokenizer, text)
         num_images = len(features["image_grids"]) if features else 0
-        image_tokens = [self._image_tokens(features, i) for i in range(num_images)]
-        slot = self._answer_slot(answer, max_new_tokens)
-        return self._builder.chat_sequence(ids, image_tokens, slot)
+        image_tokens = [self.count_image_tokens(features, i) for i in range(num_images)]
+        own = self._answer_slot(answer, max_new_tokens) if slot is None else slot
+        return self._builder.chat_sequence(ids, image_tokens, own)
 
     def _answer_slot(self, answer: str | None, length: int | None) -> list[int]:
         """Returns the ids of an answer to learn, or to denoise where there is none."""
@@ -406,7 +497,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             return self._builder.masked_slot(length or 0)
         return self._builder.response_slot(answer, length, end=True)
 
-    def _image_tokens(self, features, index: int) -> int:
+    def count_image_tokens(self, features, index: int) -> int:
         """Counts the tokens of one of the image processor's images."""
         height, width = features["image_sizes"][index].tolist()
         grid = tuple(features["image_grids"][index].tolist())
@@ -478,7 +569,51 @@ def broadcast_texts(value: str | Sequence[str], count: int, owner: str = "sample
     return values
 
 
-def _tile_limits(counts: list[int], max_tiles: int | None) -> list[int | None]:
+def pair_prompts(
+    prompts, counts: Sequence[int], is_single: bool = False
+) -> list[str | list[str | None] | None]:
+    """Pairs each image with the instruction for its regions.
+
+    Args:
+        prompts: None for the default; one text for all; or a list with, for each image, a text,
+            None, or a list of them, one for each region mask.
+        counts: how many region masks each image has.
+        is_single: there is one image that did not come in a list; then a list of as many texts as
+            it has masks is one for each of them.
+
+    Raises ValueError for another number of texts, and for what is none.
+    """
+    if prompts is None or isinstance(prompts, str):
+        return [prompts] * len(counts)
+    if not isinstance(prompts, (list, tuple)):
+        raise ValueError(f"expected a text or a list of texts, got {describe(prompts)}")
+    is_flat = not any(isinstance(entry, (list, tuple)) for entry in prompts)
+    if is_single and is_flat and len(prompts) == counts[0]:
+        prompts = [prompts]
+    if len(prompts) != len(counts):
+        raise ValueError(f"expected {len(counts)} texts, one for each image, got {len(prompts)}")
+
+    paired: list[str | list[str | None] | None] = []
+    for entry, count in zip(prompts, counts, strict=True):
+        own = list(entry) if isinstance(entry, (list, tuple)) else [entry]
+        if not all(isinstance(text, (str, type(None))) for text in own):
+            raise ValueError(f"expected texts or None as prompts, got {describe(entry)}")
+        if isinstance(entry, (list, tuple)) and len(own) != count:
+            raise ValueError(f"expected a prompt for each of {count} masks, got {len(own)}")
+        paired.append(own if isinstance(entry, (list, tuple)) else own[0])
+    return paired
+
+
+def _place_of(number: str, places: dict[int, str]) -> str:
+    """Returns the RoI placeholder of a region that a question names."""
+    placeholder = places.get(int(number)) if len(number) < 10 else None
+    if not placeholder:
+        known = f"regions 0 to {max(places)}" if any(places.values()) else "no region named"
+        raise ValueError(f"expected {known} in a region's question, got <region {number[:10]}>")
+    return placeholder
+
+
+def tile_limits(counts: list[int], max_tiles: int | None) -> list[int | None]:
     """Returns the most tiles of each image, of conversations with `counts` images each.
 
     Where there are several they have one tile each (as in InternVL and LLaVA).

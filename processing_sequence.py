@@ -156,6 +156,7 @@ class TokenSequence:
     Attributes:
         prompt_length: where what is not the prompt's starts.
         slots: where each response stands, in the order of the regions.
+        spans: the region whose RoI tokens stand at each run of RoI placeholders.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -165,6 +166,7 @@ class TokenSequence:
     labels: list[int] = field(default_factory=list)
     prompt_length: int = 0
     slots: list[range] = field(default_factory=list)
+    spans: list[int] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], *, position: int, region: int, role: int, target=False):
         """Appends `ids` at consecutive positions from `position`; labeled when a `target`."""
@@ -235,12 +237,17 @@ class SequenceBuilder:
         slots: list[list[int]],
         image_tokens: int,
         prompts: list[int] | None = None,
+        questions: list[str] | None = None,
     ) -> TokenSequence:
         """Builds the sequence of a region group.
 
-        `prompt` is rendered, with its placeholders; `slots` are the ids of each region's caption,
-        `image_tokens` counts the image's tokens and `prompts` are the regions' prompt numbers
-        (default 0, 1, ...), which a tree alone uses.
+        Args:
+            prompt: rendered, with its placeholders; with `questions` it ends behind the image.
+            slots: the ids of each region's response.
+            image_tokens: counts the image's tokens.
+            prompts: the regions' prompt numbers (default 0, 1, ...), which a tree alone uses.
+            questions: what is rendered behind the image for each region, in a tree alone; RoI
+                placeholders in them stand for the regions of their numbers.
         """
         ids = encode_prompt(self.tokenizer, prompt)
 
@@ -254,7 +261,8 @@ class SequenceBuilder:
 
         sequence = self._expand_prompt(ids, [image_tokens], roi)
         if self.is_tree:
-            self._add_branches(sequence, slots, prompts or list(range(len(slots))))
+            asked = [encode_prompt(self.tokenizer, q) for q in questions or [""] * len(slots)]
+            self._add_branches(sequence, slots, prompts or list(range(len(slots))), asked, roi)
         else:
             self._add_captions(sequence, slots)
         return sequence
@@ -299,6 +307,7 @@ class SequenceBuilder:
                 repeats = next(counts)
             elif token in roi:
                 region, role, repeats = roi.index(token), ROLE_ROI, self.roi_output_size**2
+                sequence.spans.append(region)
                 seen_roi = True
             elif seen_roi and i < last:
                 region, role = NO_REGION, ROLE_ROI
@@ -319,20 +328,37 @@ class SequenceBuilder:
             sequence.add(block, position=start, region=k, role=ROLE_CAPTION, target=True)
             sequence.slots.append(range(start + 1, start + 1 + len(slot)))  # behind the marker
 
-    def _add_branches(self, sequence: TokenSequence, slots: list[list[int]], prompts: list[int]):
-        """Adds the fixed tokens of every branch, then every caption."""
+    def _add_branches(
+        self,
+        sequence: TokenSequence,
+        slots: list[list[int]],
+        prompts: list[int],
+        questions: list[list[int]],
+        roi: list[int],
+    ):
+        """Adds the fixed tokens of every branch, then every response.
+
+        A branch holds its question, if there is one, its region's RoI tokens and its marker.
+        """
         trunk = len(sequence.ids)
         count = self.roi_output_size**2
-        for k, number in enumerate(prompts):
-            marker = self.token_id(self.caption_token.format(number))
-            fixed = [self.token_id(self.roi_token.format(number))] * count + [marker]
+        ends = []
+        for k, (number, question) in enumerate(zip(prompts, questions, strict=True)):
+            fixed: list[int] = []
+            for token in [*question, self.token_id(self.roi_token.format(number))]:
+                is_region = token in roi
+                fixed += [token] * (count if is_region else 1)
+                if is_region and count:
+                    sequence.spans.append(roi.index(token))
+            fixed.append(self.token_id(self.caption_token.format(number)))
             sequence.add(fixed, position=trunk, region=k, role=ROLE_ROI)
+            ends.append(trunk + len(fixed))
         sequence.prompt_length = len(sequence.ids)
 
-        # Captions stand together behind all branches, but go on from their own.
-        for k, slot in enumerate(slots):
-            column, start = len(sequence.ids), trunk + count + 1
-            sequence.add(slot, position=start, region=k, role=ROLE_CAPTION, target=True)
+        # Responses stand together behind all branches, but each goes on from its own.
+        for k, (slot, position) in enumerate(zip(slots, ends, strict=True)):
+            column = len(sequence.ids)
+            sequence.add(slot, position=position, region=k, role=ROLE_CAPTION, target=True)
             sequence.slots.append(range(column, column + len(slot)))
 
     def _branch_off(self, sequence: TokenSequence):

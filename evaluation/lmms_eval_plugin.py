@@ -18,7 +18,6 @@ from ..common.extras import extra
 from ..common.loading import load_model
 from ..generation_options import DiffusionOptions
 from ..processing_sequence import IGNORED_LABEL, encode_text
-from .likelihood import AnswerLogits, log_likelihood_bound
 
 with extra("lmms"):
     from accelerate import Accelerator
@@ -161,23 +160,33 @@ class PerceptionDLMForLMMSEval(lmms):
         return results
 
     def _likelihood(self, context: str, continuation: str, images: list) -> tuple[float, bool]:
-        inputs, target = self._masked_answer(context, continuation, images)
-        bound = log_likelihood_bound(
-            AnswerLogits(self.model, inputs),
-            target.to(self.model.device),
-            self.model.config.mask_token_id,
+        """Returns the bound or its negative, and whether decoding gives the continuation."""
+        ((bound,),) = self.model.diffusion_score(
+            [images],
+            texts=[continuation],
+            prompts=[context],
             samples=self.likelihood_samples,
+            seed=self.likelihood_seed,
+            length=self._slot(continuation),
             batch_size=self.batch_size,
-            generator=torch.Generator().manual_seed(self.likelihood_seed),
+            processor=self.processor,
         )
-        decoded = self.model.diffusion_generate(inputs=inputs, processor=self.processor)
-        is_greedy = decoded.token_ids[0][0] == target.tolist()
+        is_greedy = self._is_greedy(context, continuation, images)
         return (-bound if self.return_loss else bound), is_greedy
+
+    def _slot(self, text: str) -> int:
+        """Returns the tokens to which an answer is padded; 0: it is closed by one end-of-turn."""
+        length = len(encode_text(self.processor.tokenizer, text))
+        return self.answer_length if length < (self.answer_length or 0) else 0
+
+    def _is_greedy(self, context: str, continuation: str, images: list) -> bool:
+        inputs, target = self._masked_answer(context, continuation, images)
+        decoded = self.model.diffusion_generate(inputs=inputs, processor=self.processor)
+        return decoded.token_ids[0][0] == target.tolist()
 
     def _masked_answer(self, context: str, text: str, images: list) -> tuple[dict, torch.Tensor]:
         """Makes the network's inputs with the answer masked; returns them and the answer's ids."""
-        length = len(encode_text(self.processor.tokenizer, text))
-        slot = self.answer_length if length < (self.answer_length or 0) else None
+        slot = self._slot(text) or None
         inputs = dict(
             self.processor([images], prompts=[context], answers=[text], max_new_tokens=slot)
         )

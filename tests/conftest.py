@@ -185,3 +185,13 @@ def blobs():
         return masks
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def scene(picture, blobs):
+    """Gives a function that draws an image of a size, and region masks on it."""
+
+    def draw(size, count, seed=0):
+        return picture(*size, seed=seed), blobs(*size, count=count, seed=seed)
+
+    return draw

@@ -71,7 +71,7 @@ def drawn(seed: int):
 
 
 def run(predict, state, rule, sampler=None, **options):
-    return denoise(predict, state, rule, sampler or Sampler(), MASK, **options)
+    return denoise(predict, state, rule, sampler or Sampler(), MASK, **options)[:2]
 
 
 def history(predict, state, rule, **options):
@@ -391,7 +391,7 @@ def test_passes_of_a_batch_finish_apart():
     sure, unsure = fixed([[0.99] * 4]), fixed([[0.1] * 4])
     both = torch.cat([sure(None, 0), unsure(None, 0)])
     seen = []
-    state, forwards = denoise(
+    state, forwards, _ = denoise(
         lambda tokens, step: both,
         blank(1, 4, batch=2),
         Adaptive(4, Threshold(0.9), 4),

@@ -70,10 +70,10 @@ def test_a_continuation_that_decoding_gives_is_greedy(lmms_model, visual):
     decoded = model.model.diffusion_generate(inputs=dict(inputs), processor=model.processor)
     ids = decoded.token_ids[0][0]
     model.processor = TargetProcessor(model.processor, ids)
-    _, greedy = model._likelihood(question, "a", visual({"seed": 0}))
+    greedy = model._is_greedy(question, "a", visual({"seed": 0}))
     assert greedy
     model.processor.ids = [*ids[:-1], eot if ids[-1] != eot else ids[0] + 1]
-    _, greedy = model._likelihood(question, "a", visual({"seed": 0}))
+    greedy = model._is_greedy(question, "a", visual({"seed": 0}))
     assert not greedy
 
 

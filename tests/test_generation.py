@@ -23,14 +23,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def scene(picture, blobs):
-    def draw(size, count, seed=0):
-        return picture(*size, seed=seed), blobs(*size, count=count, seed=seed)
-
-    return draw
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
 @pytest.mark.parametrize("case", CASES)
 def test_captions_equal_the_plain_ones(make, picture, blobs, case, layout):
@@ -330,11 +322,12 @@ def test_an_answer_may_be_partly_given_and_have_a_fixed_suffix(make, picture):
     inputs["input_ids"][0, start + 1] = 77
     inputs["input_ids"][0, start + 5] = 99
     out = model.diffusion_generate(inputs=inputs, processor=processor)
-    assert len(out.token_ids[0][0]) == 4
+    (ids,) = out.token_ids[0]
+    assert len(ids) == 6 and (ids[1], ids[5]) == (77, 99)
     other = copy.deepcopy(inputs)
     other["input_ids"][0, start + 5] = 100
     again = model.diffusion_generate(inputs=other, processor=processor)
-    assert again.token_ids != out.token_ids
+    assert again.token_ids[0][0][:5] != ids[:5]
 
 
 # Caches: what is exact and what is not.
@@ -503,6 +496,8 @@ def test_every_option_has_a_test_here():
         "batch_size",
         "generator",
         "return_history",
+        "return_token_scores",
+        "num_return_sequences",
     }
     assert tested | elsewhere == {f.name for f in dataclasses.fields(DiffusionOptions)}
 
@@ -657,7 +652,8 @@ def test_the_output_is_plain_data(caption):
     data = out.to_dict()
     assert set(data) == {
         *("texts", "token_ids", "num_forwards", "history", "tokens_per_forward"),
-        *("lengths", "forward_passes", "image_forwards"),
+        *("lengths", "forward_passes", "image_forwards", "scores", "token_scores"),
+        *("fields", "candidates"),
     }
     assert all(isinstance(token, int) for ids in out.token_ids[0] for token in ids)
 

@@ -110,7 +110,7 @@ def decoded(tokens: list[int], confidence: list[float], block: int = 6) -> tuple
     logits[range(len(tokens)), tokens] = torch.tensor(confidence, dtype=torch.float64).log()
     n = len(tokens)
     blank = torch.ones(1, 1, n, dtype=torch.bool)
-    state, forwards = denoise(
+    state, forwards, _ = denoise(
         lambda current, step: logits[None, None],
         State(torch.full((1, 1, n), MASK), blank, blank),
         StopAt(SemiAutoregressive(n, block, n // block), ((LAST,),)),
@@ -158,7 +158,7 @@ def test_stopping_equals_the_plain_loop(seed):
     ids, end = plain.answer(logits, length, steps, block, mask=MASK, suppressed=[0], stops=[stop])
     blank = torch.ones(1, 1, length, dtype=torch.bool)
     rule = StopAt(SemiAutoregressive(steps, block, blocks), (tuple(stop),))
-    state, _ = denoise(
+    state, _, _ = denoise(
         lambda tokens, step: logits(tokens[0, 0].tolist())[None, None],
         State(torch.full((1, 1, length), MASK), blank, blank),
         rule,

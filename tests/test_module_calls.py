@@ -5,7 +5,6 @@ import copy
 
 import pytest
 import torch
-from perceptiondlm.evaluation.likelihood import AnswerLogits
 from perceptiondlm.generation_cache import ResponseNetwork
 from test_offload import SETTINGS
 from torch.utils._pytree import tree_leaves
@@ -135,8 +134,10 @@ def test_missing_boxes_for_roi_placeholders_are_refused(watched, picture, blobs)
 
 def test_likelihoods_call_no_module_with_nothing(watched, picture):
     model, processor, _ = watched("released")
-    network = AnswerLogits(model, processor(picture(40, 40), prompts="what?", max_new_tokens=3))
-    assert network(torch.full((2, 3), 7)).shape[:2] == (2, 3)
+    scores = model.diffusion_score(
+        picture(40, 40), texts="a red cat", prompts="what?", samples=3, processor=processor
+    )
+    assert scores[0][0] < 0
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 0)])

@@ -9,7 +9,6 @@ import functools
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from perceptiondlm.evaluation.likelihood import AnswerLogits
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from simulated_devices import FIRST, SECOND, THIRD, SimulatedDevices
 
@@ -64,9 +63,10 @@ def results(make, picture, blobs):
             draws = {"timesteps": torch.tensor([0.9]), "noise": torch.zeros(labels.shape)}
             found["loss"] = model(**inputs, labels=labels, **draws).loss.tolist()
             if likelihood:
-                answers = torch.full((2, int((inputs["role_ids"] == 2).sum())), 7)
-                network = AnswerLogits(model, dict(inputs))
-                found["likelihood"] = network(answers.to(model.device)).flatten()[::7].tolist()
+                asked = {k: asked[k] for k in ("images", "masks", "prompts") if k in asked}
+                options = {"samples": 3, "length": 0, "processor": processor}
+                scores = model.diffusion_score(**asked, texts="a red cat", **options)
+                found["likelihood"] = scores[0]
         return found
 
     return run

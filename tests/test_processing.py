@@ -17,7 +17,8 @@ from perceptiondlm.common.special_tokens import (
 from perceptiondlm.configuration_perceptiondlm import NO_REGION, ROLE_CAPTION
 from perceptiondlm.processing_perceptiondlm import (
     CHAT_TEMPLATE,
-    REGION_PROMPT,
+    REGION_IMAGE,
+    REGION_QUESTION,
     PerceptionDLMProcessor,
 )
 
@@ -306,7 +307,10 @@ def test_special_tokens_decode_to_nothing(processor):
         ({"images": 1, "masks": 1, "text": "a"}, "expected no text for this kind of input"),
         ({"images": 1, "masks": 1, "answers": "a"}, "expected no answers for this kind"),
         ({"images": 1, "masks": 1, "max_new_tokens": 3}, "expected no max_new_tokens"),
-        ({"images": 1, "masks": 1, "prompts": ["a", "b"]}, "expected 1 texts, one for each sample"),
+        (
+            {"images": 1, "masks": 1, "prompts": ["a", "b"]},
+            "expected 1 texts, one for each (image|sample)",
+        ),
         ({"images": 1, "masks": 1, "return_tensors": "np"}, "return_tensors 'pt', got 'np'"),
         ({"images": 1, "masks": 1, "padding": "max_length"}, "or 'longest', got 'max_length'"),
         ({"images": 1}, "exactly one of `text` and `prompts`"),
@@ -327,7 +331,10 @@ def test_special_tokens_decode_to_nothing(processor):
             {"images": 2, "masks": 1, "per_image": True, "captions": [["a"]]},
             "a list of captions for each of 2 images, got list",
         ),
-        ({"prompts": "a", "answers": ["x", "y"]}, "expected 1 texts, one for each sample, got 2"),
+        (
+            {"prompts": "a", "answers": ["x", "y"]},
+            "expected 1 texts, one for each (image|sample), got 2",
+        ),
         ({"prompts": "a", "videos": [1]}, "expected no videos"),
     ],
 )
@@ -361,7 +368,7 @@ def test_the_processors_tokens_are_those_of_the_table(processor):
     }
     assert [processor.roi_token.format(k) for k in range(MAX_REGIONS)] == ROI_TOKENS
     assert [processor.caption_token.format(k) for k in range(MAX_REGIONS)] == CAPTION_TOKENS
-    for template in (CHAT_TEMPLATE, REGION_PROMPT):
+    for template in (CHAT_TEMPLATE, REGION_IMAGE + REGION_QUESTION):
         named = set(re.findall(r"</?\w+>|<\|\w+\|>", template))
         assert len(named) >= 4 and named <= set(table.values())
 
