@@ -46,7 +46,7 @@ from .generation_output import (
 )
 from .generation_rows import Batch, Call, RowMaker, settings, stop_sequences
 from .generation_rules import State
-from .generation_scoring import ScoringMixin, pair_seen
+from .generation_scoring import ScoringMixin, is_one_prompt, pair_seen
 from .generation_seen import (
     RegionGroup,
     Seen,
@@ -129,10 +129,11 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
                 images; each is captioned, more than `num_region_prompts` of an image in several
                 region groups. Masks as `load_mask` takes them. In a list of images None stands for
                 one that is asked about as a whole.
-            prompts: a question or a list of them; with masks, the instruction for all regions, one
-                for each image, or nested as the masks: one for each region, None for the
-                checkpoint's own. In the tree layout a region's question may name other regions as
-                `<region 2>`, for weights that have learned it.
+            prompts: a question or a list of them, each a text or a conversation (a list of messages
+                for the chat template, with a part for each of its images). With masks, the
+                instruction for all regions, one for each image, or nested as the masks: one for
+                each region, None for the checkpoint's own. In the tree layout a region's question
+                may name other regions as `<region 2>`, for weights that have learned it.
             template: fixed text with fields to be filled, for all responses or nested as the masks
                 (or questions); see `generation_templates`.
             inputs: instead of the above, what the processor made (say, from a conversation) with
@@ -240,7 +241,7 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
 
     def _answer_prompts(self, images, prompts, template, processor, options, callback):
         """Answers questions, each about its images."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = [prompts] if is_one_prompt(prompts) else list(prompts)
         is_seen = isinstance(images, Seen)
         if is_seen:
             expect_seen_by(images, self)

@@ -39,8 +39,8 @@ class DiffusionOutput:
         texts: for each image the text of each region, in the order of the masks given; for
             questions one text each. None where there is no processor to decode them.
         token_ids: the same nesting, each a list of caption_length or max_new_tokens ids.
-        num_forwards: denoising forward passes, summed over region groups; running groups together
-            in a batch does not change it.
+        num_forwards: forward passes, summed over region groups; running groups together in a batch
+            does not change it. Those that choose among a template's texts count too.
         lengths: nested as the texts, the tokens of each response before its end: end-of-turn,
             end-of-text or a stop string.
         forward_passes: nested alike, those of the region group that each response was in.
@@ -104,6 +104,7 @@ class Row(NamedTuple):
         key: tells the row from all others of the call, for what it draws.
         candidate: its number among `num_return_sequences`.
         templates: what each response has of a template; None without one.
+        spent: forward passes that choosing among its templates' texts has taken.
     """
 
     places: list[Place | None]
@@ -111,6 +112,7 @@ class Row(NamedTuple):
     key: tuple[int, ...]
     candidate: int = 0
     templates: list[FilledTemplate] | None = None
+    spent: int = 0
 
 
 class Denoised(NamedTuple):
@@ -165,9 +167,10 @@ class OutputBuilder:
 
     def add(self, row: Row, denoised: Denoised):
         """Takes what became of a row."""
-        self.num_forwards += denoised.forwards
+        forwards = row.spent + denoised.forwards
+        self.num_forwards += forwards
         for owner in row.owners:
-            self.forwards[owner] += denoised.forwards
+            self.forwards[owner] += forwards
         for j, place in enumerate(row.places):
             if place is not None:
                 template = row.templates[j] if row.templates is not None else None

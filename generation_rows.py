@@ -141,20 +141,26 @@ class RowMaker:
     def _rows(self, group, places, owners, key, length: int, build, build_alone) -> list[Made]:
         """Makes a row for each candidate and each combination of the fields' lengths."""
         variants: list[tuple[TokenSequence, list[Place | None], list[FilledTemplate] | None]]
+        spent = 0
         if self.call.templates is None:
             sequence = build([[self.mask_id] * length] * len(places))
             variants = [(sequence, places, None)]
         else:
             filled = self._filled(group, places, build_alone)
+            choices = [own.choices for one in filled for own in one[0].template.fields]
+            spent = sum(map(len, choices))  # each was tried in a forward pass
             variants = [
                 (build([one.slot.ids for one in own]), kept, own)
                 for own, kept in _combined(filled, places)
             ]
-        return [
-            Made(sequence, group, Row(kept, owners, (*key, c) if c else key, c, templates))
-            for c in range(self.call.options.num_return_sequences)
-            for sequence, kept, templates in variants
-        ]
+        made = []
+        for candidate in range(self.call.options.num_return_sequences):
+            own_key = (*key, candidate) if candidate else key
+            for sequence, kept, templates in variants:
+                row = Row(kept, owners, own_key, candidate, templates, spent)
+                made.append(Made(sequence, group, row))
+                spent = 0  # counted once
+        return made
 
     def _filled(self, group, places: list[Place], build_alone) -> list[list[FilledTemplate]]:
         """Encodes each response's template at every combination of its fields' lengths."""

@@ -286,7 +286,7 @@ class ScoringMixin(SeeingMixin):
         """Sees the images of questions; returns for each what makes its item, and their counts."""
         if prompts is None:
             raise ValueError("expected masks, or prompts that the texts answer, got neither")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = [prompts] if is_one_prompt(prompts) else list(prompts)
         if isinstance(images, Seen):
             expect_seen_by(images, self)
             groups = pair_seen(images, len(prompts))
@@ -359,6 +359,13 @@ def _draws(length: int, method: str, samples: int, seed: int) -> torch.Tensor:
         return torch.ones(1, length, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     return draw_masks(masked_counts(length, samples, generator), length, generator)
+
+
+def is_one_prompt(prompts) -> bool:
+    """Tells whether this is one prompt, a text or a conversation, and no list of them."""
+    if isinstance(prompts, (list, tuple)):
+        return bool(prompts) and all(isinstance(message, dict) for message in prompts)
+    return True
 
 
 def pair_seen(seen: Seen, count: int) -> list[SeenGroup]:

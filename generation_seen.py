@@ -103,6 +103,36 @@ class Seen:
         """Counts the bytes that are held; trunks come to it as prompts ask for them."""
         return sum(t.nbytes for group in self.groups for t in group.tensors())
 
+    @classmethod
+    def joined(cls, parts: Sequence["Seen"]) -> "Seen":
+        """Puts what was seen in several calls together, as if it had been seen in one.
+
+        Nothing is copied. Raises ValueError for parts of several models, or some with region masks
+        and some without.
+        """
+        if not parts:
+            raise ValueError("expected something that was seen, got nothing")
+        first = parts[0]
+        if any(part.owner() is not first.owner() for part in parts):
+            raise ValueError("expected images that one model has seen, got those of several")
+        if len({part.counts is None for part in parts}) > 1:
+            raise ValueError("expected all images with region masks or all without, got both")
+
+        groups: list[SeenGroup] = []
+        start = 0
+        for part in parts:
+            moved = (replace(g, images=[i + start for i in g.images]) for g in part.groups)
+            groups += moved
+            start += part.num_images
+        if first.counts is None:
+            return replace(first, groups=groups)
+        return replace(
+            first,
+            groups=groups,
+            counts=[count for part in parts for count in part.counts or ()],
+            chosen=[own for part in parts for own in part.chosen or ()],
+        )
+
     def only(self, masks: Iterable[int] | Sequence[Iterable[int]]) -> "Seen":
         """Returns the same images with only some of their regions to be asked about.
 
@@ -230,7 +260,8 @@ class SeeingMixin:
         """Encodes images once, for any number of calls about them.
 
         Args:
-            images: one image or a list of them.
+            images: one image or a list of them; without masks, a list in the list holds the images
+                that are asked about together.
             masks: region masks, as `diffusion_generate` takes them; None for questions about whole
                 images.
             processor: defaults to the one saved beside the weights.
@@ -242,9 +273,10 @@ class SeeingMixin:
         self._check_processor(processor)
         if masks is None:
             listed = list(images) if isinstance(images, (list, tuple)) else [images]
-            if not listed or any(image is None for image in listed):
+            nested = [list(one) if isinstance(one, (list, tuple)) else [one] for one in listed]
+            if not nested or any(not own or any(one is None for one in own) for own in nested):
                 raise ValueError("expected an image or a list of them to see, got none")
-            groups = self._see_images([[image] for image in listed], processor)
+            groups = self._see_images(nested, processor)
             groups = [replace(group, images=[i]) for i, group in enumerate(groups)]
             return Seen(groups, None, None, weakref.ref(self))
 

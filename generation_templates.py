@@ -73,7 +73,12 @@ class Field(NamedTuple):
     def of_choices(cls, name: str | None, choices: Sequence[str]) -> "Field":
         """Makes a field that is one of some texts; raises ValueError for what are none."""
         are_texts = all(isinstance(choice, str) and choice.strip() for choice in choices)
-        if not are_texts or len(set(choices)) < len(choices) or len(choices) > MAX_CHOICES:
+        if (
+            not choices
+            or not are_texts
+            or len(set(choices)) < len(choices)
+            or len(choices) > MAX_CHOICES
+        ):
             raise ValueError(
                 f"expected at most {MAX_CHOICES} different texts to choose from, got"
                 f" {describe(list(choices))}"

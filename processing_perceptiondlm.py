@@ -352,10 +352,17 @@ class PerceptionDLMProcessor(ProcessorMixin):
             first += count
         return dict(features), sequences
 
-    def render_questions(self, groups: Sequence[Sequence], questions: Sequence[str]) -> list[str]:
-        """Renders plain questions as conversations, each after its images."""
+    def render_questions(self, groups: Sequence[Sequence], questions: Sequence) -> list[str]:
+        """Renders plain questions as conversations, each after its images.
+
+        One that is a conversation already, a list of messages for the chat template, is rendered
+        as it is.
+        """
         texts = []
         for question, group in zip(questions, groups, strict=True):
+            if not isinstance(question, str):
+                texts.append(self.apply_chat_template(question, add_generation_prompt=True))
+                continue
             content = [{"type": "image"} for _ in group] + [{"type": "text", "text": question}]
             message = [{"role": "user", "content": content}]
             texts.append(self.apply_chat_template(message, add_generation_prompt=True))

@@ -410,6 +410,41 @@ def independent_sequence(tokenizer, visual: int, number: int, caption: list[int]
     return Sequence(prompt.ids, list(range(length)), allowed, pictures, [replays], [answer])
 
 
+def question_branch(
+    tokenizer, visual: int, number: int, question: list, caption: list[int], replay=16
+) -> tuple[Sequence, list[int]]:
+    """Builds one region's branch with its own question: trunk, question, RoI tokens and marker.
+
+    `question` is texts and the numbers of regions that stand between them. Returns also the number
+    of the region whose RoI tokens stand in each of `replays`.
+    """
+    prompt = Prompt(tokenizer)
+    prompt.text(SYSTEM)
+    pictures = prompt.token("<IMG_CONTEXT>", visual)
+    prompt.text("</img>")
+    trunk, replays, named = len(prompt.ids), [], []
+    prompt.text("\n")
+    for part in question:
+        if isinstance(part, str):
+            prompt.text(part)
+        else:
+            replays.append(prompt.token(f"<|reserved_token_{part}|>", replay))
+            named.append(part)
+    prompt.text("<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n")
+    replays.append(prompt.token(f"<|reserved_token_{number}|>", replay))
+    named.append(number)
+    prompt.token(f"<|Mask_Cap_{number}|>")
+    fixed = len(prompt.ids)
+    answer = prompt.token_ids(caption)
+    length = len(prompt.ids)
+    allowed = torch.zeros(length, length, dtype=torch.bool)
+    allowed[:trunk, :trunk] = True
+    allowed[trunk:fixed, :fixed] = True
+    allowed[fixed:] = True
+    sequence = Sequence(prompt.ids, list(range(length)), allowed, pictures, replays, [answer])
+    return sequence, named
+
+
 def chat_sequence(
     tokenizer, visual: list[int], question: str, answer: list[int], tree: bool = False
 ) -> Sequence:
