@@ -18,6 +18,10 @@ STEPS = {
     "report": ("perceptiondlm.evaluation.report", "write a report with figures"),
     "synthetic": ("perceptiondlm.evaluation.synthetic", "measure on drawn scenes, judged exactly"),
     "sweep": ("perceptiondlm.evaluation.sweep", "accuracy against forward passes, rule by rule"),
+    "confidence": (
+        "perceptiondlm.evaluation.confidence",
+        "whether scores tell wrong captions, and find the region of a caption",
+    ),
     "latency": ("perceptiondlm.evaluation.latency", "seconds against regions in an image"),
 }
 

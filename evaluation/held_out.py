@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from ..generation_diffusion import plan_groups
 from ..generation_options import DiffusionOptions, options_for
+from ..generation_seen import plan_groups
 from ..scenes.shapes import Scene, render_scene
 from .synthetic_judge import score_answers, score_captions
 from .throughput import Throughput, batch_cost, stop_ids, timed, total_throughput

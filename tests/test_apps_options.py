@@ -127,15 +127,15 @@ def test_what_is_typed_is_text_and_never_a_control_token(
 ):
     from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 
-    seen, call = [], PerceptionDLMProcessor.__call__
+    seen, stack = [], PerceptionDLMProcessor.stack
 
     def spy(self, *given, **options):
-        inputs = call(self, *given, **options)
+        inputs = stack(self, *given, **options)
         control = self.tokenizer.convert_tokens_to_ids(spelled)
         seen.append(int((inputs["input_ids"] == control).sum()))
         return inputs
 
-    monkeypatch.setattr(PerceptionDLMProcessor, "__call__", spy)
+    monkeypatch.setattr(PerceptionDLMProcessor, "stack", spy)
     name = "released-base" if option == "--question" else "released-region"
     place = [str(vectors / "chat_0.png"), "--model", str(converted(name)), "--steps", "1"]
     shape = ["--max-new-tokens", "4"] if option == "--question" else [*BOX.split()]

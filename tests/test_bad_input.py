@@ -217,7 +217,9 @@ def test_weights_without_a_processor_beside_them_say_so(pair, image, masks, tmp_
 def test_both_inputs_and_images_are_refused(pair, image):
     model, processor = pair
     inputs = processor(image, prompts="What?", max_new_tokens=3)
-    with pytest.raises(ValueError, match="expected `inputs` or images, masks and prompts"):
+    with pytest.raises(
+        ValueError, match="expected `inputs` or images, masks, prompts and template"
+    ):
         model.diffusion_generate(image, inputs=inputs)
 
 
@@ -228,13 +230,16 @@ def test_inputs_without_masked_positions_are_refused(pair, image):
         model.diffusion_generate(inputs=inputs)
 
 
-def test_inputs_with_slots_of_different_lengths_are_refused(pair, image, masks):
+def test_a_caption_that_is_partly_given_is_filled_up(pair, image, masks):
     model, processor = pair
     inputs = processor(image, masks=masks, caption_length=4)
     last = int((inputs["input_ids"][0] == model.config.mask_token_id).nonzero()[-1])
     inputs["input_ids"][0, last] = 5
-    with pytest.raises(ValueError, match="expected equally many masked positions a region"):
-        model.diffusion_generate(inputs=inputs)
+    out = model.diffusion_generate(inputs=inputs, processor=processor, return_token_scores=True)
+    smallest = int(inputs["region_orders"][0, -1])
+    ids, scores = out.token_ids[0][smallest], out.token_scores[0][smallest]
+    assert len(ids) == 4 and ids[3] == 5 and scores[3:] in ([], [None])
+    assert all(len(own) == 4 for own in out.token_ids[0])
 
 
 # Images that are none.

@@ -447,7 +447,7 @@ def test_a_placeholder_that_is_the_image_token_itself_is_an_image(folder, load):
     file = write_lines(folder / "a.jsonl", [record])
     sample = conversation_set(processor, [file], max_text_tokens=200)[0]
     features = processor.image_processor([str(folder / "0.jpg")])
-    count = processor._image_tokens(features, 0)
+    count = processor.count_image_tokens(features, 0)
     assert sample.sequence.ids.count(processor.image_token_id) == count
 
 

@@ -1,0 +1,26 @@
+"""What scores tell: the area under the ROC curve, and the embedded model on a few scenes."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from perceptiondlm.common.loading import load_model
+from perceptiondlm.evaluation.confidence import measure, roc_area
+from perceptiondlm.evaluation.held_out import held_out_scenes
+
+
+def test_the_area_counts_pairs():
+    scores, right = [0.1, 0.4, 0.35, 0.8, 0.4], [False, False, True, True, True]
+    pairs = [
+        1.0 if a > b else 0.5 if a == b else 0.0
+        for (a, good), (b, other) in itertools.product(zip(scores, right, strict=True), repeat=2)
+        if good and not other
+    ]
+    assert roc_area(scores, right) == pytest.approx(sum(pairs) / len(pairs))
+    assert roc_area(scores, [True] * 5) is None
+
+
+def test_the_embedded_model_finds_the_region_of_a_caption():
+    model, processor = load_model(Path(__file__).parent.parent, "tiny")
+    found = measure(model, processor, held_out_scenes(0, 3, progress=False), {}, "one_pass")
+    assert found["region_found"] >= 0.9 and found["regions"] >= found["captions_looked_for"]
