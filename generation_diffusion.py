@@ -44,7 +44,7 @@ from .generation_output import (
     nest,
     part_listener,
 )
-from .generation_rows import Batch, Call, RowMaker, settings, stop_sequences
+from .generation_rows import Batch, Call, RowMaker, chunks, settings, stop_sequences
 from .generation_rules import State
 from .generation_scoring import ScoringMixin, is_one_prompt, pair_seen
 from .generation_seen import (
@@ -216,15 +216,14 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
         groups: Sequence = images.groups if is_seen else self._plan(counts, instructions, processor)
 
         def batches() -> Iterator[Batch]:
-            for chunk in _chunks(groups, options.batch_size):
+            for chunk in chunks(groups, options.batch_size):
                 seen = chunk if is_seen else self._see_regions(chunk, images, masks, processor)
                 made = []
                 for plan, group in zip(chunk, seen, strict=True):
                     image = group.images[0]
                     own = instructions[image] if is_seen or self._is_tree else plan.instruction
                     made += maker.region_rows(group, asked[image], own)
-                if made:
-                    yield maker.batch(made)
+                yield from maker.batches(made)
 
         return self._run(batches(), call)
 
@@ -256,13 +255,13 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
         maker = RowMaker(self, call)
 
         def batches() -> Iterator[Batch]:
-            for chunk in _chunks(range(len(prompts)), options.batch_size):
+            for chunk in chunks(range(len(prompts)), options.batch_size):
                 own = [groups[i] for i in chunk]
                 seen = own if is_seen else self._see_images(own, processor)
                 made = []
                 for i, group in zip(chunk, seen, strict=True):
                     made += maker.answer_rows(i, prompts[i], group)
-                yield maker.batch(made)
+                yield from maker.batches(made)
 
         return self._run(batches(), call)
 
@@ -286,7 +285,6 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
                 )
 
         # One seed, which each part would else draw for itself.
-        expect_known(options)
         if options.get("generator") is not None:
             drawn = DiffusionOptions.build({}, {"generator": options["generator"]})
             options = {**options, "generator": None, "seed": drawn.draw_seed(self.device)}
@@ -496,8 +494,3 @@ def _by_place(rows: list[Row], responses: list[list]) -> dict:
         for place, response in zip(row.places, own, strict=True)
         if place is not None
     }
-
-
-def _chunks(items: Sequence, size: int | None) -> list[Sequence]:
-    size = size or max(len(items), 1)
-    return [items[i : i + size] for i in range(0, len(items), size)]

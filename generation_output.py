@@ -71,7 +71,7 @@ class DiffusionOutput:
     def tokens_per_forward(self) -> float:
         """Returns TPF as published: response tokens, padding counted, over forward passes."""
         tokens = sum(len(ids) for response in self.token_ids for ids in response)
-        return tokens / self.num_forwards
+        return tokens / self.num_forwards if self.num_forwards else 0.0
 
     def to_dict(self) -> dict:
         """Returns plain lists and numbers, ready for JSON."""

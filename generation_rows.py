@@ -7,7 +7,7 @@
 Rows of the same images compute their trunk once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -183,6 +183,11 @@ class RowMaker:
         processor = self.call.processor
         return TemplateEncoder(processor.tokenizer, self.mask_id, processor.eot_token_id)
 
+    def batches(self, made: list[Made]) -> Iterator[Batch]:
+        """Yields batches of at most so many rows as the call's `batch_size` says."""
+        for own in chunks(made, self.call.options.batch_size):
+            yield self.batch(list(own))
+
     def batch(self, made: list[Made]) -> Batch:
         """Stacks rows into a batch, and chooses the rule and what is suppressed."""
         # A template may leave nothing to denoise: its texts were chosen.
@@ -195,7 +200,11 @@ class RowMaker:
         groups = [one.group for one in made]
         sequences = [one.sequence for one in made]
         inputs = inputs_of(self.call.processor, groups, sequences, self.call.task)
-        is_shared = self.call.is_seen or len({id(group) for group in groups}) < len(groups)
+        is_shared = (
+            self.call.is_seen
+            or self.call.templates is not None
+            or len({id(group) for group in groups}) < len(groups)
+        )
         trunks = [group.trunks for group in groups] if is_shared else None
         if self.call.templates is not None:
             rule, suppressed = self._template_settings(rows)
@@ -223,6 +232,12 @@ class RowMaker:
         if len(suppressed) >= vocabulary:
             raise ValueError("expected suppress_tokens to leave a token for the fields, got all")
         return rule, tuple(sorted(suppressed))
+
+
+def chunks(items: Sequence, size: int | None) -> list[Sequence]:
+    """Cuts a sequence into pieces of at most `size` items; None: into one piece."""
+    size = size or max(len(items), 1)
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def scope_of(config) -> str:

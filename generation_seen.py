@@ -21,6 +21,7 @@ from .image_processing_perceptiondlm import (
     flatten_images,
     pair_masks,
 )
+from .modeling_language import fastest_linear
 from .processing_perceptiondlm import PerceptionDLMProcessor, tile_limits
 from .processing_sequence import TokenSequence
 
@@ -271,6 +272,7 @@ class SeeingMixin:
         """
         processor = processor or self._saved_processor()
         self._check_processor(processor)
+        fastest_linear(self)  # type: ignore[arg-type]
         if masks is None:
             listed = list(images) if isinstance(images, (list, tuple)) else [images]
             nested = [list(one) if isinstance(one, (list, tuple)) else [one] for one in listed]

@@ -7,6 +7,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from perceptiondlm import generation_diffusion
 from perceptiondlm.generation_templates import Field, Template, pair_templates
 
 RULES = [
@@ -256,3 +257,19 @@ def test_fields_are_read():
     assert Field.parse("n:a|b c") == Field("n", choices=("a", "b c"))
     paired = pair_templates(["{1}", ["{2}", "{3}"]], [1, 2])
     assert [[one.fields[0].max_length for one in own] for own in paired] == [[1], [2, 3]]
+
+
+@pytest.mark.parametrize("template", ["a {1-3} {}", {"k": "{1-2}", "c": ["a", "b"]}])
+def test_the_batch_size_bounds_the_rows_and_changes_nothing(captioned, monkeypatch, template):
+    expected = captioned(template)
+    sizes = []
+    plain = generation_diffusion.ResponseNetwork
+
+    def watched(model, inputs, *given):
+        sizes.append(len(inputs["input_ids"]))
+        return plain(model, inputs, *given)
+
+    monkeypatch.setattr(generation_diffusion, "ResponseNetwork", watched)
+    out = captioned(template, batch_size=2)
+    assert out.token_ids == expected.token_ids and out.fields == expected.fields
+    assert max(sizes) <= 2
