@@ -30,6 +30,8 @@ def without_overlaps(
 
     Returns indices, the highest score first; equal scores keep their order.
     """
+    if not len(masks):
+        return []
     flat = masks.reshape(len(masks), -1).astype(np.float32)
     shared = flat @ flat.T
     areas = shared.diagonal()

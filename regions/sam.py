@@ -20,12 +20,23 @@ from .filters import MIN_STABILITY, has_area, stability_of, without_overlaps
 from .prompts import Prompts, name_numbers
 from .region_mask import RegionMask
 
-TEXT_TYPES = ("sam3", "sam3_video")  # model types whose weights find things by text
-PROMPTED = "SAM, SAM 2 or SAM 3 (model_type sam, sam2, sam3_tracker, sam3_video or sam3)"
+# Transformers' class by the checkpoint's model_type: for points and boxes, and for text.
+PROMPTED = {
+    "sam": "SamModel",
+    "sam_hq": "SamHQModel",
+    "sam2": "Sam2Model",
+    "sam2_video": "Sam2Model",
+    "sam3_tracker": "Sam3TrackerModel",
+    "sam3_video": "Sam3TrackerModel",
+}
+BY_TEXT = {"sam3": "Sam3Model", "sam3_video": "Sam3Model"}
+KEYS = {r"^tracker_model\.(.+)": r"\1"}  # transformers 5.24 leaves out this one of its own for SAM 3
+KINDS = "SAM, SAM 2 or SAM 3"
+NAMES = {"points": "point", "boxes": "box"}  # of prompts, in a region's origin
 GRID = 32  # points a side, for everything
 BATCH = 64  # points at a time
 MIN_SCORE = 0.8  # of everything: the intersection over union that a model expects of its mask
-TEXT_SCORE = 0.5  # of what a text may mean
+MIN_TEXT_SCORE = 0.5  # of what a text may mean
 TEXT_TOKENS = 32
 
 
@@ -38,6 +49,7 @@ class SamSegmenter:
         frame: how images are scaled for both.
         grid: points on each side of the grid that everything is looked for with.
         min_score, min_stability: of what everything gives.
+        min_text_score: of what a text gives.
     """
 
     note = None
@@ -52,6 +64,7 @@ class SamSegmenter:
         grid: int = GRID,
         min_score: float = MIN_SCORE,
         min_stability: float = MIN_STABILITY,
+        min_text_score: float = MIN_TEXT_SCORE,
     ):
         self.prompted = prompted
         self.by_text = by_text
@@ -60,6 +73,7 @@ class SamSegmenter:
         self.grid = grid
         self.min_score = min_score
         self.min_stability = min_stability
+        self.min_text_score = min_text_score
         self._lock = threading.Lock()
 
     @classmethod
@@ -73,10 +87,10 @@ class SamSegmenter:
         device = default_device() if device is None else usable_device(device)
         try:
             prompted, by_text = _load_models(name, device)
-            frame = Frame.from_pretrained(name, prompted)
+            frame = Frame.from_pretrained(name)
             tokenizer = _load_tokenizer(name) if by_text is not None else None
         except Exception as error:  # a folder holds anything, and its readers raise anything
-            raise ValueError(f"expected a checkpoint of {PROMPTED} in {name}, got: {error}") from error
+            raise ValueError(f"expected a checkpoint of {KINDS} in {name}, got: {error}") from error
         return cls(prompted, by_text, tokenizer, frame, **options)
 
     @torch.no_grad()
@@ -107,21 +121,28 @@ class SamSegmenter:
     # Points and boxes: a mask each, of a few the likeliest.
 
     def _prompted(self, view: "View", prompts: Prompts) -> list[RegionMask]:
-        embeddings = self.prompted.get_image_embeddings(self._on_device(view.pixels))
+        embeddings = self._embed(view)
         found = []
-        for kind, numbers in (("point", prompts.points), ("box", prompts.boxes)):
+        for kind, numbers in (("points", prompts.points), ("boxes", prompts.boxes)):
             for k in range(0, len(numbers), BATCH):
                 batch = numbers[k : k + BATCH]
-                masks, scores = self._predict(view, embeddings, **{f"{kind}s": batch})
+                masks, scores = self._predict(view, embeddings, **{kind: batch})
                 best = scores.argmax(1)
                 for i, prompt in enumerate(batch):
                     logits, score = masks[i, best[i]], float(scores[i, best[i]])
-                    found.append(_region(view, logits, score, name_numbers(kind, prompt)))
+                    found.append(_region(view, logits, score, name_numbers(NAMES[kind], prompt)))
         return found
 
-    def _predict(self, view: "View", embeddings, points=None, boxes=None):
+    def _embed(self, view: "View") -> dict:
+        """Returns what the vision tower says about an image, to be used with every prompt."""
+        found = self.prompted.get_image_embeddings(self._on_device(view.pixels))
+        if isinstance(found, tuple):  # SAM-HQ
+            return {"image_embeddings": found[0], "intermediate_embeddings": found[1]}
+        return {"image_embeddings": found}
+
+    def _predict(self, view: "View", embeddings: dict, points=None, boxes=None):
         """Returns logits (N, candidates, h, w) of N prompts and their scores (N, candidates)."""
-        inputs = {}
+        inputs = dict(embeddings)
         if points is not None:
             places = view.scaled(points)[None, :, None]  # image, prompt, point of it, x y
             inputs["input_points"] = self._on_device(places)
@@ -130,9 +151,7 @@ class SamSegmenter:
             inputs["input_boxes"] = self._on_device(view.scaled(boxes)[None])
 
         # A box leaves no doubt about the scale of what is meant: one candidate is enough.
-        output = self.prompted(
-            image_embeddings=embeddings, multimask_output=points is not None, **inputs
-        )
+        output = self.prompted(**inputs, multimask_output=points is not None)
         masks, scores = output.pred_masks[0], output.iou_scores[0]
         return masks.float().cpu(), scores.float().cpu().numpy()
 
@@ -142,22 +161,20 @@ class SamSegmenter:
     # Everything: a grid of points, and filters.
 
     def _everything(self, view: "View") -> list[RegionMask]:
-        embeddings = self.prompted.get_image_embeddings(self._on_device(view.pixels))
+        embeddings = self._embed(view)
         logits, scores = [], []
         for k in range(0, self.grid**2, BATCH):
             batch = _grid_points(self.grid, view.size)[k : k + BATCH]
             masks, expected = self._predict(view, embeddings, points=batch)
-            masks = view.cropped(masks).flatten(0, 1).numpy()
-            kept = self._usable(masks, expected := expected.ravel())
+            masks, expected = masks.flatten(0, 1), expected.ravel()
+            kept = self._usable(view.cropped(masks.numpy()), expected)
             logits.append(masks[kept])
             scores.append(expected[kept])
 
-        logits, scores = np.concatenate(logits), np.concatenate(scores)
-        kept = without_overlaps(logits > 0, scores) if len(logits) else []
-        return [
-            _region(view, torch.from_numpy(logits[i]), float(scores[i]), f"region {k}", cropped=True)
-            for k, i in enumerate(kept, 1)
-        ]
+        logits, scores = torch.cat(logits), np.concatenate(scores)
+        kept = without_overlaps(view.cropped(logits > 0).numpy(), scores)
+        numbered = enumerate(kept, 1)
+        return [_region(view, logits[i], float(scores[i]), f"region {k}") for k, i in numbered]
 
     def _usable(self, masks: np.ndarray, scores: np.ndarray) -> np.ndarray:
         has_size = has_area((masks > 0).sum((1, 2)), masks[0].size)
@@ -169,8 +186,10 @@ class SamSegmenter:
     def _named(self, view: "View", name: str) -> list[RegionMask]:
         device, dtype = self.by_text.device, self.by_text.dtype
         words = self.tokenizer(
-            name, return_tensors="pt", padding="max_length", max_length=TEXT_TOKENS, truncation=True
+            name, return_tensors="pt", padding="max_length", max_length=TEXT_TOKENS
         )
+        if (count := words["input_ids"].shape[1]) > TEXT_TOKENS:
+            raise ValueError(f"expected text of at most {TEXT_TOKENS} tokens, got {count}: {name!r:.80}")
         output = self.by_text(
             pixel_values=view.pixels.to(device, dtype),
             input_ids=words["input_ids"].to(device),
@@ -179,16 +198,15 @@ class SamSegmenter:
         scores = (output.pred_logits[0].sigmoid() * output.presence_logits[0].sigmoid()).float().cpu()
         found = []
         for i in scores.argsort(descending=True).tolist():
-            if scores[i] > TEXT_SCORE:
+            if scores[i] > self.min_text_score:
                 logits = output.pred_masks[0, i].float().cpu()
                 region = _region(view, logits, float(scores[i]), f"text {name!r}", label=name)
                 found += [region] if region.mask.any() else []
         return found
 
 
-def _region(view: "View", logits: torch.Tensor, score: float, origin: str, label=None, cropped=False):
-    mask = view.mask(logits if cropped else view.cropped(logits))
-    return RegionMask(mask, label=label, score=round(score, 4), origin=origin)
+def _region(view: "View", logits: torch.Tensor, score: float, origin: str, label=None):
+    return RegionMask(view.mask(logits), label=label, score=round(score, 4), origin=origin)
 
 
 def _grid_points(count: int, size: tuple[int, int]) -> list[tuple[float, float]]:
@@ -202,18 +220,26 @@ def _grid_points(count: int, size: tuple[int, int]) -> list[tuple[float, float]]
 
 def _load_models(name: str | Path, device: torch.device) -> tuple:
     """Returns the models for points and boxes, and for text; None for what the weights lack."""
-    from transformers import AutoConfig, AutoModelForMaskGeneration
+    from transformers import AutoConfig
 
     kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-    prompted = by_text = None
-    if kind != "sam3":
-        prompted = AutoModelForMaskGeneration.from_pretrained(name, trust_remote_code=False)
-        prompted = prompted.to(device).eval()
-    if kind in TEXT_TYPES:
-        from transformers import Sam3Model
+    if kind not in PROMPTED and kind not in BY_TEXT:
+        raise ValueError(f"model_type {kind!r}")
+    classes = PROMPTED.get(kind), BY_TEXT.get(kind)
+    return tuple(each and _load_model(each, name).to(device).eval() for each in classes)
 
-        by_text = Sam3Model.from_pretrained(name).to(device).eval()
-    return prompted, by_text
+
+def _load_model(class_name: str, name: str | Path):
+    """Loads weights into one of transformers' classes; ValueError where some are not there."""
+    import transformers
+
+    found = getattr(transformers, class_name, None)
+    if found is None:
+        raise ValueError(f"weights for {class_name}, which this transformers does not have")
+    model, report = found.from_pretrained(name, key_mapping=KEYS, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):  # they would be random
+        raise ValueError(f"{len(missing)} weights missing of {class_name}, such as {missing[0]}")
+    return model
 
 
 def _load_tokenizer(name: str | Path):
@@ -242,7 +268,7 @@ class Frame:
     keeps_shape: bool = False
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, prompted) -> "Frame":
+    def from_pretrained(cls, name: str | Path) -> "Frame":
         """Reads a frame from the settings of a checkpoint's image processor."""
         from transformers.image_processing_utils import BaseImageProcessor
 
@@ -288,18 +314,17 @@ class View:
         places = torch.tensor(places, dtype=torch.float32)
         return places * torch.tensor(scale * (places.shape[1] // 2))
 
-    def cropped(self, logits: torch.Tensor) -> torch.Tensor:
-        """Returns the part of logits (..., h, w) of the frame that shows the image."""
-        if self.shown == self.frame:
-            return logits
-        leading, (height, width) = logits.shape[:-2], logits.shape[-2:]
-        rows, columns = (  # of logits at a size at which the image ends at a pixel's edge, or nearly
-            max(1, round(height * self.shown[1] / self.frame[1])),
-            max(1, round(width * self.shown[0] / self.frame[0])),
-        )
-        return logits[..., :rows, :columns].reshape(*leading, rows, columns)
+    def cropped(self, values):
+        """Returns the part of logits (..., h, w) that shows the image, to a pixel of theirs."""
+        height, width = values.shape[-2:]
+        rows = max(1, round(height * self.shown[1] / self.frame[1]))
+        columns = max(1, round(width * self.shown[0] / self.frame[0]))
+        return values[..., :rows, :columns]
 
     def mask(self, logits: torch.Tensor) -> np.ndarray:
-        """Returns where cropped logits (h, w) are positive, bool (H, W) of the image's size."""
-        enlarged = interpolate(logits[None, None], self.size[::-1], mode="bilinear")
-        return (enlarged[0, 0] > 0).numpy()
+        """Returns where logits (h, w) of the frame are positive, bool (H, W) of the image."""
+        logits = logits[None, None]
+        if self.shown != self.frame:  # the image ends between two of the logits
+            logits = interpolate(logits, self.frame[::-1], mode="bilinear")
+            logits = logits[..., : self.shown[1], : self.shown[0]]
+        return (interpolate(logits, self.size[::-1], mode="bilinear")[0, 0] > 0).numpy()
