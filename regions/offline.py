@@ -10,7 +10,7 @@ from PIL import Image
 from ..common.extras import extra
 from ..image_loading import load_image
 from .filters import has_area
-from .prompts import Box, Point, Prompts, floor_point, name_numbers
+from .prompts import Box, Point, Prompts, floor_point, name_numbers, no_text_error
 from .region_mask import RegionMask
 from .region_tree import RegionTree
 
@@ -31,9 +31,10 @@ MAIN_PART = 0.1  # share of the largest part, of what belongs to a region in sev
 class OfflineSegmenter:
     """Segments images with OpenCV and scikit-image alone."""
 
+    reads_text = False
     note = (
-        "regions are found by color and edges, without a model: for regions that follow objects"
-        " name one, say --segmenter facebook/sam2.1-hiera-small"
+        "the offline segmenter finds regions by color and edges alone; for masks that follow"
+        " objects name a model as segmenter, say facebook/sam2.1-hiera-small"
     )
 
     def __init__(self):
@@ -50,10 +51,7 @@ class OfflineSegmenter:
         image = load_image(image)
         prompts = Prompts.read(image.size, points, boxes, text)
         if prompts.texts:
-            raise ValueError(
-                "expected points or boxes, or a segmenter that knows words, say"
-                f" --segmenter facebook/sam3: got text {prompts.texts[0]!r:.80} for the offline one"
-            )
+            raise no_text_error(prompts.texts[0])
         pixels = np.asarray(image)
         if prompts.everything:
             return _everything(pixels)
@@ -74,7 +72,9 @@ def _everything(pixels: np.ndarray) -> list[RegionMask]:
 
     chosen = sorted(tree.best_cut(worth), key=lambda node: -worth[node])
     return [
-        RegionMask(_enlarge(tree.mask(node), pixels), score=_score(life[node]), origin=f"region {k}")
+        RegionMask(
+            _enlarge(tree.mask(node), pixels), score=_score(life[node]), origin=f"region {k}"
+        )
         for k, node in enumerate(chosen, 1)
     ]
 

@@ -55,6 +55,14 @@ class Prompts:
         return not (self.points or self.boxes or self.texts)
 
 
+def no_text_error(text: str) -> ValueError:
+    """Returns the error of a segmenter that does not read text."""
+    return ValueError(
+        "expected points, boxes or everything, or a segmenter that reads text, say facebook/sam3,"
+        f" got text {text!r:.80} for one that does not"
+    )
+
+
 def name_numbers(kind: str, numbers) -> str:
     """Names a prompt of numbers, for a region's origin and for messages: "point 10,20.5"."""
     return f"{kind} {','.join(f'{number:g}' for number in numbers)}"

@@ -2,9 +2,9 @@
 
      root          the image
      /  \\
-    n    n         each node is a region: it is born when its two parts merge, at a level that says
-   / \\  / \\        how unlike they are, and dies when it merges with a neighbor. What stands out is
-  leaves, pieces   unlike its neighbors: it lives long.
+    n    n         each node is a region: it is born when its two parts merge, at a level that
+   / \\  / \\        says how unlike they are, and dies when it merges with a neighbor. What stands
+  leaves, pieces   out is unlike its neighbors: it lives long.
 """
 
 import heapq

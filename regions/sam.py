@@ -1,8 +1,8 @@
-"""Finds regions by transformers' SAM, SAM 2 and SAM 3: by points, boxes, or text where they read it.
+"""Finds regions by transformers' SAM, SAM 2 and SAM 3: by points, boxes, or text where they can.
 
 Checkpoints are loaded into transformers' own classes; no code of theirs is run. Images and prompts
-are scaled here, by the checkpoint's own settings: transformers' image processors of SAM 2 and 3, and
-its mask generation, would need torchvision.
+are scaled here, by the checkpoint's own settings: transformers' image processors of SAM 2 and 3,
+and its mask generation, would need torchvision.
 """
 
 import threading
@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate, pad
 from ..common.loading import default_device, local_path, usable_device
 from ..image_loading import load_image
 from .filters import MIN_STABILITY, has_area, stability_of, without_overlaps
-from .prompts import Prompts, name_numbers
+from .prompts import Prompts, name_numbers, no_text_error
 from .region_mask import RegionMask
 
 # Transformers' class by the checkpoint's model_type: for points and boxes, and for text.
@@ -30,7 +30,9 @@ PROMPTED = {
     "sam3_video": "Sam3TrackerModel",
 }
 BY_TEXT = {"sam3": "Sam3Model", "sam3_video": "Sam3Model"}
-KEYS = {r"^tracker_model\.(.+)": r"\1"}  # transformers 5.24 leaves out this one of its own for SAM 3
+KEYS = {
+    r"^tracker_model\.(.+)": r"\1"
+}  # transformers 5.24 leaves out this one of its own for SAM 3
 KINDS = "SAM, SAM 2 or SAM 3"
 NAMES = {"points": "point", "boxes": "box"}  # of prompts, in a region's origin
 GRID = 32  # points a side, for everything
@@ -74,6 +76,7 @@ class SamSegmenter:
         self.min_score = min_score
         self.min_stability = min_stability
         self.min_text_score = min_text_score
+        self.reads_text = by_text is not None
         self._lock = threading.Lock()
 
     @classmethod
@@ -107,11 +110,8 @@ class SamSegmenter:
             return found + [each for name in prompts.texts for each in self._named(view, name)]
 
     def _check(self, prompts: Prompts):
-        if prompts.texts and self.by_text is None:
-            raise ValueError(
-                "expected points or boxes, or a segmenter that knows words, say facebook/sam3:"
-                f" got text {prompts.texts[0]!r:.80} for a {self.prompted.config.model_type} model"
-            )
+        if prompts.texts and not self.reads_text:
+            raise no_text_error(prompts.texts[0])
         if self.prompted is None and (prompts.everything or prompts.points or prompts.boxes):
             raise ValueError(
                 "expected text for these weights, which know no points or boxes and do not look for"
@@ -146,7 +146,9 @@ class SamSegmenter:
         if points is not None:
             places = view.scaled(points)[None, :, None]  # image, prompt, point of it, x y
             inputs["input_points"] = self._on_device(places)
-            inputs["input_labels"] = torch.ones(places.shape[:3], device=self.prompted.device).long()
+            inputs["input_labels"] = torch.ones(
+                places.shape[:3], device=self.prompted.device
+            ).long()
         else:
             inputs["input_boxes"] = self._on_device(view.scaled(boxes)[None])
 
@@ -189,13 +191,17 @@ class SamSegmenter:
             name, return_tensors="pt", padding="max_length", max_length=TEXT_TOKENS
         )
         if (count := words["input_ids"].shape[1]) > TEXT_TOKENS:
-            raise ValueError(f"expected text of at most {TEXT_TOKENS} tokens, got {count}: {name!r:.80}")
+            raise ValueError(
+                f"expected text of at most {TEXT_TOKENS} tokens, got {count}: {name!r:.80}"
+            )
         output = self.by_text(
             pixel_values=view.pixels.to(device, dtype),
             input_ids=words["input_ids"].to(device),
             attention_mask=words["attention_mask"].to(device),
         )
-        scores = (output.pred_logits[0].sigmoid() * output.presence_logits[0].sigmoid()).float().cpu()
+        scores = (
+            (output.pred_logits[0].sigmoid() * output.presence_logits[0].sigmoid()).float().cpu()
+        )
         found = []
         for i in scores.argsort(descending=True).tolist():
             if scores[i] > self.min_text_score:
@@ -285,7 +291,9 @@ class Frame:
             scale = max(self.size) / max(image.size)
             shown = tuple(max(1, int(side * scale + 0.5)) for side in image.size)
         resized = np.asarray(image.resize(shown, Image.Resampling.BILINEAR), dtype=np.float32)
-        values = (torch.from_numpy(resized) / 255 - torch.tensor(self.mean)) / torch.tensor(self.std)
+        values = (torch.from_numpy(resized) / 255 - torch.tensor(self.mean)) / torch.tensor(
+            self.std
+        )
 
         pixels = values.permute(2, 0, 1)[None]  # (1, 3, H, W)
         padding = (0, self.size[0] - shown[0], 0, self.size[1] - shown[1])

@@ -1,4 +1,4 @@
-"""Finds an image's regions by a segmenter: points, boxes or words say which, or everything is meant.
+"""Finds an image's regions by a segmenter: by points, boxes or text, or all that there are.
 
 regions = load_segmenter()(image, points=[(120, 80)])                    # offline, without weights
 regions = load_segmenter("facebook/sam3")(image, text="mug")             # transformers' SAMs
@@ -17,9 +17,11 @@ class Segmenter(Protocol):
 
     Attributes:
         note: what a user should know about its regions, in a line; None: nothing.
+        reads_text: whether it takes text.
     """
 
     note: str | None
+    reads_text: bool
 
     def __call__(self, image, *, points=None, boxes=None, text=None) -> list[RegionMask]:
         """Finds one region for each point, then for each box, and all that a text fits.

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from perceptiondlm.regions.filters import stability_of, without_overlaps
+from perceptiondlm.regions.sam import Frame
 from perceptiondlm.regions.segmenters import find_regions, load_segmenter
 from PIL import Image
 from tiny_sams import save_tiny
 from torch.nn.functional import interpolate
+from transformers import SamProcessor
 
 IMAGE = Path(__file__).parent / "fixtures" / "vectors" / "region_0.png"
 PROMPTED = ("sam", "sam2", "sam2_video", "sam3_tracker", "sam3_video")
@@ -67,12 +69,37 @@ def test_each_point_and_box_gets_the_models_likeliest_mask(saved, image, kind):
     scale = torch.tensor([shown[0] / 150, shown[1] / 140])
     each = [{"input_points": (torch.tensor([[[p]]]) * scale)} for p in POINTS]
     each += [{"input_boxes": torch.tensor([BOXES]) * scale.repeat(2)}]
+    assert any(0 < r.area < r.mask.size for r in regions)
     for region, prompts in zip(regions, each, strict=True):
         expected = mask_by_hand(
             segmenter.prompted, image, shown=shown, side=side, prompts=prompts, size=image.size
         )
         assert region.mask.dtype == bool and (region.mask == expected).mean() > 0.999
-        assert 0 < expected.sum() < expected.size or kind != "sam"
+
+
+@pytest.mark.parametrize("size", [(150, 140), (40, 300), (64, 64)])
+def test_the_frame_of_sam_is_transformers_own_processors(size, picture):
+    kind = pytest.importorskip("transformers.models.sam.image_processing_pil_sam")
+    theirs = SamProcessor(
+        kind.SamImageProcessorPil(
+            size={"longest_edge": 64},
+            pad_size={"height": 64, "width": 64},
+            mask_size={"longest_edge": 16},
+            mask_pad_size={"height": 16, "width": 16},
+        )
+    )
+    image = picture(*size)
+    inputs = theirs(image, input_points=[[[30.5, 20.0]]], return_tensors="pt")
+    settings = theirs.image_processor
+    frame = Frame((64, 64), tuple(settings.image_mean), tuple(settings.image_std), True)
+
+    view = frame.view(image)
+    assert torch.allclose(view.pixels, inputs["pixel_values"].float(), atol=1e-5)
+    assert torch.allclose(view.scaled([(30.5, 20.0)]), inputs["input_points"].float().flatten(0, 2))
+    logits = torch.randn(1, 1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    (expected,) = settings.post_process_masks(logits, *sizes)
+    assert (view.mask(logits[0, 0, 0]) == expected[0, 0].numpy()).all()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +187,9 @@ def test_text_gives_every_query_that_is_likely_enough(saved, image, kind):
 
 
 def test_what_weights_do_not_take_is_refused_with_what_does(saved, image):
-    with pytest.raises(ValueError, match="a segmenter that knows words, say facebook/sam3"):
+    with pytest.raises(
+        ValueError, match="a segmenter that reads text, say facebook/sam3, got text 'mug'"
+    ):
         load_segmenter(saved("sam")[0])(image, text="mug")
     words_only = load_segmenter(saved("sam3")[0])
     for prompts in ({"points": [(1, 1)]}, {"boxes": [(1, 1, 9, 9)]}, {}):

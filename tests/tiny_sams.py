@@ -1,4 +1,4 @@
-"""Saves tiny segmenters of random weights: SAM, SAM 2 and SAM 3 as their checkpoints are laid out."""
+"""Saves tiny segmenters of random weights: SAM, SAM 2 and SAM 3, laid out as theirs are."""
 
 import json
 from pathlib import Path
