@@ -23,8 +23,9 @@ POINT_WORTH = 0.3  # of a region around a point: small things are clicked on, to
 BOX_MARGIN = 0.35  # of its sides, that GrabCut sees around a box
 BOX_SIDE = 320  # pixels of the longer side of that, for GrabCut is slow
 GRABCUT_STEPS = 5
-LEAST_BOXED = 16  # pixels of a box that GrabCut can do anything with
+LEAST_PIXELS = 16  # inside and outside of a box, that GrabCut can do anything with
 LEAST_FOUND = 0.05  # share of a box, below which nothing in it stands out
+SOFTNESS = 0.7  # pixels of the copy, over which a mask's edge is smoothed: lines of one stay
 MAIN_PART = 0.1  # share of the largest part, of what belongs to a region in several parts
 
 
@@ -155,10 +156,11 @@ def _grab(window: np.ndarray, inside: tuple[slice, slice]) -> np.ndarray:
 
     labels = np.full(window.shape[:2], cv2.GC_BGD, np.uint8)
     labels[inside] = cv2.GC_PR_FGD
-    if (labels == cv2.GC_PR_FGD).all():  # the box is the image: its rim has to be the outside
-        labels[[0, -1]] = labels[:, [0, -1]] = cv2.GC_BGD
     boxed = labels == cv2.GC_PR_FGD
-    if boxed.sum() < LEAST_BOXED:
+    if (~boxed).sum() < LEAST_PIXELS:  # the box is the image: its rim has to be the outside
+        labels[[0, -1]] = labels[:, [0, -1]] = cv2.GC_BGD
+    inner = labels == cv2.GC_PR_FGD
+    if min(inner.sum(), (~inner).sum()) < LEAST_PIXELS:
         return boxed
 
     cv2.setRNGSeed(0)  # its clusters begin at random
@@ -196,5 +198,9 @@ def _enlarge(mask: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     height, width = pixels.shape[:2]
     if mask.shape == (height, width):
         return mask
-    soft = cv2.resize(mask.astype(np.uint8) * 255, (width, height), interpolation=cv2.INTER_LINEAR)
-    return soft > 127
+    soft = cv2.GaussianBlur(mask.astype(np.uint8) * 255, (0, 0), SOFTNESS)
+    large = cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR) > 127
+    if large.any():
+        return large
+    hard = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+    return hard > 0  # too thin to stay

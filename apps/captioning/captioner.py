@@ -162,7 +162,7 @@ class RegionCaptioner:
         """
         has_regions = masks is not None or any(name in options for name in REGION_PROMPTS)
         if has_regions == (question is not None):
-            raise ValueError("expected either regions or a question to stream, got both or neither")
+            raise ValueError("expected either masks or a question to stream, got both or neither")
         if has_regions:
             return _steps(lambda callback: self(image, masks, callback=callback, **options))
         return _steps(lambda callback: self.ask(image, question, callback=callback, **options))
