@@ -113,6 +113,8 @@ def mark_regions(
 ) -> Image.Image:
     """Outlines and numbers the regions, on request tints them; small ones lie above large ones."""
     marked = image.copy()
+    if not masks:
+        return marked
     width = max(1, round(style.size / 9))
     areas = [mask_area(mask) for mask in masks]
     large_first = sorted(range(len(masks)), key=lambda i: -areas[i])
