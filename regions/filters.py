@@ -2,14 +2,14 @@
 
 import numpy as np
 
-MIN_AREA, MAX_AREA = 0.001, 0.95  # shares of the image, of what "everything" may give
+AREAS = 0.001, 0.95  # shares of the image, of what "everything" may give
 MIN_STABILITY = 0.9  # intersection over union of a mask with stricter and laxer thresholds
 MAX_OVERLAP = 0.7  # intersection over union of two regions that are kept
 
 
-def has_area(areas: np.ndarray, total: int) -> np.ndarray:
+def has_area(areas: np.ndarray, total: int, shares: tuple[float, float] = AREAS) -> np.ndarray:
     """Marks areas in pixels that are neither specks nor all of an image of `total` pixels."""
-    return (areas >= MIN_AREA * total) & (areas <= MAX_AREA * total)
+    return (areas >= shares[0] * total) & (areas <= shares[1] * total)
 
 
 def stability_of(logits: np.ndarray, offset: float = 1.0) -> np.ndarray:

@@ -17,7 +17,8 @@ from .region_tree import RegionTree
 WORK_SIDE = 448  # pixels of the longer side of the copy that is worked on
 PIECE_SCALE, PIECE_SIGMA, PIECE_SHARE = 40.0, 0.6, 1 / 2500  # Felzenszwalb's; the least area
 MAX_REGIONS = 40  # of everything
-LARGEST = 0.5  # share of the image, of a region
+SHARES = 0.002, 0.5  # of the image, the smallest and the largest region of everything
+MIN_SCORE = 0.18  # of everything: of its level, how much longer a region lives than its parts
 SIZE_WORTH = 0.7  # area to this power, times life, is what a region is worth
 POINT_WORTH = 0.3  # of a region around a point: small things are clicked on, too
 BOX_MARGIN = 0.35  # of its sides, that GrabCut sees around a box
@@ -68,7 +69,7 @@ class OfflineSegmenter:
 def _everything(pixels: np.ndarray) -> list[RegionMask]:
     tree = _grow_tree(_shrink(pixels, WORK_SIDE))
     life = tree.life(MAX_REGIONS)
-    usable = has_area(tree.area, tree.pieces.size) & (tree.area <= LARGEST * tree.pieces.size)
+    usable = has_area(tree.area, tree.pieces.size, SHARES) & (_score(life) >= MIN_SCORE)
     worth = np.where(usable, (tree.area / tree.pieces.size) ** SIZE_WORTH * life, 0)
 
     chosen = sorted(tree.best_cut(worth), key=lambda node: -worth[node])
@@ -87,16 +88,16 @@ def _around_point(pixels: np.ndarray, tree: RegionTree, point: Point) -> RegionM
     )
     path = tree.path(column, row)
     life, share = tree.life(MAX_REGIONS)[path], tree.area[path] / tree.pieces.size
-    worth = np.where(share <= LARGEST, share**POINT_WORTH * life, 0)
+    worth = np.where(share <= SHARES[1], share**POINT_WORTH * life, 0)
 
     best = int(worth.argmax())
     mask = _enlarge(tree.mask(path[best]), pixels)
-    return RegionMask(mask, score=_score(life[best]), origin=name_numbers("point", point))
+    return RegionMask(mask, score=float(_score(life[best])), origin=name_numbers("point", point))
 
 
-def _score(life: float) -> float:
-    """Returns a share in [0, 1) of how long a region lives: 1 - birth / death."""
-    return round(1 - float(np.exp(-life)), 4)
+def _score(life: np.ndarray) -> np.ndarray:
+    """Returns how long regions live as shares in [0, 1): 1 - birth / death."""
+    return np.round(1 - np.exp(-life), 4)
 
 
 def _grow_tree(pixels: np.ndarray) -> RegionTree:
