@@ -74,10 +74,7 @@ def _everything(pixels: np.ndarray) -> list[RegionMask]:
 
     chosen = sorted(tree.best_cut(worth), key=lambda node: -worth[node])
     return [
-        RegionMask(
-            _enlarge(tree.mask(node), pixels), score=_score(life[node]), origin=f"region {k}"
-        )
-        for k, node in enumerate(chosen, 1)
+        _region(tree, node, pixels, life[node], f"region {k}") for k, node in enumerate(chosen, 1)
     ]
 
 
@@ -91,8 +88,12 @@ def _around_point(pixels: np.ndarray, tree: RegionTree, point: Point) -> RegionM
     worth = np.where(share <= SHARES[1], share**POINT_WORTH * life, 0)
 
     best = int(worth.argmax())
-    mask = _enlarge(tree.mask(path[best]), pixels)
-    return RegionMask(mask, score=float(_score(life[best])), origin=name_numbers("point", point))
+    return _region(tree, path[best], pixels, life[best], name_numbers("point", point))
+
+
+def _region(tree: RegionTree, node: int, pixels: np.ndarray, life, origin: str) -> RegionMask:
+    score = float(_score(life))
+    return RegionMask(_enlarge(tree.mask(node), pixels), score=score, origin=origin)
 
 
 def _score(life: np.ndarray) -> np.ndarray:
