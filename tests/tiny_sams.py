@@ -111,7 +111,10 @@ def _sam2(side: int):
 
 
 def _sam2_video(side: int):
-    config = transformers.Sam2VideoConfig(**_sam2_parts(side), **MEMORY)
+    parts = _sam2_parts(side)
+    kind = transformers.models.sam2_video.configuration_sam2_video.Sam2VideoMaskDecoderConfig
+    decoder = kind(**parts.pop("mask_decoder_config"))  # transformers 5.18 misreads a dict
+    config = transformers.Sam2VideoConfig(**parts, mask_decoder_config=decoder, **MEMORY)
     return transformers.Sam2VideoModel(config)
 
 
