@@ -10,11 +10,11 @@ import yaml
 from clean_rooms import write_hub_cache
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
-from perceptiondlm.apps.web.sam import find_sam
 from perceptiondlm.common.loading import load_model, local_path
 from perceptiondlm.conversion import command as convert_checkpoint
 from perceptiondlm.convert_checkpoint import convert
 from perceptiondlm.publishing.upload import push_folder
+from perceptiondlm.regions.segmenters import load_segmenter
 from perceptiondlm.training.run import train
 from training_runs import recipe_values, small_recipe
 
@@ -47,7 +47,7 @@ DOORS = MODEL_DOORS | {
         VECTORS / "released-llava", folder / "out", vision_source=model
     ),
     "tokenizer": train_with_tokenizer,
-    "SAM": lambda model, folder: find_sam(str(model)),
+    "segmenter": lambda model, folder: load_segmenter(str(model)),
 }
 
 

@@ -64,6 +64,7 @@ def results(tmp_path_factory, converted):
     commands = {
         "caption": (COMMAND, caption + ["--model", region]),
         "caption coco": (COMMAND, caption + ["--model", region, "--format", "coco"]),
+        "everything": (COMMAND, ["caption", str(PICTURE), "--everything", "--model", region]),
         "web": (COMMAND, ["web"]),
         "serve": (COMMAND, ["serve"]),
         "train": (COMMAND, ["train", str(recipe)]),
@@ -93,6 +94,7 @@ def test_captioning_needs_no_extra(results, command):
 @pytest.mark.parametrize(
     ("command", "package", "name", "code"),
     [
+        ("everything", "cv2|skimage", "regions", 2),
         ("web", "gradio|starlette", "apps", 2),
         ("serve", "fastapi|uvicorn", "apps", 2),
         ("train", "accelerate|datasets|omegaconf", "train", 2),

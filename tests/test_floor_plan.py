@@ -28,7 +28,7 @@ ALLOWED = {
     "evaluation": {"root", "common", "scenes", "conversion"},
     "apps": {"root", "common", "scenes", "conversion", "regions"},
     "benchmarks": {"root", "common", "scenes", "evaluation", "training"},
-    "docs": {"root", "scenes", "apps"},  # scripts that draw figures and write tables
+    "docs": {"root", "scenes", "apps", "regions"},  # scripts that draw figures and write tables
 }
 
 

@@ -170,7 +170,7 @@ def test_examples_are_scenes_with_masks_of_their_size():
 
 
 def test_the_painters_setup_survives_being_put_into_markup():
-    text = markup(LIMITS, [{"picture": 'a"b<', "regions": []}], regions=True, sam=False)
+    text = markup(LIMITS, [{"picture": 'a"b<', "regions": []}], regions=True, outlines=False)
     assert 'a"b<' not in text and "a\\&quot;b&lt;" in text
 
 

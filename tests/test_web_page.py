@@ -1,5 +1,7 @@
 """The page in headless Chromium: what a person does with it, from a picture to captions."""
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -8,8 +10,9 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 pytest.importorskip("gradio", reason="the page needs the package's apps extra")
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser")
@@ -23,6 +26,7 @@ from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E40
 from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
 from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
 from perceptiondlm.apps.web.launch import launch  # noqa: E402
+from perceptiondlm.regions.segmenters import load_segmenter  # noqa: E402
 from serving import counted  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
@@ -431,3 +435,88 @@ def test_stopping_ends_the_run(browser, captioner):
         context.close()
         demo.close(verbose=False)
     brake.remove()
+
+
+@pytest.fixture(scope="module")
+def outlining(captioner):
+    """The address of a page with the offline segmenter."""
+    pytest.importorskip("cv2", reason="the offline segmenter needs the package's regions extra")
+    short = RegionCaptioner(captioner.model, captioner.processor, **SHORT)
+    with Engine(short, window=0.05) as engine:
+        segmenter = load_segmenter()
+        demo = launch(engine, "tester", segmenter=segmenter, port=0, block=False)
+        yield demo.local_url
+        demo.close(verbose=False)
+
+
+@pytest.fixture
+def outliner(browser, outlining):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    yield opened(context, outlining)
+    context.close()
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """A file with a red disc and a blue square on gray, and what `drag` calls their places."""
+    image = Image.new("RGB", (400, 300), (150, 150, 150))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((40, 60, 160, 180), fill=(200, 30, 30))
+    draw.rectangle((240, 100, 350, 210), fill=(30, 40, 200))
+    image.save(tmp_path / "shapes.png")
+    return tmp_path / "shapes.png"
+
+
+def overlaps(page, image: Path) -> list[tuple[float, float]]:
+    """Of each region, its overlap with the disc and with the square."""
+    pixels = np.asarray(Image.open(image).convert("RGB"))
+    shapes = [(pixels == color).all(-1) for color in ((200, 30, 30), (30, 40, 200))]
+    masks = []
+    for region in payload(page)["regions"]:
+        data = base64.b64decode(region["exact"].partition(",")[2])
+        masks.append(np.asarray(Image.open(io.BytesIO(data))) != 0)
+    return [tuple((m & s).sum() / (m | s).sum() for s in shapes) for m in masks]
+
+
+def test_a_click_outlines_what_lies_there_and_a_dragged_box_what_it_holds(outliner, shapes):
+    page = outliner
+    choose(page, shapes)
+    page.click("[data-tool=outline]")
+    drag(page, (0.25, 0.4))  # presses and lets go
+    page.wait_for_selector(".pd-chips [data-chip='1']")
+    drag(page, (0.55, 0.25), (0.92, 0.8))
+    page.wait_for_selector(".pd-chips [data-chip='2']")
+    disc, square = overlaps(page, shapes)
+    assert disc[0] > 0.95 and square[1] > 0.95
+    assert page.locator(".pd-alert").is_hidden()
+    page.click("[data-act=undo]")
+    assert len(payload(page)["regions"]) == 1
+    page.click("[data-act=redo]")
+    assert len(describe(page)) == 2 and page.broken == []
+
+
+def test_everything_becomes_regions_that_one_undo_takes_back(outliner, shapes):
+    page = outliner
+    choose(page, shapes)
+    page.click("[data-act=everything]")
+    page.wait_for_selector(".pd-chips [data-chip='2']")
+    found = overlaps(page, shapes)
+    assert max(each[0] for each in found) > 0.95 and max(each[1] for each in found) > 0.95
+    page.click("[data-act=undo]")
+    assert payload(page)["regions"] == []
+    assert page.broken == []
+
+
+def test_where_nothing_stands_out_the_page_says_so(outliner, tmp_path):
+    page = outliner
+    Image.new("RGB", (200, 200), "white").save(tmp_path / "blank.png")
+    choose(page, tmp_path / "blank.png")
+    page.click("[data-act=everything]")
+    page.wait_for_selector(".pd-alert:has-text('found no region')")
+    assert payload(page)["regions"] == [] and page.broken == []
+
+
+def test_without_a_segmenter_nothing_offers_outlines(page):
+    choose(page)
+    assert page.locator("[data-tool=outline]").is_hidden()
+    assert page.locator("[data-act=everything]").is_hidden()

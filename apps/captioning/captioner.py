@@ -6,6 +6,7 @@ print(result)                         # numbered captions
 result.draw().save("captioned.png")   # outlined regions and their captions
 for step in captioner.stream("photo.jpg", masks=["cup.png"]):
     print(step)                       # captions as they appear
+captioner("photo.jpg", points=[(120, 80)])   # or everything=True, boxes=..., text=...
 """
 
 import contextlib
@@ -22,10 +23,12 @@ import torch
 from ...common.loading import default_device, load_model
 from ...generation_options import DiffusionOptions, merge_options, options_for
 from ...image_processing_perceptiondlm import load_image, load_mask
+from ...regions.segmenters import Segmenter, find_regions
 from .results import MASKED, Answers, Region, RegionCaptions, Step
 
 EMBEDDED = Path(os.path.abspath(__file__)).parents[2]  # the repository's or package's root
 EMBEDDED_SUBFOLDER = "tiny"
+REGION_PROMPTS = ("everything", "points", "boxes", "text")  # of a segmenter
 
 
 class RegionCaptioner:
@@ -77,14 +80,28 @@ class RegionCaptioner:
         DiffusionOptions.build(self.model.decoding_defaults, self.options)
 
     def __call__(
-        self, image, masks: Sequence, *, instruction: str | None = None, callback=None, **options
+        self,
+        image,
+        masks: Sequence | None = None,
+        *,
+        everything: bool = False,
+        points=None,
+        boxes=None,
+        text: str | Sequence[str] | None = None,
+        segmenter: Segmenter | str | None = None,
+        instruction: str | None = None,
+        callback=None,
+        **options,
     ) -> RegionCaptions:
-        """Captions each masked region of one image, all of them together.
+        """Captions each region of one image, all of them together.
 
         Args:
             image: a PIL image, path, URL, bytes, array or tensor (see `load_image`).
             masks: one for each region: PIL image, array, path, COCO RLE, `{"box": [x0, y0, x1,
                 y1]}` or `{"polygons": [[x0, y0, ...], ...]}` in pixels (see `load_mask`).
+            everything, points, boxes, text: instead of masks, what a segmenter is asked for (see
+                `find_regions`).
+            segmenter: one, or the name that `load_segmenter` takes (default: the offline one).
             instruction: instead of the checkpoint's own.
             callback: called after each step with a `Step`.
             options: decoding options over those of the captioner (see `DiffusionOptions`);
@@ -93,7 +110,8 @@ class RegionCaptioner:
         Raises ValueError for an image, mask or option that does not fit.
         """
         image = load_image(image)
-        masks = [load_mask(mask, image.size) for mask in masks]
+        asked = {"everything": everything, "points": points, "boxes": boxes, "text": text}
+        masks = _masks_of(image, masks, segmenter, asked)
         output, seconds = self._generate(
             callback, len(masks), options, images=image, masks=masks, prompts=instruction
         )
@@ -142,9 +160,10 @@ class RegionCaptioner:
 
         Denoising waits for the reader, and ends when the iterator is closed.
         """
-        if (masks is None) == (question is None):
+        has_regions = masks is not None or any(name in options for name in REGION_PROMPTS)
+        if has_regions == (question is not None):
             raise ValueError("expected either masks or a question to stream, got both or neither")
-        if masks is not None:
+        if has_regions:
             return _steps(lambda callback: self(image, masks, callback=callback, **options))
         return _steps(lambda callback: self.ask(image, question, callback=callback, **options))
 
@@ -176,6 +195,21 @@ class RegionCaptioner:
         return [
             MASKED if ids is None else partial_text(self.processor, ids, mask_id) for ids in rows
         ]
+
+
+def _masks_of(image, masks: Sequence | None, segmenter, asked: dict) -> list:
+    """Returns the masks that were given, or that a segmenter finds for what is asked."""
+    given = [
+        name for name in REGION_PROMPTS if asked[name] is not None and asked[name] is not False
+    ]
+    if masks is not None and (given or segmenter is not None):
+        names = " and ".join(given or ["a segmenter"])
+        raise ValueError(f"expected masks or {names}, got both")
+    if masks is None and not given:
+        raise ValueError(f"expected masks, or one of {', '.join(REGION_PROMPTS)}, got none")
+    if masks is None:
+        masks = [region.mask for region in find_regions(image, segmenter, **asked)]
+    return [load_mask(mask, image.size) for mask in masks]
 
 
 def partial_text(processor, ids: Sequence[int], mask_token_id: int) -> str:

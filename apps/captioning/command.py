@@ -13,6 +13,11 @@ examples:
     perceptiondlm caption photo.jpg --masks cup.png spoon.png
   regions as boxes or polygons, in pixels:
     perceptiondlm caption photo.jpg --box 40,60,220,300 --polygon 300,80,380,90,350,200
+  regions that are found: everything, what lies at a point, or what a box holds; by a model, text:
+    perceptiondlm caption photo.jpg --everything --output seen.png
+    perceptiondlm caption photo.jpg --point 320,200 --point 80,410
+    perceptiondlm caption photo.jpg --box 40,60,220,300 --segmenter facebook/sam2.1-hiera-small
+    perceptiondlm caption photo.jpg --text mug --segmenter facebook/sam3
   see it: regions in color with their captions, and the captions appearing step by step:
     perceptiondlm caption photo.jpg --masks cup.png --output seen.png --animate denoising.gif
   a folder of images and one of masks (cat.jpg goes with cat.png, cat_0.png, cat_1.png, cat/*;
@@ -52,6 +57,7 @@ def configure(parser: argparse.ArgumentParser):
     )
     parser.add_argument("--recursive", action="store_true", help="look into subfolders too")
     _add_regions(parser.add_argument_group("regions"))
+    _add_prompts(parser.add_argument_group("regions that are found"))
     _add_results(parser.add_argument_group("results"))
     add_model_arguments(parser.add_argument_group("model"))
     add_option_arguments(parser.add_argument_group("decoding"))
@@ -81,7 +87,7 @@ def _add_regions(group):
         default=[],
         type=_box,
         metavar="X0,Y0,X1,Y1",
-        help="a region as a box in pixels; repeat for more",
+        help="a region as a box in pixels; with --segmenter, a box around one; repeat for more",
     )
     group.add_argument(
         "--polygon",
@@ -97,6 +103,29 @@ def _add_regions(group):
     group.add_argument("--instruction", help="instead of 'Describe each masked region in detail.'")
     group.add_argument(
         "--question", action="append", default=[], help="ask about the whole image; repeatable"
+    )
+
+
+def _add_prompts(group):
+    group.add_argument("--everything", action="store_true", help="all that stands out")
+    group.add_argument(
+        "--point",
+        action="append",
+        default=[],
+        type=_point,
+        metavar="X,Y",
+        help="what lies at a place in pixels; repeat for more",
+    )
+    group.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        help="all that a name fits, for a segmenter that reads text; repeat for more",
+    )
+    group.add_argument(
+        "--segmenter",
+        metavar="MODEL",
+        help="folder or Hub id of a SAM, SAM 2 or SAM 3 (default: offline, which needs no weights)",
     )
 
 
@@ -167,6 +196,13 @@ def _box(text: str) -> list[float]:
     if len(box) != 4:
         raise argparse.ArgumentTypeError(f"expected X0,Y0,X1,Y1, got {text!r}")
     return box
+
+
+def _point(text: str) -> list[float]:
+    point = _numbers(text)
+    if len(point) != 2:
+        raise argparse.ArgumentTypeError(f"expected X,Y, got {text!r}")
+    return point
 
 
 def _polygon(text: str) -> list[float]:

@@ -8,7 +8,8 @@ from ...generation_options import options_of
 from ...generation_rules import ACCEPT_RULES
 from .outputs import format_of
 
-REGION_OPTIONS = ("instruction", "max_regions", "fill", *options_of("captions"))
+REGIONS = ("masks", "label_maps", "box", "polygon", "everything", "point", "text")
+REGION_OPTIONS = ("instruction", "segmenter", "max_regions", "fill", *options_of("captions"))
 NEEDED = {  # option: others, of which it needs one
     "font": ("output", "animate"),
     "fill": ("output", "animate"),
@@ -20,12 +21,13 @@ NEEDED = {  # option: others, of which it needs one
 
 def check_options(args: argparse.Namespace):
     """Raises ValueError for options that contradict, or have nothing to act on."""
-    regions = [name for name in ("masks", "label_maps", "box", "polygon") if getattr(args, name)]
+    regions = [name for name in REGIONS if getattr(args, name)]
     if bool(regions) == bool(args.question):
         raise ValueError(
-            "expected regions (--masks, --label-maps, --box, --polygon) or a --question,"
+            f"expected regions ({', '.join(map(flag, REGIONS))}) or a --question,"
             f" got {'both' if regions else 'neither'}; try --help for examples"
         )
+    _check_prompts(args)
     if args.font is not None and not args.font.is_file():
         raise FileNotFoundError(f"expected a TrueType font at {args.font}, found none")
 
@@ -49,6 +51,20 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], theirs: str, ours: s
         raise ValueError(f"expected {', '.join(given)} with {theirs} alone, got {ours}")
 
 
+def _check_prompts(args: argparse.Namespace):
+    """Refuses what a segmenter could not be asked for together, and one that is not asked."""
+    prompts = [name for name in ("point", "text") if getattr(args, name)]
+    if args.box and args.segmenter:
+        prompts.append("box")
+    if args.everything and prompts:
+        got = ", ".join(map(flag, prompts))
+        raise ValueError(f"expected --everything or prompts for its regions, got {got} with it")
+    if args.segmenter is not None and not (args.everything or prompts):
+        raise ValueError(
+            "expected --everything, --point, --box or --text with --segmenter, got it alone"
+        )
+
+
 def _check_places(args: argparse.Namespace):
     if args.recursive and not any(Path(image).is_dir() for image in args.images):
         raise ValueError("expected a folder of images with --recursive, got none")
@@ -58,7 +74,11 @@ def _check_places(args: argparse.Namespace):
 
 def _check_texts(args: argparse.Namespace):
     """Refuses bytes that are not text: Python carries them as lone surrogates."""
-    for name, texts in (("question", args.question), ("instruction", [args.instruction or ""])):
+    for name, texts in (
+        ("question", args.question),
+        ("instruction", [args.instruction or ""]),
+        ("text", args.text),
+    ):
         for text in texts:
             if not text.isascii() and text != text.encode("utf-8", "ignore").decode("utf-8"):
                 raise ValueError(f"expected UTF-8 text for {flag(name)}, got {text!a}")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from PIL import Image
 
 MASKED = "░"  # stands for a position that is still to be filled
@@ -73,6 +74,18 @@ class RegionCaptions:
 
         return draw_regions(self.image, [r.mask for r in self.regions], self.captions, **options)
 
+    def _repr_html_(self) -> str:
+        """Shows the image and the texts in a notebook."""
+        from .notebook import captions_html
+
+        return captions_html(self)
+
+    def _repr_png_(self) -> bytes:
+        """Shows the drawing where there is no HTML."""
+        from .drawing import encode_image
+
+        return encode_image(self.draw(), ".png")
+
     def to_dict(self) -> dict:
         """Returns size, regions and cost, ready for JSON."""
         return {
@@ -104,6 +117,18 @@ class Answers:
         from .drawing import draw_answers
 
         return draw_answers(self.image, self.questions, self.answers, **options)
+
+    def _repr_html_(self) -> str:
+        """Shows the image and the texts in a notebook."""
+        from .notebook import answers_html
+
+        return answers_html(self)
+
+    def _repr_png_(self) -> bytes:
+        """Shows the drawing where there is no HTML."""
+        from .drawing import encode_image
+
+        return encode_image(self.draw(), ".png")
 
     def to_dict(self) -> dict:
         """Returns size, answers and cost, ready for JSON."""
@@ -140,7 +165,7 @@ class Step:
 
 def mask_area(mask: Image.Image) -> int:
     """Returns how many pixels of an 8-bit mask are not zero."""
-    return sum(mask.histogram()[1:])
+    return int(np.count_nonzero(np.asarray(mask)))  # a tenth of the time of PIL's histogram
 
 
 def _cost(result) -> dict:

@@ -31,6 +31,7 @@ class CaptionRun:
         self.failed: list[str] = []  # images
         self.lost = self._report_sources()  # regions, and entries of annotation files
         self.skipped = 0
+        self.segmenter = self._load_segmenter()
         self.captioner = self._load_model(decoding)
 
     def _region_sources(self) -> list:
@@ -47,7 +48,8 @@ class CaptionRun:
                     f" images, got the file {path}"
                 )
             sources.append(LabelMaps(path))
-        shapes = [{"box": b} for b in args.box] + [{"polygons": [p]} for p in args.polygon]
+        boxes = [] if args.segmenter else args.box  # those are a segmenter's prompts
+        shapes = [{"box": b} for b in boxes] + [{"polygons": [p]} for p in args.polygon]
         return sources + ([Shapes(shapes)] if shapes else [])
 
     def _check_outputs(self):
@@ -104,6 +106,16 @@ class CaptionRun:
             if note := source.unused_note():
                 report(note)
         return len(refused)
+
+    def _load_segmenter(self):
+        from .segmented import load_segmenter_of, segments
+
+        if not segments(self.args):
+            return None
+        segmenter = load_segmenter_of(self.args)
+        if segmenter.note and not self.args.quiet:
+            report(segmenter.note)
+        return segmenter
 
     def _load_model(self, decoding: dict):
         from transformers.utils import logging
@@ -183,13 +195,17 @@ class CaptionRun:
 
     def _describe(self, source) -> tuple | None:
         from .region_sources import gather_regions
+        from .segmented import Segmented, prompts_of
 
         args = self.args
         image = open_image(source.path)
         if args.question:
             return self.captioner.ask(image, args.question), []
         refused: list[str] = []
-        regions = gather_regions(self.sources, source, image.size, args.max_regions, refused)
+        sources = self.sources
+        if self.segmenter is not None:
+            sources = [*sources, Segmented(self.segmenter, prompts_of(args), image)]
+        regions = gather_regions(sources, source, image.size, args.max_regions, refused)
         for line in refused:
             report(f"{source.path}: {line}")
         self.lost += len(refused)

@@ -9,6 +9,7 @@ import os
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.serving.engine import Engine
 from perceptiondlm.apps.web.launch import launch
+from perceptiondlm.regions.segmenters import load_segmenter
 
 model = os.environ.get("PERCEPTIONDLM_MODEL") or None
 subfolder = os.environ.get("PERCEPTIONDLM_SUBFOLDER") or None
@@ -16,6 +17,7 @@ with Engine(RegionCaptioner.from_pretrained(model, subfolder=subfolder)) as engi
     launch(
         engine,
         model or "perceptiondlm-tiny",
+        segmenter=load_segmenter(),
         host=os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"),
         port=int(os.environ.get("GRADIO_SERVER_PORT", 7860)),
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 SPACE = Path(os.path.abspath(__file__)).parent
 ROOT = SPACE.parents[1]
-PARTS = ("apps", "common", "conversion", "scenes", "tiny")  # beside the root's modules
+PARTS = ("apps", "common", "conversion", "regions", "scenes", "tiny")  # beside the root's modules
 SKIPPED = shutil.ignore_patterns("__pycache__", "space", "report*")
 
 

@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from ...common.extras import extra
+from ...common.extras import MissingExtra, extra
+from ...regions.segmenters import Segmenter, load_segmenter
 
 EPILOG = """\
 The page works without any network and sends nothing anywhere. Listen on every interface with
@@ -22,11 +23,25 @@ def configure(parser: argparse.ArgumentParser):
     add_queue_arguments(parser, host_port=7860)
     parser.add_argument("--open", action="store_true", help="open a browser")
     parser.add_argument(
-        "--sam",
+        "--segmenter",
         metavar="MODEL",
-        help="folder or cached Hub id of a SAM checkpoint, for masks from clicks"
-        " (default: facebook/sam-vit-base where it is cached)",
+        help="folder or Hub id of a SAM, SAM 2 or SAM 3, which finds the regions of points, boxes"
+        " and everything (default: offline, which needs no weights)",
     )
+
+
+def _load_segmenter(name: str | None) -> Segmenter | None:
+    """Loads a segmenter; none, and says so, where what the offline one needs is not installed."""
+    try:
+        segmenter = load_segmenter(name)
+    except MissingExtra as error:
+        if name is not None:
+            raise
+        print(f"perceptiondlm web: no outlines: {error}", file=sys.stderr)
+        return None
+    if segmenter.note:
+        print(f"perceptiondlm web: {segmenter.note}", file=sys.stderr)
+    return segmenter
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,12 +50,11 @@ def run(args: argparse.Namespace) -> int:
         from .launch import launch
     from ..serving.arguments import limits_of, load_engine, model_name
     from ..serving.pool import shared_pool
-    from .sam import find_sam
 
     try:
         limits = limits_of(args)
         shared_pool().warm_up()
-        sam = find_sam(args.sam)
+        segmenter = _load_segmenter(args.segmenter)
         engine = load_engine(args)
     except (ValueError, OSError) as error:
         print(f"perceptiondlm web: {error}", file=sys.stderr)
@@ -51,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
                 engine,
                 model_name(args),
                 limits=limits,
-                sam=sam,
+                segmenter=segmenter,
                 host=args.host,
                 port=args.port,
                 open_browser=args.open,

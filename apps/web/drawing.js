@@ -104,7 +104,7 @@ function paint() {
   pen.textBaseline = 'middle';
   regions.forEach(paintNumber); // above all regions
   pen.globalAlpha = 1;
-  if (drag?.tool === 'box') paintDraggedBox();
+  if (drag && isArea(drag.tool)) paintDraggedBox();
 }
 
 // Whether another region is lit up.

@@ -1,5 +1,7 @@
 // The painter, part 3 of 3: what pointer, buttons, files and keys do.
 
+const CLICK = 4; // CSS pixels: a shorter drag is a click
+
 // Painting. Places are in pixels of the image.
 
 function placeOf(event) {
@@ -78,18 +80,33 @@ function finishBox(box) {
   addBox(box);
 }
 
-// Asks the server for the mask of what lies at a place, by SAM.
-async function outline(place) {
+// Whether a tool is used on an area between two places.
+function isArea(name) {
+  return name === 'box' || name === 'outline';
+}
+
+// Asks for the outline of what was clicked on, or of what a dragged box holds.
+function finishOutline(done) {
+  const shown = canvas.getBoundingClientRect();
+  const moved = Math.hypot(done.to.x - done.from.x, done.to.y - done.from.y);
+  if ((moved * shown.width) / width < CLICK) return outline([[done.from.x, done.from.y]], null);
+  return outline(null, [boxOf(done)]);
+}
+
+// Adds the regions that the server finds at points or in boxes, or with neither everywhere.
+async function outline(points, boxes) {
   tell('Outlining ...');
+  const asked = imageUrl;
   try {
-    const mask = await server.outline(imageUrl, place.x, place.y);
-    if (!mask.url) {
-      tell(mask.problem);
+    const found = await server.outline({ picture: asked, points, boxes });
+    if (imageUrl !== asked) return; // another image is shown by now
+    if (!found.urls) {
+      tell(found.problem);
       return;
     }
     remember(null);
     tell('');
-    await addMask(mask.url);
+    for (const url of found.urls) await addMask(url);
     refresh();
   } catch (error) {
     tell('Outlining did not work.');
@@ -100,8 +117,7 @@ canvas.addEventListener('pointerdown', (event) => {
   if (event.button || !setup.regions) return;
   canvas.setPointerCapture(event.pointerId);
   const place = placeOf(event);
-  if (tool === 'box') drag = { tool, from: place, to: place };
-  else if (tool === 'click') outline(place);
+  if (isArea(tool)) drag = { tool, from: place, to: place };
   else beginStroke(place);
 });
 
@@ -111,7 +127,7 @@ canvas.addEventListener('pointermove', (event) => {
     light(setup.regions ? regionAt(place) : null);
     return;
   }
-  if (drag.tool !== 'box') stroke(drag.to, place);
+  if (!isArea(drag.tool)) stroke(drag.to, place);
   drag.to = place;
   repaint();
 });
@@ -121,6 +137,7 @@ canvas.addEventListener('pointerup', () => {
   const done = drag;
   drag = null;
   if (done.tool === 'box') finishBox(boxOf(done));
+  if (done.tool === 'outline') finishOutline(done);
   refresh();
 });
 
@@ -185,6 +202,9 @@ const acts = {
     newRegion();
     tool = 'brush';
     refresh();
+  },
+  everything() {
+    outline(null, null);
   },
   boxes() {
     addBoxes(find('.pd-exact textarea').value);

@@ -4,12 +4,12 @@ import socket
 
 from starlette.middleware import Middleware
 
+from ...regions.segmenters import Segmenter
 from ..serving.engine import Engine
 from ..serving.http import MaxBody
 from ..serving.limits import Limits
 from .assets import read_style
 from .page import CONCURRENT, Page, build, theme
-from .sam import ClickMasks
 
 SESSIONS = 200  # whose state is kept
 QUEUE_BYTES = 1 << 30  # of all that is sent and waits
@@ -31,7 +31,7 @@ def launch(
     name: str,
     *,
     limits: Limits | None = None,
-    sam: ClickMasks | None = None,
+    segmenter: Segmenter | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     open_browser: bool = False,
@@ -40,7 +40,7 @@ def launch(
     """Serves the page; with `block`, until it is interrupted.
 
     Args:
-        engine, name, limits, sam: as for `Page`.
+        engine, name, limits, segmenter: as for `Page`.
         host, port: where to listen; port 0 is any that is free.
         open_browser: opens the page in this machine's browser.
         block: returns only after an interruption, the page closed.
@@ -48,7 +48,7 @@ def launch(
     Returns gradio's `Blocks`. Raises OSError where the port is taken.
     """
     limits = limits or Limits()
-    demo = build(Page(engine, name, limits, sam))
+    demo = build(Page(engine, name, limits, segmenter))
     max_body = body_limit(limits)
     max_waiting = max(1, min(engine.max_queue, QUEUE_BYTES // max_body))
     demo.queue(max_size=max_waiting, default_concurrency_limit=CONCURRENT)

@@ -17,6 +17,7 @@ from PIL import Image  # noqa: E402
 
 from ...generation_options import DiffusionOptions  # noqa: E402
 from ...generation_rules import ACCEPT_RULES  # noqa: E402
+from ...regions.segmenters import Segmenter, find_regions  # noqa: E402
 from ..captioning.results import MASKED, Step  # noqa: E402
 from ..serving.engine import Engine, EngineClosed, JobFailed, QueueFull, Ticket  # noqa: E402
 from ..serving.errors import ApiError  # noqa: E402
@@ -27,7 +28,6 @@ from ..serving.pool import shared_pool  # noqa: E402
 from . import painter, view  # noqa: E402
 from .assets import read_script  # noqa: E402
 from .input import data_url, examples  # noqa: E402
-from .sam import ClickMasks  # noqa: E402
 
 TITLE = "PerceptionDLM"
 LEAD = "Paint regions of an image: they are described together, in one denoising process."
@@ -54,14 +54,17 @@ class Page:
         engine: runs the model.
         name: of the model, which the page shows.
         limits: of one request.
-        sam: makes a region mask of a click; None hides that tool.
+        segmenter: finds regions; None hides the tools that need one.
     """
 
-    def __init__(self, engine: Engine, name: str, limits: Limits, sam: ClickMasks | None = None):
+    def __init__(
+        self, engine: Engine, name: str, limits: Limits, segmenter: Segmenter | None = None
+    ):
         self.engine = engine
         self.name = name
         self.limits = limits
-        self.sam = sam
+        self.segmenter = segmenter
+        self.segmenting = threading.Lock()  # one at a time: it may take all cores
         self.pool = shared_pool()
 
     def caption(
@@ -111,22 +114,34 @@ class Page:
             result = ticket.result().result
         yield view.facts_view(result) + view.answer_view(question, result.answers[0])
 
-    def outline(self, image_url: str, x: float, y: float) -> dict:
-        """Returns the mask of what lies under a point (x, y) in pixels of an image.
+    def outline(self, sent: dict) -> dict:
+        """Returns the masks of what lies at points or in boxes of an image, else of everything.
 
-        Image and mask are data URLs: the mask's is the dict's `url`; or its `problem` says why
-        there is none.
+        Args:
+            sent: `picture`, a data URL; `points` and `boxes`, lists as a `Segmenter` takes them, or
+                null.
+
+        The masks are data URLs, `urls`, one more than a request may have at most; or `problem` says
+        why there are none.
         """
         try:
-            sent = json.dumps({"picture": image_url, "regions": []})
-            image, _ = self.pool.read_page(sent, self.limits)
-            inside = 0 <= x < image.width and 0 <= y < image.height
-            mask = self.sam(image, x, y) if inside else None
-            if mask is None or mask.getbbox() is None:
-                raise ValueError("Nothing was found there: try another point.")
-        except (ApiError, ValueError, TypeError, AttributeError) as error:
+            if not isinstance(sent, dict) or set(sent) != {"picture", "points", "boxes"}:
+                raise ValueError("expected picture, points and boxes from the page")
+            points, boxes = sent["points"], sent["boxes"]
+            image_only = json.dumps({"picture": sent["picture"], "regions": []})
+            image, _ = self.pool.read_page(image_only, self.limits)
+            if image is None:
+                raise ValueError("expected an image, got none")
+            counts = [len(each) for each in (points, boxes) if isinstance(each, list)]
+            expect_at_most("regions", sum(counts), self.limits.masks)
+            everything = points is None and boxes is None
+            prompts = {"everything": everything, "points": points, "boxes": boxes}
+            with self.segmenting:
+                regions = find_regions(image, self.segmenter, **prompts)
+        except (ApiError, ValueError, TypeError) as error:
             return {"problem": str(error)}
-        return {"url": data_url(mask)}
+        masks = [Image.fromarray(region.mask) for region in regions[: self.limits.masks + 1]]
+        return {"urls": [data_url(mask) for mask in masks]}
 
     def _submit(self, job, request: gr.Request, **options) -> Ticket:
         return self.engine.submit(job, follow=True, client=client_of(request), **options)
@@ -224,13 +239,17 @@ def build(page: Page) -> gr.Blocks:
 
 
 def _painter(page: Page, has_regions: bool):
-    has_sam = page.sam is not None
+    outlines = page.segmenter is not None
     shown = [example.to_dict() for example in examples()]
+
+    def outline(sent: dict) -> dict:
+        return page.outline(sent)  # gradio marks what it serves, which no method can be
+
     gr.HTML(
-        painter.markup(page.limits, shown, regions=has_regions, sam=has_sam),
+        painter.markup(page.limits, shown, regions=has_regions, outlines=outlines),
         js_on_load=read_script(),
         elem_id="pd-painter",
-        server_functions=[page.outline] if has_sam else None,
+        server_functions=[outline] if outlines else None,
     )
 
 

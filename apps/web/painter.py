@@ -14,14 +14,14 @@ from .assets import read_markup
 from .view import css_color
 
 
-def markup(limits: Limits, examples: list[dict], *, regions: bool, sam: bool) -> str:
+def markup(limits: Limits, examples: list[dict], *, regions: bool, outlines: bool) -> str:
     """Returns the painter's HTML.
 
     Args:
         limits: what the browser refuses before it sends anything.
         examples: as `Example.to_dict` gives them.
         regions: whether the model describes regions; else the image is only shown.
-        sam: whether a click can be outlined.
+        outlines: whether regions can be found.
     """
     setup = {
         "bytes": limits.body_bytes,
@@ -33,6 +33,6 @@ def markup(limits: Limits, examples: list[dict], *, regions: bool, sam: bool) ->
     }
     return Template(read_markup()).substitute(
         setup=html.escape(json.dumps(setup)),
-        outline="" if sam else "hidden",
+        outline="" if outlines else "hidden",
         examples="" if examples else "hidden",
     )

@@ -25,7 +25,7 @@ let height = 0;
 let regions = []; // see `newRegion`
 let chosen = -1; // index of the region that is painted on; -1: none
 let lit = null; // index of the region that is lit up; null: none
-let tool = 'brush'; // 'brush', 'box', 'erase' or 'click'
+let tool = 'brush'; // 'brush', 'box', 'erase' or 'outline'
 let drag = null; // what the pointer is doing: {tool, from, to}
 
 let past = []; // snapshots to go back to
