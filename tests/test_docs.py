@@ -52,6 +52,19 @@ def test_the_first_example_of_the_readme_captions_as_the_checkpoint_prefers(monk
     assert answer == "three" and example["out"].num_forwards == 2
 
 
+def test_the_examples_of_the_page_on_prompting_run(monkeypatch, capsys):
+    """They go on from the README's, whose next example they are in more words."""
+    monkeypatch.chdir(ROOT)
+    example = {}
+    readme = blocks(ROOT / "README.md")
+    asked = next(block for block in readme if "diffusion_score" in block)
+    for block in [readme[0], asked, *blocks(ROOT / "docs" / "prompting.md")]:
+        exec(block, example)
+    said = capsys.readouterr().out
+    assert "'a large dotted black circle at the bottom right'" in said
+    assert [len(row) for row in example["labels"]] == [2] and "'size': 'large'" in said
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_the_documents_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
