@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
+from perceptiondlm.configuration_perceptiondlm import path_inside
 from perceptiondlm.conversion.files import DamagedFile, weight_files
 from perceptiondlm.evaluation.benchmarks import load_benchmark
-from perceptiondlm.image_loading import path_inside
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.records import Record
 from perceptiondlm.training.regions import image_path
