@@ -250,7 +250,7 @@ def test_a_long_job_is_not_starved_by_short_ones(captioner):
 def test_a_request_whose_reading_takes_too_long_ends_and_the_next_is_answered(captioner):
     big = np.zeros((1500, 1500, 3), np.uint8)
     big[::7] = 255
-    slow = {"picture": data_url(Image.fromarray(big))}
+    slow = {"image": data_url(Image.fromarray(big))}
     with served(captioner, limits=Limits(decode_seconds=0.001)) as (address, _):
         refused = post(address, **slow)
     assert refused.status_code == 400 and "decoded within" in refused.text

@@ -25,7 +25,7 @@ LIMITS = Limits(body_bytes=1 << 20, pixels=1_000_000, masks=4)
 
 def sent(picture=IMAGE, regions=()) -> str:
     picture = data_url(picture) if isinstance(picture, (Path, bytes, Image.Image)) else picture
-    return json.dumps({"picture": picture, "regions": list(regions)})
+    return json.dumps({"image": picture, "regions": list(regions)})
 
 
 def painted(mask: np.ndarray) -> dict:
@@ -117,8 +117,8 @@ def test_a_speck_does_not_vanish_when_made_smaller():
         ("{", "JSON"),
         ("[" * 100_000, "JSON"),
         ("[]", "image and regions"),
-        ('{"picture": "x"}', "image and regions"),
-        ('{"picture": 3, "regions": []}', "data URL"),
+        ('{"image": "x"}', "image and regions"),
+        ('{"image": 3, "regions": []}', "data URL"),
         (sent("/etc/passwd"), "data:image"),
         (sent("file:///etc/passwd"), "data:image"),
         (sent(b"<svg/>"), "got SVG"),
@@ -170,7 +170,7 @@ def test_examples_are_scenes_with_masks_of_their_size():
 
 
 def test_the_painters_setup_survives_being_put_into_markup():
-    text = markup(LIMITS, [{"picture": 'a"b<', "regions": []}], regions=True, outlines=False)
+    text = markup(LIMITS, [{"image": 'a"b<', "regions": []}], regions=True, outlines=False)
     assert 'a"b<' not in text and "a\\&quot;b&lt;" in text
 
 

@@ -29,7 +29,7 @@ def page():
 
 
 def asked(picture, points=None, boxes=None) -> dict:
-    return {"picture": picture, "points": points, "boxes": boxes}
+    return {"image": picture, "points": points, "boxes": boxes}
 
 
 def masks_of(answer: dict) -> list[np.ndarray]:
