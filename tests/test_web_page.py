@@ -142,7 +142,7 @@ def test_from_a_picture_and_mask_files_to_the_librarys_captions(page, captioner)
     assert alike(shown, expected.captions)
     facts = page.locator(".pd-facts").inner_text()
     assert "3 regions" in facts and f"{expected.num_forwards} forward passes" in facts
-    assert f"{expected.tokens_per_forward:.1f} tokens a pass" in facts
+    assert f"{expected.tokens_per_forward:.1f} tokens each" in facts
     assert page.get_attribute(".pd-facts a", "href").startswith("data:image/")
     page.locator("#pd-json button").first.click()
     page.wait_for_selector("#pd-json .cm-content >> text=regions")
