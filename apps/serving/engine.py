@@ -161,17 +161,17 @@ class Engine:
 
     @property
     def queue_length(self) -> int:
-        """Jobs waiting."""
+        """Counts the jobs that wait."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Jobs in the running batch."""
+        """Counts the jobs in the running batch."""
         return len(self._running)
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are being worked on."""
+        """Tells whether the engine's thread works on jobs."""
         return self._thread.is_alive() and not self._closed
 
     def close(self, *, drain: bool = True, timeout: float | None = None):
@@ -265,6 +265,7 @@ class Engine:
         batch = [ticket for ticket in batch if not ticket.future.done()]
         if not batch:
             return
+
         try:
             self._resolve(batch, self._generate(batch, nested))
         except _AllCancelled:

@@ -49,12 +49,12 @@ class RegionJob:
 
     @property
     def count(self) -> int:
-        """Captions to come."""
+        """Counts the captions that will be made."""
         return len(self.masks)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that image and masks hold."""
+        """Counts the bytes of memory that image and region masks hold."""
         return self.image.width * self.image.height * (3 + len(self.masks))
 
     def num_groups(self, max_regions: int) -> int:
@@ -131,12 +131,12 @@ class ChatJob:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the images hold."""
+        """Counts the bytes of memory that the images hold."""
         return 3 * sum(image.width * image.height for image in self.images)
 
     @property
     def question(self) -> str:
-        """The text of the last message."""
+        """Returns the text of the last message."""
         content = self.messages[-1]["content"]
         if isinstance(content, str):
             return content

@@ -65,7 +65,7 @@ class Ticket:
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody wants the result any more."""
+        """Tells whether nobody wants the result any more."""
         return self._cancelled.is_set()
 
     def result(self, timeout: float | None = None) -> Completion:

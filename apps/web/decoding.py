@@ -21,8 +21,9 @@ def option_slider(name: str, defaults: DiffusionOptions, limits: Limits) -> gr.S
     value = min(own, limit)
     reach = min(max(own, SLIDER_MAX[name]), limit)
     label = name.replace("_", " ").capitalize()
-    least = min(1, reach - 1)  # gradio wants some room; 0 is refused when it is asked for
-    return gr.Slider(least, reach, value, step=1, label=label, info=OPTIONS[name].metadata["text"])
+    minimum = min(1, reach - 1)  # gradio wants some room; 0 is refused when it is asked for
+    text = OPTIONS[name].metadata["text"]
+    return gr.Slider(minimum, reach, value, step=1, label=label, info=text)
 
 
 def pace_choice(defaults: DiffusionOptions) -> gr.Dropdown:

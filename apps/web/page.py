@@ -169,7 +169,7 @@ class Page:
 
     @property
     def defaults(self) -> DiffusionOptions:
-        """How the checkpoint decodes unless a visitor says otherwise."""
+        """Returns how the checkpoint decodes unless a visitor says otherwise."""
         captioner = self.engine.captioner
         return DiffusionOptions.build(captioner.model.decoding_defaults, captioner.options)
 
