@@ -82,6 +82,7 @@ class RequestReader:
 
     def _regions(self, request: ChatRequest, masks: list | None) -> dict:
         """Reads the image, its masks and the instruction."""
+        # One message that holds the image, and masks in one of the ways in which they may come.
         *before, last = request.messages
         if before or last.role != "user":
             raise ValueError("expected one user message for regions, got a conversation")
@@ -92,6 +93,7 @@ class RequestReader:
         if masks is not None and len(urls) > 1:
             raise ValueError("expected masks as such or as image parts, got both")
 
+        # Masks are counted before any is decoded; an image without masks may hold one as its alpha.
         stored = self.decoder.image(self._bytes(urls[0], "the image"), "the image")
         image = load_image(stored)
         self.decoder.expect_masks(max(len(masks or []), len(urls) - 1), image.size)

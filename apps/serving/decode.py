@@ -156,6 +156,7 @@ class Decoder:
                 f"expected {name} of at most {limit:g} MiB, got {len(data) / (1 << 20):.1f} MiB"
             )
 
+        # Pillow reads the header alone here.
         source = io.BytesIO(data)
         try:
             image = open_encoded(source, readable_formats())
@@ -167,6 +168,7 @@ class Decoder:
             kinds = ", ".join(readable_formats())
             raise ValueError(f"expected {name} as {kinds}, got {_kind_of(data)}") from error
 
+        # The header says how much decoding would cost.
         width, height = image.size
         if width * height > limits.pixels:
             raise ValueError(

@@ -67,6 +67,8 @@ class Engine:
             max_client_cost=max_client_cost,
         )
         captioner.check_options()
+
+        # What is fixed for as long as the engine lives.
         self.captioner = captioner
         self.max_queue = max_queue
         self.max_queue_bytes = max_queue_bytes
@@ -80,6 +82,7 @@ class Engine:
             up=lambda: self.alive,
         )
 
+        # What callers and the thread share; `_changed` guards the queue and what clients owe.
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
         self._owed: Counter[str] = Counter()  # cost of each client's jobs that wait or run
@@ -129,6 +132,7 @@ class Engine:
             follow=follow,
         )
 
+        # Room is looked for and taken under one lock, so that no other job can come between.
         with self._changed:
             self.expect_room(job.nbytes)
             self._expect_patience(ticket)

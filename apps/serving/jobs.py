@@ -73,6 +73,7 @@ class RegionJob:
         scope = "region" if model.config.region_layout == "independent" else "image"
         options.region_rule(scope, model.config.eot_token_id)
 
+        # The sequence of each region group, without any pixels.
         sizes = image_sizes(processor, [self.image])
         tokens = 0
         for first in range(0, len(self.masks), max_regions):

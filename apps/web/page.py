@@ -76,6 +76,7 @@ class Page:
             job = RegionJob(image, tuple(masks))
             ticket = self._submit(job, request, **options)
 
+        # Captions appear region by region while they are denoised; the JSON comes at the end.
         waiting = view.waiting_view(self.engine.queue_length)
         yield waiting + view.captions_view([BLANK] * len(masks)), ""
         for step, seconds in self._follow(ticket):
@@ -187,6 +188,7 @@ def shown_errors():
     except gr.Error:  # a ValueError of gradio's, to be shown as it is
         raise
 
+    # The engine takes or gives nothing now: trying again later helps.
     except QueueFull as error:
         raise refusal(f"{error}.", "Too many at once") from error
     except EngineClosed as error:
@@ -194,6 +196,7 @@ def shown_errors():
     except CancelledError as error:
         raise refusal("It took too long, or the server is shutting down.", "Given up") from error
 
+    # What was asked for cannot be done.
     except JobFailed as error:
         log.error("a request failed: %s", error)
         raise refusal(f"{error}.", "That does not work") from error
@@ -210,6 +213,7 @@ def build(page: Page) -> gr.Blocks:
             elem_id="pd-head",
         )
 
+        # The image with its regions beside what is said about it.
         sent = gr.Textbox(visible=False)  # takes what the painter's script hands over
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=360):
@@ -221,6 +225,7 @@ def build(page: Page) -> gr.Blocks:
                 with gr.Tab("Ask a question") as asking:
                     question = _question_tab(page, sent)
 
+        # An example brings its question, which is put in when the tab is opened.
         asking.select(None, question, question, js=SUGGEST, api_visibility="private")
     return demo
 
