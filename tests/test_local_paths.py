@@ -95,7 +95,7 @@ def test_a_record_names_images_beside_it_alone(place, name):
     assert image_path("/etc/passwd", record, "/") == "/etc/passwd"
 
 
-def test_a_benchmarks_pictures_are_no_links_out_of_its_folder(tmp_path):
+def test_a_benchmarks_images_are_no_links_out_of_its_folder(tmp_path):
     folder = write_paradlc(tmp_path / "bench", 1, 1)
     load_benchmark(folder)
     (tmp_path / "secret.png").write_bytes((folder / "images" / "0.png").read_bytes())
