@@ -4,7 +4,7 @@ Adapted from the lists of its own common tests (`test_modeling_common.py`,
 `test_image_processing_common.py`, `test_processing_common.py`).
 
 Apply here: saving and loading (whole, sharded, half precision, device maps, disk offload,
-mismatched shapes, missing weights), initialisation (seeds, meta, every parameter), determinism,
+mismatched shapes, missing weights), initialization (seeds, meta, every parameter), determinism,
 training (gradients, checkpointing, frozen embeddings), tuple and dict outputs, hidden states,
 embeddings (get, set, resize, tie), attention implementations, RoPE scaling, the modules a device
 map may not split, settings and their precedence. Elsewhere: batching equivalence and loading
@@ -19,16 +19,19 @@ user has asked for them, and only one implementation could give them), causal lo
 shifting (predictions stand at their own position), head pruning and feed-forward chunking (removed
 or unused in transformers), expert and pipeline parallel plans (none are declared), `.bin` files,
 torchvision backends (images are PIL's), audio and video, numpy outputs (`return_tensors` is "pt",
-anything else is refused). Flash attention and quantisation need a GPU that these tests do not have;
+anything else is refused). Flash attention and quantization need a GPU that these tests do not have;
 that flash attention is refused where the structure forbids it is in `test_attention.py`.
 """
 
 import copy
 import inspect
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import pytest_ignore_collect
 from perceptiondlm.image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
@@ -498,3 +501,11 @@ def test_decoding_is_the_tokenizers(processor):
     ids = processor.tokenizer("a red circle")["input_ids"]
     assert processor.decode(ids) == processor.tokenizer.decode(ids)
     assert processor.batch_decode([ids, ids]) == processor.tokenizer.batch_decode([ids, ids])
+
+
+@pytest.mark.parametrize(("asked", "is_left_out"), [("", True), ("transformers_suite", None)])
+def test_transformers_own_tests_are_collected_only_when_asked_for(asked, is_left_out):
+    config = SimpleNamespace(option=SimpleNamespace(markexpr=asked))
+    suite = Path(__file__).parent / "test_transformers_suite.py"
+    assert pytest_ignore_collect(suite, config) is is_left_out
+    assert pytest_ignore_collect(Path(__file__), config) is None
