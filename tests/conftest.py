@@ -45,7 +45,7 @@ VISION = {
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leaves transformers' own tests out unless they are asked for, as their markers are unknown."""
+    """Leaves transformers' own tests out unless asked for, as their markers are unknown."""
     is_suite = collection_path.name == "test_transformers_suite.py"
     return True if is_suite and config.option.markexpr != "transformers_suite" else None
 

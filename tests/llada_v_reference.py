@@ -55,10 +55,10 @@ def cut(image: Image.Image, canvas: tuple[int, int], side: int) -> np.ndarray:
 def cut_padded(image: Image.Image, side: int) -> np.ndarray:
     """Makes the only tile, uint8 (1, side, side, 3), of one of several images, on a gray square."""
     long = max(image.size)
-    grey = np.full((long, long, 3), 127, np.uint8)
+    gray = np.full((long, long, 3), 127, np.uint8)
     left, top = (long - image.width) // 2, (long - image.height) // 2
-    grey[top : top + image.height, left : left + image.width] = np.asarray(image)
-    return reference.resize(Image.fromarray(grey), side, side)[None]
+    gray[top : top + image.height, left : left + image.width] = np.asarray(image)
+    return reference.resize(Image.fromarray(gray), side, side)[None]
 
 
 def rows_with_newlines(features, canvas, size, newline, most: int) -> torch.Tensor:

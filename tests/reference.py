@@ -420,7 +420,7 @@ def question_branch(
     """
     prompt = Prompt(tokenizer)
     prompt.text(SYSTEM)
-    pictures = prompt.token("<IMG_CONTEXT>", visual)
+    images = prompt.token("<IMG_CONTEXT>", visual)
     prompt.text("</img>")
     trunk, replays, named = len(prompt.ids), [], []
     prompt.text("\n")
@@ -441,7 +441,7 @@ def question_branch(
     allowed[:trunk, :trunk] = True
     allowed[trunk:fixed, :fixed] = True
     allowed[fixed:] = True
-    sequence = Sequence(prompt.ids, list(range(length)), allowed, pictures, replays, [answer])
+    sequence = Sequence(prompt.ids, list(range(length)), allowed, images, replays, [answer])
     return sequence, named
 
 

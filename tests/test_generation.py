@@ -189,7 +189,7 @@ def test_more_regions_than_prompts_are_split_into_passes(make, scene, layout):
     assert out.num_forwards == 9 and out.tokens_per_forward == 8 * 3 / 9
 
 
-def test_independent_captions_do_not_depend_on_their_neighbours(make, scene):
+def test_independent_captions_do_not_depend_on_their_neighbors(make, scene):
     """As long as their number, and so their prompt, is the same."""
     model, processor = make(**INDEPENDENT)
     image, masks = scene((61, 47), 4)
@@ -779,7 +779,7 @@ def test_a_released_region_model_captions_a_photograph(load):
 
     model, processor = load("wide/released-region")
     photo = Image.fromarray(skimage.data.coffee()).resize((1200, 900))
-    grey = np.asarray(photo.convert("L"))
-    masks = [grey < 60, (grey >= 60) & (grey < 140), grey > 220]
+    gray = np.asarray(photo.convert("L"))
+    masks = [gray < 60, (gray >= 60) & (gray < 140), gray > 220]
     out = model.diffusion_generate(photo, masks, processor=processor, caption_length=4, steps=2)
     assert [len(ids) for ids in out.token_ids[0]] == [4, 4, 4]

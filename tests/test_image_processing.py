@@ -28,7 +28,7 @@ def process():
 
 
 def as_bytes(pixels: torch.Tensor) -> np.ndarray:
-    """Normalised (T, 3, S, S) back to uint8 (T, S, S, 3)."""
+    """Normalized (T, 3, S, S) back to uint8 (T, S, S, 3)."""
     return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
@@ -161,12 +161,12 @@ def test_arrays_tensors_files_and_bytes_are_the_same_image(rgb, tmp_path):
 
 
 def test_grey_arrays_of_any_layout_are_grey_images(rgb):
-    grey = rgb[..., 0]
-    expected = np.stack([grey] * 3, -1)
-    tensor = torch.from_numpy(grey.copy())
-    for form in (grey, grey[..., None], tensor, tensor[None], tensor[None].float() / 255):
+    gray = rgb[..., 0]
+    expected = np.stack([gray] * 3, -1)
+    tensor = torch.from_numpy(gray.copy())
+    for form in (gray, gray[..., None], tensor, tensor[None], tensor[None].float() / 255):
         assert np.array_equal(load_image(form), expected)
-    assert np.array_equal(load_image(grey > 100), np.where(expected > 100, 255, 0))
+    assert np.array_equal(load_image(gray > 100), np.where(expected > 100, 255, 0))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "1", "LAB"])
@@ -289,7 +289,7 @@ def test_anyres_tiles_equal_the_plain_ones(anyres, draw_image, size):
     )
 
 
-def test_a_single_anyres_tile_is_padded_with_grey(anyres):
+def test_a_single_anyres_tile_is_padded_with_gray(anyres):
     """White, 60x20, on a square of 60: the middle third of the rows is the image."""
     out = anyres(Image.new("RGB", (60, 20), "white"), max_tiles=1)
     assert out["image_grids"].tolist() == [[0, 0]]
@@ -310,9 +310,9 @@ def test_a_photograph_with_irregular_masks_is_prepared_in_time(megapixels, secon
     scale = (megapixels * 1e6 / (512 * 512 * 0.75)) ** 0.5
     width, height = round(512 * scale), round(384 * scale)
     photo = Image.fromarray(skimage.data.astronaut()).resize((width, height))
-    grey = np.asarray(photo.convert("L"))
+    gray = np.asarray(photo.convert("L"))
     bands = [(0, 40), (40, 80), (80, 120), (120, 170), (170, 220), (220, 256)]
-    masks = [(grey >= low) & (grey < high) for low, high in bands]
+    masks = [(gray >= low) & (gray < high) for low, high in bands]
     process = PerceptionDLMImageProcessor(image_size=512, patch_size=16)
     start = time.process_time()  # the machine may be busy with other things
     out = process(photo, masks)

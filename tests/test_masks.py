@@ -119,20 +119,20 @@ def test_values_that_do_not_fit_eight_bits_still_count(region):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "LA", "RGBA", "I", "F", "CMYK", "I;16"])
 def test_pil_masks_of_any_mode_are_the_same_region(region, mode):
-    grey = Image.fromarray(region.astype(np.uint8) * 255)
+    gray = Image.fromarray(region.astype(np.uint8) * 255)
     if mode == "P":
         image = Image.fromarray(region.astype(np.uint8), "L")
         image.putpalette([0, 0, 0, 200, 30, 30])
     elif mode == "I;16":
         image = Image.fromarray(region.astype(np.uint16) * 256)
     elif mode == "CMYK":
-        image = grey.convert("RGB").convert("CMYK")
+        image = gray.convert("RGB").convert("CMYK")
     elif mode in ("LA", "RGBA"):
-        image = Image.new(mode, grey.size, 255 if mode == "L" else None)
-        image.putalpha(grey)
-        image = Image.merge(mode, [grey] * len(mode))
+        image = Image.new(mode, gray.size, 255 if mode == "L" else None)
+        image.putalpha(gray)
+        image = Image.merge(mode, [gray] * len(mode))
     else:
-        image = grey.convert(mode)
+        image = gray.convert(mode)
     assert image.mode == mode
     assert same(image, region)
 

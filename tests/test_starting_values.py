@@ -1,4 +1,4 @@
-"""Starting values: layers that add nothing, and vision layers that look at neighbouring patches."""
+"""Starting values: layers that add nothing, and vision layers that look at neighboring patches."""
 
 import copy
 
@@ -96,7 +96,7 @@ def test_layers_without_residuals_hand_on_their_input(tmp_path):
     assert torch.equal(tower(image), tower.embeddings(image))
     words = torch.arange(100, 105)[None]
     states = model(words, output_hidden_states=True).hidden_states
-    assert torch.equal(states[-2], states[0])  # the last one is normalised
+    assert torch.equal(states[-2], states[0])  # the last one is normalized
     assert torch.equal(states[0], model.get_input_embeddings()(words))
 
 
