@@ -64,7 +64,7 @@ def results(tmp_path_factory, converted):
     commands = {
         "caption": (COMMAND, caption + ["--model", region]),
         "caption coco": (COMMAND, caption + ["--model", region, "--format", "coco"]),
-        "everything": (COMMAND, ["caption", str(PICTURE), "--everything", "--model", region]),
+        "everything": (COMMAND, ["caption", str(IMAGE), "--everything", "--model", region]),
         "web": (COMMAND, ["web"]),
         "serve": (COMMAND, ["serve"]),
         "train": (COMMAND, ["train", str(recipe)]),
