@@ -21,10 +21,10 @@ from .configuration_perceptiondlm import (
     ROLE_SHARED,
     SHARED_REGION,
     PerceptionDLMConfig,
+    expect_shards_inside,
 )
 from .generation_diffusion import DiffusionGenerationMixin
 from .generation_options import default_generation_config, expect_neutral
-from .image_loading import expect_shards_inside
 from .modeling_attention import Structure
 from .modeling_language import (
     PerceptionDLMLanguageModel,

@@ -1,0 +1,1 @@
+"""Holds the programs over a model: command line, server and web page."""

@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scene", type=int, default=7, help="seed of the scene")
     args = parser.parse_args(arguments)
 
+    # Scenes of this split are never trained on, and what is true of them is known.
     scene = render_scene(args.scene, "heldout")
     question = scene.questions[0]
     captioner = RegionCaptioner.from_pretrained(args.model, subfolder=args.subfolder)
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     with only_run(args.output):
         for name, drawing in drawings.items():
             write_bytes(args.output / f"{name}.png", encode_image(drawing, ".png"))
+
     print(captions)
     print(f"{captions.seconds:.2f} s, {captions.tokens_per_forward:.1f} tokens a forward pass")
     print(f"{answer} (the truth: {question.answer})")

@@ -1,0 +1,1 @@
+"""Times decoding, preprocessing and training, and measures what parts of the model buy."""

@@ -1,4 +1,4 @@
-"""Packages that only parts of this one need, and the extra that installs them."""
+"""Says which extra installs a package that only parts of this one need."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

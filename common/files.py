@@ -1,4 +1,4 @@
-"""Files that no accident costs: written whole or not at all, by one run at a time.
+"""Writes files so that no accident costs one: whole or not at all, by one run at a time.
 
 What stands at a path stays until its successor is complete and on the disk. Only regular files are
 replaced; a symbolic link stays one, and its target is replaced; modes are kept, and new files get

@@ -1,4 +1,4 @@
-"""Folders that a run makes: whole or not there, however the run ends."""
+"""Makes folders that are whole or not there, however the run ends."""
 
 import glob
 import os

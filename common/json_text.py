@@ -1,4 +1,4 @@
-"""Reading and writing JSON and other text: UTF-8, with or without a byte order mark, or UTF-16.
+"""Reads and writes JSON and other text: UTF-8, with or without a byte order mark, or UTF-16.
 
 File names may hold bytes that are not UTF-8. Python carries each as a lone surrogate; JSON written
 here holds it as an escape (`\\udcff`), so `os.fsencode(json.loads(...))` gives the bytes back.

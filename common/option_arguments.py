@@ -1,4 +1,4 @@
-"""Command-line arguments for the decoding options, made from their one declaration."""
+"""Makes command-line arguments for the decoding options from their one declaration."""
 
 import argparse
 from collections.abc import Sequence

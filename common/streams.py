@@ -1,4 +1,4 @@
-"""Standard output and error of a command, whatever they are connected to."""
+"""Prepares the standard output and error of a command for whatever they are connected to."""
 
 import contextlib
 import io

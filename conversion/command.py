@@ -1,4 +1,4 @@
-"""The command line of `convert_checkpoint.py`: its options, exit codes and publishing."""
+"""Runs the command `convert_checkpoint.py`: its options, exit codes and publishing."""
 
 import argparse
 import errno

@@ -107,7 +107,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def expect_free_output(output: Path, sources: Sequence[str | Path | None], force: bool):
-    """Refuses to replace without `force`, and what is converted even with it."""
+    """Refuses to replace an output without `force`, and to replace the source even with it."""
     target = output.resolve()
     for source in (Path(source).resolve() for source in sources if source is not None):
         if target == source or target in source.parents:
@@ -136,7 +136,7 @@ def byte_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def expect_space(folder: Path, shards: list[list[str]], dtype: torch.dtype, source: Source):
-    """Raises ENOSPC before writing what cannot fit."""
+    """Raises OSError (ENOSPC) if the disk has too little space for what is to be written."""
     needed = sum(byte_size(source.origins[n].shape, dtype) for names in shards for n in names)
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from ..common.loading import CheckpointError, UnrecognizedCheckpoint, local_path
-from ..image_loading import path_inside
+from ..configuration_perceptiondlm import path_inside
 
 
 class MissingFile(CheckpointError, FileNotFoundError):

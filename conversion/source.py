@@ -29,7 +29,7 @@ class Source:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Dtype of the language model."""
+        """Returns the dtype of the language model."""
         return self.origins[EMBEDDING].load().dtype
 
     def check(self):

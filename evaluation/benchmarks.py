@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..image_loading import path_inside
+from ..configuration_perceptiondlm import path_inside
 from ..image_masks import encode_rle, fill_polygons
 from .files import read_json
 from .scoring import Question, parse_question

@@ -1,4 +1,4 @@
-"""Options that several steps share: which checkpoint is measured, and how it decodes."""
+"""Declares options that several steps share: which checkpoint is measured, and how it decodes."""
 
 import argparse
 import json
@@ -74,7 +74,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser):
 
 
 def decoding_options(args: argparse.Namespace, *, questions: bool = True) -> dict:
-    """Options of `diffusion_generate` that were given.
+    """Returns the options of `diffusion_generate` that were given.
 
     Raises ValueError for one that is given twice or alone without a use, that is no option of
     decoding, or, unless `questions` are answered too, that captions have no use for.

@@ -61,7 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _outputs(args: argparse.Namespace) -> list[str | Path | None]:
-    """What a step writes; of several processes of one run the first alone answers for it."""
+    """Returns the paths that a step writes.
+
+    Of several processes of one run the first alone locks them, so the others return none.
+    """
     if os.environ.get("RANK", "0") != "0":
         return []
     outputs = [getattr(args, name, None) for name in ("output", "own_output", "texts")]

@@ -32,7 +32,7 @@ class JudgeFailure(Exception):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often, and after how many seconds, a failed call is made again."""
+    """Says how often, and after how many seconds, a failed call is made again."""
 
     attempts: int = 6  # calls made for one question at most
     first_delay: float = 1.0  # before the second attempt; it doubles from then on

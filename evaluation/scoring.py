@@ -236,7 +236,10 @@ def mean(values: Sequence[float]) -> float:
 
 
 def ordered_sum(values: Iterable[float]) -> float:
-    """Sums from left to right; `sum` compensates rounding from Python 3.12 on: other last bits."""
+    """Sums from left to right, the same to the last bit in every version of Python.
+
+    From 3.12 on `sum` compensates the rounding, which gives other last bits.
+    """
     total = 0
     for value in values:
         total += value

@@ -91,21 +91,18 @@ def _write_scenes(folder: Path, seeds: range, split: str, progress: bool):
 
 def _annotation(image_id: str, scene: Scene) -> dict:
     """Returns a scene's record in an `annotations.json`."""
+    regions = [
+        {
+            "index": index,
+            "category_name": thing.attributes["shape"],
+            "mask_rle": encode_rle(thing.mask),
+        }
+        for index, thing in enumerate(scene.objects)
+    ]
+
     width, height = scene.image.size
-    return {
-        "image_id": image_id,
-        "file_name": f"{image_id}.png",
-        "height": height,
-        "width": width,
-        "annotations": [
-            {
-                "index": index,
-                "category_name": thing.attributes["shape"],
-                "mask_rle": encode_rle(thing.mask),
-            }
-            for index, thing in enumerate(scene.objects)
-        ],
-    }
+    size = {"height": height, "width": width}
+    return {"image_id": image_id, "file_name": f"{image_id}.png", **size, "annotations": regions}
 
 
 def region_questions(own: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> list[dict]:

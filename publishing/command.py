@@ -1,4 +1,4 @@
-"""The command `perceptiondlm publish`, and the options of publishing after a conversion."""
+"""Runs `perceptiondlm publish`, and declares the options of publishing after a conversion."""
 
 import argparse
 import shlex

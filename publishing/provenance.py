@@ -59,7 +59,7 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def _without_folders(argument: str) -> str:
-    """Returns a path's last part: where things lay on somebody's disk is nobody's business."""
+    """Returns a path's last part, so that a card does not tell how somebody's disk is laid out."""
     if is_hub_id(argument) and not Path(argument).exists():
         return argument
     return Path(argument).name if "/" in argument or "\\" in argument else argument

@@ -1,4 +1,4 @@
-"""What is said of a synthetic scene: captions of its objects, questions, and what a text names."""
+"""Words a synthetic scene: captions of its objects, and questions; finds what a text names."""
 
 import re
 from collections import Counter
@@ -73,6 +73,8 @@ def ask(rng: np.random.Generator, objects: list[dict[str, str]]) -> list[Questio
         _ask_count_color(rng, objects),
         _ask_exists(rng, objects),
     ]
+
+    # Of what identifies one object alone, by its color or its position.
     for key, text, answer, kind in (
         ("colour", "What shape is the {colour} object?", "{shape}", "shape_of_colour"),
         ("position", "What colour is the object at the {position}?", "{colour}", "colour_at"),
@@ -80,6 +82,7 @@ def ask(rng: np.random.Generator, objects: list[dict[str, str]]) -> list[Questio
     ):
         counts = Counter(thing[key] for thing in objects)
         alone = [thing for thing in objects if counts[thing[key]] == 1]
+
         if alone:
             thing = alone[rng.integers(len(alone))]
             questions.append(Question(text.format(**thing), answer.format(**thing), kind))
@@ -89,23 +92,21 @@ def ask(rng: np.random.Generator, objects: list[dict[str, str]]) -> list[Questio
 def _ask_count_color(rng: np.random.Generator, objects: list[dict[str, str]]) -> Question:
     """Asks for the number of a color that is there in three cases of four, else of another."""
     counts = Counter(thing["colour"] for thing in objects)
-    colour = _choose_color(rng, counts, 0.75)
-    return Question(
-        f"How many {colour} objects are there?", NUMBERS[counts[colour]], "count_colour"
-    )
+    color = _choose_color(rng, counts, 0.75)
+    return Question(f"How many {color} objects are there?", NUMBERS[counts[color]], "count_colour")
 
 
 def _ask_exists(rng: np.random.Generator, objects: list[dict[str, str]]) -> Question:
     """Asks whether a color is there: yes or no with even odds."""
     counts = Counter(thing["colour"] for thing in objects)
-    colour = _choose_color(rng, counts, 0.5)
-    article = "an" if colour[0] in "aeiou" else "a"
-    answer = "yes" if colour in counts else "no"
-    return Question(f"Is there {article} {colour} object?", answer, "exists")
+    color = _choose_color(rng, counts, 0.5)
+    article = "an" if color[0] in "aeiou" else "a"
+    answer = "yes" if color in counts else "no"
+    return Question(f"Is there {article} {color} object?", answer, "exists")
 
 
 def _choose_color(rng: np.random.Generator, counts: Counter, present_share: float) -> str:
     """Draws a color that is there in a share of the cases, else one that is not."""
     present = rng.random() < present_share or len(counts) == len(COLORS)
-    choices = [colour for colour in COLORS if (colour in counts) == present]
+    choices = [color for color in COLORS if (color in counts) == present]
     return choices[rng.integers(len(choices))]

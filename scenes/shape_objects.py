@@ -115,13 +115,13 @@ class Layer:
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """Rows and columns of the image that the layer covers."""
+        """Returns the rows and columns of the image that the layer covers."""
         (top, left), side = self.origin, len(self.distance)
         return slice(top, top + side), slice(left, left + side)
 
     @property
     def center(self) -> tuple[float, float]:
-        """Center (x, y) of the window, in pixels of the image."""
+        """Returns the center (x, y) of the window, in pixels of the image."""
         half = len(self.distance) / 2
         return self.origin[1] + half, self.origin[0] + half
 

@@ -162,11 +162,11 @@ def deviation(got: torch.Tensor, expected: torch.Tensor) -> float:
 def replay_region(model, processor, vectors: Path, case: dict) -> dict:
     """Replays one region case: inputs, features, first-step logits, captions."""
     v = load_file(vectors / f"{case['name']}.safetensors")
-    picture, masks = vectors / f"{case['name']}.png", [vectors / m for m in case["masks"]]
-    inputs = processor(picture, masks=masks, caption_length=case["gen_length"])
+    image, masks = vectors / f"{case['name']}.png", [vectors / m for m in case["masks"]]
+    inputs = processor(image, masks=masks, caption_length=case["gen_length"])
     masked = inputs["input_ids"][0] == model.config.mask_token_id
     out = model.diffusion_generate(
-        picture, masks, caption_length=case["gen_length"], steps=case["steps"]
+        image, masks, caption_length=case["gen_length"], steps=case["steps"]
     )
     features = model.encode_images(inputs["pixel_values"], inputs["region_patches"])
     captions = [out.token_ids[0][k] for k in case["area_order"]]
@@ -181,11 +181,11 @@ def replay_region(model, processor, vectors: Path, case: dict) -> dict:
 def replay_chat(model, processor, vectors: Path, case: dict) -> dict:
     """Replays one question of Base or LLaDA-V: inputs, first-step logits, answer."""
     v = load_file(vectors / f"{case['name']}.safetensors")
-    picture, options = vectors / f"{case['name']}.png", dict(case["generation"])
+    image, options = vectors / f"{case['name']}.png", dict(case["generation"])
     length = options.pop("gen_length")
-    inputs = processor(picture, prompts=case["prompt"], max_new_tokens=length)
+    inputs = processor(image, prompts=case["prompt"], max_new_tokens=length)
     options |= {"max_new_tokens": length}
-    out = model.diffusion_generate(picture, prompts=case["prompt"], **options)
+    out = model.diffusion_generate(image, prompts=case["prompt"], **options)
     prompt = inputs["input_ids"][0, :-length].tolist()
     pixels, expected = inputs["pixel_values"], v.get("pixel_values")
     if expected is None:

@@ -18,7 +18,7 @@ SYSTEM = (
 )
 
 
-# Pictures.
+# Images.
 
 
 def best_canvas(width: int, height: int, side: int) -> tuple[int, int]:
@@ -34,31 +34,31 @@ def best_canvas(width: int, height: int, side: int) -> tuple[int, int]:
     return best[2]
 
 
-def cut(picture: Image.Image, canvas: tuple[int, int], side: int) -> np.ndarray:
+def cut(image: Image.Image, canvas: tuple[int, int], side: int) -> np.ndarray:
     """Cuts tiles, uint8 (T, side, side, 3): the squeezed image, then the canvas row by row."""
     across, down = canvas
-    scale_x, scale_y = across * side / picture.width, down * side / picture.height
+    scale_x, scale_y = across * side / image.width, down * side / image.height
     if scale_x < scale_y:
-        width, height = across * side, min(math.ceil(picture.height * scale_x), down * side)
+        width, height = across * side, min(math.ceil(image.height * scale_x), down * side)
     else:
-        width, height = min(math.ceil(picture.width * scale_y), across * side), down * side
+        width, height = min(math.ceil(image.width * scale_y), across * side), down * side
     black = np.zeros((down * side, across * side, 3), np.uint8)
     left, top = (across * side - width) // 2, (down * side - height) // 2
-    black[top : top + height, left : left + width] = reference.resize(picture, width, height)
-    tiles = [reference.resize(picture, side, side)]
+    black[top : top + height, left : left + width] = reference.resize(image, width, height)
+    tiles = [reference.resize(image, side, side)]
     for y in range(down):
         for x in range(across):
             tiles.append(black[y * side : (y + 1) * side, x * side : (x + 1) * side])
     return np.stack(tiles)
 
 
-def cut_padded(picture: Image.Image, side: int) -> np.ndarray:
+def cut_padded(image: Image.Image, side: int) -> np.ndarray:
     """Makes the only tile, uint8 (1, side, side, 3), of one of several images, on a gray square."""
-    long = max(picture.size)
-    grey = np.full((long, long, 3), 127, np.uint8)
-    left, top = (long - picture.width) // 2, (long - picture.height) // 2
-    grey[top : top + picture.height, left : left + picture.width] = np.asarray(picture)
-    return reference.resize(Image.fromarray(grey), side, side)[None]
+    long = max(image.size)
+    gray = np.full((long, long, 3), 127, np.uint8)
+    left, top = (long - image.width) // 2, (long - image.height) // 2
+    gray[top : top + image.height, left : left + image.width] = np.asarray(image)
+    return reference.resize(Image.fromarray(gray), side, side)[None]
 
 
 def rows_with_newlines(features, canvas, size, newline, most: int) -> torch.Tensor:
@@ -112,19 +112,19 @@ def shrink(cells, rows: int, columns: int):
     return out
 
 
-def visual_tokens(network: reference.Network, pictures: list[Image.Image]) -> list[torch.Tensor]:
+def visual_tokens(network: reference.Network, images: list[Image.Image]) -> list[torch.Tensor]:
     """Returns the tokens that replace each image of one prompt."""
     side = network.config.vision_config.image_size
     newline = network.weights["image_newline"]
-    if len(pictures) > 1:
-        tiles = [reference.normalize(cut_padded(picture, side)) for picture in pictures]
+    if len(images) > 1:
+        tiles = [reference.normalize(cut_padded(image, side)) for image in images]
         return [torch.cat([network.vision(tile)[0], newline[None]]) for tile in tiles]
     out = []
-    for picture in pictures:
-        canvas = best_canvas(*picture.size, side)
-        features = network.vision(reference.normalize(cut(picture, canvas, side)))
+    for image in images:
+        canvas = best_canvas(*image.size, side)
+        features = network.vision(reference.normalize(cut(image, canvas, side)))
         most = network.config.anyres_max_tiles
-        out.append(rows_with_newlines(features, canvas, picture.size, newline, most))
+        out.append(rows_with_newlines(features, canvas, image.size, newline, most))
     return out
 
 
@@ -144,15 +144,15 @@ def prompt_of(turns: list[tuple[str, str]]) -> str:
 class Conversation:
     """Predicts the logits of the answer to a rendered prompt with its images."""
 
-    def __init__(self, network: reference.Network, tokenizer, text: str, pictures=()):
+    def __init__(self, network: reference.Network, tokenizer, text: str, images=()):
         self.network = network
-        visual = visual_tokens(network, list(pictures))
+        visual = visual_tokens(network, list(images))
         chunks = text.split("<image>")
         assert len(chunks) == len(visual) + 1
         parts, self.ids = [], []
         for i, chunk in enumerate(chunks):
             ids = tokenizer(chunk, add_special_tokens=False)["input_ids"]
-            ids = ids[1:] if i else ids  # the newline after a picture is lost
+            ids = ids[1:] if i else ids  # the newline after an image is lost
             parts.append(network.embed(torch.tensor(ids, dtype=torch.int64)))
             self.ids += ids
             if i < len(visual):

@@ -33,27 +33,27 @@ def best_grid(width: int, height: int, side: int, most: int = 6) -> tuple[int, i
     return best[1]
 
 
-def resize(picture: Image.Image, width: int, height: int) -> np.ndarray:
+def resize(image: Image.Image, width: int, height: int) -> np.ndarray:
     """Resizes bicubically, one axis first as Pillow 13 does, whichever Pillow there is."""
-    if picture.height > height and picture.height - height > 2 * (picture.width - width):
-        sizes = [(picture.width, height), (width, height)]
+    if image.height > height and image.height - height > 2 * (image.width - width):
+        sizes = [(image.width, height), (width, height)]
     else:
-        sizes = [(width, picture.height), (width, height)]
+        sizes = [(width, image.height), (width, height)]
     for size in sizes:
-        picture = picture.resize(size, Image.BICUBIC)
-    return np.asarray(picture)
+        image = image.resize(size, Image.BICUBIC)
+    return np.asarray(image)
 
 
-def cut(picture: Image.Image, grid: tuple[int, int], side: int) -> np.ndarray:
+def cut(image: Image.Image, grid: tuple[int, int], side: int) -> np.ndarray:
     """Cuts tiles, uint8 (T, side, side, 3), row by row; after several, a thumbnail."""
     columns, rows = grid
-    whole = resize(picture, columns * side, rows * side)
+    whole = resize(image, columns * side, rows * side)
     tiles = []
     for row in range(rows):
         for column in range(columns):
             tiles.append(whole[row * side : (row + 1) * side, column * side : (column + 1) * side])
     if columns * rows > 1:
-        tiles.append(resize(picture, side, side))
+        tiles.append(resize(image, side, side))
     return np.stack(tiles)
 
 
@@ -78,30 +78,30 @@ def best_canvas(width: int, height: int, side: int) -> tuple[int, int]:
     return best[2]
 
 
-def cut_anyres(picture: Image.Image, grid: tuple[int, int], side: int) -> np.ndarray:
+def cut_anyres(image: Image.Image, grid: tuple[int, int], side: int) -> np.ndarray:
     """Cuts tiles: the squeezed image, then the image fitted on black, tile by tile."""
     columns, rows = grid
     canvas = np.zeros((rows * side, columns * side, 3), np.uint8)
-    wide, high = columns * side / picture.width, rows * side / picture.height
+    wide, high = columns * side / image.width, rows * side / image.height
     if wide < high:
-        width, height = columns * side, min(math.ceil(picture.height * wide), rows * side)
+        width, height = columns * side, min(math.ceil(image.height * wide), rows * side)
     else:
-        width, height = min(math.ceil(picture.width * high), columns * side), rows * side
+        width, height = min(math.ceil(image.width * high), columns * side), rows * side
     y, x = (rows * side - height) // 2, (columns * side - width) // 2
-    canvas[y : y + height, x : x + width] = resize(picture, width, height)
-    tiles = [resize(picture, side, side)]
+    canvas[y : y + height, x : x + width] = resize(image, width, height)
+    tiles = [resize(image, side, side)]
     for row in range(rows):
         for column in range(columns):
             tiles.append(canvas[row * side : (row + 1) * side, column * side : (column + 1) * side])
     return np.stack(tiles)
 
 
-def anyres_tokens(network, picture: Image.Image) -> torch.Tensor:
+def anyres_tokens(network, image: Image.Image) -> torch.Tensor:
     """Computes the visual tokens of an image, its newlines included."""
     config = network.config
     side, unit = config.vision_config.image_size, config.cells_per_side
-    columns, rows = best_canvas(*picture.size, side)
-    squeezed, *tiles = network.vision(normalize(cut_anyres(picture, (columns, rows), side)))
+    columns, rows = best_canvas(*image.size, side)
+    squeezed, *tiles = network.vision(normalize(cut_anyres(image, (columns, rows), side)))
     cells = [
         [
             tiles[y // unit * columns + x // unit][y % unit * unit + x % unit]
@@ -109,11 +109,11 @@ def anyres_tokens(network, picture: Image.Image) -> torch.Tensor:
         ]
         for y in range(rows * unit)
     ]
-    if picture.width / picture.height > columns / rows:
-        spare = (rows * unit - int(picture.height * (columns * unit / picture.width))) // 2
+    if image.width / image.height > columns / rows:
+        spare = (rows * unit - int(image.height * (columns * unit / image.width))) // 2
         cells = cells[spare : len(cells) - spare]
     else:
-        spare = (columns * unit - int(picture.width * (rows * unit / picture.height))) // 2
+        spare = (columns * unit - int(image.width * (rows * unit / image.height))) // 2
         cells = [row[spare : len(row) - spare] for row in cells]
     h, w = len(cells), len(cells[0])
     times = math.sqrt(h * w / (config.anyres_max_tiles * unit**2))
@@ -321,7 +321,7 @@ class Sequence:
     ids: list[int]
     positions: list[int]
     allowed: torch.Tensor  # bool (L, L)
-    pictures: list[int]  # columns of visual tokens
+    images: list[int]  # columns of visual tokens
     replays: list[list[int]]  # columns of each region's RoI tokens
     answers: list[list[int]]  # columns of each caption's masks, or of the one answer
 
@@ -361,7 +361,7 @@ def released_sequence(
     """Builds the released region prompt; `captions` are the ids of each slot (masks, or a text)."""
     prompt = Prompt(tokenizer)
     prompt.text(SYSTEM)
-    pictures = prompt.token("<IMG_CONTEXT>", visual)
+    images = prompt.token("<IMG_CONTEXT>", visual)
     prompt.text("</img>")
     replays = []
     for k in range(len(captions)):
@@ -376,7 +376,7 @@ def released_sequence(
         end = prompt.text("\n") if k + 1 < len(captions) else prompt.token("<|eot_id|>")
         blocks.append(marker + answers[-1] + end)
     allowed = draw_released(len(prompt.ids), replays, blocks)
-    return Sequence(prompt.ids, list(range(len(prompt.ids))), allowed, pictures, replays, answers)
+    return Sequence(prompt.ids, list(range(len(prompt.ids))), allowed, images, replays, answers)
 
 
 def draw_released(length: int, replays, blocks) -> torch.Tensor:
@@ -395,7 +395,7 @@ def independent_sequence(tokenizer, visual: int, number: int, caption: list[int]
     """Builds one region's branch on its trunk: trunk, RoI tokens and marker, caption."""
     prompt = Prompt(tokenizer)
     prompt.text(SYSTEM)
-    pictures = prompt.token("<IMG_CONTEXT>", visual)
+    images = prompt.token("<IMG_CONTEXT>", visual)
     prompt.text("</img>\n" + ASK)
     trunk = len(prompt.ids)
     replays = prompt.token(f"<|reserved_token_{number}|>", replay)
@@ -407,7 +407,7 @@ def independent_sequence(tokenizer, visual: int, number: int, caption: list[int]
     allowed[:trunk, :trunk] = True
     allowed[trunk:fixed, :fixed] = True
     allowed[fixed:] = True
-    return Sequence(prompt.ids, list(range(length)), allowed, pictures, [replays], [answer])
+    return Sequence(prompt.ids, list(range(length)), allowed, images, [replays], [answer])
 
 
 def question_branch(
@@ -420,7 +420,7 @@ def question_branch(
     """
     prompt = Prompt(tokenizer)
     prompt.text(SYSTEM)
-    pictures = prompt.token("<IMG_CONTEXT>", visual)
+    images = prompt.token("<IMG_CONTEXT>", visual)
     prompt.text("</img>")
     trunk, replays, named = len(prompt.ids), [], []
     prompt.text("\n")
@@ -441,7 +441,7 @@ def question_branch(
     allowed[:trunk, :trunk] = True
     allowed[trunk:fixed, :fixed] = True
     allowed[fixed:] = True
-    sequence = Sequence(prompt.ids, list(range(length)), allowed, pictures, replays, [answer])
+    sequence = Sequence(prompt.ids, list(range(length)), allowed, images, replays, [answer])
     return sequence, named
 
 
@@ -455,10 +455,10 @@ def chat_sequence(
     """
     prompt = Prompt(tokenizer)
     prompt.text("<|start_header_id|>user<|end_header_id|>\n")
-    pictures = []
+    images = []
     for tokens in visual:
         prompt.token("<img>")
-        pictures += prompt.token("<IMG_CONTEXT>", tokens)
+        images += prompt.token("<IMG_CONTEXT>", tokens)
         prompt.text("</img>\n")
     prompt.text(question + "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n")
     answers = [prompt.token_ids(answer)]
@@ -466,9 +466,9 @@ def chat_sequence(
     allowed = torch.ones(length, length, dtype=torch.bool)
     if tree:
         allowed[: answers[0][0], answers[0][0] :] = False
-        trunk = pictures[-1] + 1 if pictures else 0
+        trunk = images[-1] + 1 if images else 0
         allowed[:trunk, trunk:] = False
-    return Sequence(prompt.ids, list(range(length)), allowed, pictures, [], answers)
+    return Sequence(prompt.ids, list(range(length)), allowed, images, [], answers)
 
 
 # An image with its regions, and the two tasks
@@ -477,11 +477,11 @@ def chat_sequence(
 class Regions:
     """Computes an image's visual and RoI tokens; `masks` are arrays in the order given."""
 
-    def __init__(self, network: Network, picture: Image.Image, masks: list[np.ndarray]):
+    def __init__(self, network: Network, image: Image.Image, masks: list[np.ndarray]):
         config = network.config
         side, patch = config.vision_config.image_size, config.vision_config.patch_size
         self.network = network
-        self.grid = best_grid(*picture.size, side)
+        self.grid = best_grid(*image.size, side)
         self.order = numbering(masks)
         self.patches = np.stack(
             [members(masks[i], k, self.grid, side, patch) for k, i in enumerate(self.order)], 1
@@ -496,7 +496,7 @@ class Regions:
                 for p in range(P):
                     if self.patches[t, k].reshape(-1)[p]:
                         added[t, p] += prompts[k]
-        self.pixels = normalize(cut(picture, self.grid, side))
+        self.pixels = normalize(cut(image, self.grid, side))
         self.visual = network.vision(self.pixels, added)  # (T, tokens, D)
         self.replays = [self._replay(b, released) for b in self.boxes]
 
@@ -526,7 +526,7 @@ class Regions:
     def logits(self, sequence: Sequence, ids=None, replays=None) -> torch.Tensor:
         """Returns logits (L, V), with `ids` in place of the sequence's own."""
         hidden = self.network.embed(sequence.ids if ids is None else ids).clone()
-        hidden[sequence.pictures] = self.visual.flatten(0, 1)
+        hidden[sequence.images] = self.visual.flatten(0, 1)
         for columns, tokens in zip(sequence.replays, replays or self.replays, strict=True):
             hidden[columns] = tokens
         return self.network.text(hidden, sequence.positions, sequence.allowed)
@@ -575,20 +575,20 @@ def joint_remasking(predict, sequence: Sequence, steps: int, mask: int) -> list[
     return [[ids[c] for c in answer] for answer in sequence.answers]
 
 
-def visual_tokens(network: Network, pictures: list[Image.Image]) -> list[torch.Tensor]:
+def visual_tokens(network: Network, images: list[Image.Image]) -> list[torch.Tensor]:
     """Computes the visual tokens of each image; of several, each is a single tile."""
-    side, alone = network.config.vision_config.image_size, len(pictures) == 1
+    side, alone = network.config.vision_config.image_size, len(images) == 1
     tokens = []
-    for picture in pictures:
+    for image in images:
         if network.config.image_layout == "tiled":
-            grid = best_grid(*picture.size, side) if alone else (1, 1)
-            tokens.append(network.vision(normalize(cut(picture, grid, side))).flatten(0, 1))
+            grid = best_grid(*image.size, side) if alone else (1, 1)
+            tokens.append(network.vision(normalize(cut(image, grid, side))).flatten(0, 1))
         elif alone:
-            tokens.append(anyres_tokens(network, picture))
+            tokens.append(anyres_tokens(network, image))
         else:
-            longer = max(picture.size)
+            longer = max(image.size)
             square = Image.new("RGB", (longer, longer), (127, 127, 127))
-            square.paste(picture, ((longer - picture.width) // 2, (longer - picture.height) // 2))
+            square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
             (tile,) = network.vision(normalize(resize(square, side, side)[None]))
             tokens.append(torch.cat([tile, network.weights["image_newline"][None]]))
     return tokens
@@ -597,7 +597,7 @@ def visual_tokens(network: Network, pictures: list[Image.Image]) -> list[torch.T
 def answer_question(
     network: Network,
     tokenizer,
-    pictures: list[Image.Image],
+    images: list[Image.Image],
     question: str,
     *,
     length: int,
@@ -607,7 +607,7 @@ def answer_question(
     tree: bool = False,
 ) -> list[int]:
     """Samples as released for questions: block by block, the most confident positions first."""
-    visual = visual_tokens(network, pictures)
+    visual = visual_tokens(network, images)
     mask = network.config.mask_token_id
     sequence = chat_sequence(tokenizer, [len(v) for v in visual], question, [mask] * length, tree)
     banned = network.suppressed
@@ -616,7 +616,7 @@ def answer_question(
     def predict(ids, prompt_masked):
         hidden = network.embed(ids).clone()
         if visual:
-            hidden[sequence.pictures] = torch.cat(visual)
+            hidden[sequence.images] = torch.cat(visual)
         if prompt_masked:
             hidden[: columns[0]] = network.embed([mask])
         return network.text(hidden, sequence.positions, sequence.allowed)

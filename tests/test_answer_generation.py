@@ -18,12 +18,12 @@ QUESTIONS = ["What?", "What is unusual in this picture, and why?"]
 
 
 @pytest.fixture(scope="module")
-def asked(make, picture):
+def asked(make, draw_image):
     model, processor = make(generation_defaults={"max_new_tokens": 5})
-    pictures = [picture(40, 40), picture(90, 40, seed=1)]
-    inputs = processor([[p] for p in pictures], prompts=QUESTIONS)
-    expected = model.diffusion_generate(pictures, prompts=QUESTIONS, processor=processor)
-    return model, processor, pictures, inputs, expected
+    images = [draw_image(40, 40), draw_image(90, 40, seed=1)]
+    inputs = processor([[p] for p in images], prompts=QUESTIONS)
+    expected = model.diffusion_generate(images, prompts=QUESTIONS, processor=processor)
+    return model, processor, images, inputs, expected
 
 
 def ended(ids: list[int], end: int) -> list[int]:
@@ -282,12 +282,12 @@ def test_a_streamer_of_one_text_takes_no_two(asked):
 
 
 def test_answers_in_the_inputs_are_no_part_of_the_prompt(asked):
-    model, processor, pictures, inputs, _ = asked
-    images, length = [[p] for p in pictures], inputs["input_ids"].shape[1]
-    masked = processor(images, prompts=QUESTIONS, max_new_tokens=3)
+    model, processor, images, inputs, _ = asked
+    nested, length = [[p] for p in images], inputs["input_ids"].shape[1]
+    masked = processor(nested, prompts=QUESTIONS, max_new_tokens=3)
     expected = model.generate(**inputs, max_new_tokens=3)
     assert torch.equal(model.generate(**masked), expected)
-    learned = processor(images, prompts=QUESTIONS, answers=["a cat", "two green dogs"])
+    learned = processor(nested, prompts=QUESTIONS, answers=["a cat", "two green dogs"])
     assert torch.equal(model.generate(**learned, max_new_tokens=3), expected)
     assert model.generate(**learned).shape[1] == length + 5
 
@@ -313,12 +313,12 @@ def test_padding_on_the_right_is_refused(asked):
 
 
 def test_the_pipeline_answers_alike_from_a_saved_folder(asked, tmp_path):
-    model, processor, pictures, _, expected = asked
+    model, processor, images, _, expected = asked
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     chats = [
         [{"role": "user", "content": [{"type": "image", "image": p}, {"type": "text", "text": q}]}]
-        for p, q in zip(pictures, QUESTIONS, strict=True)
+        for p, q in zip(images, QUESTIONS, strict=True)
     ]
     pipe = pipeline("image-text-to-text", model=str(tmp_path), trust_remote_code=True)
     for batch_size in (1, 2):

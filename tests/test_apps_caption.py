@@ -217,7 +217,7 @@ def test_images_of_a_folder_without_masks_are_left_out(run, folders, scene, caps
     assert "1 of 4 images have no masks" in capsys.readouterr().err
 
 
-def test_a_image_named_without_masks_fails(run, folders, scene, capsys):
+def test_an_image_named_without_masks_fails(run, folders, scene, capsys):
     assert run(scene[0], folders[0] / "region_1.png", "--masks", scene[0].parent) == 1
     assert "region_1.png: expected masks for this image" in capsys.readouterr().err
 

@@ -114,7 +114,7 @@ def test_an_image_that_stands_twice_has_the_regions_of_both(tmp_path, cat):
 
 
 @pytest.mark.parametrize("kind", [CocoFile, AnnotationList])
-def test_annotations_of_a_image_of_another_size_are_refused(tmp_path, cat, kind):
+def test_annotations_of_an_image_of_another_size_are_refused(tmp_path, cat, kind):
     content = coco(GOOD)
     content["images"][0] |= {"width": 2 * WIDTH, "height": 2 * HEIGHT}
     if kind is AnnotationList:
@@ -195,7 +195,7 @@ def test_two_label_maps_for_one_image_are_refused(tmp_path, cat):
 
 
 @pytest.mark.parametrize("suffix", ["heic", "HEIF", "hif", "avif", "jxl", "jp2", "cr2", "svg"])
-def test_a_image_of_any_kind_in_a_folder_is_not_passed_over(tmp_path, suffix):
+def test_an_image_of_any_kind_in_a_folder_is_not_passed_over(tmp_path, suffix):
     save(tmp_path / "a.png")
     (tmp_path / f"b.{suffix}").write_bytes(b"pixels")
     found = find_images([str(tmp_path)])

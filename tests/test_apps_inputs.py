@@ -84,7 +84,7 @@ def test_a_pattern_is_expanded(tmp_path):
     assert [p.stem for p in find_images([str(tmp_path / "ca*.png")])] == ["car", "cat"]
 
 
-def test_a_image_named_twice_comes_once(tmp_path):
+def test_an_image_named_twice_comes_once(tmp_path):
     path = str(save(tmp_path / "a.png"))
     assert len(find_images([path, str(tmp_path), path])) == 1
 
@@ -129,7 +129,7 @@ def test_a_pipe_is_no_image(tmp_path):
         open_image(str(tmp_path / "pipe.png"))
 
 
-class _Pictures(BaseHTTPRequestHandler):
+class _Images(BaseHTTPRequestHandler):
     """Serves an image of 2x1 pixels, and endless noise."""
 
     def do_GET(self):
@@ -147,14 +147,14 @@ class _Pictures(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def address():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Pictures)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Images)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
 
 
-def test_a_image_is_fetched_from_the_web(address):
+def test_an_image_is_fetched_from_the_web(address):
     (image,) = find_images([f"{address}/red.png"])
     assert (image.stem, open_image(image.path).size) == ("red", (2, 1))
 
@@ -184,7 +184,7 @@ def test_masks_go_with_the_image_they_are_named_after(tmp_path):
     assert origins(source, dog) == ["dog.png", "tail.png"]
 
 
-def test_a_image_is_not_its_own_mask(tmp_path):
+def test_an_image_is_not_its_own_mask(tmp_path):
     (cat,) = image_files(tmp_path, "cat.png")
     save(tmp_path / "cat_0.png", block(1, 1, 5, 5))
     (source,) = open_sources([str(tmp_path)], [cat])

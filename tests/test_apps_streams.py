@@ -93,7 +93,7 @@ def test_text_shows_a_name_as_it_is_or_as_a_json_string(run, photos, monkeypatch
     assert names_in(read) == set(NAMES)
 
 
-def test_coco_annotations_find_a_image_by_such_a_name(run, photos, tmp_path):
+def test_coco_annotations_find_an_image_by_such_a_name(run, photos, tmp_path):
     first, second = tmp_path / "1.coco.json", tmp_path / "2.coco.json"
     assert run(photos, *BOX, "--captions", first) == 0
     assert run(photos, "--masks", first, "--captions", second) == 0

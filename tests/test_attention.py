@@ -80,16 +80,16 @@ def test_a_range_of_queries_gives_those_rows(layout):
     assert torch.equal(rows, whole[:, 3:6])
 
 
-def released_inputs(processor, picture, blobs, count, size=(61, 47), **options):
-    return processor(picture(*size), masks=blobs(*size, count=count), **options)
+def released_inputs(processor, draw_image, blobs, count, size=(61, 47), **options):
+    return processor(draw_image(*size), masks=blobs(*size, count=count), **options)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_released_prompt_attends_as_drawn_from_its_description(
-    make, tokenizer, picture, blobs, count
+    make, tokenizer, draw_image, blobs, count
 ):
     model, processor = make()
-    inputs = released_inputs(processor, picture, blobs, count, caption_length=4)
+    inputs = released_inputs(processor, draw_image, blobs, count, caption_length=4)
     allowed = allowed_attention(
         "released", inputs["region_ids"], inputs["role_ids"], inputs["attention_mask"]
     )
@@ -100,12 +100,12 @@ def test_a_released_prompt_attends_as_drawn_from_its_description(
 
 @pytest.mark.parametrize("layout", ["released", "independent"])
 @torch.no_grad()
-def test_eager_sdpa_and_flex_give_the_same_logits(make, picture, blobs, layout):
+def test_eager_sdpa_and_flex_give_the_same_logits(make, draw_image, blobs, layout):
     """A padded batch, so that padding and structure meet; flex runs uncompiled."""
     model, processor = make(region_layout=layout)
     sizes = [(61, 47), (40, 90)]
     inputs = processor(
-        [picture(*size) for size in sizes],
+        [draw_image(*size) for size in sizes],
         masks=[blobs(*size, count=n) for size, n in zip(sizes, (3, 1), strict=True)],
         caption_length=5,
     )
@@ -144,9 +144,9 @@ def test_flash_attention_takes_padding_but_no_structure():
         attention_argument(tree, "flash_attention_2", torch.bfloat16)
 
 
-def test_flash_attention_with_regions_fails_clearly_in_the_model(make, picture, blobs):
+def test_flash_attention_with_regions_fails_clearly_in_the_model(make, draw_image, blobs):
     model, processor = make()
-    inputs = released_inputs(processor, picture, blobs, 2, caption_length=3)
+    inputs = released_inputs(processor, draw_image, blobs, 2, caption_length=3)
     config = model.language_model.config
     try:
         config._attn_implementation = "flash_attention_2"
@@ -159,10 +159,10 @@ def test_flash_attention_with_regions_fails_clearly_in_the_model(make, picture, 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
 def test_another_regions_caption_changes_no_bit_in_the_independent_layout(
-    make, picture, blobs, implementation
+    make, draw_image, blobs, implementation
 ):
     model, processor = make(region_layout="independent")
-    inputs = released_inputs(processor, picture, blobs, 3, caption_length=6)
+    inputs = released_inputs(processor, draw_image, blobs, 3, caption_length=6)
     other = dict(inputs)
     caption = (inputs["region_ids"] == 1) & (inputs["role_ids"] == C)
     noise = np.random.default_rng(0).integers(0, 400, int(caption.sum()))
@@ -178,10 +178,12 @@ def test_another_regions_caption_changes_no_bit_in_the_independent_layout(
 
 
 @torch.no_grad()
-def test_in_the_released_layout_captions_reach_each_other_through_the_prompt(make, picture, blobs):
+def test_in_the_released_layout_captions_reach_each_other_through_the_prompt(
+    make, draw_image, blobs
+):
     """So a cached prompt is only an approximation there."""
     model, processor = make()
-    inputs = released_inputs(processor, picture, blobs, 3, caption_length=6)
+    inputs = released_inputs(processor, draw_image, blobs, 3, caption_length=6)
     other = dict(inputs)
     other["input_ids"] = inputs["input_ids"].clone()
     caption = (inputs["region_ids"] == 1) & (inputs["role_ids"] == C)
@@ -192,9 +194,9 @@ def test_in_the_released_layout_captions_reach_each_other_through_the_prompt(mak
     assert not torch.equal(before[~caption & ~trunk], after[~caption & ~trunk])
 
 
-def test_every_branch_of_the_independent_layout_has_the_same_positions(make, picture, blobs):
+def test_every_branch_of_the_independent_layout_has_the_same_positions(make, draw_image, blobs):
     _, processor = make(region_layout="independent")
-    inputs = released_inputs(processor, picture, blobs, 3, caption_length=4)
+    inputs = released_inputs(processor, draw_image, blobs, 3, caption_length=4)
     regions, positions = inputs["region_ids"][0], inputs["position_ids"][0]
     trunk = positions[regions == SHARED_REGION]
     assert trunk.tolist() == list(range(len(trunk)))

@@ -14,8 +14,8 @@ def pair(make):
 
 
 @pytest.fixture
-def image(picture):
-    return picture(61, 47)
+def image(draw_image):
+    return draw_image(61, 47)
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def test_a_caption_that_is_partly_given_is_filled_up(pair, image, masks):
         (7, "expected an image as PIL image, path, URL, bytes"),
         ([[1]], "expected an image as PIL image, path, URL, bytes"),
         (b"", "expected a readable image"),
-        (b"no picture", "expected a readable image"),
+        (b"no image", "expected a readable image"),
         (np.zeros((4, 4, 2), np.uint8), "C of 1, 3 or 4"),
         (np.zeros((0, 4, 3), np.uint8), "C of 1, 3 or 4"),
         (np.zeros(4, np.uint8), "C of 1, 3 or 4"),
@@ -283,8 +283,8 @@ def test_a_missing_file_is_named(tmp_path):
         load_image(tmp_path)
 
 
-def test_a_damaged_file_is_refused(tmp_path, picture):
-    picture(61, 47).save(tmp_path / "whole.png")
+def test_a_damaged_file_is_refused(tmp_path, draw_image):
+    draw_image(61, 47).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
     for size in (0, 1, 20, 60, len(whole) // 2):
         (tmp_path / "cut.png").write_bytes(whole[:size])
@@ -292,8 +292,8 @@ def test_a_damaged_file_is_refused(tmp_path, picture):
             load_image(tmp_path / "cut.png")
 
 
-def test_an_image_too_large_to_be_meant_is_refused(monkeypatch, picture, tmp_path):
-    picture(61, 47).save(tmp_path / "a.png")
+def test_an_image_too_large_to_be_meant_is_refused(monkeypatch, draw_image, tmp_path):
+    draw_image(61, 47).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="expected a readable image"):
         load_image(tmp_path / "a.png")

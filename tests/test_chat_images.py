@@ -8,10 +8,10 @@ import torch
 
 
 @pytest.fixture(scope="module")
-def encoded(picture):
-    """A picture as PNG bytes, and as base64 text."""
+def encoded(draw_image):
+    """An image as PNG bytes, and as base64 text."""
     buffer = io.BytesIO()
-    picture(61, 47).save(buffer, "PNG")
+    draw_image(61, 47).save(buffer, "PNG")
     return buffer.getvalue(), base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -24,7 +24,7 @@ def ask(processor, part: dict):
 
 
 @pytest.mark.parametrize("form", ["url", "image", "base64", "path", "wrapped"])
-def test_an_image_of_a_conversation_can_have_any_form(make, picture, encoded, tmp_path, form):
+def test_an_image_of_a_conversation_can_have_any_form(make, draw_image, encoded, tmp_path, form):
     _, processor = make()
     data, text = encoded
     (tmp_path / "a.png").write_bytes(data)
@@ -36,6 +36,6 @@ def test_an_image_of_a_conversation_can_have_any_form(make, picture, encoded, tm
         "wrapped": {"base64": lines},
         "path": {"path": str(tmp_path / "a.png")},
     }
-    got, expected = ask(processor, parts[form]), ask(processor, {"image": picture(61, 47)})
+    got, expected = ask(processor, parts[form]), ask(processor, {"image": draw_image(61, 47)})
     assert torch.equal(got["input_ids"], expected["input_ids"])
     assert torch.equal(got["pixel_values"], expected["pixel_values"])

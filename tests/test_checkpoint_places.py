@@ -20,7 +20,7 @@ from training_runs import recipe_values, small_recipe
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 REGION = VECTORS / "released-region"
-PICTURE = VECTORS / "region_0.png"
+IMAGE = VECTORS / "region_0.png"
 
 
 def train_from(checkpoint, folder: Path):
@@ -86,7 +86,7 @@ def commands(model: str, folder: Path) -> dict[str, list[str]]:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_values(folder / "run", model={"config": {}})))
     return {
-        "caption": ["caption", str(PICTURE), "--box", "1,1,9,9", "--model", model],
+        "caption": ["caption", str(IMAGE), "--box", "1,1,9,9", "--model", model],
         "web": ["web", "--model", model],
         "serve": ["serve", "--model", model],
         "evaluate": ["evaluate", "latency", "--model", model, "--output", str(folder / "o.json")],

@@ -70,15 +70,15 @@ def test_one_of_several_options_goes_before_all_that_it_excludes(options, expect
     assert merge_options({"threshold": 0.9, "seed": 1}, options) == expected
 
 
-def test_a_call_may_choose_another_acceptance_than_the_checkpoint(folder, picture, blobs):
+def test_a_call_may_choose_another_acceptance_than_the_checkpoint(folder, draw_image, blobs):
     (folder / "generation_config.json").write_text('{"threshold": 0.9, "caption_length": 4}')
     model, masks = load(folder), blobs(61, 47, 2)
-    plain = model.diffusion_generate(picture(61, 47), masks, threshold=None)
-    assert model.diffusion_generate(picture(61, 47), masks, factor=1e-9).num_forwards == 4
-    assert model.diffusion_generate(picture(61, 47), masks, factor=1e6).num_forwards == 1
+    plain = model.diffusion_generate(draw_image(61, 47), masks, threshold=None)
+    assert model.diffusion_generate(draw_image(61, 47), masks, factor=1e-9).num_forwards == 4
+    assert model.diffusion_generate(draw_image(61, 47), masks, factor=1e6).num_forwards == 1
     assert plain.num_forwards == 4
 
 
-def test_a_captioners_call_may_choose_another_than_the_captioner(folder, picture, blobs):
+def test_a_captioners_call_may_choose_another_than_the_captioner(folder, draw_image, blobs):
     captioner = RegionCaptioner.from_pretrained(folder, threshold=1.0, caption_length=4)
-    assert captioner(picture(61, 47), blobs(61, 47, 2), factor=1e6).num_forwards == 1
+    assert captioner(draw_image(61, 47), blobs(61, 47, 2), factor=1e6).num_forwards == 1

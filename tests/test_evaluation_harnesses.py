@@ -34,8 +34,8 @@ def lmms_model(pair, monkeypatch):
 
 
 @pytest.fixture
-def visual(picture):
-    return lambda doc: [picture(40 + 8 * doc["seed"], 30, doc["seed"])]
+def visual(draw_image):
+    return lambda doc: [draw_image(40 + 8 * doc["seed"], 30, doc["seed"])]
 
 
 def requests(kind: str, visual, second, count: int = 3) -> list:
@@ -179,9 +179,9 @@ def adapter(monkeypatch, pair):
     sys.modules.pop(name, None)
 
 
-def test_a_message_is_answered_as_the_same_question(adapter, pair, picture):
+def test_a_message_is_answered_as_the_same_question(adapter, pair, draw_image):
     model, processor = pair
-    shown = picture(50, 30)
+    shown = draw_image(50, 30)
     wrapped = adapter.PerceptionDLMForVLMEvalKit("path", device="cpu", max_new_tokens=4)
     message = [{"type": "image", "value": shown}, {"type": "text", "value": "What is it?"}]
     expected = model.diffusion_generate(
@@ -190,7 +190,7 @@ def test_a_message_is_answered_as_the_same_question(adapter, pair, picture):
     assert wrapped.generate(message) == expected.texts[0][0]
 
 
-def test_images_stand_where_the_message_has_them(adapter, pair, picture, monkeypatch):
+def test_images_stand_where_the_message_has_them(adapter, pair, draw_image, monkeypatch):
     model, processor = pair
     seen = []
     monkeypatch.setattr(
@@ -199,7 +199,7 @@ def test_images_stand_where_the_message_has_them(adapter, pair, picture, monkeyp
         lambda self, inputs, processor: seen.append(inputs) or SimpleNamespace(texts=[["x"]]),
     )
     wrapped = adapter.PerceptionDLMForVLMEvalKit("path", device="cpu")
-    parts = ["First", picture(40, 30), "then", picture(30, 40, seed=1), "what?"]
+    parts = ["First", draw_image(40, 30), "then", draw_image(30, 40, seed=1), "what?"]
     wrapped.generate(
         [{"type": "text" if isinstance(part, str) else "image", "value": part} for part in parts]
     )

@@ -69,7 +69,7 @@ def test_true_captions_score_everything(tmp_path, bench):
     assert scores["interference"]["mentioned_rate"] == 0
 
 
-def test_captions_of_a_neighbour_are_interference(tmp_path, bench):
+def test_captions_of_a_neighbor_are_interference(tmp_path, bench):
     truth = read_json(tmp_path / "bench" / "truth.json")
     keys = list(truth)
     swapped = {a: caption_of(truth[b]) for a, b in zip(keys, [*keys[1:], keys[0]], strict=True)}

@@ -14,7 +14,7 @@ from perceptiondlm.evaluation.files import write_json
 from training_runs import recipe_values
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
-PICTURE = VECTORS / "region_0.png"
+IMAGE = VECTORS / "region_0.png"
 
 # Runs commands one after another and prints, of each, the exit code and what it said.
 PROGRAM = """
@@ -55,7 +55,7 @@ def results(tmp_path_factory, converted):
         [{"label": "a", "regions": 2, "latency": 1.0, "tokens_per_second": 1.0}],
     )
     write_json(folder / "captions.json", {"1592437_0": "a cup"})
-    caption = ["caption", str(PICTURE), "--box", "1,1,30,30", "--caption-length", "4"]
+    caption = ["caption", str(IMAGE), "--box", "1,1,30,30", "--caption-length", "4"]
     report = ["evaluate", "report", "--scores", str(folder / "scores.json")]
     judge = ["--predictions", str(folder / "captions.json"), "--model", "m"]
     judge += ["--benchmark", str(VECTORS.parent / "paradlc"), "--base-url", "http://127.0.0.1:1"]
@@ -64,7 +64,7 @@ def results(tmp_path_factory, converted):
     commands = {
         "caption": (COMMAND, caption + ["--model", region]),
         "caption coco": (COMMAND, caption + ["--model", region, "--format", "coco"]),
-        "everything": (COMMAND, ["caption", str(PICTURE), "--everything", "--model", region]),
+        "everything": (COMMAND, ["caption", str(IMAGE), "--everything", "--model", region]),
         "web": (COMMAND, ["web"]),
         "serve": (COMMAND, ["serve"]),
         "train": (COMMAND, ["train", str(recipe)]),

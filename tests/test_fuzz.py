@@ -170,9 +170,9 @@ DOORS = [decode, pass_inputs, change_tensors, process, open_anything, configure]
 
 
 @pytest.fixture(scope="module")
-def scene(make, picture, blobs):
+def scene(make, draw_image, blobs):
     model, processor = make()
-    return model, processor, picture(40, 40), blobs(40, 40, count=2)
+    return model, processor, draw_image(40, 40), blobs(40, 40, count=2)
 
 
 def refuse_or_work(door, seed: int, scene):

@@ -25,11 +25,11 @@ CASES = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
 @pytest.mark.parametrize("case", CASES)
-def test_captions_equal_the_plain_ones(make, picture, blobs, case, layout):
+def test_captions_equal_the_plain_ones(make, draw_image, blobs, case, layout):
     """For the independent layout: each region alone, without any cache."""
     size, count, soft, length, steps, changes = case
     model, processor = make(**changes, **layout)
-    image, masks = picture(*size), blobs(*size, count=count, soft=soft)
+    image, masks = draw_image(*size), blobs(*size, count=count, soft=soft)
     regions = reference.Regions(reference.Network(model), image, masks)
     expected = reference.caption_regions(regions, processor.tokenizer, length, steps)
     out = model.diffusion_generate(
@@ -94,11 +94,11 @@ def test_a_batch_counts_forward_passes_as_its_rows_alone_do(make, scene):
     assert both.num_forwards == sum(out.num_forwards for out in alone)
 
 
-def test_equal_areas_keep_the_given_order(make, picture):
+def test_equal_areas_keep_the_given_order(make, draw_image):
     model, processor = make()
     masks = [np.zeros((47, 61), np.uint8) for _ in range(3)]
     masks[0][3:8, 3:20] = masks[1][20:25, 30:47] = masks[2][40:45, 5:22] = 1
-    image = picture(61, 47)
+    image = draw_image(61, 47)
     regions = reference.Regions(reference.Network(model), image, masks)
     expected = reference.caption_regions(regions, processor.tokenizer, 4, 4)
     out = model.diffusion_generate(image, masks, processor=processor, caption_length=4)
@@ -119,12 +119,12 @@ CHATS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
 @pytest.mark.parametrize("case", CHATS)
-def test_answers_equal_the_plain_ones(make, picture, case, layout):
-    """A question about whole pictures has no regions: both layouts differ by what the picture may
+def test_answers_equal_the_plain_ones(make, draw_image, case, layout):
+    """A question about whole images has no regions: both layouts differ by what the image may
     see, so the independent one is compared with its own tree."""
     sizes, length, steps, block, cfg, changes = case
     model, processor = make(**changes, **layout)
-    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    images = [draw_image(*size, seed=i) for i, size in enumerate(sizes)]
     network = reference.Network(model)
     expected = reference.answer_question(
         network,
@@ -166,7 +166,7 @@ def test_captions_come_in_the_order_of_the_masks(make, scene, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
-def test_a_batch_of_mixed_pictures_equals_one_at_a_time(make, scene, layout):
+def test_a_batch_of_mixed_images_equals_one_at_a_time(make, scene, layout):
     model, processor = make(**layout)
     pairs = [scene((61, 47), 3), scene((40, 40), 1, 1), scene((30, 170), 6, 2), scene((9, 9), 2, 3)]
     options = {"processor": processor, "caption_length": 4, "steps": 4}
@@ -189,7 +189,7 @@ def test_more_regions_than_prompts_are_split_into_passes(make, scene, layout):
     assert out.num_forwards == 9 and out.tokens_per_forward == 8 * 3 / 9
 
 
-def test_independent_captions_do_not_depend_on_their_neighbours(make, scene):
+def test_independent_captions_do_not_depend_on_their_neighbors(make, scene):
     """As long as their number, and so their prompt, is the same."""
     model, processor = make(**INDEPENDENT)
     image, masks = scene((61, 47), 4)
@@ -201,10 +201,10 @@ def test_independent_captions_do_not_depend_on_their_neighbours(make, scene):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["released", "independent"])
-def test_answers_of_a_batch_equal_one_at_a_time(make, picture, layout):
-    """No picture, one, and several, with questions of different lengths."""
+def test_answers_of_a_batch_equal_one_at_a_time(make, draw_image, layout):
+    """No image, one, and several, with questions of different lengths."""
     model, processor = make(**layout)
-    images = [[], [picture(100, 30)], [picture(40, 40), picture(61, 47, seed=1)]]
+    images = [[], [draw_image(100, 30)], [draw_image(40, 40), draw_image(61, 47, seed=1)]]
     prompts = ["Hi", "What color shirt is the man in the picture wearing?", "How many?"]
     options = {"processor": processor, "max_new_tokens": 6, "cfg_scale": 0.5}
     together = model.diffusion_generate(images, prompts=prompts, **options)
@@ -213,10 +213,10 @@ def test_answers_of_a_batch_equal_one_at_a_time(make, picture, layout):
         assert alone.token_ids == [answer]
 
 
-def test_one_picture_serves_several_questions(make, picture):
+def test_one_image_serves_several_questions(make, draw_image):
     model, processor = make()
     options = {"processor": processor, "max_new_tokens": 4}
-    image = picture(61, 47)
+    image = draw_image(61, 47)
     out = model.diffusion_generate(image, prompts=["What?", "Where is it?"], **options)
     alone = [
         model.diffusion_generate(image, prompts=p, **options) for p in ("What?", "Where is it?")
@@ -227,9 +227,9 @@ def test_one_picture_serves_several_questions(make, picture):
 # Inputs made beforehand.
 
 
-def test_a_conversation_made_by_the_chat_template_is_answered(make, picture):
+def test_a_conversation_made_by_the_chat_template_is_answered(make, draw_image):
     model, processor = make()
-    image = picture(61, 47)
+    image = draw_image(61, 47)
     turns = [
         {
             "role": "user",
@@ -265,14 +265,16 @@ def test_a_conversation_made_by_the_chat_template_is_answered(make, picture):
     ]
 
 
-def test_prepared_questions_equal_prompts(make, picture):
+def test_prepared_questions_equal_prompts(make, draw_image):
     model, processor = make()
     inputs = processor(
-        [[picture(61, 47)], [picture(40, 40)]], prompts=["What?", "Who is there?"], max_new_tokens=6
+        [[draw_image(61, 47)], [draw_image(40, 40)]],
+        prompts=["What?", "Who is there?"],
+        max_new_tokens=6,
     )
     prepared = model.diffusion_generate(inputs=inputs, processor=processor, steps=3, cfg_scale=1.0)
     direct = model.diffusion_generate(
-        [picture(61, 47), picture(40, 40)],
+        [draw_image(61, 47), draw_image(40, 40)],
         prompts=["What?", "Who is there?"],
         processor=processor,
         max_new_tokens=6,
@@ -314,10 +316,10 @@ def test_the_processors_tensors_as_keywords_are_named(make, scene):
         model.generate(**inputs)
 
 
-def test_an_answer_may_be_partly_given_and_have_a_fixed_suffix(make, picture):
+def test_an_answer_may_be_partly_given_and_have_a_fixed_suffix(make, draw_image):
     """Tokens among and after the masks stay as they are and are seen."""
     model, processor = make()
-    inputs = processor(picture(40, 40), prompts="What?", max_new_tokens=6)
+    inputs = processor(draw_image(40, 40), prompts="What?", max_new_tokens=6)
     start = inputs["input_ids"].shape[1] - 6
     inputs["input_ids"][0, start + 1] = 77
     inputs["input_ids"][0, start + 5] = 99
@@ -360,7 +362,7 @@ def test_cached_steps_give_the_logits_of_a_full_forward_pass(make, scene, change
 
 @torch.no_grad()
 def test_guidance_of_captions_blanks_the_whole_prompt(make, scene):
-    """Pictures and RoI tokens included; logits are u + (w + 1)(c - u)."""
+    """Images and RoI tokens included; logits are u + (w + 1)(c - u)."""
     model, processor = make()
     image, masks = scene((61, 47), 3)
     network, _ = network_of(model, processor, image, masks, cfg_scale=1.5)
@@ -451,10 +453,13 @@ def caption(make, scene):
 
 
 @pytest.fixture
-def answer(make, picture):
+def answer(make, draw_image):
     model, processor = make(seed=1)
     return lambda **options: model.diffusion_generate(
-        picture(61, 47), prompts="What?", processor=processor, **({"max_new_tokens": 8} | options)
+        draw_image(61, 47),
+        prompts="What?",
+        processor=processor,
+        **({"max_new_tokens": 8} | options),
     )
 
 
@@ -513,7 +518,7 @@ def test_top_k_and_top_p_narrow_the_choice(caption):
     assert caption(**hot, top_p=0.5).token_ids != caption(**hot).token_ids
 
 
-def test_an_answer_ends_at_its_stop_string(make, picture):
+def test_an_answer_ends_at_its_stop_string(make, draw_image):
     model, processor = make(seed=1)
     tokenizer = processor.tokenizer
     words = [tokenizer.decode([i]) for i in range(468)]
@@ -524,12 +529,12 @@ def test_an_answer_ends_at_its_stop_string(make, picture):
     ]
     options = {"processor": processor, "max_new_tokens": 8, "block_length": 2}
     options["suppress_tokens"] = unclear
-    plain = model.diffusion_generate(picture(61, 47), prompts="What?", **options)
+    plain = model.diffusion_generate(draw_image(61, 47), prompts="What?", **options)
     ids = plain.token_ids[0][0]
     place = ids.index(ids[3])
     stop = words[ids[place]]
     stopped = model.diffusion_generate(
-        picture(61, 47), prompts="What?", stop_strings=[stop], **options
+        draw_image(61, 47), prompts="What?", stop_strings=[stop], **options
     )
     assert stop not in stopped.texts[0][0]
     assert plain.texts[0][0].startswith(stopped.texts[0][0])
@@ -688,9 +693,9 @@ def test_another_instruction_is_used(make, scene):
     assert pair.token_ids == [default.token_ids[0], other.token_ids[0]]
 
 
-def test_prepared_inputs_are_decoded_by_the_saved_processor(make, picture, tmp_path):
+def test_prepared_inputs_are_decoded_by_the_saved_processor(make, draw_image, tmp_path):
     model, processor = make()
-    inputs = processor(picture(40, 40), prompts="What?", max_new_tokens=3)
+    inputs = processor(draw_image(40, 40), prompts="What?", max_new_tokens=3)
     expected = model.diffusion_generate(inputs=inputs, processor=processor)
     assert model.diffusion_generate(inputs=inputs).texts is None
     model.save_pretrained(tmp_path)
@@ -702,7 +707,7 @@ def test_prepared_inputs_are_decoded_by_the_saved_processor(make, picture, tmp_p
 
 
 def test_the_processor_is_found_from_another_folder_than_the_model_was_loaded_in(
-    make, picture, tmp_path, monkeypatch
+    make, draw_image, tmp_path, monkeypatch
 ):
     model, processor = make()
     model.save_pretrained(tmp_path / "saved")
@@ -711,17 +716,17 @@ def test_the_processor_is_found_from_another_folder_than_the_model_was_loaded_in
     monkeypatch.chdir(tmp_path)
     loaded = type(model).from_pretrained("saved")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert loaded.diffusion_generate(picture(40, 40), prompts="What?", max_new_tokens=2).texts
+    assert loaded.diffusion_generate(draw_image(40, 40), prompts="What?", max_new_tokens=2).texts
 
 
-def test_a_model_loaded_by_its_class_runs_no_code_of_the_folder(make, picture, tmp_path):
+def test_a_model_loaded_by_its_class_runs_no_code_of_the_folder(make, draw_image, tmp_path):
     model, processor = make()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     for module in tmp_path.glob("*.py"):
         module.write_text("raise SystemExit('code of the folder was run')")
     loaded = type(model).from_pretrained(tmp_path)
-    assert loaded.diffusion_generate(picture(40, 40), prompts="What?", max_new_tokens=2).texts
+    assert loaded.diffusion_generate(draw_image(40, 40), prompts="What?", max_new_tokens=2).texts
     assert type(type(processor).from_pretrained(tmp_path)) is type(processor)
 
 
@@ -774,7 +779,7 @@ def test_a_released_region_model_captions_a_photograph(load):
 
     model, processor = load("wide/released-region")
     photo = Image.fromarray(skimage.data.coffee()).resize((1200, 900))
-    grey = np.asarray(photo.convert("L"))
-    masks = [grey < 60, (grey >= 60) & (grey < 140), grey > 220]
+    gray = np.asarray(photo.convert("L"))
+    masks = [gray < 60, (gray >= 60) & (gray < 140), gray > 220]
     out = model.diffusion_generate(photo, masks, processor=processor, caption_length=4, steps=2)
     assert [len(ids) for ids in out.token_ids[0]] == [4, 4, 4]

@@ -1,4 +1,4 @@
-"""Pictures of every form to tiles, against a plain implementation."""
+"""Images of every form to tiles, against a plain implementation."""
 
 import io
 import time
@@ -28,13 +28,13 @@ def process():
 
 
 def as_bytes(pixels: torch.Tensor) -> np.ndarray:
-    """Normalised (T, 3, S, S) back to uint8 (T, S, S, 3)."""
+    """Normalized (T, 3, S, S) back to uint8 (T, S, S, 3)."""
     return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_tiles_equal_the_plain_ones(process, picture, size):
-    image = picture(*size)
+def test_tiles_equal_the_plain_ones(process, draw_image, size):
+    image = draw_image(*size)
     expected = reference.cut(image, reference.best_grid(*size, SIDE), SIDE)
     pixels = process(image)["pixel_values"]
     assert pixels.dtype == torch.float32
@@ -43,8 +43,8 @@ def test_tiles_equal_the_plain_ones(process, picture, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_tiles_that_are_not_normalized_are_bytes(process, picture, size):
-    image = picture(*size)
+def test_tiles_that_are_not_normalized_are_bytes(process, draw_image, size):
+    image = draw_image(*size)
     expected = reference.cut(image, reference.best_grid(*size, SIDE), SIDE)
     tiles = process(image, do_normalize=False)["pixel_values"]
     assert tiles.dtype == torch.uint8 and tiles.is_contiguous()
@@ -52,8 +52,8 @@ def test_tiles_that_are_not_normalized_are_bytes(process, picture, size):
     assert torch.equal(normalize(tiles), process(image)["pixel_values"])
 
 
-def test_normalizing_keeps_the_bytes(process, picture):
-    tiles = process(picture(40, 40), do_normalize=False)["pixel_values"]
+def test_normalizing_keeps_the_bytes(process, draw_image):
+    tiles = process(draw_image(40, 40), do_normalize=False)["pixel_values"]
     before = tiles.clone()
     values = normalize(tiles)
     assert torch.equal(tiles, before)
@@ -61,9 +61,9 @@ def test_normalizing_keeps_the_bytes(process, picture):
 
 
 @pytest.mark.parametrize("value", [0, 0.5, "no", [False]])
-def test_another_value_of_do_normalize_is_refused(process, picture, value):
+def test_another_value_of_do_normalize_is_refused(process, draw_image, value):
     with pytest.raises(ValueError, match="expected do_normalize True or False, got"):
-        process(picture(40, 40), do_normalize=value)
+        process(draw_image(40, 40), do_normalize=value)
 
 
 def test_grids_equal_the_plain_ones_for_random_sizes():
@@ -74,7 +74,7 @@ def test_grids_equal_the_plain_ones_for_random_sizes():
             assert ours == reference.best_grid(width, height, side, most)
 
 
-def test_equally_close_grids_go_to_the_larger_picture_alone():
+def test_equally_close_grids_go_to_the_larger_image_alone():
     assert choose_grid((100, 100), 512, 6) == (1, 1)
     assert choose_grid((2000, 2000), 512, 6) == (2, 2)
     side = int((0.5 * 512 * 512 * 4) ** 0.5)  # half of the 2x2 grid's area lies just above
@@ -82,8 +82,8 @@ def test_equally_close_grids_go_to_the_larger_picture_alone():
     assert choose_grid((side + 1, side + 1), 512, 6) == (2, 2)
 
 
-def test_max_tiles_limits_the_grid_for_all_or_for_each(process, picture):
-    images = [picture(200, 60), picture(200, 60, seed=1)]
+def test_max_tiles_limits_the_grid_for_all_or_for_each(process, draw_image):
+    images = [draw_image(200, 60), draw_image(200, 60, seed=1)]
     assert process(images, max_tiles=1)["image_grids"].tolist() == [[1, 1], [1, 1]]
     assert process(images, max_tiles=[1, None])["image_grids"].tolist() == [[1, 1], [3, 1]]
 
@@ -112,35 +112,35 @@ def test_what_is_paired_with_its_masks_stays_as_it_is():
     assert pair_masks(("a", "b"), ([1], (2, 3))) == (["a", "b"], [[1], (2, 3)])
 
 
-def test_sizes_are_height_and_width(process, picture):
-    assert process(picture(200, 60))["image_sizes"].tolist() == [[60, 200]]
+def test_sizes_are_height_and_width(process, draw_image):
+    assert process(draw_image(200, 60))["image_sizes"].tolist() == [[60, 200]]
 
 
-def test_pictures_are_processed_one_after_another(process, picture):
-    images = [picture(40, 40), picture(200, 60, seed=1), picture(40, 90, seed=2)]
+def test_images_are_processed_one_after_another(process, draw_image):
+    images = [draw_image(40, 40), draw_image(200, 60, seed=1), draw_image(40, 90, seed=2)]
     together = process(images)["pixel_values"]
     apart = torch.cat([process(image)["pixel_values"] for image in images])
     assert torch.equal(together, apart)
 
 
-def test_a_tall_picture_is_resized_as_by_pillow_13(picture):
+def test_a_tall_image_is_resized_as_by_pillow_13(draw_image):
     """The pass that loses most goes first; rounding between passes is 8 bits deep."""
-    tall, flat = picture(140, 300), picture(300, 140)
+    tall, flat = draw_image(140, 300), draw_image(300, 140)
     vertical_first = tall.resize((140, 64), Image.BICUBIC).resize((32, 64), Image.BICUBIC)
     assert np.array_equal(resize(tall, (32, 64)), vertical_first)
     horizontal_first = flat.resize((64, 140), Image.BICUBIC).resize((64, 32), Image.BICUBIC)
     assert np.array_equal(resize(flat, (64, 32)), horizontal_first)
 
 
-# Forms of pictures: each equals the same picture given as RGB.
+# Forms of images: each equals the same image given as RGB.
 
 
 @pytest.fixture
-def rgb(picture):
-    return np.asarray(picture(37, 29))
+def rgb(draw_image):
+    return np.asarray(draw_image(37, 29))
 
 
-def test_arrays_tensors_files_and_bytes_are_the_same_picture(rgb, tmp_path):
+def test_arrays_tensors_files_and_bytes_are_the_same_image(rgb, tmp_path):
     Image.fromarray(rgb).save(tmp_path / "a.png")
     tensor = torch.from_numpy(rgb.copy())
     forms = [
@@ -160,13 +160,13 @@ def test_arrays_tensors_files_and_bytes_are_the_same_picture(rgb, tmp_path):
         assert np.array_equal(load_image(form), rgb)
 
 
-def test_grey_arrays_of_any_layout_are_grey_pictures(rgb):
-    grey = rgb[..., 0]
-    expected = np.stack([grey] * 3, -1)
-    tensor = torch.from_numpy(grey.copy())
-    for form in (grey, grey[..., None], tensor, tensor[None], tensor[None].float() / 255):
+def test_grey_arrays_of_any_layout_are_grey_images(rgb):
+    gray = rgb[..., 0]
+    expected = np.stack([gray] * 3, -1)
+    tensor = torch.from_numpy(gray.copy())
+    for form in (gray, gray[..., None], tensor, tensor[None], tensor[None].float() / 255):
         assert np.array_equal(load_image(form), expected)
-    assert np.array_equal(load_image(grey > 100), np.where(expected > 100, 255, 0))
+    assert np.array_equal(load_image(gray > 100), np.where(expected > 100, 255, 0))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "1", "LAB"])
@@ -207,8 +207,8 @@ def test_a_sixteen_bit_png_file_is_scaled_to_eight(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation, picture):
-    image = picture(16, 8)
+def test_exif_orientation_is_applied(orientation, draw_image):
+    image = draw_image(16, 8)
     exif = Image.Exif()
     exif[0x0112] = orientation
     buffer = io.BytesIO()
@@ -229,28 +229,28 @@ def _turned(pixels, orientation):
     return flips[orientation]
 
 
-def test_an_animation_gives_its_first_frame(picture, tmp_path):
-    frames = [picture(20, 20, seed=s).quantize() for s in (1, 2)]
+def test_an_animation_gives_its_first_frame(draw_image, tmp_path):
+    frames = [draw_image(20, 20, seed=s).quantize() for s in (1, 2)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert np.array_equal(load_image(tmp_path / "a.gif"), frames[0].convert("RGB"))
 
 
-def test_a_url_is_fetched(monkeypatch, picture):
+def test_a_url_is_fetched(monkeypatch, draw_image):
     import perceptiondlm.image_loading as loading
 
-    image, asked = picture(9, 9), []
+    image, asked = draw_image(9, 9), []
     monkeypatch.setattr(loading, "fetch_image", lambda url: asked.append(url) or image)
     assert load_image("https://example.org/a.png").tobytes() == image.tobytes()
     assert asked == ["https://example.org/a.png"]
 
 
-def test_giving_a_picture_leaves_it_as_it_was(process, rgb):
+def test_giving_an_image_leaves_it_as_it_was(process, rgb):
     before = rgb.copy()
     process(rgb)
     assert np.array_equal(rgb, before)
 
 
-# LLaVA's pictures.
+# LLaVA's images.
 
 
 def test_canvases_keep_most_pixels_and_then_waste_least():
@@ -260,14 +260,14 @@ def test_canvases_keep_most_pixels_and_then_waste_least():
 
 
 def test_anyres_tokens_are_those_of_the_map_that_is_left():
-    """A 500x200 picture on a 2x1 canvas of 27-cell tiles, by hand."""
+    """A 500x200 image on a 2x1 canvas of 27-cell tiles, by hand."""
     crop_h, crop_w, h, w = anyres_map_size((200, 500), (2, 1), 27, 4)
     # 54 cells wide: 200 * 54 / 500 = 21.6, so 21 of 27 rows, half of the 6 spare on each side
     assert (crop_h, crop_w, h, w) == (3, 0, 21, 54)
 
 
 def test_a_large_anyres_map_is_shrunk():
-    """A square picture on 4x4 tiles of 10 cells, at most 4 tiles' worth: t = 2."""
+    """A square image on 4x4 tiles of 10 cells, at most 4 tiles' worth: t = 2."""
     assert anyres_map_size((900, 900), (4, 4), 10, 4) == (0, 0, 20, 20)
     assert anyres_map_size((900, 900), (2, 2), 10, 4) == (0, 0, 20, 20)
 
@@ -280,26 +280,26 @@ def anyres():
 
 
 @pytest.mark.parametrize("size", [(100, 30), (31, 99), (64, 64), (7, 200), (1, 1)])
-def test_anyres_tiles_equal_the_plain_ones(anyres, picture, size):
-    out = anyres(picture(*size))
+def test_anyres_tiles_equal_the_plain_ones(anyres, draw_image, size):
+    out = anyres(draw_image(*size))
     grid = reference.best_canvas(*size, SIDE)
     assert out["image_grids"].tolist() == [list(grid)]
     assert np.array_equal(
-        as_bytes(out["pixel_values"]), reference.cut_anyres(picture(*size), grid, SIDE)
+        as_bytes(out["pixel_values"]), reference.cut_anyres(draw_image(*size), grid, SIDE)
     )
 
 
-def test_a_single_anyres_tile_is_padded_with_grey(anyres):
-    """White, 60x20, on a square of 60: the middle third of the rows is the picture."""
+def test_a_single_anyres_tile_is_padded_with_gray(anyres):
+    """White, 60x20, on a square of 60: the middle third of the rows is the image."""
     out = anyres(Image.new("RGB", (60, 20), "white"), max_tiles=1)
     assert out["image_grids"].tolist() == [[0, 0]]
     (tile,) = as_bytes(out["pixel_values"])
     assert (tile[16] == 255).all() and (tile[:8] == 127).all() and (tile[-8:] == 127).all()
 
 
-def test_an_anyres_picture_takes_no_other_limit(anyres, picture):
+def test_an_anyres_image_takes_no_other_limit(anyres, draw_image):
     with pytest.raises(ValueError, match="expected max_tiles of None or 1 with anyres, got 3"):
-        anyres(picture(60, 20), max_tiles=3)
+        anyres(draw_image(60, 20), max_tiles=3)
 
 
 # Photographs.
@@ -310,9 +310,9 @@ def test_a_photograph_with_irregular_masks_is_prepared_in_time(megapixels, secon
     scale = (megapixels * 1e6 / (512 * 512 * 0.75)) ** 0.5
     width, height = round(512 * scale), round(384 * scale)
     photo = Image.fromarray(skimage.data.astronaut()).resize((width, height))
-    grey = np.asarray(photo.convert("L"))
+    gray = np.asarray(photo.convert("L"))
     bands = [(0, 40), (40, 80), (80, 120), (120, 170), (170, 220), (220, 256)]
-    masks = [(grey >= low) & (grey < high) for low, high in bands]
+    masks = [(gray >= low) & (gray < high) for low, high in bands]
     process = PerceptionDLMImageProcessor(image_size=512, patch_size=16)
     start = time.process_time()  # the machine may be busy with other things
     out = process(photo, masks)

@@ -23,8 +23,8 @@ from PIL import Image
 
 
 @pytest.fixture
-def image(picture):
-    return picture(23, 17)
+def image(draw_image):
+    return draw_image(23, 17)
 
 
 @pytest.fixture

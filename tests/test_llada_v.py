@@ -1,4 +1,4 @@
-"""LLaDA-V: its pictures, prompts and network, against a plain implementation."""
+"""LLaDA-V: its images, prompts and network, against a plain implementation."""
 
 import ast
 from pathlib import Path
@@ -37,13 +37,13 @@ def levels(inputs) -> np.ndarray:
 
 @torch.no_grad()
 def tokens_of(model, inputs) -> torch.Tensor:
-    """What replaces the pictures."""
+    """What replaces the images."""
     grids = [tuple(grid) for grid in inputs["image_grids"].tolist()]
     features = model.encode_images(inputs["pixel_values"])
     return model.image_tokens(features, grids, inputs["image_sizes"].tolist())
 
 
-# Pictures. Sizes with maps of every kind: cropped above or at the sides, shrunk or not, one tile.
+# Images. Sizes with maps of every kind: cropped above or at the sides, shrunk or not, one tile.
 SIZES = [(64, 64), (100, 30), (31, 99), (150, 120), (61, 47), (200, 7), (9, 170), (190, 185)]
 SHAPES = [
     {},
@@ -54,14 +54,14 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["even", "odd", "ragged"])
 @pytest.mark.parametrize("size", SIZES)
-def test_pixels_and_visual_tokens_equal_the_plain_ones(llava, picture, size, shape):
+def test_pixels_and_visual_tokens_equal_the_plain_ones(llava, draw_image, size, shape):
     model, processor = llava(**shape)
-    inputs = processor.image_processor(picture(*size))
+    inputs = processor.image_processor(draw_image(*size))
     side = model.config.vision_config.image_size
     canvas = plain.best_canvas(*size, side)
     assert inputs["image_grids"].tolist() == [list(canvas)]
-    assert np.array_equal(levels(inputs), plain.cut(picture(*size), canvas, side))
-    [expected] = plain.visual_tokens(reference.Network(model), [picture(*size)])
+    assert np.array_equal(levels(inputs), plain.cut(draw_image(*size), canvas, side))
+    [expected] = plain.visual_tokens(reference.Network(model), [draw_image(*size)])
     tokens = tokens_of(model, inputs)
     assert deviation(tokens, expected) < 1e-4
     assert processor.image_processor.num_image_tokens(size, canvas) == len(expected)
@@ -78,10 +78,10 @@ def test_the_sizes_above_reach_every_kind_of_map(llava):
 
 
 @pytest.mark.parametrize("count", [(i, j) for i in range(1, 7) for j in range(1, 7)])
-def test_one_to_36_tiles(llava, picture, count):
+def test_one_to_36_tiles(llava, draw_image, count):
     model, processor = llava()
     size = (32 * count[0], 32 * count[1])
-    inputs = processor.image_processor(picture(*size))
+    inputs = processor.image_processor(draw_image(*size))
     assert inputs["image_grids"].tolist() == [list(count)]
     assert len(inputs["pixel_values"]) == count[0] * count[1] + 1
     features = torch.randn(len(inputs["pixel_values"]), 64, 32, dtype=torch.float64)
@@ -95,14 +95,14 @@ def test_one_to_36_tiles(llava, picture, count):
 @pytest.mark.parametrize(
     "size", [(600, 30), (30, 600), (2000, 100), (1, 1), (1, 20), (500, 1), (3, 2)]
 )
-def test_extreme_pictures_are_answered(llava, picture, size):
+def test_extreme_images_are_answered(llava, draw_image, size):
     """Of 1:20 and beyond, and of a single pixel; very flat ones may keep no row of their map."""
     model, processor = llava(seed=2)
-    inputs = processor(picture(*size), prompts="What?", max_new_tokens=3)
-    [expected] = plain.visual_tokens(reference.Network(model), [picture(*size)])
+    inputs = processor(draw_image(*size), prompts="What?", max_new_tokens=3)
+    [expected] = plain.visual_tokens(reference.Network(model), [draw_image(*size)])
     assert deviation(tokens_of(model, inputs), expected) < 1e-4
     out = model.diffusion_generate(
-        picture(*size), prompts="What?", processor=processor, max_new_tokens=3
+        draw_image(*size), prompts="What?", processor=processor, max_new_tokens=3
     )
     assert len(out.token_ids[0][0]) == 3
 
@@ -116,8 +116,8 @@ def test_a_map_so_flat_that_none_of_it_is_left_is_the_squeezed_tile_alone(llava)
 # Prompts and logits.
 
 
-def logits_equal(model, processor, text, pictures, inputs):
-    conversation = plain.Conversation(reference.Network(model), processor.tokenizer, text, pictures)
+def logits_equal(model, processor, text, images, inputs):
+    conversation = plain.Conversation(reference.Network(model), processor.tokenizer, text, images)
     length = len(conversation.ids)
     image = model.config.image_token_id
     ids = [None if i == image else i for i in inputs["input_ids"][0, :length].tolist()]
@@ -130,14 +130,14 @@ def logits_equal(model, processor, text, pictures, inputs):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["even", "odd", "ragged"])
 @pytest.mark.parametrize("size", [(100, 30), (190, 185)])
-def test_first_step_logits_equal_the_plain_ones(llava, picture, size, shape):
+def test_first_step_logits_equal_the_plain_ones(llava, draw_image, size, shape):
     model, processor = llava(**shape)
-    inputs = processor(picture(*size), prompts="What is there?", max_new_tokens=5)
+    inputs = processor(draw_image(*size), prompts="What is there?", max_new_tokens=5)
     text = plain.prompt_of([("user", "<image>\nWhat is there?")])
-    assert logits_equal(model, processor, text, [picture(*size)], inputs) < 1e-4
+    assert logits_equal(model, processor, text, [draw_image(*size)], inputs) < 1e-4
 
 
-def test_a_question_without_a_picture_equals_the_plain_one(llava):
+def test_a_question_without_an_image_equals_the_plain_one(llava):
     model, processor = llava(grouped=True)
     inputs = processor(prompts="What is LLaDA?", max_new_tokens=4)
     assert "pixel_values" not in inputs
@@ -145,30 +145,30 @@ def test_a_question_without_a_picture_equals_the_plain_one(llava):
     assert logits_equal(model, processor, text, [], inputs) < 1e-4
 
 
-def test_several_pictures_of_a_prompt_are_a_padded_tile_and_a_newline_each(llava, picture):
+def test_several_images_of_a_prompt_are_a_padded_tile_and_a_newline_each(llava, draw_image):
     """As LLaVA's training and evaluation code has them."""
     model, processor = llava()
-    pictures = [picture(100, 30), picture(31, 99, seed=1), picture(40, 40, seed=2)]
-    inputs = processor([pictures], prompts=["Compare."], max_new_tokens=4)
+    images = [draw_image(100, 30), draw_image(31, 99, seed=1), draw_image(40, 40, seed=2)]
+    inputs = processor([images], prompts=["Compare."], max_new_tokens=4)
     side = model.config.vision_config.image_size
-    tiles = np.concatenate([plain.cut_padded(p, side) for p in pictures])
+    tiles = np.concatenate([plain.cut_padded(p, side) for p in images])
     assert np.array_equal(levels(inputs), tiles)
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 3 * 65
     text = plain.prompt_of([("user", "<image>\n<image>\n<image>\nCompare.")])
-    assert logits_equal(model, processor, text, pictures, inputs) < 1e-4
+    assert logits_equal(model, processor, text, images, inputs) < 1e-4
     out = model.diffusion_generate(inputs=inputs, processor=processor)
     assert [len(ids) for ids in out.token_ids[0]] == [4]
 
 
-def test_only_one_tile_can_be_asked_of_an_anyres_picture(llava, picture):
+def test_only_one_tile_can_be_asked_of_an_anyres_image(llava, draw_image):
     _, processor = llava()
     with pytest.raises(ValueError, match="expected max_tiles of None or 1 with anyres, got 4"):
-        processor.image_processor(picture(40, 40), max_tiles=4)
+        processor.image_processor(draw_image(40, 40), max_tiles=4)
 
 
-def test_a_conversation_of_several_turns_is_prompted_as_released_and_answered(llava, picture):
+def test_a_conversation_of_several_turns_is_prompted_as_released_and_answered(llava, draw_image):
     model, processor = llava()
-    image = picture(61, 47)
+    image = draw_image(61, 47)
     turns = [
         {
             "role": "user",
@@ -206,9 +206,14 @@ def test_a_conversation_may_bring_its_own_system_turn(llava):
 # Batches.
 
 
-def test_a_batch_of_different_pictures_equals_one_at_a_time(llava, picture):
+def test_a_batch_of_different_images_equals_one_at_a_time(llava, draw_image):
     model, processor = llava(grouped=True)
-    images = [picture(100, 30), [], picture(190, 185, seed=1), [picture(40, 40), picture(9, 30)]]
+    images = [
+        draw_image(100, 30),
+        [],
+        draw_image(190, 185, seed=1),
+        [draw_image(40, 40), draw_image(9, 30)],
+    ]
     prompts = ["What?", "Who wrote this?", "Where is the red circle?", "Which?"]
     inputs = processor(images, prompts=prompts, max_new_tokens=6)
     with torch.no_grad():

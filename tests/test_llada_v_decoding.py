@@ -41,7 +41,7 @@ def llava(load):
 
 
 @pytest.fixture(scope="session")
-def expected(llava, picture):
+def expected(llava, draw_image):
     """The plain answer of a case, by its number: ids, and where they stop."""
 
     @functools.cache
@@ -50,10 +50,10 @@ def expected(llava, picture):
         size, length, steps, block, changes = case
         model, processor = llava(**changes)
         config = model.config
-        pictures = [picture(*size)] if size else []
-        text = plain.prompt_of([("user", "<image>\n" * len(pictures) + "What is it?")])
+        images = [draw_image(*size)] if size else []
+        text = plain.prompt_of([("user", "<image>\n" * len(images) + "What is it?")])
         conversation = plain.Conversation(
-            reference.Network(model), processor.tokenizer, text, pictures
+            reference.Network(model), processor.tokenizer, text, images
         )
         return plain.answer(
             conversation.logits,
@@ -68,25 +68,25 @@ def expected(llava, picture):
     return compute
 
 
-def generate(llava, picture, case, **options):
+def generate(llava, draw_image, case, **options):
     size, length, steps, block, changes = case
     model, processor = llava(**changes)
     options = {"max_new_tokens": length, "steps": steps, "block_length": block} | options
-    image = picture(*size) if size else None
+    image = draw_image(*size) if size else None
     return model.diffusion_generate(image, prompts="What is it?", processor=processor, **options)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
-def test_answers_equal_the_plain_ones(llava, picture, expected, number):
+def test_answers_equal_the_plain_ones(llava, draw_image, expected, number):
     ids, stop = expected(number)
-    out = generate(llava, picture, CASES[number])
+    out = generate(llava, draw_image, CASES[number])
     assert out.token_ids[0][0][:stop] == ids[:stop]
     tokenizer = llava(**CASES[number][4])[1].tokenizer
     kept = [token for token in ids[:stop] if token < len(tokenizer)]
     assert out.texts[0][0] == tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
-def test_the_cases_above_stop_and_meet_the_mask_token(llava, picture, expected):
+def test_the_cases_above_stop_and_meet_the_mask_token(llava, draw_image, expected):
     """Else stopping before everything is decoded, and masks that are chosen, would go untested."""
     stops = [(expected(i)[1], case[1]) for i, case in enumerate(CASES)]
     assert sum(0 < stop < length for stop, length in stops) >= 2
@@ -94,8 +94,8 @@ def test_the_cases_above_stop_and_meet_the_mask_token(llava, picture, expected):
     for case in (case for case in CASES if case[4].get("loud") == BOTH):
         model = llava(**case[4])[0]
         banned = [*model.decoding_defaults["suppress_tokens"], model.config.mask_token_id]
-        without = generate(llava, picture, case, suppress_tokens=banned)
-        changed += generate(llava, picture, case).token_ids != without.token_ids
+        without = generate(llava, draw_image, case, suppress_tokens=banned)
+        changed += generate(llava, draw_image, case).token_ids != without.token_ids
     assert changed
 
 
@@ -172,10 +172,10 @@ def test_stopping_equals_the_plain_loop(seed):
     assert got[:end] == ids[:end]
 
 
-def test_text_is_cut_by_the_stops_ids_and_by_its_letters(llava, picture):
+def test_text_is_cut_by_the_stops_ids_and_by_its_letters(llava, draw_image):
     """A stop may stand at the very start, and need not be split as it is alone."""
     model, processor = llava(seed=5)
-    out = generate(llava, picture, CASES[0])
+    out = generate(llava, draw_image, CASES[0])
     words = [processor.tokenizer.decode([i]) for i in range(420)]
     clear = [
         i
@@ -184,9 +184,9 @@ def test_text_is_cut_by_the_stops_ids_and_by_its_letters(llava, picture):
     ]
     banned = sorted(set(range(512)) - set(clear))
     options = {"suppress_tokens": banned, "stop_strings": None}
-    whole = generate(llava, picture, CASES[0], **options)
+    whole = generate(llava, draw_image, CASES[0], **options)
     first = words[whole.token_ids[0][0][0]]
-    stopped = generate(llava, picture, CASES[0], **options | {"stop_strings": [first]})
+    stopped = generate(llava, draw_image, CASES[0], **options | {"stop_strings": [first]})
     assert stopped.texts == [[""]] and whole.texts[0][0]
     assert len(out.texts[0]) == 1
     assert response_length([1, 2, 3, 1, 2], [(2, 3), (3,)]) == 1
@@ -238,9 +238,9 @@ def test_an_older_prompt_is_near(recorded, interval):
 
 
 @pytest.mark.parametrize("adaptive", [{"threshold": 0.9}, {"factor": 1.0}, {"entropy_bound": 0.1}])
-def test_adaptive_decoding_keeps_its_budget_and_its_stop(llava, picture, adaptive):
+def test_adaptive_decoding_keeps_its_budget_and_its_stop(llava, draw_image, adaptive):
     for case in CASES[4:8]:
-        out = generate(llava, picture, case, steps=5, **adaptive, block_length=6)
+        out = generate(llava, draw_image, case, steps=5, **adaptive, block_length=6)
         model = llava(**case[4])[0]
         ids = out.token_ids[0][0]
         before = ids[: response_length(ids, [(model.config.eot_token_id,)])]

@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
+from perceptiondlm.configuration_perceptiondlm import path_inside
 from perceptiondlm.conversion.files import DamagedFile, weight_files
 from perceptiondlm.evaluation.benchmarks import load_benchmark
-from perceptiondlm.image_loading import path_inside
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.records import Record
 from perceptiondlm.training.regions import image_path
@@ -95,7 +95,7 @@ def test_a_record_names_images_beside_it_alone(place, name):
     assert image_path("/etc/passwd", record, "/") == "/etc/passwd"
 
 
-def test_a_benchmarks_pictures_are_no_links_out_of_its_folder(tmp_path):
+def test_a_benchmarks_images_are_no_links_out_of_its_folder(tmp_path):
     folder = write_paradlc(tmp_path / "bench", 1, 1)
     load_benchmark(folder)
     (tmp_path / "secret.png").write_bytes((folder / "images" / "0.png").read_bytes())

@@ -22,9 +22,9 @@ def process():
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_patches_boxes_and_order_equal_the_plain_ones(process, picture, blobs, size, soft):
+def test_patches_boxes_and_order_equal_the_plain_ones(process, draw_image, blobs, size, soft):
     masks = blobs(*size, count=5, seed=size[0], soft=soft)
-    out = process(picture(*size), masks)
+    out = process(draw_image(*size), masks)
     order = reference.numbering(masks)
     assert out["region_orders"] == [order]
     grid = reference.best_grid(*size, SIDE)
@@ -35,48 +35,48 @@ def test_patches_boxes_and_order_equal_the_plain_ones(process, picture, blobs, s
     assert not out["region_patches"][:, 5:].any()
 
 
-def test_a_speck_between_the_sampled_pixels_touches_no_patch_but_keeps_its_box(process, picture):
+def test_a_speck_between_the_sampled_pixels_touches_no_patch_but_keeps_its_box(process, draw_image):
     mask = np.zeros((32, 32), np.uint8)
     mask[2, 2] = 1
-    out = process(picture(32, 32), [mask])
+    out = process(draw_image(32, 32), [mask])
     assert not out["region_patches"].any()
     assert out["boxes"].tolist() == [[2 / 32, 2 / 32, 2 / 32, 2 / 32]]
 
 
-def test_the_aligned_convention_takes_half_open_boxes(picture, blobs):
+def test_the_aligned_convention_takes_half_open_boxes(draw_image, blobs):
     process = PerceptionDLMImageProcessor(
         image_size=SIDE, patch_size=PATCH, roi_convention="aligned"
     )
     masks = blobs(61, 47, count=3)
-    boxes = process(picture(61, 47), masks)["boxes"]
+    boxes = process(draw_image(61, 47), masks)["boxes"]
     for corners, k in zip(boxes.tolist(), reference.numbering(masks), strict=True):
         assert corners == pytest.approx(reference.box(masks[k], False))
 
 
-def test_equal_areas_keep_the_given_order(process, picture):
+def test_equal_areas_keep_the_given_order(process, draw_image):
     masks = [np.zeros((40, 40), np.uint8) for _ in range(4)]
     masks[0][:2, :2] = masks[2][5:7, 5:7] = masks[3][9:11, 9:11] = 1
     masks[1][20:30] = 1
-    assert process(picture(40, 40), masks)["region_orders"] == [[1, 0, 2, 3]]
+    assert process(draw_image(40, 40), masks)["region_orders"] == [[1, 0, 2, 3]]
 
 
-def test_overlapping_masks_share_patches(process, picture):
+def test_overlapping_masks_share_patches(process, draw_image):
     whole, half = np.ones((40, 40), bool), np.zeros((40, 40), bool)
     half[:, :20] = True
-    patches = process(picture(40, 40), [half, whole])["region_patches"]
+    patches = process(draw_image(40, 40), [half, whole])["region_patches"]
     assert bool(patches[:, 0].all())
     assert patches[0, 1].float().mean() == pytest.approx(0.5, abs=0.13)
 
 
-def test_a_masks_values_do_not_matter(process, picture, blobs):
+def test_a_masks_values_do_not_matter(process, draw_image, blobs):
     (mask,) = blobs(61, 47, count=1, soft=True)
-    soft, hard = process(picture(61, 47), [mask]), process(picture(61, 47), [mask > 0])
+    soft, hard = process(draw_image(61, 47), [mask]), process(draw_image(61, 47), [mask > 0])
     assert torch.equal(soft["region_patches"], hard["region_patches"])
     assert torch.equal(soft["boxes"], hard["boxes"])
 
 
-def test_boxes_of_several_pictures_name_their_picture(process, picture, blobs):
-    images = [picture(61, 47), picture(40, 90, seed=1)]
+def test_boxes_of_several_images_name_their_image(process, draw_image, blobs):
+    images = [draw_image(61, 47), draw_image(40, 90, seed=1)]
     out = process(images, [blobs(61, 47, count=2), blobs(40, 90, count=3, seed=1)])
     assert out["box_images"].tolist() == [0, 0, 1, 1, 1]
     apart = [
@@ -119,20 +119,20 @@ def test_values_that_do_not_fit_eight_bits_still_count(region):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "LA", "RGBA", "I", "F", "CMYK", "I;16"])
 def test_pil_masks_of_any_mode_are_the_same_region(region, mode):
-    grey = Image.fromarray(region.astype(np.uint8) * 255)
+    gray = Image.fromarray(region.astype(np.uint8) * 255)
     if mode == "P":
         image = Image.fromarray(region.astype(np.uint8), "L")
         image.putpalette([0, 0, 0, 200, 30, 30])
     elif mode == "I;16":
         image = Image.fromarray(region.astype(np.uint16) * 256)
     elif mode == "CMYK":
-        image = grey.convert("RGB").convert("CMYK")
+        image = gray.convert("RGB").convert("CMYK")
     elif mode in ("LA", "RGBA"):
-        image = Image.new(mode, grey.size, 255 if mode == "L" else None)
-        image.putalpha(grey)
-        image = Image.merge(mode, [grey] * len(mode))
+        image = Image.new(mode, gray.size, 255 if mode == "L" else None)
+        image.putalpha(gray)
+        image = Image.merge(mode, [gray] * len(mode))
     else:
-        image = grey.convert(mode)
+        image = gray.convert(mode)
     assert image.mode == mode
     assert same(image, region)
 
@@ -183,7 +183,7 @@ def test_boxes_are_half_open_and_rounded():
         assert same(box, expected)
 
 
-def test_a_box_reaching_out_of_the_picture_is_clipped():
+def test_a_box_reaching_out_of_the_image_is_clipped():
     expected = np.zeros((17, 23), bool)
     expected[:5, 20:] = True
     assert same([20, -100, 1e9, 5], expected)
@@ -267,7 +267,7 @@ def test_a_mask_that_is_none_is_refused(mask, message):
 def test_a_damaged_mask_file_is_refused(region, tmp_path):
     Image.fromarray(region.astype(np.uint8) * 255).save(tmp_path / "mask.png")
     data = (tmp_path / "mask.png").read_bytes()
-    for name, content in {"cut.png": data[:40], "text.png": b"no picture"}.items():
+    for name, content in {"cut.png": data[:40], "text.png": b"no image"}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="expected a readable region mask"):
             load_mask(tmp_path / name, (23, 17))

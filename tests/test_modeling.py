@@ -27,12 +27,12 @@ def deviation(got, expected) -> float:
 
 
 class Setting:
-    """A tiny model beside the plain implementation of it, on one picture with masks."""
+    """A tiny model beside the plain implementation of it, on one image with masks."""
 
-    def __init__(self, make, picture, blobs, case, **more):
+    def __init__(self, make, draw_image, blobs, case, **more):
         size, count, soft, changes = case
         self.model, self.processor = make(**changes, **more)
-        self.image, self.masks = picture(*size), blobs(*size, count=count, soft=soft)
+        self.image, self.masks = draw_image(*size), blobs(*size, count=count, soft=soft)
         self.plain = reference.Regions(reference.Network(self.model), self.image, self.masks)
         self.tokenizer = self.processor.tokenizer
 
@@ -42,8 +42,8 @@ class Setting:
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_features_and_replayed_regions_equal_the_plain_ones(make, picture, blobs, case):
-    setting = Setting(make, picture, blobs, case)
+def test_features_and_replayed_regions_equal_the_plain_ones(make, draw_image, blobs, case):
+    setting = Setting(make, draw_image, blobs, case)
     inputs = setting.inputs(caption_length=2)
     features = setting.model.encode_images(inputs["pixel_values"], inputs["region_patches"])
     grids = [tuple(inputs["image_grids"][0].tolist())]
@@ -56,8 +56,8 @@ def test_features_and_replayed_regions_equal_the_plain_ones(make, picture, blobs
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_logits_equal_the_plain_ones_in_the_released_layout(make, picture, blobs, case):
-    setting = Setting(make, picture, blobs, case)
+def test_logits_equal_the_plain_ones_in_the_released_layout(make, draw_image, blobs, case):
+    setting = Setting(make, draw_image, blobs, case)
     inputs = setting.inputs(caption_length=5)
     mask = setting.model.config.mask_token_id
     sequence = setting.plain.sequence(setting.tokenizer, [[mask] * 5] * len(setting.masks))
@@ -69,8 +69,8 @@ def test_logits_equal_the_plain_ones_in_the_released_layout(make, picture, blobs
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_logits_equal_each_branch_alone_in_the_independent_layout(make, picture, blobs, case):
-    setting = Setting(make, picture, blobs, case, **INDEPENDENT)
+def test_logits_equal_each_branch_alone_in_the_independent_layout(make, draw_image, blobs, case):
+    setting = Setting(make, draw_image, blobs, case, **INDEPENDENT)
     inputs = setting.inputs(caption_length=5)
     logits, regions = setting.model(**inputs).logits[0], inputs["region_ids"][0]
     trunk = regions == -1
@@ -86,8 +86,8 @@ def test_logits_equal_each_branch_alone_in_the_independent_layout(make, picture,
 
 
 @torch.no_grad()
-def test_the_full_layout_sees_everything(make, picture, blobs):
-    setting = Setting(make, picture, blobs, CASES[2], region_layout="full")
+def test_the_full_layout_sees_everything(make, draw_image, blobs):
+    setting = Setting(make, draw_image, blobs, CASES[2], region_layout="full")
     mask = setting.model.config.mask_token_id
     sequence = setting.plain.sequence(setting.tokenizer, [[mask] * 3] * len(setting.masks))
     sequence.allowed[:] = True
@@ -101,32 +101,32 @@ ANYRES |= {"vision": {"patch_size": 8}}
 
 @pytest.mark.parametrize("size", [(61, 47), (100, 30), (7, 200), (180, 170), (32, 32)])
 @torch.no_grad()
-def test_anyres_tokens_equal_the_plain_ones(make, picture, size):
+def test_anyres_tokens_equal_the_plain_ones(make, draw_image, size):
     model, processor = make(**ANYRES, anyres_max_tiles=2)
-    inputs = processor.image_processor(picture(*size))
+    inputs = processor.image_processor(draw_image(*size))
     got = model.image_tokens(
         model.encode_images(inputs["pixel_values"]),
         [tuple(grid) for grid in inputs["image_grids"].tolist()],
         inputs["image_sizes"].tolist(),
     )
-    (expected,) = reference.visual_tokens(reference.Network(model), [picture(*size)])
+    (expected,) = reference.visual_tokens(reference.Network(model), [draw_image(*size)])
     assert deviation(got, expected) < 1e-5
 
 
 @torch.no_grad()
-def test_without_replay_a_prompt_has_no_roi_tokens(make, picture, blobs):
+def test_without_replay_a_prompt_has_no_roi_tokens(make, draw_image, blobs):
     model, processor = make(roi_output_size=0)
-    inputs = processor(picture(61, 47), masks=blobs(61, 47, count=2), caption_length=3)
+    inputs = processor(draw_image(61, 47), masks=blobs(61, 47, count=2), caption_length=3)
     assert not torch.isin(inputs["input_ids"], torch.tensor(model.config.roi_token_ids)).any()
     assert bool(model(**inputs).logits.isfinite().all())
 
 
 @pytest.mark.parametrize("layout", ["released", "independent"])
 @torch.no_grad()
-def test_a_padded_batch_gives_each_samples_own_logits(make, picture, blobs, layout):
+def test_a_padded_batch_gives_each_samples_own_logits(make, draw_image, blobs, layout):
     model, processor = make(region_layout=layout)
     sizes, counts = [(61, 47), (40, 40), (30, 170)], [3, 1, 6]
-    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    images = [draw_image(*size, seed=i) for i, size in enumerate(sizes)]
     masks = [blobs(*size, count=n) for size, n in zip(sizes, counts, strict=True)]
     batch = processor(images, masks=masks, caption_length=4)
     logits = model(**batch).logits
@@ -140,9 +140,9 @@ def test_a_padded_batch_gives_each_samples_own_logits(make, picture, blobs, layo
 
 
 @torch.no_grad()
-def test_logits_to_keep_are_those_of_the_whole(make, picture, blobs):
+def test_logits_to_keep_are_those_of_the_whole(make, draw_image, blobs):
     model, processor = make()
-    inputs = processor(picture(40, 40), masks=blobs(40, 40, count=2), caption_length=4)
+    inputs = processor(draw_image(40, 40), masks=blobs(40, 40, count=2), caption_length=4)
     whole = model(**inputs).logits
     assert torch.allclose(model(**inputs, logits_to_keep=7).logits, whole[:, -7:], atol=1e-5)
     some = torch.tensor([3, 30, 5])
@@ -164,8 +164,8 @@ def test_without_structure_positions_count_what_is_not_padding(make):
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 @torch.no_grad()
-def test_the_loss_equals_the_plain_one(make, picture, blobs, t):
-    setting = Setting(make, picture, blobs, CASES[2])
+def test_the_loss_equals_the_plain_one(make, draw_image, blobs, t):
+    setting = Setting(make, draw_image, blobs, CASES[2])
     captions = ["a red circle", "x", "the small green square sits left"]
     inputs = setting.inputs(captions=captions)
     texts = [
@@ -191,9 +191,9 @@ def test_the_loss_equals_the_plain_one(make, picture, blobs, t):
 
 
 @torch.no_grad()
-def test_the_loss_of_a_batch_is_the_mean_of_its_samples(make, picture, blobs):
+def test_the_loss_of_a_batch_is_the_mean_of_its_samples(make, draw_image, blobs):
     model, processor = make()
-    images, masks = [picture(61, 47), picture(40, 90)], [blobs(61, 47, 2), blobs(40, 90, 1)]
+    images, masks = [draw_image(61, 47), draw_image(40, 90)], [blobs(61, 47, 2), blobs(40, 90, 1)]
     captions = [["a red circle", "a person"], ["an orange ring"]]
     batch = processor(images, masks=masks, captions=captions)
     t, noise = torch.tensor([0.4, 0.8]), torch.rand(batch["labels"].shape)
@@ -208,9 +208,9 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_samples(make, picture, blobs):
 
 
 @torch.no_grad()
-def test_unweighted_loss_is_the_mean_cross_entropy_of_what_is_masked(make, picture, blobs):
+def test_unweighted_loss_is_the_mean_cross_entropy_of_what_is_masked(make, draw_image, blobs):
     model, processor = make()
-    inputs = processor(picture(40, 40), masks=blobs(40, 40, 1), captions=["an orange ring"])
+    inputs = processor(draw_image(40, 40), masks=blobs(40, 40, 1), captions=["an orange ring"])
     labels = inputs["labels"]
     everything = {"timesteps": torch.tensor([1.0]), "noise": torch.zeros(labels.shape)}
     loss = model(**inputs, **everything, loss_weighting="none").loss
@@ -222,9 +222,9 @@ def test_unweighted_loss_is_the_mean_cross_entropy_of_what_is_masked(make, pictu
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_nothing_masked_is_a_loss_of_zero_with_gradients(make, picture, blobs):
+def test_nothing_masked_is_a_loss_of_zero_with_gradients(make, draw_image, blobs):
     model, processor = make()
-    inputs = processor(picture(40, 40), masks=blobs(40, 40, 1), captions=["a ring"])
+    inputs = processor(draw_image(40, 40), masks=blobs(40, 40, 1), captions=["a ring"])
     quiet = {"timesteps": torch.tensor([0.0]), "noise": torch.ones(inputs["labels"].shape)}
     loss = model(**inputs, **quiet).loss
     loss.backward()
@@ -233,9 +233,9 @@ def test_nothing_masked_is_a_loss_of_zero_with_gradients(make, picture, blobs):
 
 
 @torch.no_grad()
-def test_draws_are_torchs_and_so_repeat_with_a_seed(make, picture, blobs):
+def test_draws_are_torchs_and_so_repeat_with_a_seed(make, draw_image, blobs):
     model, processor = make()
-    inputs = processor(picture(40, 40), masks=blobs(40, 40, 2), captions=["a ring", "a dog"])
+    inputs = processor(draw_image(40, 40), masks=blobs(40, 40, 2), captions=["a ring", "a dog"])
 
     def loss(seed):
         torch.manual_seed(seed)
@@ -245,11 +245,11 @@ def test_draws_are_torchs_and_so_repeat_with_a_seed(make, picture, blobs):
     assert len({loss(seed) for seed in range(5)}) > 1
 
 
-def test_every_weight_that_takes_part_gets_a_gradient(make, picture, blobs):
+def test_every_weight_that_takes_part_gets_a_gradient(make, draw_image, blobs):
     model, processor = make(seed=3)
     size = (61, 47)
     inputs = processor(
-        picture(*size), masks=blobs(*size, count=6), captions=["a", "b", "c", "d", "e", "f"]
+        draw_image(*size), masks=blobs(*size, count=6), captions=["a", "b", "c", "d", "e", "f"]
     )
     draws = {"timesteps": torch.tensor([0.7]), "noise": torch.rand(inputs["labels"].shape)}
     model(**inputs, **draws).loss.backward()
@@ -261,22 +261,22 @@ def test_every_weight_that_takes_part_gets_a_gradient(make, picture, blobs):
 # Pieces.
 
 
-def test_roi_align_of_several_pictures_equals_the_plain_loops_on_each_map():
+def test_roi_align_of_several_images_equals_the_plain_loops_on_each_map():
     generator = torch.Generator().manual_seed(0)
     grids = [(1, 1), (3, 2), (2, 2)]
     counts = [w * h for w, h in grids]
     tiles = torch.randn(sum(counts), 16, 3, generator=generator)  # 4x4 cells each
     starts = [0, 1, 7]
-    pictures = [1, 0, 2, 1, 2] * 8  # of the boxes, in no order
+    images = [1, 0, 2, 1, 2] * 8  # of the boxes, in no order
     boxes = torch.rand(40, 4, generator=generator) * 16 - 3
     got = roi_align(
         tiles,
-        torch.tensor([starts[i] for i in pictures]),
-        torch.tensor([grids[i] for i in pictures]),
+        torch.tensor([starts[i] for i in images]),
+        torch.tensor([grids[i] for i in images]),
         boxes,
         (3, 2),
     )
-    for i, corners, bins in zip(pictures, boxes.tolist(), got, strict=True):
+    for i, corners, bins in zip(images, boxes.tolist(), got, strict=True):
         cells = tile_map(tiles[starts[i] : starts[i] + counts[i]], grids[i])
         expected = reference.roi_align(cells.double(), corners, 3, 2)
         assert torch.allclose(bins.flatten(0, 1).double(), expected, atol=1e-5)
@@ -303,10 +303,10 @@ def test_tiles_are_laid_out_row_by_row():
 
 
 @torch.no_grad()
-def test_placeholders_are_found_in_the_prompt_alone(make, picture, blobs):
+def test_placeholders_are_found_in_the_prompt_alone(make, draw_image, blobs):
     """A caption that is being decoded may hold any id, placeholders too."""
     model, processor = make()
-    inputs = processor(picture(40, 40), masks=blobs(40, 40, 1), caption_length=4)
+    inputs = processor(draw_image(40, 40), masks=blobs(40, 40, 1), caption_length=4)
     caption = torch.where(inputs["role_ids"][0] == 2)[0][1:5]
     inputs["input_ids"][0, caption[0]] = model.config.image_token_id
     inputs["input_ids"][0, caption[1]] = model.config.roi_token_ids[0]
@@ -315,9 +315,9 @@ def test_placeholders_are_found_in_the_prompt_alone(make, picture, blobs):
 
 
 @pytest.mark.parametrize("name", ["image", "RoI"])
-def test_placeholders_that_do_not_match_their_tokens_are_refused(make, picture, blobs, name):
+def test_placeholders_that_do_not_match_their_tokens_are_refused(make, draw_image, blobs, name):
     model, processor = make()
-    inputs = processor(picture(40, 40), masks=blobs(40, 40, 1), caption_length=4)
+    inputs = processor(draw_image(40, 40), masks=blobs(40, 40, 1), caption_length=4)
     ids = inputs["input_ids"]
     token = model.config.image_token_id if name == "image" else model.config.roi_token_ids[0]
     count = int((ids == token).sum())
@@ -328,24 +328,24 @@ def test_placeholders_that_do_not_match_their_tokens_are_refused(make, picture, 
         model(**inputs)
 
 
-def test_a_picture_placeholder_without_a_picture_is_refused(make):
+def test_an_image_placeholder_without_an_image_is_refused(make):
     model, _ = make(num_region_prompts=0)
     ids = torch.tensor([[3, model.config.image_token_id]])
     with pytest.raises(ValueError, match="expected 0 image placeholders"):
         model(input_ids=ids)
 
 
-def test_masks_for_a_model_without_region_prompts_are_refused(make, make_config, picture, blobs):
+def test_masks_for_a_model_without_region_prompts_are_refused(make, make_config, draw_image, blobs):
     _, processor = make()
     model = PerceptionDLMForConditionalGeneration(make_config(num_region_prompts=0))
-    inputs = processor(picture(40, 40), masks=blobs(40, 40, 1), caption_length=4)
+    inputs = processor(draw_image(40, 40), masks=blobs(40, 40, 1), caption_length=4)
     with pytest.raises(ValueError, match="expected a model with region prompts"):
         model(**inputs)
 
 
-def test_tiles_that_do_not_match_their_grids_are_refused(make, picture):
+def test_tiles_that_do_not_match_their_grids_are_refused(make, draw_image):
     model, processor = make()
-    inputs = processor(picture(100, 30), prompts="What?")
+    inputs = processor(draw_image(100, 30), prompts="What?")
     inputs["image_grids"] = torch.tensor([[1, 1]])
     with pytest.raises(ValueError, match="expected 1 tiles for grids"):
         model(**inputs)

@@ -39,7 +39,7 @@ def refuse_empty(name: str, called: list):
 @pytest.mark.parametrize("interval", [None, 2, 0])
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
 def test_no_generation_calls_a_module_with_nothing(
-    watched, picture, blobs, setting, interval, cfg_scale
+    watched, draw_image, blobs, setting, interval, cfg_scale
 ):
     model, processor, called = watched(setting)
     options = {
@@ -47,7 +47,7 @@ def test_no_generation_calls_a_module_with_nothing(
         "cfg_scale": cfg_scale,
         "processor": processor,
     }
-    images = [picture(61, 47), picture(20, 90)]
+    images = [draw_image(61, 47), draw_image(20, 90)]
     if setting != "anyres":
         masks = [blobs(61, 47, count=3), blobs(20, 90, count=1)]
         model.diffusion_generate(images, masks, caption_length=3, steps=3, **options)
@@ -75,27 +75,27 @@ def test_an_answer_without_a_prompt_calls_no_module_with_nothing(watched, region
     assert len(out.token_ids[0][0]) == 4
 
 
-def test_tree_attention_calls_no_module_with_nothing(watched, picture, blobs):
+def test_tree_attention_calls_no_module_with_nothing(watched, draw_image, blobs):
     model, processor, _ = watched("independent")
     model.language_model.config = copy.copy(model.language_model.config)
     model.language_model.config._attn_implementation = "tree"
     masks = blobs(61, 47, count=2)
     for layer in model.language_model.model.layers:
         layer.self_attn.config = model.language_model.config
-    model.diffusion_generate(picture(61, 47), masks, processor=processor, caption_length=3)
+    model.diffusion_generate(draw_image(61, 47), masks, processor=processor, caption_length=3)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("weighting", ["inverse_rate", "none"])
 def test_a_batch_in_which_nothing_is_masked_runs_the_head_and_loses_nothing(
-    watched, picture, blobs, setting, weighting
+    watched, draw_image, blobs, setting, weighting
 ):
     """Under DDP and FSDP the head's gradient is waited for, so it must be there, and 0."""
     model, processor, called = watched(setting)
     asked = {"prompts": "what?", "answers": "a dog"}
     if setting != "anyres":
         asked = {"masks": blobs(61, 47, count=2), "captions": ["a red circle", "a person"]}
-    inputs = processor(picture(61, 47), **asked)
+    inputs = processor(draw_image(61, 47), **asked)
     draws = {"timesteps": torch.tensor([0.5]), "noise": torch.ones(inputs["labels"].shape)}
     loss = model(**inputs, **draws, loss_weighting=weighting).loss
     loss.backward()
@@ -106,7 +106,7 @@ def test_a_batch_in_which_nothing_is_masked_runs_the_head_and_loses_nothing(
         model(**inputs, **draws, loss_weighting="other")
 
 
-def test_no_tiles_and_no_boxes_are_as_none_given(watched, picture, blobs):
+def test_no_tiles_and_no_boxes_are_as_none_given(watched, draw_image, blobs):
     model, processor, called = watched("released")
     plain = processor(prompts="what?", max_new_tokens=3)
     nothing = {
@@ -120,22 +120,22 @@ def test_no_tiles_and_no_boxes_are_as_none_given(watched, picture, blobs):
         expected = model(**plain).logits
         assert torch.equal(model(**plain, **nothing, **none).logits, expected)
         assert not any(name.startswith("vision_tower") for name in called)
-        asked = processor(picture(61, 47), prompts="what?", max_new_tokens=3)
+        asked = processor(draw_image(61, 47), prompts="what?", max_new_tokens=3)
         assert torch.equal(model(**asked, **none).logits, model(**asked).logits)
 
 
-def test_missing_boxes_for_roi_placeholders_are_refused(watched, picture, blobs):
+def test_missing_boxes_for_roi_placeholders_are_refused(watched, draw_image, blobs):
     model, processor, _ = watched("released")
-    inputs = processor(picture(61, 47), masks=blobs(61, 47, count=2), caption_length=3)
+    inputs = processor(draw_image(61, 47), masks=blobs(61, 47, count=2), caption_length=3)
     inputs |= {"boxes": inputs["boxes"][:0], "box_images": inputs["box_images"][:0]}
     with pytest.raises(ValueError, match="expected 0 RoI placeholders"):
         model(**inputs)
 
 
-def test_likelihoods_call_no_module_with_nothing(watched, picture):
+def test_likelihoods_call_no_module_with_nothing(watched, draw_image):
     model, processor, _ = watched("released")
     scores = model.diffusion_score(
-        picture(40, 40), texts="a red cat", prompts="what?", samples=3, processor=processor
+        draw_image(40, 40), texts="a red cat", prompts="what?", samples=3, processor=processor
     )
     assert scores[0][0] < 0
 
@@ -153,10 +153,10 @@ def test_logits_of_no_position_are_refused(watched):
         model(torch.ones(1, 5, dtype=torch.int64), logits_to_keep=torch.zeros(0, dtype=torch.int64))
 
 
-def test_the_last_layer_makes_only_keys_and_values_of_a_prompt(watched, picture, blobs):
+def test_the_last_layer_makes_only_keys_and_values_of_a_prompt(watched, draw_image, blobs):
     """What is saved by it stays saved: no query, attention output or MLP for a cached prompt."""
     model, processor, called = watched("independent")
-    inputs = processor(picture(61, 47), masks=blobs(61, 47, count=2), caption_length=3)
+    inputs = processor(draw_image(61, 47), masks=blobs(61, 47, count=2), caption_length=3)
     with torch.no_grad():
         ResponseNetwork(model, inputs, refresh_interval=None, cfg_scale=0.0, compiled=False)
     counts = {

@@ -31,7 +31,7 @@ def out(tmp_path):
 
 
 def interrupt_after(count: int, monkeypatch):
-    """Ctrl-C when so many pictures are captioned."""
+    """Ctrl-C when so many images are captioned."""
     call, done = RegionCaptioner.__call__, []
 
     def interrupted(self, *given, **options):
@@ -97,10 +97,10 @@ def test_a_second_run_on_one_output_is_refused(run, photos, tmp_path, option, ca
 def test_what_is_read_is_never_written(run, photos, tmp_path, option, capsys):
     masks = tmp_path / "masks.json"
     masks.write_text("[[5, 5, 60, 60]]")
-    picture = sorted(photos.iterdir())[0]
-    written = masks if option == "--captions" else picture
+    image = sorted(photos.iterdir())[0]
+    written = masks if option == "--captions" else image
     before = written.read_bytes()
-    assert run(picture, "--masks", masks, option, written) == 2
+    assert run(image, "--masks", masks, option, written) == 2
     assert "one of them" in capsys.readouterr().err
     assert written.read_bytes() == before
 
@@ -109,9 +109,9 @@ def test_drawings_never_replace_masks_in_a_folder(run, photos, tmp_path, capsys)
     from PIL import Image
 
     (tmp_path / "masks").mkdir()
-    for picture in photos.iterdir():
-        size = Image.open(picture).size
-        Image.new("L", size, 255).save(tmp_path / "masks" / f"{picture.stem}.png")
+    for photo in photos.iterdir():
+        size = Image.open(photo).size
+        Image.new("L", size, 255).save(tmp_path / "masks" / f"{photo.stem}.png")
     assert run(photos, "--masks", tmp_path / "masks", "--output", tmp_path / "masks") == 2
     assert "one of them" in capsys.readouterr().err
 

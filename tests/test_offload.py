@@ -41,9 +41,9 @@ PARTS = [
 
 
 @pytest.fixture(scope="module")
-def results(make, picture, blobs):
+def results(make, draw_image, blobs):
     """A function: all that a model of a setting makes of an image, as plain numbers."""
-    image, masks = picture(61, 47), blobs(61, 47, count=2)
+    image, masks = draw_image(61, 47), blobs(61, 47, count=2)
 
     def run(model, setting: str, likelihood: bool = False) -> dict:
         _, processor = make(**SETTINGS[setting])

@@ -140,9 +140,9 @@ def test_a_build_without_onednn_is_left_alone(monkeypatch):
     assert type(model[0]) is nn.Linear
 
 
-def test_other_code_in_the_process_is_untouched(make, picture, calls):
+def test_other_code_in_the_process_is_untouched(make, draw_image, calls):
     model, processor = make()
-    model.diffusion_generate(picture(40, 40), prompts="What?", processor=processor)
+    model.diffusion_generate(draw_image(40, 40), prompts="What?", processor=processor)
     seen = len(calls)
     with torch.no_grad():
         F.linear(torch.randn(20, 256), torch.randn(300, 256))

@@ -17,15 +17,17 @@ def pair(make):
 
 
 @pytest.fixture
-def inputs(pair, picture):
+def inputs(pair, draw_image):
     _, processor = pair
-    return processor([[picture(40, 40)], [picture(90, 40)]], prompts=QUESTIONS)
+    return processor([[draw_image(40, 40)], [draw_image(90, 40)]], prompts=QUESTIONS)
 
 
 @pytest.fixture
-def learned(pair, picture):
+def learned(pair, draw_image):
     _, processor = pair
-    batch = processor([[picture(40, 40)], [picture(90, 40)]], prompts=QUESTIONS, answers=ANSWERS)
+    batch = processor(
+        [[draw_image(40, 40)], [draw_image(90, 40)]], prompts=QUESTIONS, answers=ANSWERS
+    )
     draws = {"timesteps": torch.tensor([0.6, 0.9]), "noise": torch.rand(batch["labels"].shape)}
     return {**batch, **draws}
 
@@ -87,13 +89,13 @@ def test_tensors_of_another_length_are_refused(pair, inputs, name):
 
 
 class Questions(torch.utils.data.Dataset):
-    """Pictures with a question and its answer."""
+    """Images with a question and its answer."""
 
-    def __init__(self, picture):
+    def __init__(self, draw_image):
         sizes = [(40, 40), (90, 40), (30, 70)]
-        pictures = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+        images = [draw_image(*size, seed=i) for i, size in enumerate(sizes)]
         questions, answers = [*QUESTIONS, "Who is it?"], [*ANSWERS, "nobody"]
-        self.rows = list(zip(pictures, questions, answers, strict=True))
+        self.rows = list(zip(images, questions, answers, strict=True))
 
     def __len__(self):
         return len(self.rows)
@@ -103,19 +105,19 @@ class Questions(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("length", [{}, {"generation_max_length": 120}])
-def test_a_trainer_predicts_with_generate(pair, picture, tmp_path, length):
+def test_a_trainer_predicts_with_generate(pair, draw_image, tmp_path, length):
     model, processor = pair
     seen = []
 
     def collate(rows):
-        pictures, questions, answers = map(list, zip(*rows, strict=True))
-        return processor([[p] for p in pictures], prompts=questions, answers=answers)
+        images, questions, answers = map(list, zip(*rows, strict=True))
+        return processor([[p] for p in images], prompts=questions, answers=answers)
 
     def measure(prediction):
         seen.append(prediction)
         return {"rows": float(len(prediction.predictions))}
 
-    rows = Questions(picture)
+    rows = Questions(draw_image)
     trainer = Seq2SeqTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(

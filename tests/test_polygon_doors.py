@@ -60,10 +60,10 @@ def test_a_polygon_of_a_benchmark_has_cocos_pixels(tmp_path, polygon):
 
 
 @POLYGONS
-def test_a_polygon_trained_on_gives_the_inputs_of_cocos_pixels(make, picture, polygon):
+def test_a_polygon_trained_on_gives_the_inputs_of_cocos_pixels(make, draw_image, polygon):
     processor = make(roi_convention="aligned")[1].image_processor
     ((record, _),) = coco_records(coco_content(polygon))
-    image = picture(WIDTH, HEIGHT)
+    image = draw_image(WIDTH, HEIGHT)
     own = processor([image], [record["mask_rles"]])
     expected = processor([image], [[coco_mask(polygon)]])
     assert set(own) == set(expected)
@@ -73,9 +73,9 @@ def test_a_polygon_trained_on_gives_the_inputs_of_cocos_pixels(make, picture, po
 
 
 @POLYGONS
-def test_a_polygon_on_the_command_line_has_cocos_pixels(converted, picture, tmp_path, polygon):
+def test_a_polygon_on_the_command_line_has_cocos_pixels(converted, draw_image, tmp_path, polygon):
     image, masks, captions = (tmp_path / name for name in ("a.png", "in.json", "out.coco.json"))
-    picture(WIDTH, HEIGHT).save(image)
+    draw_image(WIDTH, HEIGHT).save(image)
     masks.write_text(json.dumps(coco_content(polygon)))
     model = ["--model", str(converted("released-region")), "--caption-length", "2"]
     typed = ["--polygon", ",".join(map(str, polygon))]

@@ -36,8 +36,8 @@ def tree(make):
 
 
 @pytest.fixture
-def image(picture):
-    return picture(61, 47)
+def image(draw_image):
+    return draw_image(61, 47)
 
 
 @pytest.fixture
@@ -97,18 +97,20 @@ def test_caption_length_defaults_to_32(processor, image, masks):
     assert int((inputs["input_ids"] == processor.mask_token_id).sum()) == 3 * 32
 
 
-def test_an_instruction_for_each_picture(processor, image, masks):
+def test_an_instruction_for_each_image(processor, image, masks):
     inputs = processor([image, image], masks=[masks, masks], prompts=["Name it.", "Where is it?"])
     for row, text in enumerate(["Name it.", "Where is it?"]):
         assert text in processor.tokenizer.decode(inputs["input_ids"][row])
 
 
 @pytest.mark.parametrize("layout", ["processor", "tree"])
-def test_batches_pad_prompts_on_the_left_and_answers_on_the_right(request, picture, blobs, layout):
+def test_batches_pad_prompts_on_the_left_and_answers_on_the_right(
+    request, draw_image, blobs, layout
+):
     process = request.getfixturevalue(layout)
     sizes, counts = [(61, 47), (30, 170)], [1, 3]
     batch = process(
-        [picture(*size) for size in sizes],
+        [draw_image(*size) for size in sizes],
         masks=[blobs(*size, count=n) for size, n in zip(sizes, counts, strict=True)],
         caption_length=4,
     )
@@ -123,9 +125,9 @@ def test_batches_pad_prompts_on_the_left_and_answers_on_the_right(request, pictu
     assert bool((batch["input_ids"][padding] == process.tokenizer.pad_token_id).all())
 
 
-def test_padding_is_no_target(processor, picture, blobs):
+def test_padding_is_no_target(processor, draw_image, blobs):
     batch = processor(
-        [picture(61, 47), picture(30, 170)],
+        [draw_image(61, 47), draw_image(30, 170)],
         masks=[blobs(61, 47, 1), blobs(30, 170, 2)],
         captions=[["a ring"], ["a red circle", "a dog"]],
     )
@@ -177,9 +179,9 @@ def test_a_question_is_the_released_prompt(processor, image):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_several_pictures_get_a_single_tile_each(processor, picture, count):
-    pictures = [picture(100, 30, seed=i) for i in range(count)]
-    inputs = processor([pictures], prompts=["What?"], max_new_tokens=3)
+def test_several_images_get_a_single_tile_each(processor, draw_image, count):
+    images = [draw_image(100, 30, seed=i) for i in range(count)]
+    inputs = processor([images], prompts=["What?"], max_new_tokens=3)
     grids = [[3, 1]] if count == 1 else [[1, 1]] * count
     assert inputs.get("image_grids", torch.zeros(0, 2)).tolist() == grids or count == 0
     assert ("pixel_values" in inputs) == (count > 0)
@@ -187,8 +189,8 @@ def test_several_pictures_get_a_single_tile_each(processor, picture, count):
     assert tokens == {0: 0, 1: 4 * 16}.get(count, count * 16)
 
 
-def test_a_batch_mixes_numbers_of_pictures(processor, picture):
-    images = [[], [picture(100, 30)], [picture(40, 40), picture(61, 47)]]
+def test_a_batch_mixes_numbers_of_images(processor, draw_image):
+    images = [[], [draw_image(100, 30)], [draw_image(40, 40), draw_image(61, 47)]]
     batch = processor(images, prompts=["A", "B", "What color is it?"], max_new_tokens=4)
     placeholders = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
     assert placeholders == [0, 64, 32]
@@ -227,20 +229,20 @@ def test_the_template_renders_every_turn(processor):
     )
 
 
-def test_conversations_are_tokenised_in_a_batch(processor, picture):
-    def talk(question, *pictures):
-        content = [{"type": "image", "image": p} for p in pictures]
+def test_conversations_are_tokenised_in_a_batch(processor, draw_image):
+    def talk(question, *images):
+        content = [{"type": "image", "image": p} for p in images]
         return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
     talks = [
         talk("Hi"),
-        talk("What?", picture(100, 30)),
-        talk("How many?", picture(40, 40), picture(61, 47)),
+        talk("What?", draw_image(100, 30)),
+        talk("How many?", draw_image(40, 40), draw_image(61, 47)),
     ]
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     batch = processor.apply_chat_template(talks, **options, processor_kwargs={"max_new_tokens": 4})
     direct = processor(
-        [[], [picture(100, 30)], [picture(40, 40), picture(61, 47)]],
+        [[], [draw_image(100, 30)], [draw_image(40, 40), draw_image(61, 47)]],
         prompts=["Hi", "What?", "How many?"],
         max_new_tokens=4,
     )
@@ -351,8 +353,8 @@ def test_inputs_that_do_not_fit_together_are_refused(processor, image, masks, ar
         processor(**given)
 
 
-def test_several_images_of_a_question_have_one_tile_each(processor, picture):
-    images = [picture(90, 40), picture(40, 90, seed=1)]
+def test_several_images_of_a_question_have_one_tile_each(processor, draw_image):
+    images = [draw_image(90, 40), draw_image(40, 90, seed=1)]
     plain = processor(images, prompts="Which?", max_new_tokens=2)
     assert plain["image_grids"].tolist() == [[1, 1], [1, 1]]
     limited = processor(images, prompts="Which?", max_new_tokens=2, max_tiles=1)

@@ -57,9 +57,9 @@ def processor(make):
 
 
 @pytest.fixture
-def ask(processor, picture):
-    pictures = [[picture(40, 40)], [picture(90, 40)]]
-    return lambda **options: processor(pictures, prompts=QUESTIONS, **options)
+def ask(processor, draw_image):
+    images = [[draw_image(40, 40)], [draw_image(90, 40)]]
+    return lambda **options: processor(images, prompts=QUESTIONS, **options)
 
 
 def same(batch, expected) -> bool:
@@ -179,15 +179,15 @@ def test_without_padding_lengths_have_to_be_equal(processor):
         processor(text=QUESTIONS, padding=False)
 
 
-def test_a_call_can_bound_the_tiles(processor, picture):
-    wide = picture(200, 60)
+def test_a_call_can_bound_the_tiles(processor, draw_image):
+    wide = draw_image(200, 60)
     assert processor(wide, prompts="What?")["image_grids"].tolist() == [[3, 1]]
     for options in ({"max_tiles": 1}, {"images_kwargs": {"max_tiles": 1}}):
         assert processor(wide, prompts="What?", **options)["image_grids"].tolist() == [[1, 1]]
 
 
-def test_a_chat_template_passes_arguments_on(processor, picture):
-    content = [{"type": "image", "image": picture(40, 40)}, {"type": "text", "text": "What?"}]
+def test_a_chat_template_passes_arguments_on(processor, draw_image):
+    content = [{"type": "image", "image": draw_image(40, 40)}, {"type": "text", "text": "What?"}]
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     message = [{"role": "user", "content": content}]
     plain = processor.apply_chat_template(message, **options)
@@ -198,10 +198,10 @@ def test_a_chat_template_passes_arguments_on(processor, picture):
     assert torch.equal(padded["input_ids"][:, -plain["input_ids"].shape[1] :], plain["input_ids"])
 
 
-def test_an_image_processor_takes_neutral_values_too(processor, picture):
+def test_an_image_processor_takes_neutral_values_too(processor, draw_image):
     images = processor.image_processor
-    plain = images(picture(40, 40))["pixel_values"]
+    plain = images(draw_image(40, 40))["pixel_values"]
     neutral = {"do_resize": True, "do_rescale": True, "do_normalize": True, "return_tensors": "pt"}
-    assert torch.equal(images(picture(40, 40), **neutral)["pixel_values"], plain)
+    assert torch.equal(images(draw_image(40, 40), **neutral)["pixel_values"], plain)
     with pytest.raises(ValueError, match="expected do_rescale True, got False"):
-        images(picture(40, 40), do_rescale=False)
+        images(draw_image(40, 40), do_rescale=False)

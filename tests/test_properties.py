@@ -143,24 +143,24 @@ def outcome(call):
             return None
 
 
-def expect_picture(picture):
-    if picture is not None:
-        assert picture.mode == "RGB" and min(picture.size) >= 1
+def expect_image(image):
+    if image is not None:
+        assert image.mode == "RGB" and min(image.size) >= 1
 
 
 @THROW
 @given(pil_images())
-def test_any_pil_image_is_a_picture_or_refused(image):
-    picture = outcome(lambda: load_image(image))
-    expect_picture(picture)
-    assert image.mode in ("I", "F", "La") or picture is not None
-    assert picture is None or picture.size == image.size
+def test_any_pil_image_is_an_image_or_refused(image):
+    opened = outcome(lambda: load_image(image))
+    expect_image(opened)
+    assert image.mode in ("I", "F", "La") or opened is not None
+    assert opened is None or opened.size == image.size
 
 
 @THROW
 @given(st.one_of(arrays(), tensors(), ANYTHING))
-def test_anything_is_a_picture_or_refused(thing):
-    expect_picture(outcome(lambda: load_image(thing)))
+def test_anything_is_an_image_or_refused(thing):
+    expect_image(outcome(lambda: load_image(thing)))
 
 
 @THROW
@@ -169,7 +169,7 @@ def test_anything_is_a_picture_or_refused(thing):
     st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP"]),
     st.data(),
 )
-def test_any_damaged_file_is_a_picture_or_refused(image, kind, data):
+def test_any_damaged_file_is_an_image_or_refused(image, kind, data):
     buffer = io.BytesIO()
     try:
         image.save(buffer, kind)
@@ -180,7 +180,7 @@ def test_any_damaged_file_is_a_picture_or_refused(image, kind, data):
     for _ in range(data.draw(st.integers(0, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(0, len(content))) :]
-    expect_picture(outcome(lambda: load_image(bytes(content))))
+    expect_image(outcome(lambda: load_image(bytes(content))))
 
 
 SIZE = (23, 17)  # width, height
@@ -260,7 +260,7 @@ def test_any_box_is_a_mask_or_refused(box):
 
 @THROW
 @given(st.lists(st.floats(-5, 30), min_size=4, max_size=4))
-def test_a_box_that_overlaps_the_picture_by_a_pixel_is_a_mask(box):
+def test_a_box_that_overlaps_the_image_by_a_pixel_is_a_mask(box):
     left, top, right, bottom = box
     mask = outcome(lambda: load_mask(box, SIZE))
     expect_mask(mask)
@@ -302,7 +302,7 @@ def test_an_anyres_map_is_no_larger_than_allowed(size, frame):
 
 @settings(THROW, max_examples=40)
 @given(pil_images(), st.integers(0, 7), st.integers(0, 2**32 - 1))
-def test_any_picture_with_any_masks_makes_valid_inputs_or_is_refused(make, image, count, seed):
+def test_any_image_with_any_masks_makes_valid_inputs_or_is_refused(make, image, count, seed):
     _, processor = make()
     rng = np.random.default_rng(seed)
     masks = [rng.random(image.size[::-1]) < 0.5 for _ in range(count)]
@@ -328,9 +328,9 @@ def test_any_picture_with_any_masks_makes_valid_inputs_or_is_refused(make, image
     st.sampled_from(["released", "independent"]),
 )
 @torch.no_grad()
-def test_any_batch_gives_finite_logits(make, picture, batch, layout):
+def test_any_batch_gives_finite_logits(make, draw_image, batch, layout):
     model, processor = make(region_layout=layout)
-    images = [picture(*size) for size, _ in batch]
+    images = [draw_image(*size) for size, _ in batch]
     masks = [[np.ones(size[::-1], bool)] * count for size, count in batch]
     logits = model(**processor(images, masks=masks, caption_length=2)).logits
     assert bool(logits.isfinite().all())
@@ -338,7 +338,7 @@ def test_any_batch_gives_finite_logits(make, picture, batch, layout):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (33, 7), (1, 9)])
 @torch.no_grad()
-def test_an_anyres_picture_of_any_shape_gives_finite_logits(make, size):
+def test_an_anyres_image_of_any_shape_gives_finite_logits(make, size):
     model, processor = make(
         image_layout="anyres", num_region_prompts=0, spatial_merge_size=1, vision={"patch_size": 8}
     )

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
-PICTURE = VECTORS / "region_0.png"
+IMAGE = VECTORS / "region_0.png"
 MASKS = [VECTORS / f"region_0_mask_{i}.png" for i in range(3)]
 REPO = "somebody/captioner"
 REPORT = {
@@ -45,11 +45,11 @@ READER = """
 import json
 from transformers import AutoModel, AutoProcessor
 
-picture, masks = {picture!r}, {masks!r}
+image, masks = {image!r}, {masks!r}
 
 def captions(name, **options):
     model = AutoModel.from_pretrained(name, trust_remote_code=True)
-    out = model.diffusion_generate(picture, masks, caption_length=8, **options)
+    out = model.diffusion_generate(image, masks, caption_length=8, **options)
     return model, [out.token_ids[0], out.texts[0]]
 
 processor = AutoProcessor.from_pretrained({repo!r}, trust_remote_code=True)
@@ -106,7 +106,7 @@ def reader(sharded, tmp_path_factory):
         push_folder(shutil.copytree(sharded, home / "published"), REPO)
         snippet = re.search(r"```python\n(.*?)```", hub.read(REPO, "README.md"), re.DOTALL)[1]
         program = READER.format(
-            repo=REPO, picture=str(PICTURE), masks=[str(mask) for mask in MASKS], snippet=snippet
+            repo=REPO, image=str(IMAGE), masks=[str(mask) for mask in MASKS], snippet=snippet
         )
         environment = {
             "HF_ENDPOINT": hub.url,
@@ -131,7 +131,7 @@ def expected(sharded):
     """Ids and captions of the folder that was published."""
     captioner = RegionCaptioner.from_pretrained(sharded)
     out = captioner.model.diffusion_generate(
-        PICTURE, MASKS, processor=captioner.processor, caption_length=8
+        IMAGE, MASKS, processor=captioner.processor, caption_length=8
     )
     return [out.token_ids[0], out.texts[0]]
 

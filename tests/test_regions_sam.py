@@ -78,7 +78,7 @@ def test_each_point_and_box_gets_the_models_likeliest_mask(saved, image, kind):
 
 
 @pytest.mark.parametrize("size", [(150, 140), (40, 300), (64, 64)])
-def test_the_frame_of_sam_is_transformers_own_processors(size, picture):
+def test_the_frame_of_sam_is_transformers_own_processors(size, draw_image):
     kind = pytest.importorskip("transformers.models.sam.image_processing_pil_sam")
     theirs = SamProcessor(
         kind.SamImageProcessorPil(
@@ -88,7 +88,7 @@ def test_the_frame_of_sam_is_transformers_own_processors(size, picture):
             mask_pad_size={"height": 16, "width": 16},
         )
     )
-    image = picture(*size)
+    image = draw_image(*size)
     inputs = theirs(image, input_points=[[[30.5, 20.0]]], return_tensors="pt")
     settings = theirs.image_processor
     frame = Frame((64, 64), tuple(settings.image_mean), tuple(settings.image_std), True)

@@ -74,10 +74,10 @@ print("RESULT" + json.dumps(results))
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, make, converted, picture, blobs):
+def home(tmp_path_factory, make, converted, draw_image, blobs):
     """Folders as users make them: whole, in bfloat16, converted, with weights in a subfolder."""
     home = tmp_path_factory.mktemp("home")
-    picture(61, 47).save(home / "image.png")
+    draw_image(61, 47).save(home / "image.png")
     for i, mask in enumerate(blobs(61, 47, count=3)):
         Image.fromarray(mask).save(home / f"mask_{i}.png")
     model, processor = make(**GROUPED)
@@ -115,7 +115,7 @@ def _environment(modules: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def here(home, make, load):
-    """The same pictures and masks, captioned in this process."""
+    """The same images and masks, captioned in this process."""
 
     def caption(folder):
         if folder == "converted":

@@ -102,10 +102,10 @@ def test_candidates_come_the_likeliest_first(pair, scene):
     assert again.candidates == out.candidates
 
 
-def test_answers_have_candidates_too(pair, picture):
+def test_answers_have_candidates_too(pair, draw_image):
     model, processor = pair
     out = model.diffusion_generate(
-        picture(40, 30),
+        draw_image(40, 30),
         prompts=["a?", "b?"],
         max_new_tokens=3,
         temperature=1.0,

@@ -55,9 +55,9 @@ def region_inputs(processor, image, masks, k: int, target):
     return dict(inputs), inputs["response_columns"][0, order.index(k)].tolist()
 
 
-def test_the_bound_of_an_answer_is_what_enumeration_gives(pair, picture):
+def test_the_bound_of_an_answer_is_what_enumeration_gives(pair, draw_image):
     model, processor = pair
-    image = picture(40, 30)
+    image = draw_image(40, 30)
     target = target_of(processor, "a red")
     inputs, columns = answer_inputs(processor, image, target)
     exact = enumerate_bound(model, inputs, columns, target)

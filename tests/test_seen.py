@@ -38,9 +38,9 @@ def counted(monkeypatch):
     return watch
 
 
-def test_questions_about_what_was_seen_are_answered_as_alone(pair, picture):
+def test_questions_about_what_was_seen_are_answered_as_alone(pair, draw_image):
     model, processor = pair
-    image = picture(90, 40)
+    image = draw_image(90, 40)
     options = {"max_new_tokens": 4, "processor": processor}
     seen = model.see(image, processor=processor)
     together = model.diffusion_generate(seen, prompts=QUESTIONS, **options)
@@ -118,9 +118,9 @@ def test_what_was_seen_in_several_calls_is_asked_in_one(pair, scene):
             type(parts[0]).joined(wrong)
 
 
-def test_a_conversation_is_answered_as_its_inputs_are(pair, picture):
+def test_a_conversation_is_answered_as_its_inputs_are(pair, draw_image):
     model, processor = pair
-    image = picture(40, 30)
+    image = draw_image(40, 30)
     turns = [
         {"role": "system", "content": "be short"},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
@@ -219,9 +219,9 @@ def test_what_does_not_fit_what_was_seen_is_refused(make, scene):
         pickle.dumps(seen)  # it belongs to a model of this process
 
 
-def test_several_images_are_asked_about_together(pair, picture):
+def test_several_images_are_asked_about_together(pair, draw_image):
     model, processor = pair
-    images = [picture(40, 30), picture(30, 50, 1)]
+    images = [draw_image(40, 30), draw_image(30, 50, 1)]
     options = {"prompts": ["which is larger?"], "max_new_tokens": 3, "processor": processor}
     seen = model.see([images], processor=processor)
     expected = model.diffusion_generate([images], **options)

@@ -48,10 +48,10 @@ def post(server: str, content, **options) -> httpx.Response:
     return httpx.post(f"{server}/v1/chat/completions", content=content, timeout=30, **options)
 
 
-def regions(masks=(BOX,), picture=IMAGE, **extra) -> dict:
+def regions(masks=(BOX,), image=IMAGE, **extra) -> dict:
     return {
         "model": "tester",
-        "messages": user(image_part(picture)),
+        "messages": user(image_part(image)),
         "masks": list(masks),
         "caption_length": 4,
         "steps": 1,
@@ -74,7 +74,7 @@ def expect_refused(server: str, content, message: str, status: int = 400):
 
 
 def png(width: int, height: int) -> bytes:
-    """A small file that claims to be a large picture."""
+    """A small file that claims to be a large image."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(name + data))
@@ -91,38 +91,38 @@ def jpeg() -> bytes:
     return buffer.getvalue()
 
 
-def picture_size() -> list[int]:
-    with Image.open(IMAGE) as picture:
-        return [picture.height, picture.width]
+def image_size() -> list[int]:
+    with Image.open(IMAGE) as image:
+        return [image.height, image.width]
 
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
 HTML = b"<!DOCTYPE html><html><script>alert(1)</script></html>"
-HEIGHT, WIDTH = picture_size()
+HEIGHT, WIDTH = image_size()
 PIXELS = HEIGHT * WIDTH
 
 
 def url_part(url: str, kind: str | None = None) -> dict:
-    return regions(picture=url if kind is None else data_url(url, kind))
+    return regions(image=url if kind is None else data_url(url, kind))
 
 
 ABUSES = {
-    "decompression bomb": (lambda: regions(picture=data_url(png(50_000, 50_000))), "pixels"),
-    "picture over the limit": (lambda: regions(picture=data_url(png(2000, 2000))), "1,000,000"),
-    "truncated PNG": (lambda: regions(picture=data_url(IMAGE.read_bytes()[:900])), "damaged"),
-    "truncated JPEG": (lambda: regions(picture=data_url(jpeg()[:1500])), "damaged"),
-    "SVG named PNG": (lambda: regions(picture=data_url(SVG)), "got SVG"),
-    "SVG": (lambda: regions(picture=data_url(SVG, "image/svg+xml")), "image/svg+xml"),
-    "HTML named PNG": (lambda: regions(picture=data_url(HTML)), "got HTML"),
-    "HTML": (lambda: regions(picture=data_url(HTML, "text/html")), "text/html"),
-    "empty picture": (lambda: regions(picture=data_url(b"")), "got nothing"),
-    "not base64": (lambda: regions(picture="data:image/png;base64,@@@"), "base64"),
-    "data URL without base64": (lambda: regions(picture="data:image/png,abc"), "base64"),
-    "file URL": (lambda: regions(picture="file:///etc/passwd"), "http(s)"),
-    "path": (lambda: regions(picture="/etc/passwd"), "http(s)"),
-    "ftp URL": (lambda: regions(picture="ftp://example.com/a.png"), "http(s)"),
-    "private URL": (lambda: regions(picture="http://127.0.0.1:1/a.png"), "fetches no URLs"),
-    "public URL": (lambda: regions(picture="https://example.com/a.png"), "fetches no URLs"),
+    "decompression bomb": (lambda: regions(image=data_url(png(50_000, 50_000))), "pixels"),
+    "image over the limit": (lambda: regions(image=data_url(png(2000, 2000))), "1,000,000"),
+    "truncated PNG": (lambda: regions(image=data_url(IMAGE.read_bytes()[:900])), "damaged"),
+    "truncated JPEG": (lambda: regions(image=data_url(jpeg()[:1500])), "damaged"),
+    "SVG named PNG": (lambda: regions(image=data_url(SVG)), "got SVG"),
+    "SVG": (lambda: regions(image=data_url(SVG, "image/svg+xml")), "image/svg+xml"),
+    "HTML named PNG": (lambda: regions(image=data_url(HTML)), "got HTML"),
+    "HTML": (lambda: regions(image=data_url(HTML, "text/html")), "text/html"),
+    "empty image": (lambda: regions(image=data_url(b"")), "got nothing"),
+    "not base64": (lambda: regions(image="data:image/png;base64,@@@"), "base64"),
+    "data URL without base64": (lambda: regions(image="data:image/png,abc"), "base64"),
+    "file URL": (lambda: regions(image="file:///etc/passwd"), "http(s)"),
+    "path": (lambda: regions(image="/etc/passwd"), "http(s)"),
+    "ftp URL": (lambda: regions(image="ftp://example.com/a.png"), "http(s)"),
+    "private URL": (lambda: regions(image="http://127.0.0.1:1/a.png"), "fetches no URLs"),
+    "public URL": (lambda: regions(image="https://example.com/a.png"), "fetches no URLs"),
     "path as mask": (lambda: regions(["/etc/passwd"]), "mask 1"),
     "paths in a mask": (lambda: regions([["/etc/passwd"] * 4]), "mask 1"),
     "file URL as mask": (lambda: regions(["file:///etc/passwd"]), "mask 1"),
@@ -158,7 +158,7 @@ ABUSES = {
     "polygon of NaN": (lambda: regions([{"polygons": [[float("nan")] * 6]}]), "finite numbers"),
     "no masks": (lambda: regions([]), "at least one mask"),
     "too many masks": (lambda: regions([BOX] * 17), "at most 16 masks"),
-    "masks without a picture": (
+    "masks without an image": (
         lambda: {"model": "tester", "messages": user(text_part("?")), "masks": [BOX]},
         "image",
     ),
@@ -221,15 +221,15 @@ def test_a_body_of_unsaid_length_over_the_limit_is_refused_with_413(server):
     expect_alive(server)
 
 
-def test_a_single_pixel_is_a_picture_like_any_other(server):
+def test_a_single_pixel_is_an_image_like_any_other(server):
     one = Image.new("RGB", (1, 1), (200, 30, 30))
-    answer = post(server, regions([{"box": [0, 0, 1, 1]}], picture=data_url(one)))
+    answer = post(server, regions([{"box": [0, 0, 1, 1]}], image=data_url(one)))
     assert answer.status_code == 200 and len(answer.json()["choices"][0]["message"]["regions"]) == 1
 
 
-def test_a_thin_picture_is_a_picture_like_any_other(server):
+def test_a_thin_image_is_an_image_like_any_other(server):
     thin = Image.new("RGB", (60_000, 1))
-    answer = post(server, regions([{"box": [0, 0, 9, 1]}], picture=data_url(thin)))
+    answer = post(server, regions([{"box": [0, 0, 9, 1]}], image=data_url(thin)))
     assert answer.status_code == 200
 
 
@@ -340,7 +340,7 @@ def test_addresses_outside_are_public():
 
 
 class Site(http.server.BaseHTTPRequestHandler):
-    """A picture, redirects, and pages that misbehave."""
+    """An image, redirects, and pages that misbehave."""
 
     def do_GET(self):
         self.close_connection = True
@@ -442,6 +442,6 @@ def test_a_name_is_looked_up_once_and_its_checked_address_used(site, monkeypatch
 def test_the_server_fetches_from_a_host_that_is_allowed(load, site):
     policy = UrlPolicy(frozenset({site}), allow_private=True)
     with served(RegionCaptioner(*load("released-region")), policy=policy) as (address, _):
-        assert post(address, regions(picture=f"http://{site}/a.png")).status_code == 200
-        refused = post(address, regions(picture="http://localhost:1/a.png"))
+        assert post(address, regions(image=f"http://{site}/a.png")).status_code == 200
+        refused = post(address, regions(image="http://localhost:1/a.png"))
         assert refused.status_code == 400 and "allowed host" in refused.text

@@ -51,8 +51,8 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def read(limits: Limits | None = None, *, masks=(BOX,), picture=IMAGE, **extra):
-    content = {"model": "tester", "messages": user(image_part(picture)), "masks": list(masks)}
+def read(limits: Limits | None = None, *, masks=(BOX,), image=IMAGE, **extra):
+    content = {"model": "tester", "messages": user(image_part(image)), "masks": list(masks)}
     request = read_request(json.dumps(content | extra).encode())
     return RequestReader(limits or Limits(), lambda url: pytest.fail(url))(request)
 
@@ -86,7 +86,7 @@ def test_many_large_masks_of_a_small_image_are_refused_at_once(captioner):
         assert post(address).status_code == 200  # a worker is there
         started = time.monotonic()
         masks = [data_url(huge.getvalue(), "image/webp")] * 62
-        refused = post(address, picture=data_url(Image.new("RGB", (1, 1))), masks=masks)
+        refused = post(address, image=data_url(Image.new("RGB", (1, 1))), masks=masks)
     assert refused.status_code == 400 and "image's size" in refused.text
     assert time.monotonic() - started < 2
 
@@ -159,8 +159,8 @@ def test_the_text_of_all_messages_together_is_bounded():
 # The work of the model.
 
 
-def post(address: str, *, picture=IMAGE, masks=(BOX,), **extra) -> httpx.Response:
-    body = {"model": "tester", "messages": user(image_part(picture)), "masks": list(masks)}
+def post(address: str, *, image=IMAGE, masks=(BOX,), **extra) -> httpx.Response:
+    body = {"model": "tester", "messages": user(image_part(image)), "masks": list(masks)}
     return httpx.post(f"{address}/v1/chat/completions", json=body | SHORT | extra, timeout=60)
 
 
@@ -250,7 +250,7 @@ def test_a_long_job_is_not_starved_by_short_ones(captioner):
 def test_a_request_whose_reading_takes_too_long_ends_and_the_next_is_answered(captioner):
     big = np.zeros((1500, 1500, 3), np.uint8)
     big[::7] = 255
-    slow = {"picture": data_url(Image.fromarray(big))}
+    slow = {"image": data_url(Image.fromarray(big))}
     with served(captioner, limits=Limits(decode_seconds=0.001)) as (address, _):
         refused = post(address, **slow)
     assert refused.status_code == 400 and "decoded within" in refused.text

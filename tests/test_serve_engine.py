@@ -71,9 +71,9 @@ def test_a_batch_gives_each_caller_what_the_library_gives_alone(engine, captione
 
 
 def test_questions_of_one_batch_are_answered_as_alone(engine, captioner):
-    pictures = [region_files(i)[0] for i in range(3)]
-    alone = [captioner.ask(p, "What is it?", max_new_tokens=8).answers for p in pictures]
-    tickets = [engine.submit(ChatJob.ask(p, "What is it?"), max_new_tokens=8) for p in pictures]
+    images = [region_files(i)[0] for i in range(3)]
+    alone = [captioner.ask(p, "What is it?", max_new_tokens=8).answers for p in images]
+    tickets = [engine.submit(ChatJob.ask(p, "What is it?"), max_new_tokens=8) for p in images]
     assert [ticket.result(60).result.answers for ticket in tickets] == alone
     assert tickets[0].result().batch_size == 3
 

@@ -60,9 +60,9 @@ def mask_arrays() -> list[np.ndarray]:
 
 
 def with_alpha(mask: np.ndarray) -> Image.Image:
-    picture = Image.open(IMAGE).convert("RGB")
-    picture.putalpha(Image.fromarray(mask.astype(np.uint8) * 255))
-    return picture
+    image = Image.open(IMAGE).convert("RGB")
+    image.putalpha(Image.fromarray(mask.astype(np.uint8) * 255))
+    return image
 
 
 MASK_FORMS = {

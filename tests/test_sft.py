@@ -32,17 +32,17 @@ def pair(make):
 
 
 @pytest.fixture
-def rows(picture):
+def rows(draw_image):
     turns = [
         ([message("user", q)], [message("assistant", a)])
         for q, a in zip(QUESTIONS, ANSWERS, strict=True)
     ]
     prompts, completions = map(list, zip(*turns, strict=True))
-    pictures = [[picture(40, 40)], [picture(90, 40)]]
+    images = [[draw_image(40, 40)], [draw_image(90, 40)]]
     return {
         "text": {"messages": [p + c for p, c in turns]},
-        "images": {"messages": [p + c for p, c in turns], "images": pictures},
-        "pairs": {"prompt": prompts, "completion": completions, "images": pictures},
+        "images": {"messages": [p + c for p, c in turns], "images": images},
+        "pairs": {"prompt": prompts, "completion": completions, "images": images},
     }
 
 

@@ -1,4 +1,4 @@
-"""Starting values: layers that add nothing, and vision layers that look at neighbouring patches."""
+"""Starting values: layers that add nothing, and vision layers that look at neighboring patches."""
 
 import copy
 
@@ -26,7 +26,7 @@ def model_of(tmp_path, local_layers: int, heads: int = 4, **options):
 
 @torch.no_grad()
 def most_attended(model, index: int) -> torch.Tensor:
-    """(heads, patches): the patch that each patch of a noisy picture attends to most, in a layer
+    """(heads, patches): the patch that each patch of a noisy image attends to most, in a layer
     given the embeddings."""
     tower = model.vision_tower
     hidden = tower.embeddings(torch.rand(1, 3, 64, 64) * 2 - 1)
@@ -92,11 +92,11 @@ def test_without_residuals_every_local_layer_of_the_tower_looks_at_its_neighbors
 def test_layers_without_residuals_hand_on_their_input(tmp_path):
     model = build_model(small_recipe(tmp_path, model={"zero_residuals": True}))[0]
     tower, side = model.vision_tower, model.config.vision_config.image_size
-    picture = torch.rand(1, 3, side, side)
-    assert torch.equal(tower(picture), tower.embeddings(picture))
+    image = torch.rand(1, 3, side, side)
+    assert torch.equal(tower(image), tower.embeddings(image))
     words = torch.arange(100, 105)[None]
     states = model(words, output_hidden_states=True).hidden_states
-    assert torch.equal(states[-2], states[0])  # the last one is normalised
+    assert torch.equal(states[-2], states[0])  # the last one is normalized
     assert torch.equal(states[0], model.get_input_embeddings()(words))
 
 

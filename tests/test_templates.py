@@ -184,9 +184,9 @@ def test_templates_nest_like_the_masks(captioned):
         ]
 
 
-def test_a_question_has_a_template_of_its_own(make, picture):
+def test_a_question_has_a_template_of_its_own(make, draw_image):
     model, processor = make(region_layout="independent")
-    image = picture(40, 40)
+    image = draw_image(40, 40)
     options = {"processor": processor}
     prompts = ["is it?", "what?"]
     out = model.diffusion_generate(

@@ -42,14 +42,14 @@ def test_no_pipeline_plan_is_declared(make_config):
 @pytest.mark.sharded
 @pytest.mark.parametrize("changes", SETTINGS)
 def test_two_processes_compute_and_learn_what_one_does(
-    make_config, make, picture, blobs, changes, tmp_path
+    make_config, make, draw_image, blobs, changes, tmp_path
 ):
     model, processor = make(**changes)
     model.save_pretrained(tmp_path)
     asked = {"masks": blobs(61, 47, count=2), "captions": ["a red circle", "a person"]}
-    training = processor(picture(61, 47), **asked)
+    training = processor(draw_image(61, 47), **asked)
     draws = {"timesteps": torch.tensor([0.7]), "noise": torch.rand(training["labels"].shape)}
-    asked = processor(picture(61, 47), masks=asked["masks"], caption_length=4)
+    asked = processor(draw_image(61, 47), masks=asked["masks"], caption_length=4)
     inputs = dict(asked), {**training, **draws}
     expected = measured(model, *inputs)
     with socket.socket() as free:

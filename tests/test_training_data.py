@@ -68,9 +68,9 @@ def region_record(name: str, count: int) -> dict:
 
 
 @pytest.fixture
-def folder(tmp_path, picture):
+def folder(tmp_path, draw_image):
     for k in range(4):
-        picture(48, 48, seed=k).save(tmp_path / f"{k}.jpg")
+        draw_image(48, 48, seed=k).save(tmp_path / f"{k}.jpg")
     return tmp_path
 
 

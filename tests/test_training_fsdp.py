@@ -124,11 +124,11 @@ def captions_of(folder: Path, image, masks) -> list:
 
 
 def test_an_exported_sharded_checkpoint_generates_what_the_final_folder_does(
-    split, tmp_path, picture, blobs
+    split, tmp_path, draw_image, blobs
 ):
     _, folder = split
     exported = convert(folder / "checkpoint-20", tmp_path / "exported")
-    scene = picture(40, 60), blobs(40, 60, 3)
+    scene = draw_image(40, 60), blobs(40, 60, 3)
     assert captions_of(folder, *scene) == captions_of(exported, *scene)
 
 
@@ -171,13 +171,13 @@ def test_lora_under_fsdp_has_the_losses_of_one_process(lora, lora_split, tmp_pat
 
 
 def test_a_sharded_checkpoint_of_lora_resumes_and_is_exported(
-    lora, lora_split, tmp_path, picture, blobs
+    lora, lora_split, tmp_path, draw_image, blobs
 ):
     sections, steps = lora
     losses, folder = lora_split
     resume = ("--resume", str(folder / "checkpoint-4"))
     assert launch(tmp_path / "run", *resume, **sections, **sharded(**steps)) == losses
-    scene = picture(40, 60), blobs(40, 60, 3)
+    scene = draw_image(40, 60), blobs(40, 60, 3)
     exported = convert(folder / "checkpoint-8", tmp_path / "exported")
     final = convert(folder, tmp_path / "final")
     assert captions_of(exported, *scene) == captions_of(final, *scene)

@@ -127,11 +127,11 @@ def test_the_adapter_loads_through_peft_and_merges(base, tuned, batch, tmp_path)
     assert torch.allclose(logits_of(reloaded, batch), expected, atol=1e-5)
 
 
-def test_the_adapter_folder_generates_with_its_own_processor(tuned, picture, blobs):
+def test_the_adapter_folder_generates_with_its_own_processor(tuned, draw_image, blobs):
     trainer, folder = tuned
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    image, masks = picture(40, 60), blobs(40, 60, 2)
+    image, masks = draw_image(40, 60), blobs(40, 60, 2)
     options = {"processor": processor, "steps": 3}
     one = model.diffusion_generate(image, masks, **options)
     other = trainer.model.eval().base_model.model.diffusion_generate(image, masks, **options)

@@ -20,18 +20,18 @@ from safetensors.torch import load_file
 
 
 @pytest.fixture
-def samples(make, picture, blobs):
+def samples(make, draw_image, blobs):
     """Region samples and questions of different lengths, and their processor."""
     _, processor = make(num_region_prompts=3)
     built = []
     for i in range(6):
         if i % 3 == 2:
-            features = dict(processor.image_processor([picture(40, 60, seed=i)]))
+            features = dict(processor.image_processor([draw_image(40, 60, seed=i)]))
             text = "<img><IMG_CONTEXT></img>\nwhat?<|eot_id|>"
             sequence = processor.chat_sequence(text, features, answer="a" * (i + 1))
         else:
             masks = blobs(60, 40, 1 + i % 3, seed=i)
-            features = dict(processor.image_processor([picture(60, 40, seed=i)], [masks]))
+            features = dict(processor.image_processor([draw_image(60, 40, seed=i)], [masks]))
             features.pop("region_orders")
             slots = processor.caption_slots([f"region {k}" for k in range(len(masks))], 0, 8)
             sequence = processor.region_sequence(features, 0, slots)
@@ -176,9 +176,9 @@ def test_the_least_masking_rate_is_the_published_one():
     assert MINIMUM_MASK_RATE == 1e-3
 
 
-def test_questions_that_share_an_image_are_predicted_as_each_alone(make, picture):
+def test_questions_that_share_an_image_are_predicted_as_each_alone(make, draw_image):
     model, processor = make(region_layout="independent")
-    features = dict(processor.image_processor([picture(90, 40)]))
+    features = dict(processor.image_processor([draw_image(90, 40)]))
     questions = ["What?", "Is there a red object, or none at all?", "How many?"]
     sequences = [
         processor.chat_sequence(
@@ -198,9 +198,9 @@ def test_questions_that_share_an_image_are_predicted_as_each_alone(make, picture
     assert (together - apart).abs().max() < 1e-5 * apart.abs().max()
 
 
-def test_other_trunks_are_not_shared(make, picture):
+def test_other_trunks_are_not_shared(make, draw_image):
     _, processor = make(region_layout="independent")
     texts = [f"{word} <img><IMG_CONTEXT></img>\nwhat?" for word in ("one", "two")]
-    features = dict(processor.image_processor([picture(40, 40)]))
+    features = dict(processor.image_processor([draw_image(40, 40)]))
     with pytest.raises(ValueError, match="the same trunk"):
         share_trunk([processor.chat_sequence(text, features, max_new_tokens=2) for text in texts])

@@ -77,6 +77,15 @@ def test_options_that_others_leave_without_effect_are_refused(kind):
         check_trainer({"output_dir": "x", **IDLE[kind]})
 
 
+@pytest.mark.parametrize("taken_away", ["{}", "null"])
+def test_an_override_takes_a_recipes_schedule_options_away(taken_away):
+    constant = ["trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0"]
+    recipe = load_recipe(
+        "configs/tiny.yaml", [*constant, f"trainer.lr_scheduler_kwargs={taken_away}"]
+    )
+    assert not recipe.trainer["lr_scheduler_kwargs"]
+
+
 SECTIONS = {
     "a tokenizer beside a checkpoint's": ({"model": {"checkpoint": "x"}}, "model.tokenizer"),
     "a subfolder of no checkpoint": ({"model": {"subfolder": "x"}}, "model.subfolder"),

@@ -368,12 +368,12 @@ def test_batches_hold_samples_of_like_length_and_an_epoch_all(recipe_of):
 
 
 @pytest.fixture
-def files(tmp_path, picture, monkeypatch):
+def files(tmp_path, draw_image, monkeypatch):
     """Data files of both kinds: six images with two boxes each, and a question about each."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     regions, conversations = [], []
     for k in range(6):
-        picture(40, 40, seed=k).save(tmp_path / f"{k}.png")
+        draw_image(40, 40, seed=k).save(tmp_path / f"{k}.png")
         masks = [{"box": [0, 0, 9, 9]}, {"box": [5, 5, 39, 30 + k]}]
         captions = ["a red circle", "a small star"]
         regions.append({"image": f"{k}.png", "masks": masks, "captions": captions})
@@ -451,7 +451,7 @@ def test_an_evaluated_text_batch_runs_every_sharded_module(make_config, tmp_path
         torch.distributed.destroy_process_group()
 
 
-def test_a_changed_config_changes_the_processor(tmp_path, picture, blobs):
+def test_a_changed_config_changes_the_processor(tmp_path, draw_image, blobs):
     base = tmp_path / "base"
     without = {**TINY, "num_region_prompts": 0, "region_layout": "released", "roi_output_size": 3}
     data = {"region_share": 0.0}
@@ -466,7 +466,7 @@ def test_a_changed_config_changes_the_processor(tmp_path, picture, blobs):
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     assert processor.image_processor.num_region_prompts == 8
     assert (processor.region_layout, processor.roi_output_size) == ("independent", 2)
-    captions = model.diffusion_generate(picture(40, 60), blobs(40, 60, 3), steps=2).texts[0]
+    captions = model.diffusion_generate(draw_image(40, 60), blobs(40, 60, 3), steps=2).texts[0]
     assert len(captions) == 3
 
 
@@ -506,12 +506,12 @@ def test_a_module_is_named_as_it_is_without_an_adapter():
     assert not belongs("base_model.model.connector.linear_1.weight", "linear")
 
 
-def test_the_saved_folder_captions_and_answers(recipe_of, tmp_path, picture, blobs):
+def test_the_saved_folder_captions_and_answers(recipe_of, tmp_path, draw_image, blobs):
     trainer = train(recipe_of(trainer={"max_steps": 1}))
     folder = tmp_path / "run"
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    image, masks = picture(40, 60), blobs(40, 60, 2)
+    image, masks = draw_image(40, 60), blobs(40, 60, 2)
     own = trainer.model.eval().diffusion_generate(image, masks, processor=trainer.processor)
     loaded = model.diffusion_generate(image, masks)
     assert loaded.token_ids == own.token_ids

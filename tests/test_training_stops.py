@@ -62,10 +62,10 @@ def no_float_is_strange(folder: Path) -> bool:
 
 
 @pytest.fixture
-def records(tmp_path, picture, monkeypatch):
+def records(tmp_path, draw_image, monkeypatch):
     """Writes a data file of images with one mask each, some of them broken."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    picture(40, 40).save(tmp_path / "good.png")
+    draw_image(40, 40).save(tmp_path / "good.png")
 
     def write(count: int, broken: dict) -> str:
         good = {"image": "good.png", "masks": [{"box": [0, 0, 20, 30]}], "captions": ["a star"]}

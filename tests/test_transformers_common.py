@@ -4,13 +4,13 @@ Adapted from the lists of its own common tests (`test_modeling_common.py`,
 `test_image_processing_common.py`, `test_processing_common.py`).
 
 Apply here: saving and loading (whole, sharded, half precision, device maps, disk offload,
-mismatched shapes, missing weights), initialisation (seeds, meta, every parameter), determinism,
+mismatched shapes, missing weights), initialization (seeds, meta, every parameter), determinism,
 training (gradients, checkpointing, frozen embeddings), tuple and dict outputs, hidden states,
 embeddings (get, set, resize, tie), attention implementations, RoPE scaling, the modules a device
 map may not split, settings and their precedence. Elsewhere: batching equivalence and loading
 without the source tree (`test_modeling.py`, `test_round_trip.py`), every part on a disk or on
 another device (`test_offload.py`), tensor parallelism (`test_tensor_parallel.py`), eager against
-sdpa and flex (`test_attention.py`), forms of pictures (`test_image_processing.py`), chat templates
+sdpa and flex (`test_attention.py`), forms of images (`test_image_processing.py`), chat templates
 (`test_processing.py`).
 
 Do not apply: `inputs_embeds` (visual tokens are spliced by place, so the model takes ids alone),
@@ -18,17 +18,20 @@ Do not apply: `inputs_embeds` (visual tokens are spliced by place, so the model 
 user has asked for them, and only one implementation could give them), causal losses and label
 shifting (predictions stand at their own position), head pruning and feed-forward chunking (removed
 or unused in transformers), expert and pipeline parallel plans (none are declared), `.bin` files,
-torchvision backends (pictures are PIL's), audio and video, numpy outputs (`return_tensors` is "pt",
-anything else is refused). Flash attention and quantisation need a GPU that these tests do not have;
+torchvision backends (images are PIL's), audio and video, numpy outputs (`return_tensors` is "pt",
+anything else is refused). Flash attention and quantization need a GPU that these tests do not have;
 that flash attention is refused where the structure forbids it is in `test_attention.py`.
 """
 
 import copy
 import inspect
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import pytest_ignore_collect
 from perceptiondlm.image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
@@ -42,16 +45,16 @@ def model(make):
 
 
 @pytest.fixture
-def inputs(make, picture, blobs):
+def inputs(make, draw_image, blobs):
     _, processor = make()
-    return processor(picture(61, 47), masks=blobs(61, 47, count=2), caption_length=3)
+    return processor(draw_image(61, 47), masks=blobs(61, 47, count=2), caption_length=3)
 
 
 @pytest.fixture
-def training_inputs(make, picture, blobs):
+def training_inputs(make, draw_image, blobs):
     _, processor = make()
     inputs = processor(
-        picture(61, 47), masks=blobs(61, 47, count=2), captions=["a red circle", "a person"]
+        draw_image(61, 47), masks=blobs(61, 47, count=2), captions=["a red circle", "a person"]
     )
     draws = {"timesteps": torch.tensor([0.6]), "noise": torch.rand(inputs["labels"].shape)}
     return {**inputs, **draws}
@@ -441,10 +444,10 @@ def test_arguments_go_before_what_was_saved(processor, tmp_path):
     assert whole.system_prompt == processor.system_prompt
 
 
-def test_a_calls_arguments_go_before_the_settings_and_do_not_stay(processor, picture):
+def test_a_calls_arguments_go_before_the_settings_and_do_not_stay(processor, draw_image):
     images = processor.image_processor
-    assert images(picture(200, 60), max_tiles=1)["image_grids"].tolist() == [[1, 1]]
-    assert images(picture(200, 60))["image_grids"].tolist() == [[3, 1]]
+    assert images(draw_image(200, 60), max_tiles=1)["image_grids"].tolist() == [[1, 1]]
+    assert images(draw_image(200, 60))["image_grids"].tolist() == [[3, 1]]
 
 
 def test_changing_one_image_processor_changes_no_other():
@@ -453,15 +456,20 @@ def test_changing_one_image_processor_changes_no_other():
     assert second.max_tiles == PerceptionDLMImageProcessor().max_tiles == 6
 
 
-def test_an_image_processor_needs_no_settings(picture):
-    assert PerceptionDLMImageProcessor()(picture(20, 20))["pixel_values"].shape == (1, 3, 512, 512)
+def test_an_image_processor_needs_no_settings(draw_image):
+    assert PerceptionDLMImageProcessor()(draw_image(20, 20))["pixel_values"].shape == (
+        1,
+        3,
+        512,
+        512,
+    )
 
 
-def test_an_unknown_argument_of_a_call_is_refused(processor, picture):
+def test_an_unknown_argument_of_a_call_is_refused(processor, draw_image):
     with pytest.raises(TypeError, match="max_tile"):
-        processor.image_processor(picture(20, 20), max_tile=3)
+        processor.image_processor(draw_image(20, 20), max_tile=3)
     with pytest.raises(ValueError, match="expected return_tensors 'pt', got 'np'"):
-        processor.image_processor(picture(20, 20), return_tensors="np")
+        processor.image_processor(draw_image(20, 20), return_tensors="np")
 
 
 def test_the_processor_says_what_it_makes(processor, inputs):
@@ -493,3 +501,11 @@ def test_decoding_is_the_tokenizers(processor):
     ids = processor.tokenizer("a red circle")["input_ids"]
     assert processor.decode(ids) == processor.tokenizer.decode(ids)
     assert processor.batch_decode([ids, ids]) == processor.tokenizer.batch_decode([ids, ids])
+
+
+@pytest.mark.parametrize(("asked", "is_left_out"), [("", True), ("transformers_suite", None)])
+def test_transformers_own_tests_are_collected_only_when_asked_for(asked, is_left_out):
+    config = SimpleNamespace(option=SimpleNamespace(markexpr=asked))
+    suite = Path(__file__).parent / "test_transformers_suite.py"
+    assert pytest_ignore_collect(suite, config) is is_left_out
+    assert pytest_ignore_collect(Path(__file__), config) is None

@@ -141,7 +141,7 @@ class TextModel(ModelCase, unittest.TestCase):
 
 
 class ImagesTester(imaging.ImageProcessingTester):
-    """Pictures, and an image processor that tiles them."""
+    """Images, and an image processor that tiles them."""
 
     def _get_image_processing_classes(self):
         return {"pil": PerceptionDLMImageProcessor}

@@ -24,23 +24,26 @@ def tree():
 
 
 @pytest.mark.parametrize("text", [{}, {"num_key_value_heads": 2}])
-def test_regions_of_several_pictures_are_captioned_as_without(make, picture, blobs, tree, text):
+def test_regions_of_several_images_are_captioned_as_without(make, draw_image, blobs, tree, text):
     model, processor = make(text=text, **INDEPENDENT)
     sizes, counts = [(61, 47), (90, 30), (40, 40)], [3, 8, 1]
-    pictures = [picture(*size) for size in sizes]
+    images = [draw_image(*size) for size in sizes]
     masks = [blobs(*size, count=n) for size, n in zip(sizes, counts, strict=True)]
     options = {"processor": processor, "caption_length": 5}
-    expected = model.diffusion_generate(pictures, masks, **options)
-    assert tree(model, pictures, masks, **options).token_ids == expected.token_ids
+    expected = model.diffusion_generate(images, masks, **options)
+    assert tree(model, images, masks, **options).token_ids == expected.token_ids
 
 
-def test_questions_of_several_lengths_are_answered_as_without(make, picture, tree):
+def test_questions_of_several_lengths_are_answered_as_without(make, draw_image, tree):
     model, processor = make(**INDEPENDENT)
-    pictures, questions = [picture(40, 40), picture(90, 40)], ["What?", "What is this, and why?"]
+    images, questions = (
+        [draw_image(40, 40), draw_image(90, 40)],
+        ["What?", "What is this, and why?"],
+    )
     options = {"prompts": questions, "processor": processor, "max_new_tokens": 6}
     for extra in ({}, {"cfg_scale": 1.0}):
-        expected = model.diffusion_generate(pictures, **options, **extra)
-        assert tree(model, pictures, **options, **extra).token_ids == expected.token_ids
+        expected = model.diffusion_generate(images, **options, **extra)
+        assert tree(model, images, **options, **extra).token_ids == expected.token_ids
 
 
 @pytest.mark.parametrize("queries", [slice(0, 7), slice(4, 7), slice(0, 2)])
@@ -62,12 +65,12 @@ def test_merged_softmaxes_are_the_whole_one(queries):
     assert torch.allclose(got, expected, atol=1e-6)
 
 
-def test_a_model_is_loaded_and_trained_with_it(make, picture, blobs, tmp_path):
+def test_a_model_is_loaded_and_trained_with_it(make, draw_image, blobs, tmp_path):
     model, processor = make(**INDEPENDENT)
     model.save_pretrained(tmp_path)
     load = PerceptionDLMForConditionalGeneration.from_pretrained
     inputs = processor(
-        [picture(61, 47), picture(40, 40)],
+        [draw_image(61, 47), draw_image(40, 40)],
         masks=[blobs(61, 47, 3), blobs(40, 40, 1)],
         captions=[["a", "b", "c"], ["d"]],
     )
@@ -83,7 +86,7 @@ def test_a_model_is_loaded_and_trained_with_it(make, picture, blobs, tmp_path):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
 
 
-def test_the_joint_layout_has_no_tree(make, picture, blobs, tree):
+def test_the_joint_layout_has_no_tree(make, draw_image, blobs, tree):
     model, processor = make()
     with pytest.raises(ValueError, match="region_layout 'independent' for attn_implementation"):
-        tree(model, picture(40, 40), blobs(40, 40, 2), processor=processor)
+        tree(model, draw_image(40, 40), blobs(40, 40, 2), processor=processor)

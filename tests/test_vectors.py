@@ -211,7 +211,7 @@ def test_llava_features_and_logits_are_the_recorded_ones(llava):
     tokens = llava.model.image_tokens(features, grids(llava.inputs), sizes)
     logits = llava.model(**llava.inputs, logits_to_keep=llava.options["max_new_tokens"]).logits
     assert deviation(tokens, llava.recorded["image_embeds"]) < 1e-4
-    # the converted vocabulary has a row more, for the picture's placeholder
+    # the converted vocabulary has a row more, for the image's placeholder
     assert deviation(logits[..., :512], llava.recorded["first_step_logits"]) < 1e-4
 
 

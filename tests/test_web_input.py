@@ -23,9 +23,9 @@ SIZE = Image.open(IMAGE).size
 LIMITS = Limits(body_bytes=1 << 20, pixels=1_000_000, masks=4)
 
 
-def sent(picture=IMAGE, regions=()) -> str:
-    picture = data_url(picture) if isinstance(picture, (Path, bytes, Image.Image)) else picture
-    return json.dumps({"picture": picture, "regions": list(regions)})
+def sent(image=IMAGE, regions=()) -> str:
+    image = data_url(image) if isinstance(image, (Path, bytes, Image.Image)) else image
+    return json.dumps({"image": image, "regions": list(regions)})
 
 
 def painted(mask: np.ndarray) -> dict:
@@ -35,12 +35,12 @@ def painted(mask: np.ndarray) -> dict:
     return {"painted": data_url(Image.fromarray(rgba))}
 
 
-def test_a_payload_is_a_picture_and_masks_of_its_size():
+def test_a_payload_is_an_image_and_masks_of_its_size():
     exact = VECTORS / "region_0_mask_0.png"
     regions = [{"box": [1, 2, 30, 40]}, {"exact": data_url(exact)}]
-    picture, read = read_payload(sent(regions=regions), LIMITS)
-    masks = region_masks(read, picture.size, LIMITS)
-    assert picture.tobytes() == Image.open(IMAGE).convert("RGB").tobytes()
+    image, read = read_payload(sent(regions=regions), LIMITS)
+    masks = region_masks(read, image.size, LIMITS)
+    assert image.tobytes() == Image.open(IMAGE).convert("RGB").tobytes()
     assert masks[0].getbbox() == (1, 2, 30, 40)
     assert masks[1].tobytes() == Image.open(exact).convert("L").tobytes()
 
@@ -56,8 +56,8 @@ def test_a_payload_is_a_picture_and_masks_of_its_size():
     ],
 )
 def test_a_data_url_is_read_however_it_is_written(way):
-    picture, _ = read_payload(sent(way(data_url(IMAGE))), LIMITS)
-    assert picture.tobytes() == Image.open(IMAGE).convert("RGB").tobytes()
+    image, _ = read_payload(sent(way(data_url(IMAGE))), LIMITS)
+    assert image.tobytes() == Image.open(IMAGE).convert("RGB").tobytes()
 
 
 def test_an_image_with_an_orientation_is_turned_once_and_masks_have_its_upright_size():
@@ -66,7 +66,7 @@ def test_an_image_with_an_orientation_is_turned_once_and_masks_have_its_upright_
     stored = Image.fromarray(np.arange(12 * 8, dtype=np.uint8).reshape(8, 12) * 2)
     buffer = io.BytesIO()
     stored.save(buffer, "PNG", exif=exif)
-    opened = Decoder(LIMITS).image(buffer.getvalue(), "the picture")
+    opened = Decoder(LIMITS).image(buffer.getvalue(), "the image")
     rle = {"size": [12, 8], "counts": [5, 30, 61]}
     assert opened.size == (8, 12)
     assert np.count_nonzero(Decoder(LIMITS).mask(rle, opened.size)) == 30
@@ -93,7 +93,7 @@ def test_a_lossless_mask_with_a_soft_edge_is_read_of_any_format():
 
 
 @pytest.mark.parametrize("scale", [0.25, 1, 4])
-def test_a_painted_mask_is_brought_to_the_pictures_scale(scale):
+def test_a_painted_mask_is_brought_to_the_images_scale(scale):
     width, height = (round(side * scale) for side in SIZE)
     mask = np.zeros((height, width), bool)
     mask[height // 2 :, : width // 2] = True
@@ -117,8 +117,8 @@ def test_a_speck_does_not_vanish_when_made_smaller():
         ("{", "JSON"),
         ("[" * 100_000, "JSON"),
         ("[]", "image and regions"),
-        ('{"picture": "x"}', "image and regions"),
-        ('{"picture": 3, "regions": []}', "data URL"),
+        ('{"image": "x"}', "image and regions"),
+        ('{"image": 3, "regions": []}', "data URL"),
         (sent("/etc/passwd"), "data:image"),
         (sent("file:///etc/passwd"), "data:image"),
         (sent(b"<svg/>"), "got SVG"),
@@ -170,7 +170,7 @@ def test_examples_are_scenes_with_masks_of_their_size():
 
 
 def test_the_painters_setup_survives_being_put_into_markup():
-    text = markup(LIMITS, [{"picture": 'a"b<', "regions": []}], regions=True, outlines=False)
+    text = markup(LIMITS, [{"image": 'a"b<', "regions": []}], regions=True, outlines=False)
     assert 'a"b<' not in text and "a\\&quot;b&lt;" in text
 
 

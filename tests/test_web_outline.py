@@ -28,8 +28,8 @@ def page():
     return Page(None, "tester", Limits(masks=4), load_segmenter())
 
 
-def asked(picture, points=None, boxes=None) -> dict:
-    return {"picture": picture, "points": points, "boxes": boxes}
+def asked(image, points=None, boxes=None) -> dict:
+    return {"image": image, "points": points, "boxes": boxes}
 
 
 def masks_of(answer: dict) -> list[np.ndarray]:

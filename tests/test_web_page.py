@@ -1,4 +1,4 @@
-"""The page in headless Chromium: what a person does with it, from a picture to captions."""
+"""The page in headless Chromium: what a person does with it, from an image to captions."""
 
 import base64
 import io
@@ -124,7 +124,7 @@ def payload(page) -> dict:
 
 
 def drag(page, *points):
-    """Drags over the picture; points are shares of its width and height."""
+    """Drags over the image; points are shares of its width and height."""
     box = page.locator(".pd-stage canvas").bounding_box()
     places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
     page.mouse.move(*places[0])
@@ -134,7 +134,7 @@ def drag(page, *points):
     page.mouse.up()
 
 
-def test_from_a_picture_and_mask_files_to_the_librarys_captions(page, captioner):
+def test_from_an_image_and_mask_files_to_the_librarys_captions(page, captioner):
     choose(page)
     add_masks(page, MASKS)
     shown = describe(page)
@@ -142,7 +142,7 @@ def test_from_a_picture_and_mask_files_to_the_librarys_captions(page, captioner)
     assert alike(shown, expected.captions)
     facts = page.locator(".pd-facts").inner_text()
     assert "3 regions" in facts and f"{expected.num_forwards} forward passes" in facts
-    assert f"{expected.tokens_per_forward:.1f} tokens a pass" in facts
+    assert f"{expected.tokens_per_forward:.1f} tokens each" in facts
     assert page.get_attribute(".pd-facts a", "href").startswith("data:image/")
     page.locator("#pd-json button").first.click()
     page.wait_for_selector("#pd-json .cm-content >> text=regions")
@@ -357,7 +357,7 @@ def test_a_visitor_who_goes_away_and_a_body_too_large_leave_no_traceback(address
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_without_a_picture_or_a_region_the_page_says_so(page):
+def test_without_an_image_or_a_region_the_page_says_so(page):
     page.click("#pd-go")
     assert "Choose an image" in toast(page)
     page.locator(".toast-close").first.click()
@@ -405,10 +405,10 @@ def test_two_people_at_once_each_get_their_own(browser, address, captioner):
         people.append((context, page, VECTORS / f"region_{index}.png", masks))
     for _, page, *_ in people:
         page.click("#pd-go")
-    for context, page, picture, masks in people:
+    for context, page, image, masks in people:
         page.wait_for_selector(".pd-facts a")
         shown = page.locator(".pd-captions .pd-text").all_inner_texts()
-        assert alike(shown, captioner(picture, masks, **SHORT).captions)
+        assert alike(shown, captioner(image, masks, **SHORT).captions)
         context.close()
 
 

@@ -203,8 +203,8 @@ def elsewhere(tmp_path_factory):
 
 @pytest.mark.slow
 def test_an_installed_wheel_captions_with_the_embedded_model(elsewhere):
-    picture = str(VECTORS / "region_0.png")
-    printed = elsewhere("apps.cli", "caption", picture, "--box", "5,5,60,60", "--format", "json")
+    image = str(VECTORS / "region_0.png")
+    printed = elsewhere("apps.cli", "caption", image, "--box", "5,5,60,60", "--format", "json")
     assert json.loads(printed)[0]["regions"][0]["caption"]
 
 

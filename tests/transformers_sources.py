@@ -43,15 +43,15 @@ def load(name: str):
 
 
 def _prepare():
-    picture = FOLDER / "picture.png"
-    Image.radial_gradient("L").convert("RGB").save(picture)
+    image = FOLDER / "image.png"
+    Image.radial_gradient("L").convert("RGB").save(image)
     stand_ins = {
         PACKAGE: {"__path__": [str(FOLDER)]},
         f"{PACKAGE}.generation": {"__path__": []},
         f"{PACKAGE}.generation.test_utils": {"GenerationTesterMixin": type("Generation", (), {})},
         f"{PACKAGE}.exporters": {"__path__": []},
         f"{PACKAGE}.exporters.test_export": {"ExportTesterMixin": type("Export", (), {})},
-        "fetch_hub_objects_for_ci": {"url_to_local_path": lambda url, *_: str(picture)},
+        "fetch_hub_objects_for_ci": {"url_to_local_path": lambda url, *_: str(image)},
     }
     for name, contents in stand_ins.items():
         module = types.ModuleType(name)

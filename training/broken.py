@@ -30,7 +30,7 @@ class BrokenRecords:
 
     @property
     def count(self) -> int:
-        """Number of distinct broken records so far."""
+        """Counts the distinct broken records so far."""
         return self._counts[0]
 
     def see(self):

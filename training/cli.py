@@ -14,6 +14,7 @@ def configure(parser: argparse.ArgumentParser):
         metavar="section.key=value",
         help="options that replace the recipe's, values in YAML",
     )
+
     parser.add_argument(
         "--resume",
         nargs="?",

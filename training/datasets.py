@@ -130,6 +130,7 @@ class StreamDataset(IterableDataset):
         worker = get_worker_info()
         if worker is not None and worker.id >= self.rows.num_shards:
             return  # there are fewer files than workers
+
         epoch = 0
         while True:
             self.rows.set_epoch(epoch)
@@ -137,6 +138,7 @@ class StreamDataset(IterableDataset):
             for sample in self._epoch(epoch):
                 made += 1
                 yield sample
+
             if not made:
                 raise ValueError(f"expected records that are not broken in {', '.join(self.files)}")
             epoch += 1

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..image_loading import path_inside
+from ..configuration_perceptiondlm import path_inside
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from .recipe_sections import RegionData
 from .records import Record, count_masks

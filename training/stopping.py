@@ -1,4 +1,4 @@
-"""Says how a run ends before its last step, with one voice for all its processes."""
+"""Ends a run before its last step, in all its processes for the same reason."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer with the diffusion loss, this package's sample order and its groups."""
+"""Extends transformers' Trainer by the diffusion loss, an order of samples and parameter groups."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +40,7 @@ def _named(folder, part: str):
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """The part of a sharded parameter that this process holds."""
+    """Returns the part of a sharded parameter that this process holds."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 

@@ -168,7 +168,9 @@ def _check_combinations(values: dict):
         expect_known("trainer.accelerator_config", accelerator, ACCELERATOR_KEYS)
 
     for name, used in _uses(values, optim).items():
-        if not used and name in values and values[name] != _default_of(name):
+        # An empty mapping is how an override takes a recipe's own `lr_scheduler_kwargs` away.
+        says_nothing = name not in values or values[name] in (_default_of(name), {})
+        if not used and not says_nothing:
             raise ValueError(
                 f"expected no trainer.{name}, which has no effect with the other options, got"
                 f" {values[name]!r}"

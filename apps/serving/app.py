@@ -49,7 +49,7 @@ def create_app(
 
 
 def _open_routes(endpoint: Endpoint) -> APIRouter:
-    """Routes for those who watch the server, who need no key."""
+    """Returns the routes for those who watch the server, who need no key."""
     router = APIRouter()
 
     @router.get("/health")
@@ -65,7 +65,7 @@ def _open_routes(endpoint: Endpoint) -> APIRouter:
 
 
 def _model_routes(endpoint: Endpoint) -> APIRouter:
-    """OpenAI's routes."""
+    """Returns the routes that OpenAI's clients know."""
     router = APIRouter(prefix="/v1")
 
     @router.get("/models")

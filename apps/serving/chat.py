@@ -82,6 +82,7 @@ class RequestReader:
 
     def _regions(self, request: ChatRequest, masks: list | None) -> dict:
         """Reads the image, its masks and the instruction."""
+        # One message that holds the image, and masks in one of the ways in which they may come.
         *before, last = request.messages
         if before or last.role != "user":
             raise ValueError("expected one user message for regions, got a conversation")
@@ -92,6 +93,7 @@ class RequestReader:
         if masks is not None and len(urls) > 1:
             raise ValueError("expected masks as such or as image parts, got both")
 
+        # Masks are counted before any is decoded; an image without masks may hold one as its alpha.
         stored = self.decoder.image(self._bytes(urls[0], "the image"), "the image")
         image = load_image(stored)
         self.decoder.expect_masks(max(len(masks or []), len(urls) - 1), image.size)
@@ -133,7 +135,7 @@ class RequestReader:
         return self.fetch(url)
 
     def _options(self, request: ChatRequest, length: str) -> tuple[dict, str | None]:
-        """Decoding options, and the name of the length that is an upper bound."""
+        """Returns the decoding options, and the name of the length that is an upper bound."""
         options = {name: getattr(request, name) for name in DECODING if name != "caption_length"}
         options["stop_strings"] = self._stops(request)
         if request.caption_length is not None and length != "caption_length":
@@ -142,20 +144,20 @@ class RequestReader:
                 ' masks or by "task": "regions"'
             )
         options[length] = request.caption_length
-        for name, most in (
-            ("caption_length", self.limits.caption_length),
-            ("steps", self.limits.steps),
-        ):
-            expect_at_most(name, options.get(name), most)
+
+        # What the limits bound, and what torch takes as a seed.
+        for name in ("caption_length", "steps"):
+            expect_at_most(name, options.get(name), getattr(self.limits, name))
         if options["seed"] is not None and not 0 <= options["seed"] < 2**63:
             raise ValueError(f"expected seed from 0 to 2**63 - 1, got {options['seed']}")
 
+        # OpenAI's length is an upper bound: an answer may need less.
         bound = request.max_completion_tokens or request.max_tokens
         shorten = length if options[length] is None and bound is not None else None
         if shorten:
             caption = length == "caption_length"
-            most = self.limits.caption_length if caption else self.limits.new_tokens
-            options[length] = min(bound, most)
+            limit = self.limits.caption_length if caption else self.limits.new_tokens
+            options[length] = min(bound, limit)
         return {name: value for name, value in options.items() if value is not None}, shorten
 
     def _stops(self, request: ChatRequest) -> list[str] | None:
@@ -175,7 +177,10 @@ def _image_urls(message: Message) -> list[str]:
 
 
 def _texts(message: Message, masks: bool = False) -> list[str]:
-    """Returns the texts to be read, or with `masks` those that are masks, as no plain string is."""
+    """Returns a message's texts that are words or, with `masks`, those that spell region masks.
+
+    A content that is one plain string is always words.
+    """
     if isinstance(message.content, str):
         return [] if masks else [message.content]
     texts = [part.text for part in message.content if isinstance(part, TextPart)]

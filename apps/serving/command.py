@@ -49,6 +49,7 @@ def configure(parser: argparse.ArgumentParser):
         metavar="S",
         help="from SIGTERM to the end, for what is under way (default: %(default)g)",
     )
+
     urls = parser.add_argument_group("images behind URLs, which are refused by default")
     urls.add_argument(
         "--allow-url-host",
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from .arguments import limits_of, load_engine, model_name
     from .fetch import UrlPolicy
 
+    # What a user may have mistaken: one line and exit code 2.
     try:
         limits = limits_of(args)
         policy = UrlPolicy(frozenset(args.allow_url_host), args.allow_private_urls)
@@ -94,6 +96,6 @@ def run(args: argparse.Namespace) -> int:
     )
     try:
         server.run()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # Ctrl-C ends it as SIGTERM does
         pass
     return 0

@@ -37,6 +37,7 @@ def completions(tickets: list, output: DiffusionOutput, seconds: float) -> list[
     """
     done = []
     for i, ticket in enumerate(tickets):
+        # A job is an image with its regions, or a question: a row for each of its responses.
         ids = output.token_ids[i]
         lengths = output.lengths[i]
         forwards = output.image_forwards[i]

@@ -107,8 +107,8 @@ class Decoder:
     def _spend_numbers(self, values, depth: int = 3):
         """Bounds the numbers in a list, or in lists of lists of them.
 
-        Raises ValueError for too many, and for what is no number that an image could need. A text
-        is left to whom it is meant for.
+        Raises ValueError for too many, and for what is no number that an image could need. What is
+        no list passes: the mask's own form is checked later.
         """
         if not isinstance(values, list):
             return
@@ -118,6 +118,7 @@ class Decoder:
                 f"expected at most {self.limits.numbers:,} numbers in the masks of a request,"
                 " got more: send masks as compressed COCO RLE or as images"
             )
+
         for value in values:
             if isinstance(value, list) and depth:
                 self._spend_numbers(value, depth - 1)
@@ -155,6 +156,7 @@ class Decoder:
                 f"expected {name} of at most {limit:g} MiB, got {len(data) / (1 << 20):.1f} MiB"
             )
 
+        # Pillow reads the header alone here.
         source = io.BytesIO(data)
         try:
             image = open_encoded(source, readable_formats())
@@ -166,6 +168,7 @@ class Decoder:
             kinds = ", ".join(readable_formats())
             raise ValueError(f"expected {name} as {kinds}, got {_kind_of(data)}") from error
 
+        # The header says how much decoding would cost.
         width, height = image.size
         if width * height > limits.pixels:
             raise ValueError(

@@ -147,6 +147,7 @@ class Endpoint:
         except EngineClosed as error:
             raise _shutting_down() from error
 
+        # So that a stream that waits for the next step hears of the end.
         ticket.future.add_done_callback(lambda _: mailbox.ring())
         return asked, ticket
 
@@ -163,6 +164,7 @@ class Endpoint:
                 return_when=asyncio.FIRST_COMPLETED,
             )
 
+            # A result that is there goes before every other event.
             if done.done():
                 return _result(ticket)
             if gone.done():
@@ -188,6 +190,7 @@ class Endpoint:
         try:
             yield event(writer.start())
 
+            # Of the steps that came while one was sent, the latest alone is told.
             while not ticket.future.done():
                 left = deadline - time.monotonic()
                 if self.stopped.is_set():

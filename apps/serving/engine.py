@@ -67,6 +67,8 @@ class Engine:
             max_client_cost=max_client_cost,
         )
         captioner.check_options()
+
+        # What is fixed for as long as the engine lives.
         self.captioner = captioner
         self.max_queue = max_queue
         self.max_queue_bytes = max_queue_bytes
@@ -80,6 +82,7 @@ class Engine:
             up=lambda: self.alive,
         )
 
+        # What callers and the thread share; `_changed` guards the queue and what clients owe.
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
         self._owed: Counter[str] = Counter()  # cost of each client's jobs that wait or run
@@ -129,6 +132,7 @@ class Engine:
             follow=follow,
         )
 
+        # Room is looked for and taken under one lock, so that no other job can come between.
         with self._changed:
             self.expect_room(job.nbytes)
             self._expect_patience(ticket)
@@ -161,17 +165,17 @@ class Engine:
 
     @property
     def queue_length(self) -> int:
-        """Jobs waiting."""
+        """Counts the jobs that wait."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Jobs in the running batch."""
+        """Counts the jobs in the running batch."""
         return len(self._running)
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are being worked on."""
+        """Tells whether the engine's thread works on jobs."""
         return self._thread.is_alive() and not self._closed
 
     def close(self, *, drain: bool = True, timeout: float | None = None):
@@ -265,6 +269,7 @@ class Engine:
         batch = [ticket for ticket in batch if not ticket.future.done()]
         if not batch:
             return
+
         try:
             self._resolve(batch, self._generate(batch, nested))
         except _AllCancelled:

@@ -49,12 +49,12 @@ class RegionJob:
 
     @property
     def count(self) -> int:
-        """Captions to come."""
+        """Counts the captions that will be made."""
         return len(self.masks)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that image and masks hold."""
+        """Counts the bytes of memory that image and region masks hold."""
         return self.image.width * self.image.height * (3 + len(self.masks))
 
     def num_groups(self, max_regions: int) -> int:
@@ -73,6 +73,7 @@ class RegionJob:
         scope = "region" if model.config.region_layout == "independent" else "image"
         options.region_rule(scope, model.config.eot_token_id)
 
+        # The sequence of each region group, without any pixels.
         sizes = image_sizes(processor, [self.image])
         tokens = 0
         for first in range(0, len(self.masks), max_regions):
@@ -131,12 +132,12 @@ class ChatJob:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the images hold."""
+        """Counts the bytes of memory that the images hold."""
         return 3 * sum(image.width * image.height for image in self.images)
 
     @property
     def question(self) -> str:
-        """The text of the last message."""
+        """Returns the text of the last message."""
         content = self.messages[-1]["content"]
         if isinstance(content, str):
             return content

@@ -48,6 +48,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._recent: deque[tuple[int, float, int]] = deque(maxlen=RECENT_BATCHES)
 
+        # A registry of its own: a process may run several engines.
         own = {"namespace": "perceptiondlm", "registry": self.registry}
         self._counters = {name: Counter(name, text, **own) for name, text in COUNTERS.items()}
         self._batch_size = Histogram(
@@ -56,6 +57,8 @@ class Metrics:
         self._latency = Histogram(
             "latency_seconds", "from queued to answered", buckets=LATENCY_BUCKETS, **own
         )
+
+        # Gauges are asked for their value when metrics are read.
         gauges = {
             "queue_length": ("requests waiting", queue_length),
             "running": ("requests in the running batch", running),

@@ -111,11 +111,13 @@ class WorkerPool:
 
     def _run(self, header: dict, blob: bytes, limits: Limits, seconds: float, deadline: float):
         header["limits"] = dataclasses.asdict(limits)
+        # A place among the workers; None stands for one whose process is still to be started.
         try:
             worker = self._idle.get(timeout=max(0, deadline - time.monotonic()))
         except queue.Empty:
             raise ApiError(504, "expected an answer in time, got none", code="timeout") from None
 
+        # A worker that crashed or took too long is ended; the next task starts another.
         try:
             worker = worker or Worker()
             seconds = max(0, min(seconds, deadline - time.monotonic()))

@@ -199,6 +199,7 @@ def _refusal(error: ValidationError) -> ApiError:
 
 def _expect_small(value, depth: int = 6):
     """Refuses objects and lists so large that there would be an error for each of millions."""
+    # Masks are lists of numbers, which have a limit of their own.
     if isinstance(value, dict):
         if len(value) > MAX_KEYS:
             raise ApiError(

@@ -52,11 +52,14 @@ class Ticket:
         self.prompt_tokens = prompt_tokens
         self.cost = cost
         self.client = client
+
+        # What becomes of it.
         self.wants_steps = follow or on_step is not None
         self.future: Future[Completion] = Future()
         self.submitted = time.monotonic()
         self.started: float | None = None
 
+        # The latest step, for a reader in another thread.
         self._on_step = on_step
         self._cancelled = threading.Event()
         self._news = threading.Condition()
@@ -65,7 +68,7 @@ class Ticket:
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody wants the result any more."""
+        """Tells whether nobody wants the result any more."""
         return self._cancelled.is_set()
 
     def result(self, timeout: float | None = None) -> Completion:

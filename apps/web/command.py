@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from ..serving.arguments import limits_of, load_engine, model_name
     from ..serving.pool import shared_pool
 
+    # What a user may have mistaken: one line and exit code 2.
     try:
         limits = limits_of(args)
         shared_pool().warm_up()
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"perceptiondlm web: {error}", file=sys.stderr)
         return 2
+
     with engine:
         try:
             launch(

@@ -98,7 +98,7 @@ async function outline(points, boxes) {
   tell('Outlining ...');
   const asked = imageUrl;
   try {
-    const found = await server.outline({ picture: asked, points, boxes });
+    const found = await server.outline({ image: asked, points, boxes });
     if (imageUrl !== asked) return; // another image is shown by now
     if (!found.urls) {
       tell(found.problem);
@@ -213,7 +213,7 @@ const acts = {
 
 function openExample(index) {
   const example = setup.examples[index];
-  openImage(example.picture, setup.regions ? example.regions : [], example.question);
+  openImage(example.image, setup.regions ? example.regions : [], example.question);
 }
 
 root.addEventListener('click', (event) => {
@@ -236,7 +236,7 @@ root.addEventListener('click', (event) => {
 
 setup.examples.forEach((example, index) => {
   const thumbnail = document.createElement('img');
-  thumbnail.src = example.picture;
+  thumbnail.src = example.image;
   thumbnail.alt = `example ${index + 1}`;
   const button = document.createElement('button');
   button.dataset.example = index;

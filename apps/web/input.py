@@ -30,7 +30,7 @@ def read_payload(
 ) -> tuple[Image.Image | None, list]:
     """Reads the image, as upright RGB, and leaves the regions as the painter describes them.
 
-    `text` is JSON: `picture`, a data URL or null, and `regions`, a list of `{"painted": data URL}`
+    `text` is JSON: `image`, a data URL or null, and `regions`, a list of `{"painted": data URL}`
     (a mask at the painter's own scale), `{"exact": data URL}` or `{"box": [x0, y0, x1, y1]}`.
     Raises ValueError for anything else.
     """
@@ -42,12 +42,12 @@ def read_payload(
     if not isinstance(content, dict) or not isinstance(content.get("regions"), list):
         raise ValueError("expected an image and regions from the page")
 
-    if content.get("picture") is None:
+    if content.get("image") is None:
         return None, []
-    if not isinstance(content["picture"], str):
+    if not isinstance(content["image"], str):
         raise ValueError("expected the image as data URL from the page")
     decoder = decoder or Decoder(limits)
-    data = decoder.data_url(content["picture"], IMAGE)
+    data = decoder.data_url(content["image"], IMAGE)
     return load_image(decoder.image(data, IMAGE)), content["regions"]
 
 
@@ -97,7 +97,7 @@ class Example:
     def to_dict(self) -> dict:
         """Returns what the painter loads, ready for JSON."""
         masks = [data_url(mask) for mask in self.masks]
-        return {"picture": data_url(self.image), "regions": masks, "question": self.question}
+        return {"image": data_url(self.image), "regions": masks, "question": self.question}
 
 
 def examples() -> list[Example]:

@@ -49,6 +49,8 @@ def launch(
     """
     limits = limits or Limits()
     demo = build(Page(engine, name, limits, segmenter))
+
+    # All that waits has to fit in memory.
     max_body = body_limit(limits)
     max_waiting = max(1, min(engine.max_queue, QUEUE_BYTES // max_body))
     demo.queue(max_size=max_waiting, default_concurrency_limit=CONCURRENT)
@@ -66,6 +68,7 @@ def launch(
         **GRADIO_OPTIONS,
     )
 
+    # gradio's server runs in a thread of its own.
     if block:
         try:
             print(f"perceptiondlm web: {demo.local_url} (Ctrl-C ends it)")

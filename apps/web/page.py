@@ -4,34 +4,30 @@ import contextlib
 import html
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+import gradio as gr
+from PIL import Image
 
-import gradio as gr  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from ...generation_options import DiffusionOptions  # noqa: E402
-from ...generation_rules import ACCEPT_RULES  # noqa: E402
-from ...regions.segmenters import Segmenter, find_regions  # noqa: E402
-from ..captioning.results import MASKED, Step  # noqa: E402
-from ..serving.engine import Engine, EngineClosed, JobFailed, QueueFull, Ticket  # noqa: E402
-from ..serving.errors import ApiError  # noqa: E402
-from ..serving.http import client_of  # noqa: E402
-from ..serving.jobs import ChatJob, RegionJob  # noqa: E402
-from ..serving.limits import Limits, expect_at_most  # noqa: E402
-from ..serving.pool import shared_pool  # noqa: E402
-from . import painter, view  # noqa: E402
-from .assets import read_script  # noqa: E402
-from .input import data_url, examples  # noqa: E402
+from ...generation_options import DiffusionOptions
+from ...regions.segmenters import Segmenter, find_regions
+from ..captioning.results import MASKED, Step
+from ..serving.engine import Engine, EngineClosed, JobFailed, QueueFull, Ticket
+from ..serving.errors import ApiError
+from ..serving.http import client_of
+from ..serving.jobs import ChatJob, RegionJob
+from ..serving.limits import Limits, expect_at_most
+from ..serving.pool import shared_pool
+from . import painter, view
+from .assets import read_script
+from .decoding import option_slider, options_of_pace, pace_choice
+from .input import data_url, examples
 
 TITLE = "PerceptionDLM"
 LEAD = "Paint regions of an image: they are described together, in one denoising process."
-PACES = {"fixed": None, **{f"by {rule.replace('_', ' ')}": rule for rule in ACCEPT_RULES}}
 CONCURRENT = 16  # people whose requests are with the engine at the same time
 # Of every event that runs the model.
 SHARED_QUEUE = {
@@ -80,6 +76,7 @@ class Page:
             job = RegionJob(image, tuple(masks))
             ticket = self._submit(job, request, **options)
 
+        # Captions appear region by region while they are denoised; the JSON comes at the end.
         waiting = view.waiting_view(self.engine.queue_length)
         yield waiting + view.captions_view([BLANK] * len(masks)), ""
         for step, seconds in self._follow(ticket):
@@ -118,17 +115,17 @@ class Page:
         """Returns the masks of what lies at points or in boxes of an image, else of everything.
 
         Args:
-            sent: `picture`, a data URL; `points` and `boxes`, lists as a `Segmenter` takes them, or
+            sent: `image`, a data URL; `points` and `boxes`, lists as a `Segmenter` takes them, or
                 null.
 
         The masks are data URLs, `urls`, one more than a request may have at most; or `problem` says
         why there are none.
         """
         try:
-            if not isinstance(sent, dict) or set(sent) != {"picture", "points", "boxes"}:
-                raise ValueError("expected picture, points and boxes from the page")
+            if not isinstance(sent, dict) or set(sent) != {"image", "points", "boxes"}:
+                raise ValueError("expected image, points and boxes from the page")
             points, boxes = sent["points"], sent["boxes"]
-            image_only = json.dumps({"picture": sent["picture"], "regions": []})
+            image_only = json.dumps({"image": sent["image"], "regions": []})
             image, _ = self.pool.read_page(image_only, self.limits)
             if image is None:
                 raise ValueError("expected an image, got none")
@@ -173,18 +170,9 @@ class Page:
 
     @property
     def defaults(self) -> DiffusionOptions:
-        """How the checkpoint decodes unless a visitor says otherwise."""
+        """Returns how the checkpoint decodes unless a visitor says otherwise."""
         captioner = self.engine.captioner
         return DiffusionOptions.build(captioner.model.decoding_defaults, captioner.options)
-
-
-def options_of_pace(pace: str, defaults: DiffusionOptions) -> dict:
-    """Returns the decoding options of a pace: the server's own value of its rule, if it has one."""
-    rule = PACES[pace]
-    if rule is None:
-        return dict.fromkeys((*ACCEPT_RULES, "remask_below"))
-    own = getattr(defaults, rule)
-    return {rule: ACCEPT_RULES[rule]().value if own is None else own}
 
 
 def refusal(message: str, title: str) -> gr.Error:
@@ -200,6 +188,7 @@ def shown_errors():
     except gr.Error:  # a ValueError of gradio's, to be shown as it is
         raise
 
+    # The engine takes or gives nothing now: trying again later helps.
     except QueueFull as error:
         raise refusal(f"{error}.", "Too many at once") from error
     except EngineClosed as error:
@@ -207,6 +196,7 @@ def shown_errors():
     except CancelledError as error:
         raise refusal("It took too long, or the server is shutting down.", "Given up") from error
 
+    # What was asked for cannot be done.
     except JobFailed as error:
         log.error("a request failed: %s", error)
         raise refusal(f"{error}.", "That does not work") from error
@@ -223,6 +213,7 @@ def build(page: Page) -> gr.Blocks:
             elem_id="pd-head",
         )
 
+        # The image with its regions beside what is said about it.
         sent = gr.Textbox(visible=False)  # takes what the painter's script hands over
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=360):
@@ -234,6 +225,7 @@ def build(page: Page) -> gr.Blocks:
                 with gr.Tab("Ask a question") as asking:
                     question = _question_tab(page, sent)
 
+        # An example brings its question, which is put in when the tab is opened.
         asking.select(None, question, question, js=SUGGEST, api_visibility="private")
     return demo
 
@@ -278,42 +270,13 @@ def _region_tab(page: Page, sent: gr.Textbox):
 
 def _caption_controls(page: Page) -> list:
     """Lays out the decoding options of captions, in the order that `Page.caption` takes them in."""
-    defaults, limits = page.defaults, page.limits
-
-    with gr.Accordion("Decoding", open=False), gr.Row():
-        length = gr.Slider(
-            1,
-            min(128, limits.caption_length),
-            defaults.caption_length,
-            step=1,
-            label="Tokens of a caption",
-        )
-        steps = gr.Slider(
-            1,
-            min(128, limits.steps),
-            defaults.steps or defaults.caption_length,
-            step=1,
-            label="Steps",
-            info="fewer are faster",
-        )
-        pace = gr.Dropdown(
-            list(PACES),
-            value=_pace_of(defaults),
-            label="Pace",
-            info="tokens committed at a step",
-        )
-    return [length, steps, pace]
-
-
-def _pace_of(defaults: DiffusionOptions) -> str:
-    """Returns the name of the pace that a checkpoint's defaults ask for."""
-    rules = (n for n in ACCEPT_RULES if getattr(defaults, n) is not None)
-    rule = next(rules, None)
-    return next(name for name, value in PACES.items() if value == rule)
+    with gr.Accordion("Decoding", open=False):
+        length = option_slider("caption_length", page.defaults, page.limits)
+        steps = option_slider("steps", page.defaults, page.limits)
+        return [length, steps, pace_choice(page.defaults)]
 
 
 def _question_tab(page: Page, sent: gr.Textbox) -> gr.Textbox:
-    defaults = page.defaults
     # one line at first, so that Enter asks; Shift+Enter begins another
     question = gr.Textbox(
         label="Question about the whole image",
@@ -326,13 +289,7 @@ def _question_tab(page: Page, sent: gr.Textbox) -> gr.Textbox:
     ask = gr.Button("Ask", variant="primary", elem_id="pd-ask")
     answer = gr.HTML(elem_id="pd-answer")
     with gr.Accordion("Decoding", open=False):
-        length = gr.Slider(
-            1,
-            min(512, page.limits.new_tokens),
-            defaults.max_new_tokens,
-            step=1,
-            label="Tokens of the answer",
-        )
+        length = option_slider("max_new_tokens", page.defaults, page.limits)
 
     running = gr.on(
         [ask.click, question.submit],

@@ -304,7 +304,7 @@ window.pdPainter = {
   // What is sent, as JSON; `read_payload` of input.py reads it.
   payload() {
     const filled = regions.filter((region) => !isEmpty(region));
-    return JSON.stringify({ picture: imageUrl, regions: filled.map(describe) });
+    return JSON.stringify({ image: imageUrl, regions: filled.map(describe) });
   },
 
   // The question that a person typed, or else the example's.

@@ -66,7 +66,7 @@ def facts_view(result: RegionCaptions | Answers, link: str = "") -> str:
     facts = [
         f"<b>{result.seconds:.2f}</b> s",
         f"<b>{result.num_forwards}</b> forward passes",
-        f"<b>{result.tokens_per_forward:.1f}</b> tokens a pass",
+        f"<b>{result.tokens_per_forward:.1f}</b> tokens each",
     ]
     if isinstance(result, RegionCaptions):
         facts.insert(0, f"<b>{len(result.regions)}</b> region{'s' * (len(result.regions) != 1)}")
