@@ -21,6 +21,7 @@ from .image_processing_perceptiondlm import (
     flatten_images,
     pair_masks,
 )
+from .modeling_language import fastest_linear
 from .processing_perceptiondlm import PerceptionDLMProcessor, tile_limits
 from .processing_sequence import TokenSequence
 
@@ -269,6 +270,7 @@ class SeeingMixin:
         Returns what `diffusion_generate` and `diffusion_score` take in place of images and masks.
         It is of this model's present weights. Raises as `diffusion_generate`.
         """
+        fastest_linear(self)  # type: ignore[arg-type]
         processor = processor or self._saved_processor()
         self._check_processor(processor)
         if masks is None:
