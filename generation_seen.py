@@ -270,9 +270,9 @@ class SeeingMixin:
         Returns what `diffusion_generate` and `diffusion_score` take in place of images and masks.
         It is of this model's present weights. Raises as `diffusion_generate`.
         """
+        fastest_linear(self)  # type: ignore[arg-type]
         processor = processor or self._saved_processor()
         self._check_processor(processor)
-        fastest_linear(self)  # type: ignore[arg-type]
         if masks is None:
             listed = list(images) if isinstance(images, (list, tuple)) else [images]
             nested = [list(one) if isinstance(one, (list, tuple)) else [one] for one in listed]

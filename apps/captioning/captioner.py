@@ -29,6 +29,8 @@ from .results import MASKED, Answers, Region, RegionCaptions, Step
 EMBEDDED = Path(os.path.abspath(__file__)).parents[2]  # the repository's or package's root
 EMBEDDED_SUBFOLDER = "tiny"
 REGION_PROMPTS = ("everything", "points", "boxes", "text")  # of a segmenter
+# What a template's fields say, so that no option can.
+TEMPLATE_DECIDES = ("caption_length", "max_new_tokens", "block_length", "stop_strings")
 
 
 class RegionCaptioner:
@@ -79,6 +81,11 @@ class RegionCaptioner:
         """Raises ValueError for decoding options that nothing could be decoded with."""
         DiffusionOptions.build(self.model.decoding_defaults, self.options)
 
+    def defaults_for(self, task: str, has_template: bool = False) -> dict:
+        """Returns those of the captioner's options that a task, and a template, has a use for."""
+        known = options_for(task, self.options)
+        return {k: v for k, v in known.items() if not (has_template and k in TEMPLATE_DECIDES)}
+
     def __call__(
         self,
         image,
@@ -90,6 +97,8 @@ class RegionCaptioner:
         text: str | Sequence[str] | None = None,
         segmenter: Segmenter | str | None = None,
         instruction: str | None = None,
+        questions: Sequence[str | None] | None = None,
+        template=None,
         callback=None,
         **options,
     ) -> RegionCaptions:
@@ -103,6 +112,9 @@ class RegionCaptioner:
                 `find_regions`).
             segmenter: one, or the name that `load_segmenter` takes (default: the offline one).
             instruction: instead of the checkpoint's own.
+            questions: one for each region, None for the instruction.
+            template: fixed text with fields to be filled, for all regions or a list with one for
+                each (see `diffusion_generate`).
             callback: called after each step with a `Step`.
             options: decoding options over those of the captioner (see `DiffusionOptions`);
                 `return_history=True` keeps the captions after each step.
@@ -112,24 +124,48 @@ class RegionCaptioner:
         image = load_image(image)
         asked = {"everything": everything, "points": points, "boxes": boxes, "text": text}
         masks = _masks_of(image, masks, segmenter, asked)
+        prompts = instruction
+        if questions is not None:
+            if isinstance(questions, str):
+                raise ValueError("expected a list of questions, one for each region, got a text")
+            prompts = [[instruction if one is None else one for one in questions]]
+        if isinstance(template, (list, tuple)):
+            template = [list(template)]
         output, seconds = self._generate(
-            callback, len(masks), options, images=image, masks=masks, prompts=instruction
+            callback,
+            len(masks),
+            options,
+            images=image,
+            masks=masks,
+            prompts=prompts,
+            template=template,
         )
         return RegionCaptions(
             image=image,
-            regions=Region.each(output.texts[0], masks),
+            regions=Region.each(
+                output.texts[0], masks, output.scores[0], output.fields and output.fields[0]
+            ),
             num_forwards=output.num_forwards,
             tokens_per_forward=output.tokens_per_forward,
             seconds=seconds,
             history=[self.partial_texts(step[0], len(masks)) for step in output.history],
         )
 
-    def ask(self, image, questions: str | Sequence[str], *, callback=None, **options) -> Answers:
+    def ask(
+        self,
+        image,
+        questions: str | Sequence[str],
+        *,
+        template=None,
+        callback=None,
+        **options,
+    ) -> Answers:
         """Answers one question, or several at once, about one image.
 
         Args:
             image, callback: as for captions.
             questions: one text, or a list of them.
+            template: as for captions; a list has one for each question.
             options: decoding options over those of the captioner.
         """
         questions = [questions] if isinstance(questions, str) else list(questions)
@@ -137,7 +173,12 @@ class RegionCaptioner:
 
         images = [image] if len(questions) == 1 else [[image] for _ in questions]
         output, seconds = self._generate(
-            callback, len(questions), options, images=images, prompts=questions
+            callback,
+            len(questions),
+            options,
+            images=images,
+            prompts=questions,
+            template=template,
         )
         return Answers(
             image=image,
@@ -147,6 +188,8 @@ class RegionCaptioner:
             tokens_per_forward=output.tokens_per_forward,
             seconds=seconds,
             history=[self.partial_texts(_flat(rows), len(questions)) for rows in output.history],
+            scores=_flat(output.scores),
+            fields=output.fields and _flat(output.fields),
         )
 
     def stream(
@@ -181,7 +224,7 @@ class RegionCaptioner:
             **inputs,
             processor=self.processor,
             callback=on_step if callback else None,
-            **merge_options(options_for(task, self.options), options),
+            **merge_options(self.defaults_for(task, inputs.get("template") is not None), options),
         )
         return output, time.perf_counter() - started
 

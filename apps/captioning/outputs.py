@@ -197,6 +197,7 @@ def _coco_region(region: dict) -> dict:
         "bbox": [x0, y0, x1 - x0, y1 - y0],
         "area": region["area"],
         "iscrowd": 0,
+        "score": region["score"],
     }
 
 
