@@ -104,8 +104,8 @@ def test_one_region_of_one_image_is_asked_as_alone(captioner, scene):
                 assert found.captions == expected
 
 
-def test_questions_about_images_seen_before_are_answered_as_alone(captioner, picture, looked):
-    images = [picture(60, 40, seed) for seed in range(2)]
+def test_questions_about_images_seen_before_are_answered_as_alone(captioner, draw_image, looked):
+    images = [draw_image(60, 40, seed) for seed in range(2)]
     questions = ["what is it?", "which color is it?"]
     pairs = list(itertools.product(images, questions))
     alone = [captioner.ask(image, question, **ANSWER).answers for image, question in pairs]
@@ -117,9 +117,11 @@ def test_questions_about_images_seen_before_are_answered_as_alone(captioner, pic
     assert runs == [2] and counted(engine, "seen_hits") == 6
 
 
-def test_conversations_with_and_without_images_are_answered_as_their_inputs_are(captioner, picture):
+def test_conversations_with_and_without_images_are_answered_as_their_inputs_are(
+    captioner, draw_image
+):
     model, processor = captioner.model, captioner.processor
-    images = (picture(60, 40), picture(40, 50, 1))
+    images = (draw_image(60, 40), draw_image(40, 50, 1))
     image = {"type": "image"}
     talks = [
         ([{"role": "user", "content": "hello"}], ()),
@@ -190,8 +192,8 @@ def test_what_grows_beyond_the_bound_is_kept_without_its_trunks_or_not_at_all(tr
             assert counted(engine, "seen_hits") == count
 
 
-def test_the_state_used_longest_ago_goes_first(tree, picture):
-    images = {name: picture(16, 16, seed) for seed, name in enumerate("abc")}
+def test_the_state_used_longest_ago_goes_first(tree, draw_image):
+    images = {name: draw_image(16, 16, seed) for seed, name in enumerate("abc")}
     see = tree.model.see
     cache = SeenCache(2 * see(images["a"], processor=tree.processor).nbytes)
     missed = []

@@ -53,8 +53,8 @@ def client(tree):
 
 
 @pytest.fixture
-def image(picture):
-    return picture(64, 48)
+def image(draw_image):
+    return draw_image(64, 48)
 
 
 def ask(client, image, *texts: str, extra=None, **options):
