@@ -27,8 +27,9 @@ examples:
     perceptiondlm caption photos/ --masks instances.json --captions captioned.coco.json
   a label map, in which every color is a region:
     perceptiondlm caption photo.jpg --label-maps segmentation.png
-  a question about the whole image:
+  a question about the whole image, or about the first region:
     perceptiondlm caption photo.jpg --question "What is on the table?"
+    perceptiondlm caption photo.jpg --masks cup.png --region-question 1 "What is it made of?"
   another checkpoint, fewer steps:
     perceptiondlm caption photo.jpg --masks cup.png --model owner/name --steps 8
 
@@ -100,9 +101,24 @@ def _add_regions(group):
     group.add_argument(
         "--max-regions", type=_positive, metavar="N", help="only the N largest of each image"
     )
+
+    # What is asked.
     group.add_argument("--instruction", help="instead of 'Describe each masked region in detail.'")
     group.add_argument(
+        "--region-question",
+        action="append",
+        default=[],
+        nargs=2,
+        metavar=("NUMBER", "TEXT"),
+        help="ask region 1, 2, ... its own question instead; repeat for more",
+    )
+    group.add_argument(
         "--question", action="append", default=[], help="ask about the whole image; repeatable"
+    )
+    group.add_argument(
+        "--template",
+        help="fixed text with fields to be filled, as 'a {color:1-2} {}', for captions or answers"
+        " (docs/prompting.md)",
     )
 
 

@@ -200,7 +200,7 @@ class CaptionRun:
         args = self.args
         image = open_image(source.path)
         if args.question:
-            return self.captioner.ask(image, args.question), []
+            return self.captioner.ask(image, args.question, template=args.template), []
         refused: list[str] = []
         sources = self.sources
         if self.segmenter is not None:
@@ -212,7 +212,21 @@ class CaptionRun:
         if not regions:
             return self._without_regions(source, refused)
         masks = [region.mask for region in regions]
-        return self.captioner(image, masks, instruction=args.instruction), regions
+        asked = {"instruction": args.instruction, "template": args.template}
+        if args.region_question:
+            asked["questions"] = self._questions(len(masks))
+        return self.captioner(image, masks, **asked), regions
+
+    def _questions(self, count: int) -> list[str | None]:
+        """Returns the question of each of an image's regions, None where there is none."""
+        questions: list[str | None] = [None] * count
+        for number, text in self.args.region_question:
+            if int(number) > count:
+                raise ValueError(
+                    f"expected a question for regions 1 to {count}, got one for {number}"
+                )
+            questions[int(number) - 1] = text
+        return questions
 
     def _without_regions(self, source, refused: list[str]):
         if refused:
