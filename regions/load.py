@@ -46,9 +46,8 @@ def load_regions(
         raise ValueError(f"expected a threshold from 0 to below 1, got {threshold}")
     size = _size_of(image)
     if _is_path(source):
-        found = _from_file(
-            source, size, name or image_name(image), resize_masks, threshold, label_map
-        )
+        options = {"resize_masks": resize_masks, "threshold": threshold, "label_map": label_map}
+        found = _from_file(source, size, name or image_name(image), **options)
     else:
         found = regions_of_object(source, size, threshold, label_map)
     return [_opened(region, size, resize_masks) for region in found]
@@ -80,12 +79,11 @@ def _is_path(source) -> bool:
     return is_text and not is_url(source) and not is_data_url(source)
 
 
-def _from_file(path, size, name: str, resize_masks, threshold, label_map) -> list[RegionSource]:
+def _from_file(path, size: tuple[int, int], name: str, **options) -> list[RegionSource]:
     image = ImageSource(name, named=True)
-    options = {"resize_masks": resize_masks, "threshold": threshold, "label_map": label_map}
     sources = open_sources([str(Path(path))], [image], **options)
     refused = [line for each in sources for line in each.refused]
-    found = gather_regions(sources, image, size)
+    found = gather_regions(sources, image, size, resize_masks=options["resize_masks"])
     if not found:
         whose = f" of {name}" if name else ""
         raise ValueError(f"expected regions{whose} in {path}, found none{_first(refused)}")
