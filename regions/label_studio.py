@@ -56,9 +56,11 @@ class LabelStudioFile(Source):
         self.tasks.setdefault(UPLOADED.sub("", name, count=1), []).append(task)
 
     def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterator[Maker]:
-        path = Path(source.path)
-        plain = ImageSource(str(path.with_name(UPLOADED.sub("", path.name, count=1))), False)
-        tasks = entry_of(self.tasks, plain if source.path else source, self.name) or []
+        if source.path:  # the user's file may have the server's name, or its own
+            path = Path(source.path)
+            plain = path.with_name(UPLOADED.sub("", path.name, count=1))
+            source = ImageSource(str(plain), source.named)
+        tasks = entry_of(self.tasks, source, self.name) or []
         if len(tasks) > 1:
             raise ValueError(f"expected one task of the image in {self.name}, got {len(tasks)}")
         for task in tasks:
