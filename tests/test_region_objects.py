@@ -5,12 +5,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from perceptiondlm import RegionMask, load_regions
+from perceptiondlm import RegionCaptioner, RegionMask, load_regions
 from perceptiondlm.apps.captioning.results import Region
 from perceptiondlm.image_processing_perceptiondlm import load_mask
 from PIL import Image
 
 SIZE = WIDTH, HEIGHT = 24, 16
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    return RegionCaptioner.from_pretrained()
 
 
 def drawn(left, top, right, bottom) -> np.ndarray:
@@ -143,10 +148,7 @@ WRONG = {
     "boxes as x, y, width, height": (np.array([[12, 5, 10, 9]]), "x0 < x1"),
     "two points": (np.array([[1, 2], [3, 4]]), "three points or more"),
     "bytes of several values": (SEGMENTS.numpy().astype(np.uint8), "one region.*label map"),
-    "scores of one": (
-        (STACK[:1], np.array([0.9]))[0:1] and {"masks": STACK, "scores": [0.9]},
-        "2 re",
-    ),
+    "one score for two": ({"masks": STACK, "scores": [0.9]}, "scores for each of 2 .*got 1"),
     "an id for no segment": (
         {"segmentation": SEGMENTS, "segments_info": [{"id": 5}]},
         "segment 0: .*empty",
@@ -194,3 +196,21 @@ def test_labels_and_scores_travel_with_the_captions():
     assert [(r.label, r.score) for r in captioned] == [("cup", 0.9), ("spoon", 0.5)]
     assert captioned[0].to_dict()["label"] == "cup"
     assert "label" not in Region.each(["a cup"], masks[:1])[0].to_dict()
+
+
+@pytest.mark.parametrize("kind", ["SAM's predictor", "supervision's masks", "image segmentation"])
+def test_a_captioner_takes_what_a_segmenter_returns(captioner, kind):
+    image = Image.effect_noise(SIZE, 50).convert("RGB")
+    source, labels, scores = KINDS[kind]
+    result = captioner(image, source, steps=2)
+    assert [region.label for region in result.regions] == (labels or [None] * 2)
+    assert [region.score for region in result.regions] == pytest.approx(scores)
+    assert [np.asarray(r.mask).astype(bool).tolist() for r in result.regions] == STACK.tolist()
+
+
+def test_a_model_takes_loaded_regions_as_masks(captioner):
+    image = Image.effect_noise(SIZE, 50).convert("RGB")
+    options = {"processor": captioner.processor, "steps": 2}
+    given = captioner.model.diffusion_generate(image, masks=load_regions(STACK, SIZE), **options)
+    plain = captioner.model.diffusion_generate(image, masks=list(STACK), **options)
+    assert given.texts == plain.texts
