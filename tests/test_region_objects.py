@@ -192,8 +192,8 @@ def test_a_region_stands_wherever_a_mask_does():
 def test_labels_and_scores_travel_with_the_captions():
     regions = load_regions(PIPELINE, SIZE)
     masks = [load_mask(region, SIZE) for region in regions]
-    captioned = Region.each(["a cup", "a spoon"], masks, regions)
-    assert [(r.label, r.score) for r in captioned] == [("cup", 0.9), ("spoon", 0.5)]
+    captioned = Region.each(["a cup", "a spoon"], masks, sources=regions)
+    assert [(r.label, r.source_score) for r in captioned] == [("cup", 0.9), ("spoon", 0.5)]
     assert captioned[0].to_dict()["label"] == "cup"
     assert "label" not in Region.each(["a cup"], masks[:1])[0].to_dict()
 
@@ -204,7 +204,7 @@ def test_a_captioner_takes_what_a_segmenter_returns(captioner, kind):
     source, labels, scores = KINDS[kind]
     result = captioner(image, source, steps=2)
     assert [region.label for region in result.regions] == (labels or [None] * 2)
-    assert [region.score for region in result.regions] == pytest.approx(scores)
+    assert [region.source_score for region in result.regions] == pytest.approx(scores)
     assert [np.asarray(r.mask).astype(bool).tolist() for r in result.regions] == STACK.tolist()
 
 
