@@ -271,3 +271,15 @@ def test_an_object_array_is_never_unpickled(tmp_path):
 def test_a_file_that_is_not_there_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.json"):
         load_regions(tmp_path / "nothing.json", SIZE)
+
+
+def test_the_command_line_resizes_masks_when_told(tmp_path, capsys):
+    from perceptiondlm.apps.cli import main
+
+    Image.new("RGB", (48, 32)).save(tmp_path / "cat.jpg")
+    command = ["caption", str(tmp_path / "cat.jpg"), "--masks", str(FIXTURES / "masks.npy")]
+    assert main([*command, "--steps", "2"]) == 1
+    assert "48x32" in capsys.readouterr().err
+    assert main([*command, "--steps", "2", "--resize-masks", "--format", "json"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert [region["box"] for region in record["regions"]] == [[4, 6, 20, 18], [24, 10, 44, 28]]
