@@ -23,6 +23,8 @@ import torch
 from ...common.loading import default_device, load_model
 from ...generation_options import DiffusionOptions, merge_options, options_for
 from ...image_processing_perceptiondlm import load_image, load_mask
+from ...regions.load import image_name, load_regions
+from ...regions.region_mask import RegionMask
 from ...regions.segmenters import Segmenter, find_regions
 from .results import MASKED, Answers, Region, RegionCaptions, Step
 
@@ -89,7 +91,7 @@ class RegionCaptioner:
     def __call__(
         self,
         image,
-        masks: Sequence | None = None,
+        masks=None,
         *,
         everything: bool = False,
         points=None,
@@ -107,7 +109,8 @@ class RegionCaptioner:
         Args:
             image: a PIL image, path, URL, bytes, array or tensor (see `load_image`).
             masks: one for each region: PIL image, array, path, COCO RLE, `{"box": [x0, y0, x1,
-                y1]}` or `{"polygons": [[x0, y0, ...], ...]}` in pixels (see `load_mask`).
+                y1]}` or `{"polygons": [[x0, y0, ...], ...]}` in pixels (see `load_mask`); or
+                whatever `load_regions` takes, a file or what a segmenter returned.
             everything, points, boxes, text: instead of masks, what a segmenter is asked for (see
                 `find_regions`).
             segmenter: one, or the name that `load_segmenter` takes (default: the offline one).
@@ -121,9 +124,10 @@ class RegionCaptioner:
 
         Raises ValueError for an image, mask or option that does not fit.
         """
-        image = load_image(image)
+        name, image = image_name(image), load_image(image)
         asked = {"everything": everything, "points": points, "boxes": boxes, "text": text}
-        masks = _masks_of(image, masks, segmenter, asked)
+        sources = _regions_of(image, name, masks, segmenter, asked)
+        masks = [load_mask(region, image.size) for region in sources]
         prompts = instruction
         if questions is not None:
             if isinstance(questions, str):
@@ -143,7 +147,11 @@ class RegionCaptioner:
         return RegionCaptions(
             image=image,
             regions=Region.each(
-                output.texts[0], masks, output.scores[0], output.fields and output.fields[0]
+                output.texts[0],
+                masks,
+                output.scores[0],
+                output.fields and output.fields[0],
+                sources,
             ),
             num_forwards=output.num_forwards,
             tokens_per_forward=output.tokens_per_forward,
@@ -240,8 +248,8 @@ class RegionCaptioner:
         ]
 
 
-def _masks_of(image, masks: Sequence | None, segmenter, asked: dict) -> list:
-    """Returns the masks that were given, or that a segmenter finds for what is asked."""
+def _regions_of(image, name: str, masks, segmenter, asked: dict) -> list[RegionMask]:
+    """Returns the regions that were given, or that a segmenter finds for what is asked."""
     given = [
         name for name in REGION_PROMPTS if asked[name] is not None and asked[name] is not False
     ]
@@ -251,8 +259,8 @@ def _masks_of(image, masks: Sequence | None, segmenter, asked: dict) -> list:
     if masks is None and not given:
         raise ValueError(f"expected masks, or one of {', '.join(REGION_PROMPTS)}, got none")
     if masks is None:
-        masks = [region.mask for region in find_regions(image, segmenter, **asked)]
-    return [load_mask(mask, image.size) for mask in masks]
+        return list(find_regions(image, segmenter, **asked))
+    return load_regions(masks, image.size, name=name)
 
 
 def partial_text(processor, ids: Sequence[int], mask_token_id: int) -> str:

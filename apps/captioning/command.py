@@ -23,7 +23,7 @@ examples:
   a folder of images and one of masks (cat.jpg goes with cat.png, cat_0.png, cat_1.png, cat/*;
   the masks of a single image may have any names):
     perceptiondlm caption photos/ --masks masks/ --captions captions.jsonl
-  COCO or SAM annotations, captions back as COCO:
+  COCO annotations (or SAM's, LabelMe's, Label Studio's, CVAT's...), captions back as COCO:
     perceptiondlm caption photos/ --masks instances.json --captions captioned.coco.json
   a label map, in which every color is a region:
     perceptiondlm caption photo.jpg --label-maps segmentation.png
@@ -71,7 +71,13 @@ def _add_regions(group):
         action="extend",
         default=[],
         metavar="PATH",
-        help="mask images, a folder of them, or a JSON file: COCO, SAM, or a list of masks",
+        help="mask images or a folder of them, or annotations: COCO (also panoptic), SAM, LabelMe,"
+        " Label Studio, CVAT, YOLO segments, .npy, .npz; a list of what is read: docs/regions.md",
+    )
+    group.add_argument(
+        "--resize-masks",
+        action="store_true",
+        help="take masks of another size than the image's, by nearest pixel",
     )
     group.add_argument(
         "--label-maps",

@@ -20,7 +20,7 @@ import numpy as np
 from ...common.files import GrowingFile
 from ...common.json_text import ascii_json, encode_json
 from ...image_masks import encode_rle
-from .inputs import RegionSource
+from ...regions.region_source import RegionSource
 from .results import Answers, RegionCaptions
 
 SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "jsonl"}

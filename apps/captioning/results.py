@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from ...regions.region_mask import RegionMask
+
 MASKED = "░"  # stands for a position that is still to be filled
 
 
@@ -22,6 +24,7 @@ class Region:
         score: how sure the model is: the mean log-probability of the caption's tokens, in nats;
             None where no token was denoised.
         fields: the values of a template's fields; None without one.
+        label, source_score: what the region's source says about it, None where it says nothing.
     """
 
     number: int
@@ -31,6 +34,8 @@ class Region:
     mask: Image.Image = field(repr=False, compare=False)
     score: float | None = field(default=None, compare=False)
     fields: list | dict | None = None
+    label: str | None = None
+    source_score: float | None = None
 
     @classmethod
     def each(
@@ -39,23 +44,30 @@ class Region:
         masks: Sequence[Image.Image],
         scores: Sequence[float | None] | None = None,
         fields: Sequence[list | dict] | None = None,
+        sources: Sequence[RegionMask] | None = None,
     ) -> "list[Region]":
-        """Returns the regions of masks, as `load_mask` gives them, with their captions."""
+        """Returns the regions of masks, as `load_mask` gives them, with their captions.
+
+        What `sources` say about them, their labels and scores, is kept.
+        """
         nothing = [None] * len(masks)
-        found = zip(captions, masks, scores or nothing, fields or nothing, strict=True)
+        said = [(one.label, one.score) for one in sources or ()] or [(None, None)] * len(masks)
+        found = zip(captions, masks, scores or nothing, fields or nothing, said, strict=True)
         return [
-            cls(k, text, mask.getbbox(), mask_area(mask), mask, score, own)
-            for k, (text, mask, score, own) in enumerate(found, 1)
+            cls(k, text, mask.getbbox(), mask_area(mask), mask, score, own, *labeled)
+            for k, (text, mask, score, own, labeled) in enumerate(found, 1)
         ]
 
     def to_dict(self) -> dict:
-        """Returns everything but the mask, ready for JSON."""
+        """Returns everything but the mask, ready for JSON; a label and score if it has them."""
+        said = {"label": self.label, "source_score": self.source_score}
         return {
             "region": self.number,
             "caption": self.caption,
             "box": list(self.box),
             "area": self.area,
             **_sureness(self.score, self.fields),
+            **{name: value for name, value in said.items() if value is not None},
         }
 
 
