@@ -163,8 +163,8 @@ class Answers:
 
         return encode_image(self.draw(), ".png")
 
-    def to_dict(self) -> dict:
-        """Returns size, answers and cost, ready for JSON."""
+    def entries(self) -> list[dict]:
+        """Returns each question with its answer, score and fields, ready for JSON."""
         nothing = [None] * len(self.answers)
         found = zip(
             self.questions,
@@ -173,12 +173,14 @@ class Answers:
             self.fields or nothing,
             strict=True,
         )
+        return [{"question": q, "answer": a, **_sureness(s, own)} for q, a, s, own in found]
+
+    def to_dict(self) -> dict:
+        """Returns size, answers and cost, ready for JSON."""
         return {
             "width": self.image.width,
             "height": self.image.height,
-            "answers": [
-                {"question": q, "answer": a, **_sureness(score, own)} for q, a, score, own in found
-            ],
+            "answers": self.entries(),
             **_cost(self),
         }
 

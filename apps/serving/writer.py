@@ -70,7 +70,7 @@ def said_in(completion: Completion) -> dict:
     content = {"content": content_of(completion)}
     if isinstance(completion.result, RegionCaptions):
         return content | {"regions": _regions(completion)}
-    (answer,) = completion.result.to_dict()["answers"]
+    (answer,) = completion.result.entries()
     return content | {name: answer[name] for name in ("score", "fields") if name in answer}
 
 
