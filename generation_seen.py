@@ -219,7 +219,8 @@ def inputs_of(
     processor, groups: Sequence[SeenGroup], sequences: Sequence[TokenSequence], task: str
 ) -> dict:
     """Stacks sequences about images that were seen, one for each of `groups`, into model inputs."""
-    inputs = processor.stack(list(sequences), task)
+    is_tree = processor.region_layout == "independent"
+    inputs = processor.stack(list(sequences), task, align_trunks=is_tree)
     images = [group.image_features for group in groups if group.image_features is not None]
     if images:
         inputs["image_features"] = torch.cat(images)
