@@ -15,14 +15,14 @@ import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from ..common.extras import extra
+from .extras import extra
 
 RETRIED_STATUSES = (408, 409, 429)  # and every 5xx
 FATAL_STATUSES = (401, 403, 404)  # no other call can do better
 NO_KEY = "none"  # sent to a user's own server, which asks for no key
 
 
-class JudgeFailure(Exception):
+class CallFailure(Exception):
     """A question that got no answer; `fatal` means that no other question will get one."""
 
     def __init__(self, reason: str, *, fatal: bool = False):
@@ -64,10 +64,10 @@ class CallBudget:
         self._lock = threading.Lock()
 
     def spend(self):
-        """Counts a call that is about to be made. Raises a fatal JudgeFailure at the limit."""
+        """Counts a call that is about to be made. Raises a fatal CallFailure at the limit."""
         with self._lock:
             if self.limit is not None and self.spent >= self.limit:
-                raise JudgeFailure(f"the budget of {self.limit} calls is spent", fatal=True)
+                raise CallFailure(f"the budget of {self.limit} calls is spent", fatal=True)
             self.spent += 1
 
 
@@ -102,10 +102,10 @@ class Endpoint:
         self.stop = threading.Event()
 
     def ask(self, messages: list[dict]) -> str:
-        """Returns the text of the answer. Raises JudgeFailure with the last reason for none."""
+        """Returns the text of the answer. Raises CallFailure with the last reason for none."""
         for attempt in range(self.policy.attempts):
             if self.stop.is_set():
-                raise JudgeFailure("the run was stopped")
+                raise CallFailure("the run was stopped")
             self.budget.spend()
 
             answer, reason, wait = self._attempt(messages)
@@ -114,12 +114,12 @@ class Endpoint:
             if attempt + 1 < self.policy.attempts:
                 self.stop.wait(self.policy.delay(attempt) if wait is None else wait)
 
-        raise JudgeFailure(f"{reason} ({self.policy.attempts} attempts)")
+        raise CallFailure(f"{reason} ({self.policy.attempts} attempts)")
 
     def _attempt(self, messages: list[dict]) -> tuple[str | None, str | None, float | None]:
         """Makes one call: (answer, None, None), or (None, reason, seconds asked for).
 
-        Raises JudgeFailure where trying again cannot help.
+        Raises CallFailure where trying again cannot help.
         """
         import openai
 
@@ -134,21 +134,21 @@ class Endpoint:
         except openai.APIConnectionError as error:
             return None, self._redact(f"no connection or a cut one: {error.__cause__!r}"), None
         except openai.APIStatusError as error:
-            return None, *self._judge_status(error)
+            return None, *self._status_reason(error)
         except MalformedCompletion as error:
             return None, self._redact(str(error)), None
 
-    def _judge_status(self, error) -> tuple[str, float | None]:
+    def _status_reason(self, error) -> tuple[str, float | None]:
         """Returns why and when to try again after an HTTP error. Raises as `_attempt`."""
         status = error.status_code
         reason = self._redact(f"HTTP {status}: {error.response.text[:200].strip()}")
         is_out_of_credit = error.code == "insufficient_quota"
         if is_out_of_credit or not (status in RETRIED_STATUSES or status >= 500):
-            raise JudgeFailure(reason, fatal=is_out_of_credit or status in FATAL_STATUSES)
+            raise CallFailure(reason, fatal=is_out_of_credit or status in FATAL_STATUSES)
 
         wait = retry_after(error.response.headers)
         if wait is not None and wait > self.policy.max_retry_after:
-            raise JudgeFailure(f"{reason}, to be tried again in {wait:.0f} s", fatal=True)
+            raise CallFailure(f"{reason}, to be tried again in {wait:.0f} s", fatal=True)
         return reason, wait
 
     def _redact(self, text: str) -> str:
@@ -211,7 +211,7 @@ def make_client(base_url: str | None, timeout: float, azure_api_version: str | N
     endpoint = "AZURE_OPENAI_ENDPOINT" if azure_api_version else "OPENAI_BASE_URL"
     key, base_url = os.environ.get(variable), base_url or os.environ.get(endpoint)
     if not key and not base_url:
-        raise ValueError(f"expected the judge's key in {variable}, got none and no base URL")
+        raise ValueError(f"expected a key for the endpoint in {variable}, got none and no base URL")
 
     common = {"api_key": key or NO_KEY, "timeout": timeout, "max_retries": 0}  # see above: ours
     if azure_api_version:
