@@ -15,6 +15,7 @@ from PIL import Image, ImageChops, ImageFilter
 from ..common.crops import crop_window, png_data_url
 from ..common.loading import default_device, load_model
 from ..common.option_checks import expect_positive
+from ..generation_options import DiffusionOptions
 from .endpoint import Failure, image_part, text_part
 from .records import Record, Stage, mask_of, open_images, without_loaded
 
@@ -101,19 +102,21 @@ class ModelCaptioner:
     def _loaded(self) -> tuple:
         options = self.options
         device = options.device or default_device()
-        return load_model(options.checkpoint, options.subfolder, options.dtype, device)
+        model, processor = load_model(options.checkpoint, options.subfolder, options.dtype, device)
+        DiffusionOptions.build(model.decoding_defaults, options.decoding)
+        return model, processor
 
     def __call__(self, asked: Asked) -> list[list[Caption]]:
         """Captions regions; where a batch is refused, each of its images by itself."""
+        loaded = self._loaded  # a checkpoint or options that cannot be used end the run
         try:
-            return self._caption(asked)
+            return self._caption(asked, *loaded)
         except ValueError as error:
             if len(asked) > 1:
                 return [captions for one in asked for captions in self([one])]
             return [[Caption(None, problem=str(error)) for _ in masks] for _, masks in asked]
 
-    def _caption(self, asked: Asked) -> list[list[Caption]]:
-        model, processor = self._loaded
+    def _caption(self, asked: Asked, model, processor) -> list[list[Caption]]:
         instruction = self.options.instruction
         output = model.diffusion_generate(
             [image for image, _ in asked],

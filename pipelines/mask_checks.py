@@ -66,15 +66,18 @@ class CheckMasks(Stage):
             missing = [region.key for region in record.regions if not region.core]
             reason = "expected a core category, got none"
             record.drop(self.name, "no category", dict.fromkeys(missing, reason))
-        for record, image in open_images(records, self.name):
+        opened = open_images(records, self.name)
+        segmenter = self.segmenter if opened else None  # one that cannot be loaded ends the run
+        for record, image in opened:
             try:
-                self._check(record, image)
+                self._check(record, image, segmenter)
             except ValueError as error:  # a text that the segmenter does not take
                 drop_all(record, self.name, "not found", str(error))
         return records
 
-    def _check(self, record: Record, image):
-        found = {core: self._predict(image, core) for core in {r.core for r in record.regions}}
+    def _check(self, record: Record, image, segmenter: Segmenter):
+        cores = sorted({region.core for region in record.regions})
+        found = {core: self._usable(segmenter(image, text=core)) for core in cores}
 
         not_found, unlike = {}, {}
         for region in record.regions:
@@ -92,8 +95,7 @@ class CheckMasks(Stage):
         record.drop(self.name, "not found", not_found)
         record.drop(self.name, "iou", unlike)
 
-    def _predict(self, image, core: str) -> list[np.ndarray]:
-        found = self.segmenter(image, text=core)
+    def _usable(self, found: list) -> list[np.ndarray]:
         return [
             np.asarray(each.mask, dtype=bool)
             for each in found

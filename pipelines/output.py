@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from ..common.files import write_bytes
-from ..image_loading import path_inside
+from ..configuration_perceptiondlm import path_inside
 from .records import Record, Region, Stage, drop_all, drop_where
 
 IMAGES = "images"  # folder of the linked images

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from ..common.json_text import parse_json, read_json, read_json_lines
-from ..image_loading import path_inside
+from ..configuration_perceptiondlm import path_inside
 from ..image_masks import decode_rle, encode_rle
+from ..regions.coco import segment_ids
+from ..regions.files import open_mask_file
 from .records import Dropped, Record, Region, without_loaded
 
 READ = "read"  # the name of the first stage
@@ -224,7 +225,8 @@ class PanopticSource:
             )
         size = [_side(image.get(name), name) for name in ("width", "height")]
         file = path_inside(self.images, image["file_name"], links=True)
-        labels = read_segment_ids(path_inside(self.masks, annotation["file_name"], links=True))
+        labels = path_inside(self.masks, annotation["file_name"], links=True)
+        labels = segment_ids(open_mask_file(labels), labels.name)
         if list(labels.shape) != size[::-1]:
             got = f"{labels.shape[1]}x{labels.shape[0]}"
             raise ValueError(f"expected segments of {size[0]}x{size[1]} pixels, got {got}")
@@ -245,15 +247,6 @@ class PanopticSource:
             record.dropped.append(Dropped(region, READ, "stuff", reason))
         else:
             add_region(record, region)
-
-
-def read_segment_ids(path: Path) -> np.ndarray:
-    """Reads the segment ids (H, W) of a panoptic PNG: red + 256 green + 65536 blue."""
-    with Image.open(path) as image:
-        if image.mode not in ("RGB", "RGBA"):
-            raise ValueError(f"expected segment ids as colors in {path}, got mode {image.mode}")
-        colors = np.asarray(image, dtype=np.int64)[..., :3]
-    return colors @ np.array([1, 256, 65536])
 
 
 # ParaCaption's form: a line of JSON for each image.

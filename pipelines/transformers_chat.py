@@ -61,13 +61,11 @@ class TransformersChat:
         if not conversations:
             return []
         chats = [[_own_form(message) for message in messages] for messages in conversations]
-        name = "text" if self.task == "image-text-to-text" else "text_inputs"
-        answers = self._pipeline(
-            **{name: chats},
-            batch_size=self.options.batch_size,
-            return_full_text=False,
-            **self.options.generate,
-        )
+        options = {"batch_size": self.options.batch_size, "return_full_text": False}
+        if self.task == "text-generation":
+            answers = self._pipeline(chats, **options, **self.options.generate)
+        else:  # which takes other options of `generate` for the processor's
+            answers = self._pipeline(text=chats, **options, generate_kwargs=self.options.generate)
         found = [answer[0] if isinstance(answer, list) else answer for answer in answers]
         return [answer["generated_text"] for answer in found]
 

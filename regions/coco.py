@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from .files import ImageSource, is_plain_name, open_mask_file
 from .region_source import Maker, RegionSource, Source, declared_size, entry_of
@@ -101,6 +102,17 @@ class CocoFile(Source):
         return kept
 
 
+def segment_ids(image: Image.Image, name: str) -> np.ndarray:
+    """Returns the segment of each pixel of a panoptic PNG, integers (H, W): R + 256 G + 65536 B.
+
+    Raises ValueError, with the file's `name`, for an image without colors.
+    """
+    if image.mode not in ("RGB", "RGBA", "P"):
+        raise ValueError(f"expected segment ids as colors in {name}, got mode {image.mode}")
+    colors = np.asarray(image.convert("RGB")).astype(np.int32)
+    return colors @ np.array([1, 256, 65536], np.int32)
+
+
 class PanopticFile(CocoFile):
     """COCO's panoptic form: a JSON file, and a PNG for each image whose colors are its segments.
 
@@ -127,13 +139,12 @@ class PanopticFile(CocoFile):
                     yield origin, partial(self._segments, ids, segment, annotation, origin)
 
     def _segment_ids(self, annotation: dict) -> np.ndarray:
-        """Reads the segment of each pixel, integers (H, W): R + 256 G + 65536 B."""
+        """Reads the segment of each pixel, integers (H, W)."""
         name = annotation.get("file_name")
         file = self.files.get(Path(name).name) if is_plain_name(name) else None
         if file is None:
             raise ValueError(f"expected the PNG {name!r:.120} of {self.name} in {self.folder}")
-        colors = np.asarray(open_mask_file(file).convert("RGB")).astype(np.int32)
-        return colors @ np.array([1, 256, 65536], np.int32)
+        return segment_ids(open_mask_file(file), file.name)
 
     def _segments(self, ids, segment, annotation: dict, origin: str) -> list[RegionSource]:
         number = segment.get("id") if isinstance(segment, dict) else None

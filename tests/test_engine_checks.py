@@ -69,6 +69,14 @@ def test_a_text_that_the_segmenter_refuses_drops_the_regions(tmp_path):
     assert rules(record) == {"a": "not found"} and "32 tokens" in record.dropped[0].reason
 
 
+def test_a_segmenter_that_reads_no_text_ends_the_run(tmp_path):
+    record = record_of(LEFT, core=["cup"])
+    record.image = str(tmp_path / "image.png")
+    Image.new("RGB", SIZE).save(record.image)
+    with pytest.raises(ValueError, match="expected a segmenter that reads text.*got 'offline'"):
+        CheckMasks(MaskCheckOptions(segmenter="offline"))([record])
+
+
 def test_a_stage_is_pickled_without_what_it_loaded():
     stage = CheckMasks(MaskCheckOptions(segmenter="x"))
     stage.__dict__["segmenter"] = lambda: None  # as if it had been loaded: no pickle takes it

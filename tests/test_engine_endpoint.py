@@ -1,13 +1,16 @@
 """Captions, categories and verdicts by a played endpoint that answers well, badly or not at all."""
 
 import base64
+import copy
 import io
 import json
 import pickle
 import threading
 
 import pytest
+import torch
 from engine_data import kept, record_of, rectangle, rules
+from perceptiondlm.common.crops import png_data_url
 from perceptiondlm.pipelines.captioners import (
     CaptionRegions,
     ChatCaptioner,
@@ -30,10 +33,21 @@ from perceptiondlm.pipelines.endpoint import (
     EndpointOptions,
     EngineStopped,
     Failure,
+    image_part,
+    text_part,
 )
 from perceptiondlm.pipelines.transformers_chat import TransformersChat, TransformersOptions
 from PIL import Image
 from test_judge_server import Reply, completion, error, serving
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 SIZE = (60, 40)
 MASKS = [rectangle(SIZE, 10 * i, 5, 10 * i + 8, 15) for i in range(4)]
@@ -346,33 +360,64 @@ def test_a_prompt_without_its_field_is_refused():
         checked_prompt("{caption", "caption")
 
 
-# transformers' chat models, by a played pipeline.
+# transformers' chat models: tiny ones with random weights, in its own pipelines.
+
+CHAT_TEMPLATE = """
+{%- for message in messages -%}
+{%- if message['content'] is string -%}{{ message['content'] }}
+{%- else -%}{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}<IMG_CONTEXT>{%- else -%}{{ part['text'] }}{%- endif -%}
+{%- endfor -%}{%- endif -%}
+{%- endfor -%}"""
+SIDES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 
 
-@pytest.mark.parametrize(
-    ("task", "argument"),
-    [("image-text-to-text", "text"), ("text-generation", "text_inputs")],
-)
-def test_transformers_is_asked_in_its_own_form(monkeypatch, task, argument):
-    made, asked = {}, []
+@pytest.fixture
+def chat_folder(tokenizer, tmp_path):
+    """Gives the folder of a chat model for text ("text-generation") or for images and text."""
+    text = LlamaConfig(**SIDES, vocab_size=len(tokenizer), num_hidden_layers=1)
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = CHAT_TEMPLATE
 
-    def pipeline(name, **options):
-        made.update(options, task=name)
+    def make(task: str) -> str:
+        torch.manual_seed(0)
+        own.save_pretrained(tmp_path)
+        if task == "text-generation":
+            LlamaForCausalLM(text).save_pretrained(tmp_path)
+            return str(tmp_path)
+        vision = CLIPVisionConfig(**SIDES, num_hidden_layers=2, image_size=16, patch_size=8)
+        token = own.convert_tokens_to_ids("<IMG_CONTEXT>")
+        parts = {"vision_config": vision, "text_config": text, "vision_feature_layer": -1}
+        config = LlavaConfig(**parts, image_token_index=token)
+        LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+        own.image_token = "<IMG_CONTEXT>"
+        sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+        LlavaProcessor(
+            CLIPImageProcessor(**sizes),
+            own,
+            patch_size=8,
+            vision_feature_select_strategy="default",
+            image_token="<IMG_CONTEXT>",
+            num_additional_image_tokens=1,
+            chat_template=CHAT_TEMPLATE,
+        ).save_pretrained(tmp_path)
+        return str(tmp_path)
 
-        def run(**inputs):
-            asked.append(inputs)
-            return [[{"generated_text": f"{i}"}] for i, _ in enumerate(inputs[argument])]
+    return make
 
-        return run
 
-    monkeypatch.setattr("transformers.pipeline", pipeline)
-    chat = TransformersChat(TransformersOptions(model="owner/name"), task)
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,x"}}
-    content = [image, {"type": "text", "text": "?"}]
-    assert chat([question("a"), [{"role": "user", "content": content}]]) == ["0", "1"]
-    assert made["task"] == task and made["trust_remote_code"] is False
-    parts = asked[0][argument][1][0]["content"]
-    assert parts == [{"type": "image", "url": "data:image/png;base64,x"}, content[1]]
-    assert asked[0]["return_full_text"] is False and asked[0]["max_new_tokens"] == 256
-    assert chat([]) == [] and len(asked) == 1
+@pytest.mark.parametrize("task", ["image-text-to-text", "text-generation"])
+def test_transformers_answers_each_question_in_its_own_pipeline(chat_folder, task, caplog):
+    generate = {"max_new_tokens": 3, "do_sample": False}
+    options = TransformersOptions(chat_folder(task), device="cpu", batch_size=1, generate=generate)
+    chat = TransformersChat(options, task)
+    asked = [question("a cup"), question("a blue star at the top")]
+    if task == "image-text-to-text":
+        image = image_part(png_data_url(Image.new("RGB", (20, 20), "red")))
+        asked = [[{"role": "user", "content": [image, text_part(m[0]["content"])]}] for m in asked]
+    answers = chat(asked)
+    assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
+    assert answers == chat(asked[:1]) + chat(asked[1:])
+    assert "will be ignored" not in caplog.text
+    assert chat([]) == []
     assert "_pipeline" not in vars(pickle.loads(pickle.dumps(chat)))

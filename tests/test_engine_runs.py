@@ -261,6 +261,23 @@ def test_our_own_model_captions_as_it_does_by_itself(tmp_path, make):
                 assert got == (text.strip(), pytest.approx(score, abs=1e-4))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoint": "./none"}, "expected a folder or the id of a Hub repository"),
+        ({"checkpoint": str(ROOT), "subfolder": "tiny", "decoding": {"step": 3}}, "step"),
+        ({"checkpoint": str(ROOT), "subfolder": "tiny", "decoding": {"steps": 0}}, "steps"),
+    ],
+)
+def test_a_model_that_cannot_be_used_ends_the_run(tmp_path, capsys, options, message):
+    """Instead of dropping every region for the same reason."""
+    write_sa1b(tmp_path / "data", [0])
+    values = values_of(tmp_path, captioner={"kind": "model", "device": "cpu", **options})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert main(["engine", str(tmp_path / "recipe.yaml")]) == 2
+    assert message in capsys.readouterr().err
+
+
 # Broken data.
 
 

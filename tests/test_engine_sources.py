@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -150,7 +151,7 @@ def test_a_torn_line_is_named_and_the_next_one_is_read(tmp_path):
         (lambda c: c["images"].clear(), "expected the image of an annotation"),
         (lambda c: c["annotations"][0].pop("segments_info"), "expected a field 'segments_info'"),
         (lambda c: c["images"][0].update(width=5), "expected segments of 5x"),
-        (lambda c: c["annotations"][0].update(file_name="x.png"), "No such file"),
+        (lambda c: c["annotations"][0].update(file_name="x.png"), "x.png"),
     ],
 )
 def test_a_broken_panoptic_entry_is_named(tmp_path, change, message):
@@ -158,7 +159,7 @@ def test_a_broken_panoptic_entry_is_named(tmp_path, change, message):
     edited(tmp_path / "panoptic.json", change)
     folders = [str(tmp_path / name) for name in ("panoptic.json", "masks", "images")]
     (record,) = read_all(PanopticSource(*folders))
-    assert message in record.dropped[0].reason
+    assert re.search(message, record.dropped[0].reason)
 
 
 def test_run_lengths_of_every_form_become_text():
