@@ -73,14 +73,15 @@ def write_card(folder: Path, recipe: EngineRecipe, summary: dict) -> list[Path]:
     if found.words:
         figures["regions.png"] = _draw_histogram(found.regions.values(), "regions of an image")
         figures["words.png"] = _draw_histogram(found.words.elements(), "words of a caption")
-        image_folder = folder if options.images == "link" else recipe.source.image_root
-        figures["samples.png"] = _draw_sheet(found.samples, Path(image_folder))
     if found.categories:
         figures["categories.png"] = _draw_bars(found.categories.most_common(MAX_CATEGORIES))
+    if found.samples:
+        image_folder = folder if options.images == "link" else recipe.source.image_root
+        figures["samples.png"] = _draw_sheet(found.samples, Path(image_folder))
 
     for name, data in figures.items():
         write_bytes(folder / FIGURES / name, data)
-    write_text(folder / CARD, _card_text(recipe, summary, found, sorted(figures)))
+    write_text(folder / CARD, _card_text(recipe, summary, found, list(figures)))
     return [folder / CARD, *(folder / FIGURES / name for name in figures)]
 
 
@@ -184,8 +185,8 @@ def _card_text(recipe: EngineRecipe, summary: dict, found: Statistics, figures: 
     linked = f", with the images in `{IMAGES}/`" if recipe.output.images == "link" else ""
     return f"""# Region captions, branch {recipe.branch}
 
-`records.jsonl` holds an image, region masks (COCO RLE) and captions in each line{linked};
-`dropped.jsonl` the regions that were dropped, by which stage and rule, and why.
+`records.jsonl` holds an image, region masks (COCO RLE) and captions in each line{linked}.
+`dropped.jsonl` holds the regions that were dropped, by which stage and rule, and why.
 
 | | |
 |---|---:|
@@ -202,7 +203,6 @@ def _card_text(recipe: EngineRecipe, summary: dict, found: Statistics, figures: 
 def _stage_rows(stages: dict) -> str:
     rows = []
     for name, count in stages.items():
-        rules = list(count["dropped"].items()) or [("-", 0)]
-        rows += [f"| {name} | {rule} | {number} | |" for rule, number in rules]
+        rows += [f"| {name} | {rule} | {number} | |" for rule, number in count["dropped"].items()]
         rows.append(f"| {name} | | {sum(count['dropped'].values())} | {count['regions_out']} |")
     return "\n".join(rows)
