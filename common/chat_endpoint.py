@@ -30,6 +30,10 @@ class CallFailure(Exception):
         self.fatal = fatal
 
 
+class CutOff(CallFailure):
+    """An answer that was longer than the tokens it was given."""
+
+
 @dataclass(frozen=True)
 class RetryPolicy:
     """Says how often, and after how many seconds, a failed call is made again."""
@@ -80,6 +84,7 @@ class Endpoint:
         request: further fields of each request (temperature, max_tokens, ...).
         policy: when to try again.
         budget: counts the calls.
+        whole: take no answer that was cut off at its number of tokens (CutOff).
 
     Attributes:
         stop: when set, waiting ends and no further call is made.
@@ -93,12 +98,14 @@ class Endpoint:
         request: dict | None = None,
         policy: RetryPolicy | None = None,
         budget: CallBudget | None = None,
+        whole: bool = False,
     ):
         self.client = client
         self.model = model
         self.request = request or {}
         self.policy = policy or RetryPolicy()
         self.budget = budget or CallBudget()
+        self.whole = whole
         self.stop = threading.Event()
 
     def ask(self, messages: list[dict]) -> str:
@@ -128,7 +135,7 @@ class Endpoint:
             raw = self.client.chat.completions.with_raw_response.create(
                 model=self.model, messages=messages, **self.request
             )
-            return parse_completion(raw.http_response.text), None, None
+            return parse_completion(raw.http_response.text, self.whole), None, None
         except openai.APITimeoutError:
             return None, "no response in time", None
         except openai.APIConnectionError as error:
@@ -160,14 +167,20 @@ class MalformedCompletion(Exception):
     """A body that is no chat completion with text."""
 
 
-def parse_completion(body: str) -> str:
-    """Returns the text of a chat completion's first choice. Raises MalformedCompletion."""
+def parse_completion(body: str, whole: bool = False) -> str:
+    """Returns the text of a chat completion's first choice.
+
+    Raises MalformedCompletion, and CutOff where it has to be `whole` and is not.
+    """
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
+        choice = json.loads(body)["choices"][0]
+        content = choice["message"]["content"]
     except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
         raise MalformedCompletion(
             f"expected a chat completion, got {body[:120]!r} ({type(error).__name__})"
         ) from error
+    if whole and choice.get("finish_reason") == "length":
+        raise CutOff(f"expected a whole answer, got one cut off at max_tokens: {content!r:.80}")
     if not isinstance(content, str):
         raise MalformedCompletion(f"expected a completion with text, got content {content!r:.80}")
     return content

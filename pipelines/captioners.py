@@ -16,7 +16,7 @@ from ..common.crops import crop_window, png_data_url
 from ..common.loading import default_device, load_model
 from ..common.option_checks import expect_positive
 from ..generation_options import DiffusionOptions
-from .endpoint import Failure, image_part, text_part
+from .endpoint import Failure, image_part, text_part, visible_text
 from .records import Record, Stage, mask_of, open_images, without_loaded
 
 PROMPT = """\
@@ -166,14 +166,14 @@ class ChatCaptioner:
     def __call__(self, asked: Asked) -> list[list[Caption]]:
         """Captions regions, those of all images at once."""
         messages = [region_messages(i, m, self.prompt) for i, masks in asked for m in masks]
-        answers = iter(self.chat(messages))
+        answers = map(visible_text, self.chat(messages))
         return [[_caption_of(next(answers)) for _ in masks] for _, masks in asked]
 
 
 def _caption_of(answer: str | Failure) -> Caption:
     if isinstance(answer, Failure):
         return Caption(None, problem=answer.reason)
-    return Caption(answer) if answer.strip() else Caption(None, problem="an empty answer")
+    return Caption(answer)
 
 
 def region_messages(image: Image.Image, mask: np.ndarray, prompt: PromptOptions) -> list[dict]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .captioners import Chat
-from .endpoint import Failure
+from .endpoint import Failure, visible_text
 from .records import Record, Stage, drop_where
 from .text_filters import words_of
 
@@ -107,7 +107,7 @@ class ChatExtractor:
     def __call__(self, captions: list[str]) -> list[str | Failure]:
         """Extracts the core category of each caption."""
         asked = [_message(self.prompt.format(caption=caption)) for caption in captions]
-        return [_category_of(answer) for answer in self.chat(asked)]
+        return [_category_of(visible_text(answer)) for answer in self.chat(asked)]
 
 
 def _category_of(answer: str | Failure) -> str | Failure:
@@ -234,7 +234,7 @@ class ChatVerifier:
             _message(self.prompt.format(caption=caption, category=category))
             for caption, category in pairs
         ]
-        return [_yes_or_no(answer) for answer in self.chat(asked)]
+        return [_yes_or_no(visible_text(answer)) for answer in self.chat(asked)]
 
 
 def _yes_or_no(answer: str | Failure) -> bool | Failure:

@@ -7,6 +7,7 @@ An answer is on disk before it counts, so that a run that was killed pays for no
 import contextlib
 import hashlib
 import json
+import re
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..common.chat_endpoint import CallBudget, CallFailure, Endpoint, RetryPolicy, make_client
+from ..common.chat_endpoint import (
+    CallBudget,
+    CallFailure,
+    CutOff,
+    Endpoint,
+    RetryPolicy,
+    make_client,
+)
 from ..common.option_checks import expect_positive
 from .records import without_loaded
 
@@ -86,6 +94,7 @@ class ChatModel:
             request=request,
             policy=RetryPolicy(attempts=options.attempts, first_delay=options.first_delay),
             budget=CallBudget(options.max_calls),
+            whole=True,
         )
 
     @cached_property
@@ -120,6 +129,8 @@ class ChatModel:
     def _ask(self, key: str, messages: list[dict]) -> str | Failure:
         try:
             answer = self._endpoint.ask(messages)
+        except CutOff as failure:  # the endpoint is well
+            return Failure(str(failure))
         except CallFailure as failure:
             if self._endpoint.stop.is_set():
                 return Failure(str(failure))  # the reason for stopping is known already
@@ -164,6 +175,17 @@ class AnswerCache:
         with self._lock, contextlib.ExitStack() as stack:
             stack.enter_context(self._file)  # a transaction
             self._file.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", [key, text])
+
+
+def visible_text(answer: str | Failure) -> str | Failure:
+    """Returns an answer without the thoughts that reasoning models put before it.
+
+    A Failure where nothing follows them, or nothing is there.
+    """
+    if isinstance(answer, Failure):
+        return answer
+    text = re.sub(r"^\s*<think>.*?(</think>|\Z)", "", answer, flags=re.DOTALL).strip()
+    return text or Failure(f"expected an answer, got {answer!r:.80}")
 
 
 # What a message is made of.

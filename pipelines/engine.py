@@ -36,6 +36,10 @@ HARMLESS = {
 }
 
 
+# Rules that say nothing about a region, but that it could not be read, shown or asked about.
+TROUBLES = {"broken record", "broken region", "image", "no caption", "no answer"}
+
+
 @dataclass
 class StageCount:
     """Counts what a stage got, gave and dropped (by rule), and its seconds.
@@ -62,7 +66,7 @@ class Part:
 
     Attributes:
         digest: of the items, by which a resumed run knows them.
-        images: records that were read, `broken` of them not.
+        images: of the source; `broken` of them lost all their regions to `TROUBLES`.
         lines: of `records.jsonl`.
         dropped: rows of `dropped.jsonl`.
         counts: by stage, in order.
@@ -184,10 +188,10 @@ def _known_part(path: Path, items: list) -> Part | None:
 
 def _expect_few_broken(images: int, broken: int, max_share: float, part: Part):
     if broken > max_share * images:
-        reason = next((row["reason"] for row in part.dropped if row["stage"] == READ), "")
+        reason = next((row["reason"] for row in part.dropped if row["rule"] in TROUBLES), "")
         raise ValueError(
             f"expected at most {max_share:g} of the images broken (output.max_broken_share), got"
-            f" {broken} of {images}, the last with: {reason}"
+            f" {broken} of {images}, say: {reason}"
         )
 
 
@@ -207,7 +211,6 @@ def _make_part(
 def _read(source: Source, items: list, part: Part) -> list[Record]:
     start = time.perf_counter()
     records = [source.read(item) for item in items]
-    part.broken += sum(not record.name for record in records)
     gone = Counter(entry.rule for record in records for entry in record.dropped)
     kept = sum(len(record.regions) for record in records)
     seconds = time.perf_counter() - start
@@ -253,6 +256,8 @@ def _write(record: Record, recipe: EngineRecipe, part: Part):
         is_linked = options.images == "link"
         image = link_image(record, Path(options.folder)) if is_linked else record.name
         part.lines += lines_of(record, options.max_regions, image)
+    elif any(entry.rule in TROUBLES for entry in record.dropped):
+        part.broken += 1
     part.dropped += dropped_rows(record)
 
 

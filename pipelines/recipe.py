@@ -108,7 +108,9 @@ class OutputOptions:
     batch_images: int = 4  # that go through the stages together
     part_images: int = 64  # after which a part is finished: what a killed run repeats at most
     max_images: int | None = None  # of the source, from its beginning; none: all
-    max_broken_share: float = 0.5  # of the images, unread; with more of them the run stops
+    # Of the images, those of which no region could be read, or captioned at all; with more of them
+    # the run stops.
+    max_broken_share: float = 0.5
     card: bool = True  # figures and a contact sheet
     sheet: int = 24  # regions on the contact sheet
     seed: int = 0  # of the regions that are drawn for it

@@ -35,6 +35,7 @@ from perceptiondlm.pipelines.endpoint import (
     Failure,
     image_part,
     text_part,
+    visible_text,
 )
 from perceptiondlm.pipelines.transformers_chat import TransformersChat, TransformersOptions
 from PIL import Image
@@ -139,6 +140,28 @@ def test_an_answer_that_is_no_text_is_a_failure(tmp_path):
         model = ChatModel(options(server, cache=str(tmp_path / "answers")))
         (answer,) = model([question("a")])
     assert "expected text, got a lone surrogate" in answer.reason
+
+
+def test_an_answer_cut_off_at_its_tokens_is_a_failure_and_no_reason_to_stop():
+    choice = {"message": {"content": "A cup with"}, "finish_reason": "length"}
+    with serving(lambda *_: Reply({"choices": [choice]})) as server:
+        answers = ChatModel(options(server))([question(str(i)) for i in range(20)])
+        assert len(server.requests) == 20  # once each
+    assert all("cut off at max_tokens: 'A cup with'" in answer.reason for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("<think>Is it\na cup?</think>\n A cup. ", "A cup."),
+        ("A <think> cup", "A <think> cup"),
+        ("<think>Is it", None),
+        ("  ", None),
+    ],
+)
+def test_thoughts_are_no_part_of_an_answer(answer, text):
+    found = visible_text(answer)
+    assert found == text if text else isinstance(found, Failure)
 
 
 def test_a_slow_answer_is_asked_for_again():
@@ -254,7 +277,7 @@ def test_regions_get_captions_and_those_without_are_dropped(tmp_path):
     assert [region.caption for region in record.regions] == ["ok", "ok"] and kept(record) == "ad"
     assert rules(record) == {"b": "no caption", "c": "no caption"}
     reasons = [entry.reason for entry in record.dropped]
-    assert "an empty answer" in reasons[0] and "HTTP 400" in reasons[1]
+    assert "expected an answer, got" in reasons[0] and "HTTP 400" in reasons[1]
 
 
 @pytest.mark.parametrize("trouble", ["none", "no image", "another size"])

@@ -16,6 +16,8 @@ from engine_data import (
     Played,
     PlayedSegmenter,
     caption_of,
+    record_of,
+    rectangle,
     write_panoptic,
     write_sa1b,
 )
@@ -26,6 +28,7 @@ from perceptiondlm.pipelines.categories import ExtractCategories, VerifyCategori
 from perceptiondlm.pipelines.engine import run_engine
 from perceptiondlm.pipelines.mask_checks import CheckMasks, MaskCheckOptions
 from perceptiondlm.pipelines.mask_filters import MaskFilters, MaskOptions
+from perceptiondlm.pipelines.output import link_image
 from perceptiondlm.pipelines.recipe import build_recipe
 from perceptiondlm.pipelines.stages import make_stages
 from perceptiondlm.pipelines.text_filters import TextFilters, TextOptions
@@ -287,12 +290,12 @@ def test_broken_images_are_dropped_with_their_reason_up_to_a_share(tmp_path):
     (tmp_path / "data" / "sa_1.jpg").write_bytes(b"no image")
     recipe = recipe_of(tmp_path, output={"part_images": 5})
     summary = run_engine(recipe, stages=[CaptionRegions(Played({}))])
-    assert summary["broken_images"] == 1
+    assert summary["broken_images"] == 2
     expect_counts(summary, tmp_path / "out", sum(counts.values()) - counts["sa_0"] + 1)
     assert summary["stages"]["caption"]["dropped"] == {"image": counts["sa_1"]}
 
     strict = recipe_of(tmp_path, output={"part_images": 5, "max_broken_share": 0.1})
-    with pytest.raises(ValueError, match=r"0.1 of the images broken.*got 1 of 5.*sa_0.json"):
+    with pytest.raises(ValueError, match=r"0.1 of the images broken.*got 2 of 5.*sa_0.json"):
         run_engine(strict, stages=[CaptionRegions(Played({}))])
 
 
@@ -301,9 +304,34 @@ def test_images_that_are_missing_are_found_without_a_captioner_too(tmp_path):
     values = {"image": "gone.png", "mask_rles": [mask, mask], "captions": ["a cup", None]}
     (tmp_path / "data.jsonl").write_text(json.dumps(values))
     source = {"kind": "lines", "path": str(tmp_path / "data.jsonl")}
-    summary = run_engine(recipe_of(tmp_path, source=source, captioner=None))
+    output = {"max_broken_share": 1.0}
+    summary = run_engine(recipe_of(tmp_path, source=source, captioner=None, output=output))
     assert summary["stages"]["output"]["dropped"] == {"no caption": 1, "image": 1}
     expect_counts(summary, tmp_path / "out", 2)
+
+
+def test_a_captioner_that_says_nothing_stops_the_run(tmp_path):
+    write_sa1b(tmp_path / "data", SEEDS)
+    silent = CaptionRegions(Played(dict.fromkeys(range(99))))
+    with pytest.raises(ValueError, match=r"got 2 of 2, say: expected a caption, got: played"):
+        run_engine(recipe_of(tmp_path), stages=[silent])
+
+
+def test_images_that_are_bytes_or_on_another_disk_are_written(tmp_path, monkeypatch):
+    record = record_of(rectangle((4, 4), 0, 0, 2, 2))
+    record.image, record.name = b"bytes", "deep/a.png"
+    assert link_image(record, tmp_path) == "images/deep/a.png"
+    assert (tmp_path / "images" / "deep" / "a.png").read_bytes() == b"bytes"
+
+    def refuse(*_):
+        raise OSError("another device")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "own.png").write_bytes(b"own")
+    record.image, record.name = str(tmp_path / "own.png"), "b.png"
+    assert link_image(record, tmp_path) == link_image(record, tmp_path) == "images/b.png"
+    assert (tmp_path / "images" / "b.png").read_bytes() == b"own"
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"deep", "b.png"}
 
 
 # Going on.
