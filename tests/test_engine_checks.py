@@ -5,7 +5,9 @@ import pickle
 import pytest
 from engine_data import Found, PlayedSegmenter, kept, record_of, rectangle, rules
 from perceptiondlm.pipelines.mask_checks import CheckMasks, MaskCheckOptions, iou
+from perceptiondlm.regions.segmenters import load_segmenter
 from PIL import Image
+from tiny_sams import save_tiny
 
 SIZE = (60, 40)
 LEFT, RIGHT = rectangle(SIZE, 0, 0, 20, 20), rectangle(SIZE, 30, 0, 50, 20)
@@ -67,6 +69,26 @@ def test_a_text_that_the_segmenter_refuses_drops_the_regions(tmp_path):
 
     CheckMasks(MaskCheckOptions(segmenter="played"), refuse)([record])
     assert rules(record) == {"a": "not found"} and "32 tokens" in record.dropped[0].reason
+
+
+def test_a_tiny_sam_3_with_random_weights_is_asked_by_its_folder(tmp_path):
+    """Its masks mean nothing: each region is kept or dropped by the IoU that is found by hand."""
+    save_tiny("sam3", tmp_path / "sam3")
+    regions = load_segmenter(tmp_path / "sam3", device="cpu")
+    regions.min_text_score = 0.0  # whatever random weights believe
+    stage = CheckMasks(MaskCheckOptions(segmenter=str(tmp_path / "sam3"), min_iou=0.1), regions)
+    record = record_of(LEFT, RIGHT, core=["cup", "dog"])
+    record.image = str(tmp_path / "image.png")
+    Image.new("RGB", SIZE, "orange").save(record.image)
+    stage([record])
+
+    found = {name: regions(record.image, text=name) for name in ("cup", "dog")}
+    expected = {}
+    for key, own, name in (("a", LEFT, "cup"), ("b", RIGHT, "dog")):
+        ious = [(own & each.mask).sum() / (own | each.mask).sum() for each in found[name]]
+        if not ious or max(ious) < 0.1:
+            expected[key] = "iou" if ious else "not found"
+    assert rules(record) == expected
 
 
 def test_a_segmenter_that_reads_no_text_ends_the_run(tmp_path):
