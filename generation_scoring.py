@@ -362,10 +362,26 @@ def _draws(length: int, method: str, samples: int, seed: int) -> torch.Tensor:
 
 
 def is_one_prompt(prompts) -> bool:
-    """Tells whether this is one prompt, a text or a conversation, and no list of them."""
-    if isinstance(prompts, (list, tuple)):
-        return bool(prompts) and all(isinstance(message, dict) for message in prompts)
-    return True
+    """Tells whether this is one prompt, a text or a conversation, and no list of them.
+
+    Raises ValueError for anything that is neither.
+    """
+    if isinstance(prompts, str):
+        return True
+    if not isinstance(prompts, (list, tuple)) or not prompts:
+        raise ValueError(
+            f"expected a question, a conversation or a list of them, got {describe(prompts)}"
+        )
+    if all(isinstance(message, dict) for message in prompts):
+        return True
+    for prompt in prompts:
+        turns = prompt if isinstance(prompt, (list, tuple)) else [prompt]
+        is_text = isinstance(prompt, str)
+        if not (is_text or turns and all(isinstance(turn, dict) for turn in turns)):
+            raise ValueError(
+                f"expected each prompt as a text or a list of messages, got {describe(prompt)}"
+            )
+    return False
 
 
 def pair_seen(seen: Seen, count: int) -> list[SeenGroup]:

@@ -145,6 +145,8 @@ class Seen:
         """
         if self.counts is None:
             raise ValueError("expected an image that was seen with region masks, got one without")
+        if not isinstance(masks, Iterable):
+            raise ValueError(f"expected a list of masks, got {masks!r}")
         given: list = list(masks)
         lists = [given] if len(self.counts) == 1 and not _is_nested(given) else given
         if len(lists) != len(self.counts):

@@ -28,7 +28,6 @@ MAX_LENGTH = 1024  # tokens of a field
 MAX_CHOICES = 256  # texts of a field
 MAX_LENGTHS = 64  # combinations of lengths of one template
 
-NAME = re.compile(r"[A-Za-z_]\w*")
 LENGTHS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 # A brace that stands for itself, a field, or a brace that is neither.
 PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -46,9 +45,9 @@ class Field(NamedTuple):
     def parse(cls, text: str) -> "Field":
         """Reads what stands between a field's braces; raises ValueError for anything else."""
         name, colon, kind = text.partition(":")
-        if not colon and not NAME.fullmatch(name):
+        if not colon and not name.isidentifier():
             name, kind = "", text
-        elif not NAME.fullmatch(name):
+        elif not name.isidentifier():
             raise ValueError(f"expected a field's name as an identifier, got {name!r} in {text!r}")
 
         if "|" in kind:
@@ -80,7 +79,7 @@ class Field(NamedTuple):
             or len(choices) > MAX_CHOICES
         ):
             raise ValueError(
-                f"expected at most {MAX_CHOICES} different texts to choose from, got"
+                f"expected 1 to {MAX_CHOICES} different texts to choose from, none blank, got"
                 f" {describe(list(choices))}"
             )
         return cls(name, choices=tuple(choices))
@@ -166,7 +165,7 @@ class Template:
                     f"expected a template or a list of texts for {key!r}, got {describe(given)}"
                 )
             keys.append((key, value))
-            texts[-1] += f'{", " if len(keys) > 1 else ""}{json.dumps(key)}: "'
+            texts[-1] += f'{", " if len(keys) > 1 else ""}{json.dumps(key, ensure_ascii=False)}: "'
             escaped = [json.dumps(text, ensure_ascii=False)[1:-1] for text in value.texts]
             texts[-1] += escaped[0]
             texts += escaped[1:]

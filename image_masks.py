@@ -354,6 +354,8 @@ def fill_box(box, size: tuple[int, int]) -> np.ndarray:
     left, top, right, bottom = _numbers("box [x0, y0, x1, y1]", box, 4)
     if not (left < right and top < bottom):
         raise ValueError(f"expected a box with x0 < x1 and y0 < y1, got {list(box)}")
+    if max(right, bottom) <= 1 and any(side != int(side) for side in (left, top, right, bottom)):
+        raise ValueError(f"expected a box in pixels, got shares of the sides: {list(box)}")
 
     mask = np.zeros(size[::-1], dtype=bool)
     rows = slice(max(0, round(top)), max(0, round(bottom), round(top) + 1))

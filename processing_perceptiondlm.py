@@ -589,17 +589,18 @@ def pair_prompts(
         prompts: None for the default; one text for all; or a list with, for each image, a text,
             None, or a list of them, one for each region mask.
         counts: how many region masks each image has.
-        is_single: there is one image that did not come in a list; then a list of as many texts as
-            it has masks is one for each of them.
+        is_single: there is one image that did not come in a list; then a plain list has one for
+            each of its masks.
 
     Raises ValueError for another number of texts, and for what is none.
     """
     if prompts is None or isinstance(prompts, str):
+        _expect_words(prompts)
         return [prompts] * len(counts)
     if not isinstance(prompts, (list, tuple)):
         raise ValueError(f"expected a text or a list of texts, got {describe(prompts)}")
     is_flat = not any(isinstance(entry, (list, tuple)) for entry in prompts)
-    if is_single and is_flat and len(prompts) == counts[0]:
+    if is_single and is_flat:
         prompts = [prompts]
     if len(prompts) != len(counts):
         raise ValueError(f"expected {len(counts)} texts, one for each image, got {len(prompts)}")
@@ -609,10 +610,18 @@ def pair_prompts(
         own = list(entry) if isinstance(entry, (list, tuple)) else [entry]
         if not all(isinstance(text, (str, type(None))) for text in own):
             raise ValueError(f"expected texts or None as prompts, got {describe(entry)}")
+        _expect_words(*own)
         if isinstance(entry, (list, tuple)) and len(own) != count:
             raise ValueError(f"expected a prompt for each of {count} masks, got {len(own)}")
         paired.append(own if isinstance(entry, (list, tuple)) else own[0])
     return paired
+
+
+def _expect_words(*texts: str | None):
+    """Refuses blank prompts, which would be taken for the default."""
+    for text in texts:
+        if text is not None and not text.strip():
+            raise ValueError(f"expected a prompt with words, or None for the default, got {text!r}")
 
 
 def _place_of(number: str, places: dict[int, str]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..image_loading import load_mask
+from ..image_masks import turned_hint
 from .files import MAX_PIXELS, ImageSource
 from .region_mask import RegionMask
 
@@ -52,10 +53,11 @@ class RegionSource:
         unless it may be resized, which takes the nearest pixel.
         """
         own = self.size or (pixel_size(self.mask) if resize_masks else None) or size
-        if own != size and not resize_masks:
+        turned = turned_hint(own, size) if size[0] != size[1] else ""
+        if own != size and (turned or not resize_masks):
             raise ValueError(
                 f"expected annotations of an image of {size[0]}x{size[1]} pixels in"
-                f" {self.origin.split('#')[0]}, got {own[0]}x{own[1]}"
+                f" {self.origin.split('#')[0]}, got {own[0]}x{own[1]}{turned}"
             )
 
         _expect_bounded_outline(self.mask)

@@ -271,3 +271,10 @@ def test_a_damaged_mask_file_is_refused(region, tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="expected a readable region mask"):
             load_mask(tmp_path / name, (23, 17))
+
+
+@pytest.mark.parametrize("box", [[0.1, 0.1, 0.5, 0.5], [0, 0, 0.5, 1], [0.0, 0.2, 1.0, 1.0]])
+def test_a_box_in_shares_of_the_sides_is_refused(box):
+    with pytest.raises(ValueError, match="expected a box in pixels, got shares of the sides"):
+        load_mask({"box": box}, (40, 30))
+    assert load_mask({"box": [0, 0, 1, 1]}, (40, 30)).getbbox() == (0, 0, 1, 1)

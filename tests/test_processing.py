@@ -311,7 +311,7 @@ def test_special_tokens_decode_to_nothing(processor):
         ({"images": 1, "masks": 1, "max_new_tokens": 3}, "expected no max_new_tokens"),
         (
             {"images": 1, "masks": 1, "prompts": ["a", "b"]},
-            "expected 1 texts, one for each (image|sample)",
+            "expected a prompt for each of 1 masks|expected 1 texts, one for each sample",
         ),
         ({"images": 1, "masks": 1, "return_tensors": "np"}, "return_tensors 'pt', got 'np'"),
         ({"images": 1, "masks": 1, "padding": "max_length"}, "or 'longest', got 'max_length'"),
@@ -335,7 +335,7 @@ def test_special_tokens_decode_to_nothing(processor):
         ),
         (
             {"prompts": "a", "answers": ["x", "y"]},
-            "expected 1 texts, one for each (image|sample), got 2",
+            "expected a prompt for each of 1 masks|expected 1 texts, one for each sample, got 2",
         ),
         ({"prompts": "a", "videos": [1]}, "expected no videos"),
     ],

@@ -148,7 +148,10 @@ def test_captions_and_questions_mix_in_one_call(make, scene, layout):
 
 
 WRONG = [
-    (["a", "b"], "expected 1 texts, one for each image"),
+    (["a", "b"], "a prompt for each of 3 masks, got 2"),
+    (["a"], "a prompt for each of 3 masks, got 1"),
+    (["a", " ", None], "expected a prompt with words"),
+    ("", "expected a prompt with words"),
     ([["a", "b"]], "a prompt for each of 3 masks, got 2"),
     ([["a", "b", 3]], "expected texts or None"),
     (7, "a text or a list of texts"),
@@ -170,7 +173,6 @@ def test_prompts_that_do_not_fit_are_refused(tree, prompts, message):
 
 def test_a_single_image_has_a_flat_list_of_questions():
     assert pair_prompts(["a", None], [2], is_single=True) == [["a", None]]
-    assert pair_prompts(["a"], [2], is_single=True) == ["a"]
     assert pair_prompts(["a", ["b", None]], [2, 2]) == ["a", ["b", None]]
     assert pair_prompts(None, [2, 1]) == [None, None]
 

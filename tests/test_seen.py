@@ -212,6 +212,7 @@ WRONG = [
     (lambda seen: seen.only([0, 0]), "different masks from 0 to 1"),
     (lambda seen: seen.only([]), "at least one mask"),
     (lambda seen: seen.only([True]), "different masks from 0 to 1"),
+    (lambda seen: seen.only(1), "expected a list of masks, got 1"),
     (lambda seen: seen.only([[0], [1]]), "masks of 1 images, got 2"),
 ]
 
@@ -253,3 +254,10 @@ def test_several_images_are_asked_about_together(pair, draw_image):
     seen = model.see([images], processor=processor)
     expected = model.diffusion_generate([images], **options)
     assert model.diffusion_generate(seen, **options).token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("prompts", [3, [], [3], {"role": "user"}, [[]], [["a"]]])
+def test_what_is_no_question_is_refused(make, draw_image, prompts):
+    model, processor = make()
+    with pytest.raises(ValueError, match="a question, a conversation|each prompt as a text"):
+        model.diffusion_generate(draw_image(40, 30), prompts=prompts, processor=processor)

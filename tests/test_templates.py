@@ -217,6 +217,7 @@ WRONG = [
     ("{a:x}", "expected a field as"),
     ("{a b}", "expected a field as"),
     ("{1:3}", "a field's name as an identifier"),
+    ("{a|}", "none blank"),
     ("{a:1}{a:2}", "a name for each field"),
     ("{red|red}", "different texts to choose"),
     ("{red| }", "different texts to choose"),
@@ -254,6 +255,8 @@ def test_braces_of_the_text_are_written_twice():
 def test_fields_are_read():
     assert Field.parse("") == Field(None) and Field.parse("name") == Field("name")
     assert Field.parse("n:2") == Field("n", 2, 2) and Field.parse("2-3") == Field(None, 2, 3)
+    assert Field.parse("größe:2").name == "größe"
+    assert Template.parse({"größe": "{1}"}).texts[0] == '{"größe": "'
     assert Field.parse("n:a|b c") == Field("n", choices=("a", "b c"))
     paired = pair_templates(["{1}", ["{2}", "{3}"]], [1, 2])
     assert [[one.fields[0].max_length for one in own] for own in paired] == [[1], [2, 3]]

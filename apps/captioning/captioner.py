@@ -31,6 +31,8 @@ from .results import MASKED, Answers, Region, RegionCaptions, Step
 EMBEDDED = Path(os.path.abspath(__file__)).parents[2]  # the repository's or package's root
 EMBEDDED_SUBFOLDER = "tiny"
 REGION_PROMPTS = ("everything", "points", "boxes", "text")  # of a segmenter
+# What `diffusion_generate` can return beside, and results here have no place for.
+UNHELD = {"num_return_sequences": 1, "return_token_scores": False}
 # What a template's fields say, so that no option can.
 TEMPLATE_DECIDES = ("caption_length", "max_new_tokens", "block_length", "stop_strings")
 
@@ -220,6 +222,12 @@ class RegionCaptioner:
 
     def _generate(self, callback, count: int, options: dict, **inputs):
         """Returns the output of one run and its seconds; `callback` gets a `Step` for each step."""
+        for name, neutral in UNHELD.items():
+            if options.get(name, self.options.get(name)) not in (None, neutral):
+                raise ValueError(
+                    f"expected no {name}, which results of RegionCaptioner do not hold, got"
+                    f" {options.get(name)!r}: model.diffusion_generate gives it"
+                )
         numbers = itertools.count(1)  # the model's own start again with each batch of groups
 
         def on_step(_, token_ids: list):
