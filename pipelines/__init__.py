@@ -1,0 +1,1 @@
+"""Makes training data of images with region masks: stages over records, without a scheduler."""
