@@ -16,7 +16,7 @@ examples:
     perceptiondlm caption-dataset 's3://bucket/shards/*.tar' --output s3://bucket/captioned
   on a cluster:
     perceptiondlm caption-dataset /shared/coco.json --image-root /shared/train2017 \\
-        --output /shared/captioned --address ray://head:10001 --gpus-per-actor 1
+        --output /shared/captioned --address head:6379 --gpus-per-actor 1
 The same command goes on where an earlier one stopped, however it stopped.
 
 exit codes:
@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser):
 
 def _add_placement(group):
     add = group.add_argument
-    add("--address", help="of a Ray cluster, as ray://head:10001 (default: this machine)")
+    add("--address", help="of a Ray cluster, as head:6379, or auto (default: this machine)")
     add(
         "--actors",
         type=_actors,
