@@ -9,15 +9,12 @@ the data, and make a Parquet shard visible while it is being written; here the s
 each of them whole, say what is done.
 """
 
-import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from ..common.files import only_run
@@ -26,16 +23,14 @@ from ..common.json_text import parse_json
 from ..common.loading import expect_checkpoint
 from ..generation_options import DiffusionOptions
 from . import places
-from .captioning_stage import CaptionImages, CaptionOptions, FindRegions, open_row
+from .captioning_stage import CaptionOptions
 from .dataset_sources import Source
-from .ray_session import import_ray, pool_size, ray_session
-from .writers import CAPTIONS, ERRORS, FORMATS, ShardWriter, settle
+from .ray_session import import_ray, ray_session
+from .ray_stages import run_stages
+from .writers import CAPTIONS, ERRORS, FORMATS, ShardWriter, holds_rows, settle
 
 MANIFEST, SUMMARY = "manifest.json", "summary.json"
 FIRST_IMAGES = 50  # before the share of errors stops a run
-LISTED_AT_ONCE = 1024  # rows in one task that lists
-OPENED_AT_ONCE = 32  # images in a block from there on
-DIGEST = 16  # bytes of an id where those that are done are looked up
 
 
 class TooManyErrors(Exception):
@@ -126,20 +121,20 @@ def caption_dataset(sources: Sequence[Source], options: DatasetOptions, show=Non
     folders = [f"{output}/{name}" for name in (CAPTIONS, ERRORS)]
     local = [output, *folders] if places.local_of(output) is not None else []
     prepare(output, folders, identity)
+    writer = ShardWriter(output, options.format, with_bytes, provenance_of(identity))
     with only_run(*local):
         before = settle(output, options.retry_errors)
         started = time.perf_counter()
         progress = Progress()
-        with ray_session(options.address) as ray:
-            try:
-                for done in run_stages(ray, sources, options, identity, before.done):
+        try:
+            with ray_session(options.address) as ray:
+                for done in run_stages(ray, sources, options, writer, before.done):
                     progress.add(done)
                     if show is not None:
                         show(progress)
                     expect_few_errors(progress, options.max_error_share, FIRST_IMAGES)
-            finally:
-                seconds = time.perf_counter() - started
-                summary = write_summary(output, progress, seconds)
+        finally:
+            summary = write_summary(output, progress, time.perf_counter() - started)
         expect_few_errors(progress, options.max_error_share)
         return summary
 
@@ -199,78 +194,27 @@ def _local_weights(caption: CaptionOptions) -> str:
 
 
 def prepare(output: str, folders: Sequence[str], identity: dict):
-    """Makes the output folder, or checks that it is one of the same options."""
+    """Makes the output folder, or checks that what it holds is of the same options."""
     manifest = f"{output}/{MANIFEST}"
-    if places.exists(manifest):
-        earlier = parse_json(places.read_place(manifest), manifest)["options"]
-        other = [name for name in identity if earlier.get(name) != identity[name]]
-        if other:
-            name = other[0]
-            raise ValueError(
-                f"expected the options that {output} was made with, got another {name}:"
-                f" {json.dumps(identity[name])[:200]} instead of"
-                f" {json.dumps(earlier.get(name))[:200]}; name another output"
-            )
-    elif places.exists(output) and places.find_files(output):
+    is_ours = places.exists(manifest)
+    if not is_ours and places.exists(output) and places.find_files(output):
         raise ValueError(
             f"expected a new folder, or one with a {MANIFEST}, as output, got {output}"
         )
+    if is_ours and holds_rows(output):
+        earlier = parse_json(places.read_place(manifest), manifest)["options"]
+        for name in identity:
+            if earlier.get(name) != identity[name]:
+                own, other = (json.dumps(x.get(name))[:200] for x in (identity, earlier))
+                raise ValueError(
+                    f"expected the options that {output} was made with, got another {name}:"
+                    f" {own} instead of {other}; name another output"
+                )
+
     for folder in folders:
         places.make_folder(folder)
-    if not places.exists(manifest):
-        content = {"options": identity, "version": own_version()}
-        places.write_place(manifest, json.dumps(content, indent=1).encode())
-
-
-# The stages.
-
-
-def run_stages(
-    ray, sources: Sequence[Source], options: DatasetOptions, identity: dict, done: set[str]
-) -> Iterator[dict]:
-    """Runs the stages, and yields what each shard that is written holds."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    for name in ("ray.data", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-    count, cpus = pool_size(ray, options.actors, options.gpus_per_actor)
-    actors = {
-        "batch_size": OPENED_AT_ONCE,
-        "num_cpus": cpus,
-        "num_gpus": options.gpus_per_actor or None,
-        "compute": ray.data.ActorPoolStrategy(size=count),
-    }
-    tasks = {"num_cpus": min(0.25, cpus), "batch_format": "pyarrow"}
-    with_bytes = identity["images"] == "bytes"
-    known = ray.put(_digests(done))
-
-    rows = ray.data.read_datasource(
-        _datasource(ray, sources),
-        num_cpus=tasks["num_cpus"],
-        override_num_blocks=_num_parts(sources),
-    )
-    rows = rows.map_batches(partial(_leave_out, known), **tasks)
-    rows = rows.repartition(target_num_rows_per_block=OPENED_AT_ONCE)
-    opening = partial(_open, ray.put(list(sources)), with_bytes)
-    rows = rows.map_batches(opening, batch_size=OPENED_AT_ONCE, **tasks)
-    if options.segmenter is not None:
-        arguments = (FindRegions, options.segmenter, options.caption.device)
-        rows = rows.map_batches(
-            OnRows, fn_constructor_args=arguments, batch_format="pyarrow", **actors
-        )
-    rows = rows.map_batches(
-        OnRows,
-        fn_constructor_args=(CaptionImages, options.caption),
-        batch_format="pyarrow",
-        **actors,
-    )
-    writer = ShardWriter(
-        places.absolute(options.output), options.format, with_bytes, provenance_of(identity)
-    )
-    rows = rows.map_batches(partial(_write, writer), batch_size=options.shard_images, **tasks)
-    for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from (json.loads(text) for text in table["value"].to_pylist())
+    content = {"options": identity, "version": own_version()}
+    places.write_place(manifest, json.dumps(content, indent=1).encode())
 
 
 def provenance_of(identity: dict) -> dict:
@@ -286,128 +230,6 @@ def own_version() -> str | None:
     try:
         return importlib.metadata.version("perceptiondlm")
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _table(values: Sequence, data: Sequence[bytes | None] | None = None, ids=None):
-    """Puts rows in a table: their values as JSON, but for ids and images' bytes."""
-    import pyarrow as pa
-
-    none = [None] * len(values)
-    columns = {
-        "id": pa.array(ids or none, pa.large_string()),
-        "value": pa.array([json.dumps(value) for value in values], pa.large_string()),
-        "data": pa.array(data or none, pa.large_binary()),
-    }
-    return pa.table(columns)
-
-
-def _to_table(rows: Sequence[dict]):
-    """Puts rows with an `id` and `data` in a table."""
-    values = [{name: row[name] for name in row if name != "data"} for row in rows]
-    return _table(values, [row["data"] for row in rows], [row["id"] for row in rows])
-
-
-def _rows_of(table) -> list[dict]:
-    values = zip(table["value"].to_pylist(), table["data"].to_pylist(), strict=True)
-    return [{**json.loads(value), "data": data} for value, data in values]
-
-
-class OnRows:
-    """Runs a stage on tables; made where it runs, so what it loads is loaded there."""
-
-    def __init__(self, stage, *arguments):
-        self.stage = stage(*arguments)
-
-    def __call__(self, table):
-        return _to_table(self.stage(_rows_of(table)))
-
-
-def _open(sources_ref, with_bytes: bool, table):
-    import ray
-
-    sources = ray.get(sources_ref)
-    rows = [
-        open_row(sources[row["source"]], row, with_bytes) | {"source": row["source"]}
-        for row in _rows_of(table)
-    ]
-    return _to_table(rows)
-
-
-def _write(writer: ShardWriter, table):
-    rows = _rows_of(table)
-    return _table([writer(rows)] if rows else [])
-
-
-def _digests(ids: set[str]):
-    import numpy as np
-
-    return np.sort(np.array([_digest(key) for key in ids], dtype=f"S{DIGEST}"))
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=DIGEST).digest()
-
-
-def _leave_out(known_ref, table):
-    """Leaves out the rows whose ids are known."""
-    import numpy as np
-    import ray
-
-    known = ray.get(known_ref)
-    if not len(known):
-        return table
-    own = np.array([_digest(key) for key in table["id"].to_pylist()], dtype=known.dtype)
-    places_of = np.minimum(np.searchsorted(known, own), len(known) - 1)
-    return table.filter(known[places_of] != own)
-
-
-def _num_parts(sources: Sequence[Source]) -> int:
-    return max(1, sum(len(source.parts(LISTED_AT_ONCE)) for source in sources))
-
-
-def list_part(number: int, prefix: str, source: Source, part) -> Iterator:
-    """Yields tables of the rows of a part."""
-    rows = []
-    for row in source.rows(part):
-        rows.append({**row, "id": prefix + row["id"], "entry": json.dumps(row["entry"])})
-        rows[-1]["source"] = number
-        if len(rows) == OPENED_AT_ONCE:
-            yield _to_table(rows)
-            rows = []
-    if rows:
-        yield _to_table(rows)
-
-
-def _datasource(ray, sources: Sequence[Source]):
-    """Returns what Ray Data reads: a task for each part of each source."""
-    from ray.data.block import BlockMetadata
-    from ray.data.datasource import Datasource, ReadTask
-
-    def task(number: int, source: Source, part) -> ReadTask:
-        prefix = f"{number}/" if len(sources) > 1 else ""
-        nothing = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return ReadTask(partial(list_part, number, prefix, source, part), nothing)
-
-    class Rows(Datasource):
-        def estimate_inmemory_data_size(self):
-            return None
-
-        def get_read_tasks(self, parallelism, per_task_row_limit=None, data_context=None):
-            return [
-                task(number, source, part)
-                for number, source in enumerate(sources)
-                for part in source.parts(LISTED_AT_ONCE)
-            ]
-
-    return Rows()
-
-
-def count_rows(sources: Sequence[Source]) -> int | None:
-    """Counts the rows of all sources; None where one does not know."""
-    try:
-        return sum(len(source) for source in sources)
-    except TypeError:
         return None
 
 

@@ -89,14 +89,14 @@ def run(args: argparse.Namespace) -> int:
     ray = import_ray()
     try:
         sources, options = _job(args)
-        with _bar(sources) as bar:
+        with ProgressBar(sources) as bar:
             summary = caption_dataset(sources, options, bar.show)
     except TooManyErrors as error:
         return _say(f"stopped: {error}", SOME_FAILED)
+    except ray.exceptions.RayError as error:  # some are ValueErrors, too, of many lines
+        return _say(_cause(error), SOME_FAILED)
     except (ValueError, OSError) as error:
         return _say(str(error), USAGE)
-    except ray.exceptions.RayError as error:
-        return _say(_cause(error), USAGE)
     print("\n".join(report_lines(summary, args.output)))
     return SOME_FAILED if set(summary["errors"]) - {"no regions"} else DONE
 
@@ -124,7 +124,7 @@ def _job(args: argparse.Namespace):
     return [open_source(place, **places) for place in args.sources], options
 
 
-class _bar:
+class ProgressBar:
     """Shows how many images are done."""
 
     def __init__(self, sources):
@@ -133,7 +133,7 @@ class _bar:
     def __enter__(self):
         from tqdm import tqdm
 
-        from .dataset import count_rows
+        from .dataset_sources import count_rows
 
         self.bar = tqdm(total=count_rows(self.sources), unit="image", desc="caption")
         return self

@@ -5,7 +5,6 @@ needed to open it; `open` reads an image's region masks, and its bytes where the
 Listing is cheap and opening is not, so what was done before is left out in between.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -267,11 +266,14 @@ def relative(file: str, root: str) -> str:
     return file[len(root) :].lstrip("/") if file.startswith(root) else file
 
 
-def to_json(entry: dict) -> str:
-    """Writes a row's entry for the way between the stages."""
-    return json.dumps(entry)
-
-
 def is_image(file: str) -> bool:
     """Tells by its name whether a file is an image."""
     return PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES
+
+
+def count_rows(sources: Sequence[Source]) -> int | None:
+    """Counts the rows of all sources; None where one does not know."""
+    try:
+        return sum(len(source) for source in sources)
+    except TypeError:
+        return None

@@ -230,6 +230,16 @@ def _settle_errors(output: str, contents: Contents, retry: bool):
         contents.errors[row["kind"]] = contents.errors.get(row["kind"], 0) + 1
 
 
+def holds_rows(output: str) -> bool:
+    """Tells whether anything was captioned, or tried, in an output folder."""
+    whole = f"{output}/errors.parquet"
+    return bool(
+        shards(output, CAPTIONS)
+        or shards(output, ERRORS)
+        or (places.exists(whole) and read_rows(whole))
+    )
+
+
 def shards(output: str, folder: str) -> list[str]:
     """Lists the shards of a folder of the output."""
     return places.find_files(f"{output}/{folder}")

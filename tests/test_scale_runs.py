@@ -129,11 +129,14 @@ def test_more_actors_than_there_are_gpus_for_are_refused(session):
 
 
 def test_an_output_of_other_options_is_refused(tmp_path):
-    identity = {"model": "a", "decoding": {"steps": 4}}
-    prepare(str(tmp_path / "out"), [], identity)
-    prepare(str(tmp_path / "out"), [], identity)
+    identity, other = {"decoding": {"steps": 4}}, {"decoding": {"steps": 8}}
+    output, folders = str(tmp_path / "out"), [str(tmp_path / "out/captions")]
+    for accepted in (identity, other, identity):  # while nothing has been made with them
+        prepare(output, folders, accepted)
+    Path(folders[0], "part-0.parquet").write_bytes(b"")
+    prepare(output, folders, identity)
     with pytest.raises(ValueError, match='another decoding: {"steps": 8} instead of {"steps": 4}'):
-        prepare(str(tmp_path / "out"), [], {**identity, "decoding": {"steps": 8}})
+        prepare(output, folders, other)
 
 
 def test_an_output_with_something_else_in_it_is_refused(tmp_path):
