@@ -20,7 +20,7 @@ from pathlib import Path
 from ..common.files import only_run
 from ..common.fingerprints import files_fingerprint
 from ..common.json_text import parse_json
-from ..common.loading import expect_checkpoint
+from ..common.loading import expect_checkpoint, usable_device
 from ..generation_options import DiffusionOptions
 from . import places
 from .captioning_stage import CaptionOptions
@@ -118,6 +118,8 @@ def caption_dataset(sources: Sequence[Source], options: DatasetOptions, show=Non
     output = places.absolute(options.output)
     with_bytes = images_as_bytes(sources, options)
     identity = identity_of(sources, options, with_bytes)
+    if options.address is None and options.caption.device is not None:
+        usable_device(options.caption.device)
     folders = [f"{output}/{name}" for name in (CAPTIONS, ERRORS)]
     local = [output, *folders] if places.local_of(output) is not None else []
     prepare(output, folders, identity)
