@@ -13,9 +13,11 @@ _PUBLIC = {
     "PerceptionDLMImageProcessor": "image_processing_perceptiondlm",
     "PerceptionDLMProcessor": "processing_perceptiondlm",
     "RegionCaptioner": "apps.captioning.captioner",
+    "RegionMask": "regions.region_mask",
     "convert": "convert_checkpoint",
     "load_image": "image_loading",
     "load_mask": "image_loading",
+    "load_regions": "regions.load",
     "split_label_map": "image_loading",
 }
 __all__ = sorted(_PUBLIC)

@@ -175,7 +175,7 @@ class ResponseNetwork:
         """
         # The trunk is computed before the branches, as it needs no mask.
         start = self.prompt_length
-        trunk = _trunk_length(columns["region_ids"][:, :start])
+        trunk = _trunk_length(columns["region_ids"][:, :start], columns["attention_mask"])
         if trunk and trunks is not None:
             self._take_trunks(prompt[:, :trunk], columns, trunks, ids[:, :trunk])
         elif trunk:
@@ -286,10 +286,16 @@ class ResponseNetwork:
         return self.text.model(response, positions, self.response_mask, self.cache, start)
 
 
-def _trunk_length(region_ids: torch.Tensor) -> int:
-    """Counts the columns of a prompt (B, L) before the first branch; 0 where rows differ in it."""
-    lengths = (region_ids < 0).long().cumprod(1).sum(1)  # padding too has no region
-    return int(lengths[0]) if bool((lengths == lengths[0]).all()) else 0
+def _trunk_length(region_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
+    """Counts the columns of a prompt (B, L) in which all rows' trunks stand.
+
+    Padding, which has no region, may stand before a trunk and behind it. Returns 0 where one row's
+    trunk goes on beside another's branches.
+    """
+    lengths = (region_ids < 0).long().cumprod(1).sum(1)  # of the trunk and padding around it
+    shortest = int(lengths.min())
+    held = (region_ids[:, shortest:] < 0) & attention_mask[:, shortest : region_ids.shape[1]].bool()
+    return 0 if bool(held.any()) else shortest
 
 
 def _padded(values: torch.Tensor, length: int) -> torch.Tensor:

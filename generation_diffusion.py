@@ -142,7 +142,8 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
             processor: defaults to the one saved beside the weights. With `inputs` it only decodes
                 the texts, which are None where there is none.
             callback: called after each step with its number and the token ids, nested as in the
-                output, None for a response that is not begun.
+                output, None for a response that is not begun, or is still to be chosen among
+                several candidates.
             options: see `DiffusionOptions`.
 
         Returns a `DiffusionOutput`. Raises ValueError for inputs or options that do not fit, and
@@ -365,12 +366,16 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
         listens = options.return_history or call.callback is not None
         history: list[list] = []
         done: dict = {}  # what the batches before this one have filled, by place
+        if options.return_history and call.has_candidates:
+            raise ValueError(
+                "expected one candidate for each response where its steps are kept, got several:"
+                " give the template's fields one length, or drop return_history"
+            )
         for batch in batches:
-            if listens:
-                _expect_one_row_each(batch.rows)
 
             def on_step(step: int, responses: list, rows=batch.rows, done=done):
-                nested = nest(call.counts, {**done, **_by_place(rows, responses)})
+                known = {} if call.has_candidates else {**done, **_by_place(rows, responses)}
+                nested = nest(call.counts, known)
                 if options.return_history:
                     history.append(nested)
                 if call.callback is not None:
@@ -474,16 +479,6 @@ def _is_mixed(images, masks) -> bool:
     """Tells whether some of a list of images have no region masks."""
     are_lists = isinstance(images, (list, tuple)) and isinstance(masks, (list, tuple))
     return are_lists and any(own is None for own in masks)
-
-
-def _expect_one_row_each(rows: list[Row]):
-    """Refuses to listen where several rows answer for one place."""
-    places = [place for row in rows for place in row.places]
-    if None in places or len(set(places)) < len(places):
-        raise ValueError(
-            "expected one candidate for each response where its steps are asked for, got several:"
-            " give the template's fields one length, or drop callback and return_history"
-        )
 
 
 def _by_place(rows: list[Row], responses: list[list]) -> dict:

@@ -69,6 +69,13 @@ class Call(NamedTuple):
     templates: list[list[Template]] | None = None
     is_seen: bool = False
 
+    @property
+    def has_candidates(self) -> bool:
+        """Tells whether several rows answer for one place, and one of them is kept at the end."""
+        templates = [one for own in self.templates or () for one in own]
+        has_lengths = any(template.num_lengths > 1 for template in templates)
+        return has_lengths or self.options.num_return_sequences > 1
+
 
 class RowMaker:
     """Makes the rows of one call, and batches of them.

@@ -219,7 +219,8 @@ def inputs_of(
     processor, groups: Sequence[SeenGroup], sequences: Sequence[TokenSequence], task: str
 ) -> dict:
     """Stacks sequences about images that were seen, one for each of `groups`, into model inputs."""
-    inputs = processor.stack(list(sequences), task)
+    is_tree = processor.region_layout == "independent"
+    inputs = processor.stack(list(sequences), task, align_trunks=is_tree)
     images = [group.image_features for group in groups if group.image_features is not None]
     if images:
         inputs["image_features"] = torch.cat(images)
@@ -270,9 +271,9 @@ class SeeingMixin:
         Returns what `diffusion_generate` and `diffusion_score` take in place of images and masks.
         It is of this model's present weights. Raises as `diffusion_generate`.
         """
+        fastest_linear(self)  # type: ignore[arg-type]
         processor = processor or self._saved_processor()
         self._check_processor(processor)
-        fastest_linear(self)  # type: ignore[arg-type]
         if masks is None:
             listed = list(images) if isinstance(images, (list, tuple)) else [images]
             nested = [list(one) if isinstance(one, (list, tuple)) else [one] for one in listed]

@@ -240,14 +240,18 @@ class PerceptionDLMProcessor(ProcessorMixin):
         task: str,
         has_targets: bool = False,
         padding: Padding | None = None,
+        align_trunks: bool = False,
     ) -> dict:
         """Stacks sequences into a batch, and says where their responses stand.
+
+        `align_trunks` lets the trunks of trees end in one column, see `pad_sequences`.
 
         Returns `input_ids` ... `role_ids`, `labels` where there are targets and, where every
         sequence has a response, `response_columns`, `response_start` and the `task`.
         """
         pad_id = self.tokenizer.pad_token_id
-        data = pad_sequences(sequences, pad_id, has_targets, padding or Padding())
+        padding = padding or Padding()
+        data = pad_sequences(sequences, pad_id, has_targets, padding, align_trunks)
         if all(s.slots for s in sequences):
             behind = max(len(s.ids) - s.prompt_length for s in sequences)
             data |= locate_responses(sequences, data["input_ids"].shape[1] - behind)

@@ -168,6 +168,12 @@ class TokenSequence:
     slots: list[range] = field(default_factory=list)
     spans: list[int] = field(default_factory=list)
 
+    @property
+    def trunk_length(self) -> int:
+        """Counts the tokens before the first branch; all of a prompt without any."""
+        own = self.regions[: self.prompt_length]
+        return next((i for i, region in enumerate(own) if region >= 0), len(own))
+
     def add(self, ids: Sequence[int], *, position: int, region: int, role: int, target=False):
         """Appends `ids` at consecutive positions from `position`; labeled when a `target`."""
         self.ids += ids
@@ -451,8 +457,15 @@ def pad_sequences(
     pad_id: int,
     with_labels: bool,
     padding: Padding = Padding(),  # noqa: B008 (it is frozen)
+    align_trunks: bool = False,
 ) -> dict:
-    """Stacks sequences into int64 (B, L): prompts padded on the left, responses on the right."""
+    """Stacks sequences into int64 (B, L): prompts padded on the left, responses on the right.
+
+    With `align_trunks` a prompt is padded between its trunk and its branches, too, so that the
+    trunks of all rows end in one column.
+    """
+    if align_trunks:
+        return _stack_aligned(sequences, pad_id)
     side = padding.padding_side
     # Columns before and after the one in which all responses start.
     left = max(s.prompt_length for s in sequences)
@@ -472,16 +485,44 @@ def pad_sequences(
                 rows.append(fill + row + [after] * (left + right - len(fill) - len(row)))
         return torch.tensor(rows, dtype=torch.int64)
 
-    data = {
+    data = _stacked(sequences, stack, pad_id)
+    if with_labels:
+        data["labels"] = stack([s.labels for s in sequences], IGNORED_LABEL, IGNORED_LABEL)
+    return data
+
+
+def _stack_aligned(sequences: list[TokenSequence], pad_id: int) -> dict:
+    """Stacks trees into int64 (B, L) whose trunks, prompts and responses end in one column each."""
+    trunks = [s.trunk_length for s in sequences]
+    trunk = max(trunks)
+    branches = max(s.prompt_length - own for s, own in zip(sequences, trunks, strict=True))
+    behind = max(len(s.ids) - s.prompt_length for s in sequences)
+
+    def stack(values, before: int, after: int) -> torch.Tensor:
+        rows = []
+        for s, own, row in zip(sequences, trunks, values, strict=True):
+            between = branches - (s.prompt_length - own)
+            rows.append(
+                [before] * (trunk - own)
+                + row[:own]
+                + [before] * between
+                + row[own:]
+                + [after] * (behind - (len(row) - s.prompt_length))
+            )
+        return torch.tensor(rows, dtype=torch.int64)
+
+    return _stacked(sequences, stack, pad_id)
+
+
+def _stacked(sequences: list[TokenSequence], stack, pad_id: int) -> dict:
+    """Stacks each list of the sequences, with what stands before and after as padding."""
+    return {
         "input_ids": stack([s.ids for s in sequences], pad_id, pad_id),
         "attention_mask": stack([[1] * len(s.ids) for s in sequences], 0, 0),
         "position_ids": stack([s.positions for s in sequences], 0, 0),
         "region_ids": stack([s.regions for s in sequences], NO_REGION, NO_REGION),
         "role_ids": stack([s.roles for s in sequences], ROLE_SHARED, ROLE_CAPTION),
     }
-    if with_labels:
-        data["labels"] = stack([s.labels for s in sequences], IGNORED_LABEL, IGNORED_LABEL)
-    return data
 
 
 def locate_responses(sequences: list[TokenSequence], start: int) -> dict[str, torch.Tensor]:

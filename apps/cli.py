@@ -28,6 +28,10 @@ COMMANDS = {
         "an OpenAI-compatible endpoint for captions and answers",
     ),
     "train": ("perceptiondlm.training.cli", "train or fine-tune a checkpoint from a YAML recipe"),
+    "engine": (
+        "perceptiondlm.pipelines.command",
+        "make training data: filter masks, caption, verify and filter captions",
+    ),
     "evaluate": ("perceptiondlm.evaluation.cli", "predict, judge, score and report benchmarks"),
     "publish": (
         "perceptiondlm.publishing.command",

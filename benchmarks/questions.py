@@ -18,7 +18,8 @@ from ..common.files import write_json
 from .denoising import describe_machine
 from .workload import PRESETS, build_model, build_tokenizer, noise_image, set_layout
 
-QUESTIONS = [f"What is the color of thing number {k}, and where is it?" for k in range(64)]
+# Of different lengths, as people's are.
+QUESTIONS = [f"What is the {'very ' * (k % 5)}best name of thing number {k}?" for k in range(64)]
 
 
 def measure(arguments) -> dict:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .json_text import encode_json
 
@@ -66,8 +67,12 @@ def file_to_replace(path: str | Path) -> Path:
     return target
 
 
-def write_bytes(path: str | Path, data: bytes):
-    """Writes a whole file or nothing: a temporary file beside it, synced, then renamed."""
+@contextmanager
+def writing(path: str | Path) -> Iterator[BinaryIO]:
+    """Gives a file to write that takes the name `path` when it is complete and on the disk.
+
+    It is a temporary file beside it, which is removed if the block raises.
+    """
     target = file_to_replace(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{_short(target)}.{secrets.token_hex(8)}.tmp")
@@ -77,7 +82,7 @@ def write_bytes(path: str | Path, data: bytes):
     try:
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:  # the umask has its say
             lock_handle(file.fileno())  # tells that its writer lives
-            file.write(data)
+            yield file
             file.flush()
             _keep_owner_and_mode(target, file.fileno())
             os.fsync(file.fileno())
@@ -88,6 +93,12 @@ def write_bytes(path: str | Path, data: bytes):
         temporary.unlink(missing_ok=True)  # gone, if it has been renamed
 
     sync_folder(target.parent)
+
+
+def write_bytes(path: str | Path, data: bytes):
+    """Writes a whole file or nothing: a temporary file beside it, synced, then renamed."""
+    with writing(path) as file:
+        file.write(data)
 
 
 def write_text(path: str | Path, text: str):

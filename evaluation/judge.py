@@ -13,17 +13,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .benchmarks import Benchmark, load_benchmark
-from .environment import run_environment
-from .files import Journal, file_sha256, read_json, run_record_path, write_json
-from .judge_client import (
+from ..common.chat_endpoint import (
     CallBudget,
+    CallFailure,
     Endpoint,
-    JudgeFailure,
     RetryPolicy,
     make_client,
     public_url,
 )
+from .benchmarks import Benchmark, load_benchmark
+from .environment import run_environment
+from .files import Journal, file_sha256, read_json, run_record_path, write_json
 from .judge_prompts import MODES, JudgePrompt, default_mode
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class _JudgeRun:
         """Asks one question and records the answer or the failure, on disk first."""
         try:
             answer = self.endpoint.ask(call.messages)
-        except JudgeFailure as failure:
+        except CallFailure as failure:
             self._fail(call, failure)
             return
         self.cache.append({**self._record(call), "answer": answer})
@@ -141,7 +141,7 @@ class _JudgeRun:
             self.own.add(call.key)
             self._in_a_row = 0
 
-    def _fail(self, call: JudgeCall, failure: JudgeFailure):
+    def _fail(self, call: JudgeCall, failure: CallFailure):
         """Records a failure, and stops the run where it is fatal or one of many in a row."""
         if self.endpoint.stop.is_set():
             return  # the reason for stopping is known already

@@ -10,6 +10,7 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.crops import png_data_url
 from ..common.json_text import read_text
 from .benchmarks import Benchmark, RegionSample
 from .scoring import RECOGNITION_CHOICES, Question
@@ -116,7 +117,7 @@ def default_mode(benchmark: Benchmark) -> str:
 
 def _image_parts(sample: RegionSample) -> list[dict]:
     """Returns the parts of a chat message that show a region: the image around it, and its mask."""
-    from .crops import png_data_url, region_crops  # needs torch, which text alone does not
+    from .crops import region_crops  # needs torch, which text alone does not
 
     image, mask = region_crops(sample)
     return [

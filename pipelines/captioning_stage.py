@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..apps.captioning.inputs import MAX_PIXELS, open_image
 from ..common.fingerprints import weights_fingerprint
 from ..common.loading import default_device, load_model
 from ..image_loading import is_url, load_image, load_mask, open_encoded
 from ..image_masks import encode_rle
+from ..regions.files import MAX_PIXELS, open_image
 from . import places
 from .dataset_sources import MASK, NO_REGIONS, Opened, Problem
 

@@ -12,17 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..apps.captioning.inputs import (
-    IMAGE_SUFFIXES,
-    ImageSource,
-    annotation_mask,
-    open_image,
-    open_mask_file,
-)
-from ..apps.captioning.region_sources import gather_regions, open_sources
 from ..common.json_text import parse_json
-from ..image_loading import load_mask
 from ..image_masks import encode_rle
+from ..regions.coco import annotation_mask
+from ..regions.files import IMAGE_SUFFIXES, ImageSource, open_image, open_mask_file
+from ..regions.sources import gather_regions, open_sources
 from . import places
 
 NO_REGIONS = "no regions"  # the kind of what is no fault of anybody's
@@ -140,8 +134,8 @@ class ImageFolder(Listed):
         refused: list[str] = []
         source = ImageSource(entry["file"], named=False)
         regions = gather_regions(self.sources, source, size, refused=refused)
-        opened.masks = [as_rle(region.mask, size) for region in regions]
-        opened.labels = [region.annotation.get("category") for region in regions]
+        opened.masks = [encode_rle(region.opened(size).mask) for region in regions]
+        opened.labels = [region.label for region in regions]
         opened.problems = [Problem(MASK, reason) for reason in refused]
         return opened
 
@@ -254,11 +248,6 @@ def add_masks(opened: Opened, entries: list, name: str, labels: Sequence | None 
             opened.problems.append(Problem(MASK, str(error), number))
             opened.masks.append(None)
     opened.labels = list(labels) if labels else [None] * len(entries)
-
-
-def as_rle(mask, size: tuple[int, int]) -> dict:
-    """Returns any mask of an image of (width, height) as compressed run lengths."""
-    return encode_rle(np.asarray(load_mask(mask, size)))
 
 
 def relative(file: str, root: str) -> str:

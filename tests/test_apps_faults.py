@@ -6,10 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from perceptiondlm.apps.captioning import inputs
-from perceptiondlm.apps.captioning.annotation_files import AnnotationList, CocoFile
-from perceptiondlm.apps.captioning.inputs import ImageSource, find_images
-from perceptiondlm.apps.captioning.region_sources import gather_regions, open_sources
+from perceptiondlm.apps.captioning.inputs import find_images
+from perceptiondlm.regions import files
+from perceptiondlm.regions.coco import AnnotationList, CocoFile
+from perceptiondlm.regions.files import ImageSource
+from perceptiondlm.regions.sources import gather_regions, open_sources
 from PIL import Image
 from test_apps_inputs import SIZE, block, image_files, save, write_json
 from test_apps_streams import model, run
@@ -183,7 +184,7 @@ def test_masks_with_loss_alone_are_refused_and_named(tmp_path, cat):
 
 
 def test_two_label_maps_for_one_image_are_refused(tmp_path, cat):
-    from perceptiondlm.apps.captioning.region_sources import LabelMaps
+    from perceptiondlm.regions.sources import LabelMaps
 
     for suffix in ("png", "tif"):
         save(tmp_path / "labels" / f"cat.{suffix}", block(1, 1, 5, 5))
@@ -203,17 +204,17 @@ def test_an_image_of_any_kind_in_a_folder_is_not_passed_over(tmp_path, suffix):
 
 
 def test_heic_without_pillow_heif_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "readable_formats", lambda: ["PNG"])
+    monkeypatch.setattr(files, "readable_formats", lambda: ["PNG"])
     (tmp_path / "a.heic").write_bytes(b"pixels")
     with pytest.raises(ValueError, match="pip install pillow-heif"):
-        inputs.open_image(str(tmp_path / "a.heic"))
+        files.open_image(str(tmp_path / "a.heic"))
 
 
 def test_heic_is_read_with_pillow_heif(tmp_path):
     heif = pytest.importorskip("pillow_heif")
     image = Image.new("RGB", (64, 48), (200, 30, 40))
     heif.from_pillow(image).save(tmp_path / "a.heic", quality=100)
-    read = inputs.open_image(str(tmp_path / "a.heic"))
+    read = files.open_image(str(tmp_path / "a.heic"))
     assert read.size == image.size
     assert np.abs(np.asarray(read, int) - np.asarray(image, int)).max() < 6
 
@@ -224,9 +225,9 @@ def test_whatever_a_decoder_raises_is_the_images_fault(tmp_path, monkeypatch):
     def broken(*_):
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr(inputs, "load_image", broken)
+    monkeypatch.setattr(files, "load_image", broken)
     with pytest.raises(ValueError, match="expected a readable image in .*a.png, got: IndexError"):
-        inputs.open_image(str(path))
+        files.open_image(str(path))
 
 
 # The command as a whole.

@@ -10,15 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from perceptiondlm.apps.captioning import inputs
-from perceptiondlm.apps.captioning.inputs import ImageSource, find_images, open_image
-from perceptiondlm.apps.captioning.region_sources import (
-    LabelMaps,
-    gather_regions,
-    open_sources,
-    split_labels,
-)
+from perceptiondlm.apps.captioning.inputs import find_images
 from perceptiondlm.image_processing_perceptiondlm import load_mask
+from perceptiondlm.regions import files
+from perceptiondlm.regions.files import ImageSource, open_image
+from perceptiondlm.regions.label_maps import split_labels
+from perceptiondlm.regions.sources import LabelMaps, gather_regions, open_sources
 from PIL import Image
 
 SIZE = (20, 12)
@@ -118,7 +115,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, side):
 def test_a_huge_file_is_refused_unread(tmp_path):
     path = tmp_path / "huge.png"
     with path.open("wb") as file:
-        file.truncate(inputs.MAX_IMAGE_BYTES + 1)  # sparse
+        file.truncate(files.MAX_IMAGE_BYTES + 1)  # sparse
     with pytest.raises(ValueError, match="at most 256 MiB"):
         open_image(str(path))
 
@@ -160,7 +157,7 @@ def test_an_image_is_fetched_from_the_web(address):
 
 
 def test_an_endless_download_is_cut_off(address, monkeypatch):
-    monkeypatch.setattr(inputs, "MAX_IMAGE_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "MAX_IMAGE_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="at most 1 MiB"):
         open_image(f"{address}/endless")
 
@@ -223,7 +220,7 @@ def test_an_image_with_an_endless_side_is_named_before_it_is_decoded(tmp_path, s
     with pytest.raises(ValueError, match="at most 200,000 pixels along a side of .*a.png"):
         open_image(str(tmp_path / "a.png"))
     with pytest.raises(ValueError, match="at most 200,000 pixels along a side of .*a.png"):
-        inputs.open_mask_file(tmp_path / "a.png")
+        files.open_mask_file(tmp_path / "a.png")
 
 
 def test_a_jpeg_mask_is_refused(tmp_path):
@@ -444,7 +441,7 @@ def test_a_path_in_an_annotation_file_is_never_opened(tmp_path, place):
 def test_huge_json_is_refused_unread(tmp_path):
     (cat,) = image_files(tmp_path, "cat.png")
     with (tmp_path / "huge.json").open("wb") as file:
-        file.truncate(inputs.MAX_JSON_BYTES + 1)
+        file.truncate(files.MAX_JSON_BYTES + 1)
     with pytest.raises(ValueError, match="at most 512 MiB"):
         open_sources([str(tmp_path / "huge.json")], [cat])
 

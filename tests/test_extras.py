@@ -69,6 +69,7 @@ def results(tmp_path_factory, converted):
         "web": (COMMAND, ["web"]),
         "serve": (COMMAND, ["serve"]),
         "train": (COMMAND, ["train", str(recipe)]),
+        "engine": (COMMAND, ["engine", "configs/engine.yaml"]),
         "judge": (COMMAND, ["evaluate", "judge", *judge, *out]),
         "report": (COMMAND, [*report, "--rows", str(folder / "rows.json"), *out]),
         "adapter": (
@@ -100,6 +101,7 @@ def test_captioning_needs_no_extra(results, command):
         ("web", "gradio|starlette", "apps", 2),
         ("serve", "fastapi|uvicorn", "apps", 2),
         ("train", "accelerate|datasets|omegaconf", "train", 2),
+        ("engine", "omegaconf|yaml", "engine", 2),
         ("judge", "openai", "eval", 2),
         ("report", "matplotlib", "eval", 2),
         ("adapter", "peft", "train", 1),

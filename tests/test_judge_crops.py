@@ -5,8 +5,9 @@ import io
 
 import numpy as np
 import pytest
+from perceptiondlm.common.crops import crop_window, png_data_url
 from perceptiondlm.evaluation.benchmarks import load_benchmark
-from perceptiondlm.evaluation.crops import crop_window, png_data_url, region_crops
+from perceptiondlm.evaluation.crops import region_crops
 from perceptiondlm.evaluation.judge_prompts import (
     PROMPT_VERSION,
     JudgePrompt,

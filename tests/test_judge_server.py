@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from perceptiondlm.evaluation.judge_client import (
+from perceptiondlm.common.chat_endpoint import (
     CallBudget,
+    CallFailure,
     Endpoint,
-    JudgeFailure,
     RetryPolicy,
     make_client,
     public_url,
@@ -198,7 +198,7 @@ def test_a_stopped_run_waits_for_nothing_and_asks_nothing_more(monkeypatch):
         judge = endpoint(server.url, monkeypatch)
         threading.Timer(0.3, judge.stop.set).start()
         start = time.monotonic()
-        with pytest.raises(JudgeFailure, match="stopped"):
+        with pytest.raises(CallFailure, match="stopped"):
             judge.ask(MESSAGES)
         assert time.monotonic() - start < 5
         assert len(server.requests) == judge.budget.spent == 1
@@ -211,7 +211,7 @@ def test_delays_double_up_to_a_maximum():
 
 
 def test_a_retry_after_that_is_too_long_ends_the_run(monkeypatch):
-    with pytest.raises(JudgeFailure, match="tried again in 9999 s") as failure:
+    with pytest.raises(CallFailure, match="tried again in 9999 s") as failure:
         ask_of([error(429, Retry_After="9999")], monkeypatch)
     assert failure.value.fatal
 
@@ -225,33 +225,33 @@ def test_retry_after_is_read_as_seconds_or_a_date():
 
 
 def test_lasting_trouble_is_a_failure_with_its_reason(monkeypatch):
-    with pytest.raises(JudgeFailure, match=r"HTTP 500.*broken.*\(4 attempts\)") as failure:
+    with pytest.raises(CallFailure, match=r"HTTP 500.*broken.*\(4 attempts\)") as failure:
         ask_of([error(500, "broken")] * 4, monkeypatch)
     assert not failure.value.fatal
 
 
 def test_lasting_malformed_output_says_what_came(monkeypatch):
-    with pytest.raises(JudgeFailure, match="expected a chat completion, got '<html>"):
+    with pytest.raises(CallFailure, match="expected a chat completion, got '<html>"):
         ask_of([Reply(b"<html>busy</html>")] * 4, monkeypatch)
 
 
 def test_a_refused_request_is_not_repeated(monkeypatch):
     with serving(lambda *_: error(400, "too long")) as server:
-        with pytest.raises(JudgeFailure, match="HTTP 400.*too long") as failure:
+        with pytest.raises(CallFailure, match="HTTP 400.*too long") as failure:
             endpoint(server.url, monkeypatch).ask(MESSAGES)
         assert len(server.requests) == 1 and not failure.value.fatal
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refused_key_or_address_ends_the_run(monkeypatch, status):
-    with pytest.raises(JudgeFailure, match=f"HTTP {status}") as failure:
+    with pytest.raises(CallFailure, match=f"HTTP {status}") as failure:
         ask_of([error(status)], monkeypatch)
     assert failure.value.fatal
 
 
 def test_spent_credit_ends_the_run(monkeypatch):
     body = {"error": {"message": "pay", "code": "insufficient_quota"}}
-    with pytest.raises(JudgeFailure, match="pay") as failure:
+    with pytest.raises(CallFailure, match="pay") as failure:
         ask_of([Reply(body, 429)], monkeypatch)
     assert failure.value.fatal
 
@@ -259,19 +259,19 @@ def test_spent_credit_ends_the_run(monkeypatch):
 def test_a_refused_connection_is_a_failure_with_its_reason(monkeypatch):
     with serving(letter_of) as server:
         url = server.url
-    with pytest.raises(JudgeFailure, match="no connection.*refused"):
+    with pytest.raises(CallFailure, match="no connection.*refused"):
         endpoint(url, monkeypatch).ask(MESSAGES)
 
 
 def test_the_budget_counts_retries_and_stops_before_the_next_call(monkeypatch):
     with serving(lambda *_: error(500)) as server:
-        with pytest.raises(JudgeFailure, match="budget of 3 calls") as failure:
+        with pytest.raises(CallFailure, match="budget of 3 calls") as failure:
             endpoint(server.url, monkeypatch, limit=3).ask(MESSAGES)
         assert len(server.requests) == 3 and failure.value.fatal
 
 
 def test_the_key_is_in_no_message_and_no_log(monkeypatch, caplog):
-    with caplog.at_level(logging.DEBUG), pytest.raises(JudgeFailure) as failure:
+    with caplog.at_level(logging.DEBUG), pytest.raises(CallFailure) as failure:
         ask_of([error(401, f"bad key {KEY}")], monkeypatch)
     assert "bad key [key]" in str(failure.value)
     assert KEY not in str(failure.value) and KEY not in caplog.text
@@ -290,7 +290,7 @@ def test_a_server_of_ones_own_needs_no_key_but_the_vendor_does(monkeypatch):
     for variable in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(variable, raising=False)
     assert make_client("http://127.0.0.1:1/v1", 5).api_key == "none"
-    with pytest.raises(ValueError, match="key in OPENAI_API_KEY"):
+    with pytest.raises(ValueError, match="key for the endpoint in OPENAI_API_KEY"):
         make_client(None, 5)
 
 

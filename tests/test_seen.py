@@ -82,6 +82,33 @@ def test_nothing_is_encoded_or_prefilled_twice(make, counted, scene):
     assert counts["tiles"] == tiles and first - again == len(trunk)
 
 
+def test_questions_of_different_lengths_share_a_trunk(make, counted, draw_image):
+    model, processor = make(region_layout="independent")
+    images = [draw_image(90, 40), draw_image(40, 40, 1)]
+    options = {"max_new_tokens": 4, "steps": 1, "processor": processor}
+    seen = model.see(images[0], processor=processor)
+    counts = counted(model)
+    try:
+        together = model.diffusion_generate(seen, prompts=QUESTIONS, **options)
+    finally:
+        counts["stop"]()
+    (trunk,) = seen.groups[0].trunks
+    slots, asked = 4 * len(QUESTIONS), 0
+    for question in QUESTIONS:
+        text = processor.render_questions([[None]], [question])[0].partition("</img>")[2]
+        asked = max(asked, len(processor.tokenizer(text)["input_ids"]) + 1)  # and </img>
+    assert counts["positions"] == len(trunk) + len(QUESTIONS) * asked + slots
+    for question, ids in zip(QUESTIONS, together.token_ids, strict=True):
+        alone = model.diffusion_generate(images[0], prompts=question, **options)
+        assert alone.token_ids == [ids]
+
+    # Images of different sizes in one batch: each with its own trunk.
+    mixed = model.diffusion_generate(images, prompts=QUESTIONS[1:], **options)
+    for image, question, ids in zip(images, QUESTIONS[1:], mixed.token_ids, strict=True):
+        alone = model.diffusion_generate(image, prompts=question, **options)
+        assert alone.token_ids == [ids]
+
+
 def test_several_images_are_seen_together(pair, scene):
     model, processor = pair
     drawn = [scene((61, 47), 2, seed) for seed in range(2)]

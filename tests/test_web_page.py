@@ -26,6 +26,7 @@ from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E40
 from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
 from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
 from perceptiondlm.apps.web.launch import launch  # noqa: E402
+from perceptiondlm.generation_options import DiffusionOptions  # noqa: E402
 from perceptiondlm.regions.segmenters import load_segmenter  # noqa: E402
 from serving import counted  # noqa: E402
 
@@ -243,6 +244,28 @@ def test_a_question_is_answered_as_by_the_library(page, captioner):
     page.wait_for_selector("#pd-answer .pd-facts:has-text('forward passes')")
     shown = page.locator("#pd-answer .pd-text").all_inner_texts()
     assert alike(shown, captioner.ask(IMAGE, "What is it?", steps=12).answers)
+
+
+def test_a_chosen_region_is_asked_as_by_the_library(page, captioner):
+    choose(page)
+    add_masks(page, MASKS)
+    page.get_by_role("tab", name="Ask a question").click()
+    page.fill("#pd-question textarea", "What is it?")
+    page.click("#pd-about input")
+    page.get_by_role("option", name="region 2", exact=True).click()
+    page.click("#pd-ask")
+    page.wait_for_selector("#pd-answer .pd-facts:has-text('forward passes')")
+    shown = page.locator("#pd-answer .pd-text").all_inner_texts()
+    defaults = DiffusionOptions.build(captioner.model.decoding_defaults, {})
+    length = max(defaults.caption_length, defaults.max_new_tokens)
+    expected = captioner(
+        IMAGE, MASKS, questions=[None, "What is it?", None], caption_length=length, steps=12
+    )
+    assert alike(shown, [expected.captions[1]])
+    page.click("#pd-about input")
+    page.get_by_role("option", name="region 9", exact=True).click()
+    page.click("#pd-ask")
+    page.get_by_text("Paint region 9 first").wait_for()
 
 
 def test_captions_of_an_earlier_run_disappear_when_a_region_changes(page):

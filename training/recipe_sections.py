@@ -3,9 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..modeling_loss import LOSS_WEIGHTINGS
-from .options import (
+from ..common.option_checks import (
     expect_defaults,
     expect_known,
     expect_one_of,
@@ -14,6 +12,8 @@ from .options import (
     expect_type,
     field_names,
 )
+from ..configuration_perceptiondlm import PerceptionDLMConfig
+from ..modeling_loss import LOSS_WEIGHTINGS
 
 
 @dataclass(frozen=True)

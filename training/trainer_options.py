@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from .options import expect_known, expect_type, field_names
+from ..common.option_checks import expect_known, expect_type, field_names
 
 HONORED = frozenset(
     """

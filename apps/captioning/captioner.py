@@ -23,12 +23,16 @@ import torch
 from ...common.loading import default_device, load_model
 from ...generation_options import DiffusionOptions, merge_options, options_for
 from ...image_processing_perceptiondlm import load_image, load_mask
+from ...regions.load import image_name, load_regions
+from ...regions.region_mask import RegionMask
 from ...regions.segmenters import Segmenter, find_regions
 from .results import MASKED, Answers, Region, RegionCaptions, Step
 
 EMBEDDED = Path(os.path.abspath(__file__)).parents[2]  # the repository's or package's root
 EMBEDDED_SUBFOLDER = "tiny"
 REGION_PROMPTS = ("everything", "points", "boxes", "text")  # of a segmenter
+# What a template's fields say, so that no option can.
+TEMPLATE_DECIDES = ("caption_length", "max_new_tokens", "block_length", "stop_strings")
 
 
 class RegionCaptioner:
@@ -79,10 +83,15 @@ class RegionCaptioner:
         """Raises ValueError for decoding options that nothing could be decoded with."""
         DiffusionOptions.build(self.model.decoding_defaults, self.options)
 
+    def defaults_for(self, task: str, has_template: bool = False) -> dict:
+        """Returns those of the captioner's options that a task, and a template, has a use for."""
+        known = options_for(task, self.options)
+        return {k: v for k, v in known.items() if not (has_template and k in TEMPLATE_DECIDES)}
+
     def __call__(
         self,
         image,
-        masks: Sequence | None = None,
+        masks=None,
         *,
         everything: bool = False,
         points=None,
@@ -90,6 +99,8 @@ class RegionCaptioner:
         text: str | Sequence[str] | None = None,
         segmenter: Segmenter | str | None = None,
         instruction: str | None = None,
+        questions: Sequence[str | None] | None = None,
+        template=None,
         callback=None,
         **options,
     ) -> RegionCaptions:
@@ -98,38 +109,71 @@ class RegionCaptioner:
         Args:
             image: a PIL image, path, URL, bytes, array or tensor (see `load_image`).
             masks: one for each region: PIL image, array, path, COCO RLE, `{"box": [x0, y0, x1,
-                y1]}` or `{"polygons": [[x0, y0, ...], ...]}` in pixels (see `load_mask`).
+                y1]}` or `{"polygons": [[x0, y0, ...], ...]}` in pixels (see `load_mask`); or
+                whatever `load_regions` takes, a file or what a segmenter returned.
             everything, points, boxes, text: instead of masks, what a segmenter is asked for (see
                 `find_regions`).
             segmenter: one, or the name that `load_segmenter` takes (default: the offline one).
             instruction: instead of the checkpoint's own.
+            questions: one for each region, None for the instruction.
+            template: fixed text with fields to be filled, for all regions or a list with one for
+                each (see `diffusion_generate`).
             callback: called after each step with a `Step`.
             options: decoding options over those of the captioner (see `DiffusionOptions`);
                 `return_history=True` keeps the captions after each step.
 
         Raises ValueError for an image, mask or option that does not fit.
         """
-        image = load_image(image)
+        name, image = image_name(image), load_image(image)
         asked = {"everything": everything, "points": points, "boxes": boxes, "text": text}
-        masks = _masks_of(image, masks, segmenter, asked)
+        sources = _regions_of(image, name, masks, segmenter, asked)
+        masks = [load_mask(region, image.size) for region in sources]
+        prompts = instruction
+        if questions is not None:
+            if isinstance(questions, str):
+                raise ValueError("expected a list of questions, one for each region, got a text")
+            prompts = [[instruction if one is None else one for one in questions]]
+        if isinstance(template, (list, tuple)):
+            template = [list(template)]
         output, seconds = self._generate(
-            callback, len(masks), options, images=image, masks=masks, prompts=instruction
+            callback,
+            len(masks),
+            options,
+            images=image,
+            masks=masks,
+            prompts=prompts,
+            template=template,
         )
         return RegionCaptions(
             image=image,
-            regions=Region.each(output.texts[0], masks),
+            regions=Region.each(
+                output.texts[0],
+                masks,
+                output.scores[0],
+                output.fields and output.fields[0],
+                sources,
+            ),
             num_forwards=output.num_forwards,
             tokens_per_forward=output.tokens_per_forward,
             seconds=seconds,
             history=[self.partial_texts(step[0], len(masks)) for step in output.history],
         )
 
-    def ask(self, image, questions: str | Sequence[str], *, callback=None, **options) -> Answers:
+    def ask(
+        self,
+        image,
+        questions: str | Sequence[str],
+        *,
+        template=None,
+        callback=None,
+        **options,
+    ) -> Answers:
         """Answers one question, or several at once, about one image.
 
         Args:
             image, callback: as for captions.
             questions: one text, or a list of them.
+            template: as for captions; a list has one for each question.
             options: decoding options over those of the captioner.
         """
         questions = [questions] if isinstance(questions, str) else list(questions)
@@ -137,7 +181,12 @@ class RegionCaptioner:
 
         images = [image] if len(questions) == 1 else [[image] for _ in questions]
         output, seconds = self._generate(
-            callback, len(questions), options, images=images, prompts=questions
+            callback,
+            len(questions),
+            options,
+            images=images,
+            prompts=questions,
+            template=template,
         )
         return Answers(
             image=image,
@@ -147,6 +196,8 @@ class RegionCaptioner:
             tokens_per_forward=output.tokens_per_forward,
             seconds=seconds,
             history=[self.partial_texts(_flat(rows), len(questions)) for rows in output.history],
+            scores=_flat(output.scores),
+            fields=output.fields and _flat(output.fields),
         )
 
     def stream(
@@ -181,7 +232,7 @@ class RegionCaptioner:
             **inputs,
             processor=self.processor,
             callback=on_step if callback else None,
-            **merge_options(options_for(task, self.options), options),
+            **merge_options(self.defaults_for(task, inputs.get("template") is not None), options),
         )
         return output, time.perf_counter() - started
 
@@ -197,8 +248,8 @@ class RegionCaptioner:
         ]
 
 
-def _masks_of(image, masks: Sequence | None, segmenter, asked: dict) -> list:
-    """Returns the masks that were given, or that a segmenter finds for what is asked."""
+def _regions_of(image, name: str, masks, segmenter, asked: dict) -> list[RegionMask]:
+    """Returns the regions that were given, or that a segmenter finds for what is asked."""
     given = [
         name for name in REGION_PROMPTS if asked[name] is not None and asked[name] is not False
     ]
@@ -208,8 +259,8 @@ def _masks_of(image, masks: Sequence | None, segmenter, asked: dict) -> list:
     if masks is None and not given:
         raise ValueError(f"expected masks, or one of {', '.join(REGION_PROMPTS)}, got none")
     if masks is None:
-        masks = [region.mask for region in find_regions(image, segmenter, **asked)]
-    return [load_mask(mask, image.size) for mask in masks]
+        return list(find_regions(image, segmenter, **asked))
+    return load_regions(masks, image.size, name=name)
 
 
 def partial_text(processor, ids: Sequence[int], mask_token_id: int) -> str:

@@ -23,12 +23,13 @@ examples:
   a folder of images and one of masks (cat.jpg goes with cat.png, cat_0.png, cat_1.png, cat/*;
   the masks of a single image may have any names):
     perceptiondlm caption photos/ --masks masks/ --captions captions.jsonl
-  COCO or SAM annotations, captions back as COCO:
+  COCO annotations (or SAM's, LabelMe's, Label Studio's, CVAT's...), captions back as COCO:
     perceptiondlm caption photos/ --masks instances.json --captions captioned.coco.json
   a label map, in which every color is a region:
     perceptiondlm caption photo.jpg --label-maps segmentation.png
-  a question about the whole image:
+  a question about the whole image, or about the first region:
     perceptiondlm caption photo.jpg --question "What is on the table?"
+    perceptiondlm caption photo.jpg --masks cup.png --region-question 1 "What is it made of?"
   another checkpoint, fewer steps:
     perceptiondlm caption photo.jpg --masks cup.png --model owner/name --steps 8
 
@@ -70,7 +71,13 @@ def _add_regions(group):
         action="extend",
         default=[],
         metavar="PATH",
-        help="mask images, a folder of them, or a JSON file: COCO, SAM, or a list of masks",
+        help="mask images or a folder of them, or annotations: COCO (also panoptic), SAM, LabelMe,"
+        " Label Studio, CVAT, YOLO segments, .npy, .npz; a list of what is read: docs/regions.md",
+    )
+    group.add_argument(
+        "--resize-masks",
+        action="store_true",
+        help="take masks of another size than the image's, by nearest pixel",
     )
     group.add_argument(
         "--label-maps",
@@ -100,9 +107,24 @@ def _add_regions(group):
     group.add_argument(
         "--max-regions", type=_positive, metavar="N", help="only the N largest of each image"
     )
+
+    # What is asked.
     group.add_argument("--instruction", help="instead of 'Describe each masked region in detail.'")
     group.add_argument(
+        "--region-question",
+        action="append",
+        default=[],
+        nargs=2,
+        metavar=("NUMBER", "TEXT"),
+        help="ask region 1, 2, ... its own question instead; repeat for more",
+    )
+    group.add_argument(
         "--question", action="append", default=[], help="ask about the whole image; repeatable"
+    )
+    group.add_argument(
+        "--template",
+        help="fixed text with fields to be filled, as 'a {color:1-2} {}', for captions or answers"
+        " (docs/prompting.md)",
     )
 
 

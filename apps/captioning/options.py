@@ -6,10 +6,20 @@ from pathlib import Path
 
 from ...generation_options import options_of
 from ...generation_rules import ACCEPT_RULES
+from ...generation_templates import Template
+from .captioner import TEMPLATE_DECIDES
 from .outputs import format_of
 
 REGIONS = ("masks", "label_maps", "box", "polygon", "everything", "point", "text")
-REGION_OPTIONS = ("instruction", "segmenter", "max_regions", "fill", *options_of("captions"))
+REGION_OPTIONS = (
+    "instruction",
+    "region_question",
+    "segmenter",
+    "max_regions",
+    "fill",
+    *options_of("captions"),
+)
+MAX_NUMBER = 1000  # of a region
 NEEDED = {  # option: others, of which it needs one
     "font": ("output", "animate"),
     "fill": ("output", "animate"),
@@ -43,10 +53,12 @@ def check_options(args: argparse.Namespace):
             raise ValueError(f"expected {wanted} with {flag(name)}, got it alone")
     _check_places(args)
     _check_texts(args)
+    _check_questions(args)
+    _check_template(args)
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], theirs: str, ours: str):
-    given = [flag(name) for name in names if getattr(args, name) is not None]
+    given = [flag(name) for name in names if getattr(args, name) not in (None, [])]
     if given:
         raise ValueError(f"expected {', '.join(given)} with {theirs} alone, got {ours}")
 
@@ -72,11 +84,41 @@ def _check_places(args: argparse.Namespace):
         raise ValueError(f"expected a Hub id with --revision, got the folder {args.model}")
 
 
+def _check_questions(args: argparse.Namespace):
+    """Refuses questions of regions that are none, or have one already."""
+    numbers = [number for number, _ in args.region_question]
+    for number, text in args.region_question:
+        if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= MAX_NUMBER:
+            raise ValueError(f"expected --region-question 1, 2, ... and a text, got {number!r}")
+        if not text.strip():
+            raise ValueError(f"expected a question for region {number}, got none")
+    if len(set(map(int, numbers))) < len(numbers):
+        raise ValueError(f"expected one --region-question a region, got {', '.join(numbers)}")
+
+
+def _check_template(args: argparse.Namespace):
+    """Refuses what is no template, and options that have no use beside one."""
+    if args.template is None:
+        return
+    template = Template.parse(args.template)
+    for name in TEMPLATE_DECIDES:
+        if getattr(args, name, None) is not None:
+            raise ValueError(
+                f"expected no {flag(name)} with a --template, got {getattr(args, name)}"
+            )
+    if args.animate is not None and template.num_lengths > 1:
+        raise ValueError(
+            "expected a --template whose fields have one length each with --animate, got several"
+        )
+
+
 def _check_texts(args: argparse.Namespace):
     """Refuses bytes that are not text: Python carries them as lone surrogates."""
     for name, texts in (
         ("question", args.question),
         ("instruction", [args.instruction or ""]),
+        ("template", [args.template or ""]),
+        ("region_question", [text for _, text in args.region_question]),
         ("text", args.text),
     ):
         for text in texts:

@@ -20,7 +20,7 @@ import numpy as np
 from ...common.files import GrowingFile
 from ...common.json_text import ascii_json, encode_json
 from ...image_masks import encode_rle
-from .inputs import RegionSource
+from ...regions.region_source import RegionSource
 from .results import Answers, RegionCaptions
 
 SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "jsonl"}
@@ -197,6 +197,7 @@ def _coco_region(region: dict) -> dict:
         "bbox": [x0, y0, x1 - x0, y1 - y0],
         "area": region["area"],
         "iscrowd": 0,
+        "score": region["score"],
     }
 
 

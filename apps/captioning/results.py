@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from ...regions.region_mask import RegionMask
+
 MASKED = "░"  # stands for a position that is still to be filled
 
 
@@ -19,6 +21,10 @@ class Region:
         box: (x0, y0, x1, y1) in pixels, half-open.
         area: non-zero pixels of the mask.
         mask: 8-bit image of the image's size, non-zero inside.
+        score: how sure the model is: the mean log-probability of the caption's tokens, in nats;
+            None where no token was denoised.
+        fields: the values of a template's fields; None without one.
+        label, source_score: what the region's source says about it, None where it says nothing.
     """
 
     number: int
@@ -26,20 +32,42 @@ class Region:
     box: tuple[int, int, int, int]
     area: int
     mask: Image.Image = field(repr=False, compare=False)
+    score: float | None = field(default=None, compare=False)
+    fields: list | dict | None = None
+    label: str | None = None
+    source_score: float | None = None
 
     @classmethod
-    def each(cls, captions: Sequence[str], masks: Sequence[Image.Image]) -> "list[Region]":
-        """Returns the regions of masks, as `load_mask` gives them, with their captions."""
-        pairs = enumerate(zip(captions, masks, strict=True), 1)
-        return [cls(k, text, mask.getbbox(), mask_area(mask), mask) for k, (text, mask) in pairs]
+    def each(
+        cls,
+        captions: Sequence[str],
+        masks: Sequence[Image.Image],
+        scores: Sequence[float | None] | None = None,
+        fields: Sequence[list | dict] | None = None,
+        sources: Sequence[RegionMask] | None = None,
+    ) -> "list[Region]":
+        """Returns the regions of masks, as `load_mask` gives them, with their captions.
+
+        What `sources` say about them, their labels and scores, is kept.
+        """
+        nothing = [None] * len(masks)
+        said = [(one.label, one.score) for one in sources or ()] or [(None, None)] * len(masks)
+        found = zip(captions, masks, scores or nothing, fields or nothing, said, strict=True)
+        return [
+            cls(k, text, mask.getbbox(), mask_area(mask), mask, score, own, *labeled)
+            for k, (text, mask, score, own, labeled) in enumerate(found, 1)
+        ]
 
     def to_dict(self) -> dict:
-        """Returns everything but the mask, ready for JSON."""
+        """Returns everything but the mask, ready for JSON; a label and score if it has them."""
+        said = {"label": self.label, "source_score": self.source_score}
         return {
             "region": self.number,
             "caption": self.caption,
             "box": list(self.box),
             "area": self.area,
+            **_sureness(self.score, self.fields),
+            **{name: value for name, value in said.items() if value is not None},
         }
 
 
@@ -98,7 +126,10 @@ class RegionCaptions:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers to questions about one image; prints as questions and answers."""
+    """The answers to questions about one image; prints as questions and answers.
+
+    `scores` and `fields` are those of each answer, as a `Region` has them; None where unknown.
+    """
 
     image: Image.Image = field(repr=False, compare=False)
     questions: list[str]
@@ -107,6 +138,8 @@ class Answers:
     tokens_per_forward: float
     seconds: float
     history: list[list[str]] = field(default_factory=list, repr=False)
+    scores: list[float | None] | None = field(default=None, compare=False)
+    fields: list[list | dict] | None = None
 
     def __str__(self) -> str:
         pairs = zip(self.questions, self.answers, strict=True)
@@ -130,13 +163,24 @@ class Answers:
 
         return encode_image(self.draw(), ".png")
 
+    def entries(self) -> list[dict]:
+        """Returns each question with its answer, score and fields, ready for JSON."""
+        nothing = [None] * len(self.answers)
+        found = zip(
+            self.questions,
+            self.answers,
+            self.scores or nothing,
+            self.fields or nothing,
+            strict=True,
+        )
+        return [{"question": q, "answer": a, **_sureness(s, own)} for q, a, s, own in found]
+
     def to_dict(self) -> dict:
         """Returns size, answers and cost, ready for JSON."""
-        pairs = zip(self.questions, self.answers, strict=True)
         return {
             "width": self.image.width,
             "height": self.image.height,
-            "answers": [{"question": q, "answer": a} for q, a in pairs],
+            "answers": self.entries(),
             **_cost(self),
         }
 
@@ -166,6 +210,12 @@ class Step:
 def mask_area(mask: Image.Image) -> int:
     """Returns how many pixels of an 8-bit mask are not zero."""
     return int(np.count_nonzero(np.asarray(mask)))  # a tenth of the time of PIL's histogram
+
+
+def _sureness(score: float | None, fields: list | dict | None) -> dict:
+    """Returns a response's score and, with a template, its fields, ready for JSON."""
+    said: dict = {"score": None if score is None else round(score, 4)}
+    return said if fields is None else said | {"fields": fields}
 
 
 def _cost(result) -> dict:

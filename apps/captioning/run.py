@@ -11,8 +11,9 @@ from pathlib import Path
 
 from ...common.files import file_to_replace, only_run, write_bytes
 from ...common.streams import silence_stdout
+from ...regions.files import open_image
 from .command import DONE, INTERRUPTED, SOME_FAILED, USAGE, report
-from .inputs import find_images, open_image
+from .inputs import find_images
 from .model_arguments import load_captioner
 from .outputs import CaptionWriter, format_of
 
@@ -35,10 +36,10 @@ class CaptionRun:
         self.captioner = self._load_model(decoding)
 
     def _region_sources(self) -> list:
-        from .region_sources import LabelMaps, Shapes, open_sources
+        from ...regions.sources import LabelMaps, Shapes, open_sources
 
         args = self.args
-        sources = open_sources(args.masks, self.images)
+        sources = open_sources(args.masks, self.images, resize_masks=args.resize_masks)
         for path in map(Path, args.label_maps):
             if not path.exists():
                 raise FileNotFoundError(f"expected a label map or a folder of them at {path}")
@@ -48,6 +49,7 @@ class CaptionRun:
                     f" images, got the file {path}"
                 )
             sources.append(LabelMaps(path))
+            sources[-1].resize_masks = args.resize_masks
         boxes = [] if args.segmenter else args.box  # those are a segmenter's prompts
         shapes = [{"box": b} for b in boxes] + [{"polygons": [p]} for p in args.polygon]
         return sources + ([Shapes(shapes)] if shapes else [])
@@ -194,25 +196,40 @@ class CaptionRun:
         return None
 
     def _describe(self, source) -> tuple | None:
-        from .region_sources import gather_regions
+        from ...regions.sources import gather_regions
         from .segmented import Segmented, prompts_of
 
         args = self.args
         image = open_image(source.path)
         if args.question:
-            return self.captioner.ask(image, args.question), []
+            return self.captioner.ask(image, args.question, template=args.template), []
         refused: list[str] = []
         sources = self.sources
         if self.segmenter is not None:
             sources = [*sources, Segmented(self.segmenter, prompts_of(args), image)]
-        regions = gather_regions(sources, source, image.size, args.max_regions, refused)
+        options = args.max_regions, refused, args.resize_masks
+        regions = gather_regions(sources, source, image.size, *options)
         for line in refused:
             report(f"{source.path}: {line}")
         self.lost += len(refused)
         if not regions:
             return self._without_regions(source, refused)
-        masks = [region.mask for region in regions]
-        return self.captioner(image, masks, instruction=args.instruction), regions
+        masks = [region.opened(image.size, args.resize_masks) for region in regions]
+        asked = {"instruction": args.instruction, "template": args.template}
+        if args.region_question:
+            asked["questions"] = self._questions(len(masks))
+        return self.captioner(image, masks, **asked), regions
+
+    def _questions(self, count: int) -> list[str | None]:
+        """Returns the question of each of an image's regions, None where there is none."""
+        questions: list[str | None] = [None] * count
+        for number, text in self.args.region_question:
+            if int(number) > count:
+                raise ValueError(
+                    f"expected a question for regions 1 to {count}, got one for {number}"
+                )
+            questions[int(number) - 1] = text
+        return questions
 
     def _without_regions(self, source, refused: list[str]):
         if refused:

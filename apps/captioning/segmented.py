@@ -6,10 +6,10 @@ from functools import partial
 
 from PIL import Image
 
+from ...regions.files import ImageSource
 from ...regions.prompts import no_text_error
+from ...regions.region_source import Maker, RegionSource, Source
 from ...regions.segmenters import Segmenter, find_regions, load_segmenter
-from .annotation_files import Maker, Source
-from .inputs import ImageSource, RegionSource
 
 
 class Segmented(Source):
@@ -22,7 +22,12 @@ class Segmented(Source):
 
     def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterable[Maker]:
         for region in find_regions(self.image, self.segmenter, **self.prompts):
-            yield region.origin, partial(RegionSource, region.mask, region.origin)
+            said = {"label": region.label, "score": region.score}
+            yield region.origin, partial(_each, RegionSource(region.mask, region.origin, **said))
+
+
+def _each(region: RegionSource) -> list[RegionSource]:
+    return [region]
 
 
 def segments(args: argparse.Namespace) -> bool:

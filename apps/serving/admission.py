@@ -1,10 +1,11 @@
 """Decides which jobs an engine takes, with which options, and which of them may share a batch."""
 
 import bisect
+import dataclasses
 
-from ...generation_options import DiffusionOptions, merge_options, options_for
-from ..captioning.captioner import RegionCaptioner
-from .jobs import ChatJob, RegionJob, TooLong
+from ...generation_options import DiffusionOptions, merge_options
+from ..captioning.captioner import TEMPLATE_DECIDES, RegionCaptioner
+from .jobs import ChatJob, RegionJob, TooLong, template_length
 
 OWN_OPTIONS = ("generator", "batch_size", "return_history", "compile")  # not for a job to set
 RANDOM_OPTIONS = {"temperature": 0.0, "remasking": "low_confidence"}  # what decodes without chance
@@ -34,8 +35,19 @@ class Admission:
 
         Raises ValueError for a job or option that does not fit.
         """
-        options = merge_options(options_for(job.task, self.captioner.options), options)
-        if shorten is not None:
+        bound = options.get(shorten) if shorten is not None else None
+        if job.template is not None:
+            options = {name: value for name, value in options.items() if name != shorten}
+            given = [name for name in TEMPLATE_DECIDES if options.get(name) is not None]
+            if given:
+                raise ValueError(
+                    f"expected no {', '.join(given)} with a template, whose fields say how long"
+                    " they are"
+                )
+        options = merge_options(self._defaults(job), options)
+        if job.template is not None and bound is not None:
+            self._expect_bound(job, bound)
+        elif shorten is not None:
             options = self._shortened(job, options, shorten)
         return options, *self._measure(job, options)
 
@@ -47,11 +59,12 @@ class Admission:
         is_random = any(options.get(name, off) != off for name, off in RANDOM_OPTIONS.items())
         if is_random and options.get("seed") is not None:
             return object()
-        return type(job), tuple(sorted((k, _frozen(v)) for k, v in options.items()))
+        kind = type(job), job.template, job.task == "answers" and not job.images
+        return *kind, tuple(sorted((k, _frozen(v)) for k, v in options.items()))
 
     def _measure(self, job, options: dict) -> tuple[int, int]:
         """Returns a job's prompt tokens and its cost; raises ValueError if it does not fit."""
-        built = self._built(options, job.task)
+        built = self._built(options, job)
         positions = self.captioner.model.config.text_config.max_position_embeddings
         if max(built.caption_length, built.max_new_tokens) <= positions:
             self._expect_affordable(job.cost(0, built))  # before long sequences are made of it
@@ -66,14 +79,21 @@ class Admission:
             raise TooLong(
                 f"expected work of at most {self.max_cost:,} positions (tokens of prompt and"
                 f" response, times steps, times two with cfg_scale), got {cost:,}: ask for fewer"
-                " tokens, steps or regions"
+                " tokens, steps, regions or lengths of a template's fields"
+            )
+
+    def _expect_bound(self, job, bound: int):
+        length = template_length(job.template, self.captioner.processor)
+        if length > bound:
+            raise ValueError(
+                f"expected max_tokens of at least the template's {length} tokens, got {bound}"
             )
 
     def _shortened(self, job, options: dict, name: str) -> dict:
         """Returns options under which `options[name]` is the most that a response may take."""
         captioner = self.captioner
         options = options | {name: self._room(job, options, name)}
-        usual = self._built(options_for(job.task, captioner.options), job.task)
+        usual = self._built(self._defaults(job), job)
         if name != "max_new_tokens" or options[name] <= usual.max_new_tokens:
             return options
 
@@ -97,12 +117,26 @@ class Admission:
             return options[name]
         return block * max(1, bisect.bisect_left(range(1, max_blocks), True, key=is_too_long))
 
-    def _built(self, options: dict, task: str) -> DiffusionOptions:
+    def _defaults(self, job) -> dict:
+        return self.captioner.defaults_for(job.task, job.template is not None)
+
+    def _built(self, options: dict, job) -> DiffusionOptions:
+        """Returns all options; with a template its length is that of the response."""
         reserved = sorted(set(options) & set(OWN_OPTIONS))
         if reserved:
             raise ValueError(f"expected options that a job may set, got {reserved}")
         defaults = self.captioner.model.decoding_defaults
-        return DiffusionOptions.build(defaults, options, task)
+        built = DiffusionOptions.build(defaults, options, job.task)
+        if job.template is None:
+            return built
+        length = template_length(job.template, self.captioner.processor)
+        return dataclasses.replace(
+            built,
+            caption_length=length,
+            max_new_tokens=length,
+            block_length=None,
+            stop_strings=None,
+        )
 
 
 def _frozen(value):

@@ -21,6 +21,12 @@ QUEUE = (
         "N",
         "work of all requests of one address that wait or run",
     ),
+    (
+        "--seen-cache-mb",
+        256,
+        "MIB",
+        "memory of images that were seen, kept for further requests about them; 0: none",
+    ),
 )
 REQUEST_LIMITS = (
     (
@@ -121,6 +127,7 @@ def load_engine(args: argparse.Namespace):
         max_cost=args.max_cost,
         max_client_cost=args.max_client_cost,
         window=args.window_ms / 1000,
+        seen_bytes=args.seen_cache_mb * MIB,
     )
 
 

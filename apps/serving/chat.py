@@ -18,6 +18,7 @@ from ...image_loading import is_data_url, load_image, load_mask
 from .decode import Decoder, alpha_mask
 from .limits import Limits, each_numbered, expect_at_most
 from .request import DECODING, ChatRequest, ImagePart, MaskPart, Message, TextPart
+from .schemas import template_of
 
 MAX_STOPS = 4  # as OpenAI's
 MASKS_TEXT = re.compile(r'\ufeff?\s*\{\s*"masks"\s*:.*\}\s*', re.DOTALL)
@@ -32,6 +33,8 @@ class Asked:
         images: upright RGB, in order.
         masks: of the only image; empty for a conversation.
         instruction: beside the masks; None: the checkpoint's own.
+        prompts: of each mask, None for the instruction; None where there are none.
+        template: of each response; None for free ones.
         messages: of a conversation, for the chat template; empty for regions.
         options: decoding options that the client set.
         shorten: the option that is an upper bound, to be lowered to what there is room for.
@@ -43,6 +46,8 @@ class Asked:
     images: tuple[Image.Image, ...]
     masks: tuple[Image.Image, ...] = ()
     instruction: str | None = None
+    prompts: list[str | None] | None = None
+    template: str | dict | None = None
     messages: list[dict] = field(default_factory=list)
     options: dict = field(default_factory=dict)
     shorten: str | None = None
@@ -69,15 +74,27 @@ class RequestReader:
         if request.task == "question" and masks:
             raise ValueError("expected no masks for the task 'question', got some")
 
+        if request.prompts is not None and not wanted:
+            raise ValueError("expected prompts with masks, whose regions they ask about, got none")
+        most = self.limits.caption_length if wanted else self.limits.new_tokens
+        template = template_of(request, self.limits, most)
+
         content = self._regions(request, masks) if wanted else self._conversation(request)
         options, shorten = self._options(request, "caption_length" if wanted else "max_new_tokens")
         usage = request.stream_options is not None and bool(request.stream_options.include_usage)
         return Asked(
-            request.model, bool(request.stream), usage, **content, options=options, shorten=shorten
+            request.model,
+            bool(request.stream),
+            usage,
+            **content,
+            template=template,
+            options=options,
+            shorten=shorten,
         )
 
     def _check_text(self, request: ChatRequest):
         texts = [text for message in request.messages for text in _texts(message)]
+        texts += filter(None, request.prompts or ())
         expect_at_most("text, in characters,", sum(map(len, texts)), self.limits.text)
 
     def _regions(self, request: ChatRequest, masks: list | None) -> dict:
@@ -100,8 +117,13 @@ class RequestReader:
         regions = self._masks(masks, urls[1:], stored, image.size)
         if not regions:
             raise ValueError("expected an image with at least one mask, got none")
-        instruction = "\n".join(_texts(last)).strip() or None
-        return {"images": (image,), "masks": tuple(regions), "instruction": instruction}
+        _expect_prompts(request.prompts, len(regions))
+        return {
+            "images": (image,),
+            "masks": tuple(regions),
+            "instruction": "\n".join(_texts(last)).strip() or None,
+            "prompts": request.prompts,
+        }
 
     def _masks(self, masks: list | None, urls: list[str], stored: Image.Image, size) -> list:
         if masks is not None:
@@ -168,6 +190,15 @@ class RequestReader:
         for stop in stops:
             expect_at_most("characters in a stop string", len(stop), self.limits.stop_characters)
         return stops
+
+
+def _expect_prompts(prompts: list[str | None] | None, count: int):
+    if prompts is None:
+        return
+    if len(prompts) != count:
+        raise ValueError(f"expected prompts for each of {count} masks, got {len(prompts)}")
+    if any(text is not None and not text.strip() for text in prompts):
+        raise ValueError("expected prompts that are texts or null, got a blank one")
 
 
 def _image_urls(message: Message) -> list[str]:

@@ -22,8 +22,10 @@ regions, where a request says so:
   masks in the body: COCO RLE, {"box": [x0, y0, x1, y1]}, {"polygons": [[x, y, ...]]}, data URLs
   parts {"type": "mask", "mask": ...} of the message, or a text part {"masks": [...]}
   "task": "regions": further image parts are masks, or the image's alpha channel is one
-Every other request is a question, whatever images it holds. max_tokens is an upper bound: it is
-lowered to the limits. /docs and /openapi.json list the fields; see also docs/serving.md.
+Every other request is a question, whatever images it holds. "prompts" asks each region, and
+"template" or a response_format of type json_schema says what responses look like. max_tokens is an
+upper bound: it is lowered to the limits. /docs and /openapi.json list the fields; see also
+docs/serving.md.
 
 PERCEPTIONDLM_API_KEY in the environment asks clients for that key. GET /health, /metrics
 (Prometheus), /v1/models.

@@ -1,9 +1,21 @@
 """Splits what a batch gave into what became of each of its jobs."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...generation_diffusion import DiffusionOutput
 from ..captioning.results import Answers, RegionCaptions
+
+
+class Found(NamedTuple):
+    """Holds what a batch gave for one job: of each response its text, score and template's fields.
+
+    `fields` is None without a template.
+    """
+
+    texts: list[str]
+    scores: list[float | None]
+    fields: list[list | dict] | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ def completions(tickets: list, output: DiffusionOutput, seconds: float) -> list[
         forwards = output.image_forwards[i]
 
         result = ticket.job.result_of(
-            output.texts[i],
+            Found(output.texts[i], output.scores[i], output.fields[i] if output.fields else None),
             num_forwards=forwards,
             tokens_per_forward=sum(map(len, ids)) / forwards,
             seconds=seconds,

@@ -12,7 +12,8 @@ from PIL import Image
 from ... import image_loading
 from ...image_loading import expect_lossless, load_mask, open_encoded, turn_upright
 from ...image_masks import expect_size
-from ..captioning.inputs import annotation_mask, expect_bounded, readable_formats
+from ...regions.coco import annotation_mask
+from ...regions.files import expect_bounded, readable_formats
 from .limits import Limits
 
 MAX_NUMBER = 10**9  # of a coordinate or run length

@@ -18,12 +18,14 @@ from concurrent.futures import CancelledError
 
 from torch import OutOfMemoryError
 
+from ...generation_diffusion import DiffusionOutput
 from ..captioning.captioner import RegionCaptioner
 from ..captioning.results import Step
 from .admission import Admission
 from .completions import Completion, completions
 from .jobs import ChatJob, RegionJob
 from .metrics import Metrics
+from .seen_cache import SeenCache
 from .tickets import EngineClosed, JobFailed, QueueFull, Ticket
 
 FAR_SHORTER = 8  # times cheaper: a job that need not wait for the end of the running batch
@@ -47,6 +49,8 @@ class Engine:
         max_batch: most region groups (an image's regions, up to the checkpoint's prompts) that
             run together.
         window: seconds that the first job of a batch waits for company.
+        seen_bytes: most memory of images that were seen and are kept for further jobs about them;
+            0 keeps none.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Engine:
         max_client_cost: int = 8_000_000,
         max_batch: int = 8,
         window: float = 0.02,
+        seen_bytes: int = 256 << 20,
     ):
         _expect_positive(
             max_queue=max_queue,
@@ -66,6 +71,8 @@ class Engine:
             max_cost=max_cost,
             max_client_cost=max_client_cost,
         )
+        if seen_bytes < 0:
+            raise ValueError(f"expected seen_bytes of at least 0, got {seen_bytes}")
         captioner.check_options()
 
         # What is fixed for as long as the engine lives.
@@ -80,7 +87,9 @@ class Engine:
             queue_length=lambda: self.queue_length,
             running=lambda: self.running,
             up=lambda: self.alive,
+            seen_bytes=lambda: self.seen.nbytes if self.seen is not None else 0,
         )
+        self.seen = SeenCache(seen_bytes, self.metrics.count) if seen_bytes else None
 
         # What callers and the thread share; `_changed` guards the queue and what clients owe.
         self._waiting: deque[Ticket] = deque()
@@ -121,6 +130,8 @@ class Engine:
         except ValueError:
             self.metrics.count("invalid")
             raise
+        if self.seen is not None:
+            _ = job.digest  # computed here, not in the engine's thread
         ticket = Ticket(
             job,
             options,
@@ -210,7 +221,7 @@ class Engine:
             # company may still come, until the batch is full
             deadline = self._waiting[0].submitted + self.window
             while (left := deadline - time.monotonic()) > 0 and not self._closed:
-                if not self._waiting or self._groups(self._companions()) >= self.max_batch:
+                if not self._waiting or self._rows(self._companions()) >= self.max_batch:
                     break
                 self._changed.wait(left)
             return self._take(self._companions())
@@ -223,14 +234,13 @@ class Engine:
         first, *others = affordable
         batch = [first]
         for ticket in others:
-            if ticket.key == first.key and self._groups([*batch, ticket]) <= self.max_batch:
+            if ticket.key == first.key and self._rows([*batch, ticket]) <= self.max_batch:
                 batch.append(ticket)
         return batch
 
-    def _groups(self, tickets: list[Ticket]) -> int:
+    def _rows(self, tickets: list[Ticket]) -> int:
         """Returns how many rows, each a region group or a question, jobs take."""
-        max_regions = self.captioner.model.config.num_region_prompts
-        return sum(ticket.job.num_groups(max_regions) for ticket in tickets)
+        return sum(ticket.job.num_rows(self.captioner) for ticket in tickets)
 
     def _take(self, batch: list[Ticket]) -> list[Ticket]:
         """Takes tickets out of the queue."""
@@ -301,14 +311,22 @@ class Engine:
                     texts = self.captioner.partial_texts(rows, ticket.job.count)
                     ticket.tell(Step(number, texts))
 
-        options = batch[0].options | {"batch_size": self.max_batch}
-        output = jobs[0].generate(self.captioner, jobs, options, on_step)
+        output = self._denoise(jobs, batch[0].options | {"batch_size": self.max_batch}, on_step)
 
         seconds = time.monotonic() - started
         done = completions(batch, output, seconds)
         tokens = sum(completion.completion_tokens for completion in done)
         self.metrics.add_batch(len(batch), seconds, tokens, output.num_forwards)
         return done
+
+    def _denoise(self, jobs: list, options: dict, on_step) -> DiffusionOutput:
+        """Runs jobs on what was seen of their images; without, where the memory is needed."""
+        if self.seen is not None:
+            try:
+                return jobs[0].generate(self.captioner, jobs, options, on_step, self.seen)
+            except (OutOfMemoryError, MemoryError):
+                self.seen.clear()
+        return jobs[0].generate(self.captioner, jobs, options, on_step)
 
     def _resolve(self, batch: list[Ticket], done: list[Completion]):
         for ticket, completion in zip(batch, done, strict=True):

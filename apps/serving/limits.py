@@ -18,7 +18,8 @@ class Limits:
         numbers: in all masks of a request that come as numbers.
         outline: pixels that all polygons of a request are long.
         images: of a conversation.
-        text: characters of all messages' texts.
+        text: characters of all messages' texts and regions' prompts.
+        template: characters of a template, or of what a JSON schema becomes.
         stop_characters: of one stop string.
         caption_length, new_tokens, steps: of decoding.
         header_seconds, body_seconds: to receive a request's head, and its body.
@@ -37,6 +38,7 @@ class Limits:
     outline: int = 10_000_000
     images: int = 8
     text: int = 20_000
+    template: int = 4_000
     stop_characters: int = 500
     caption_length: int = 256
     new_tokens: int = 1024

@@ -17,6 +17,8 @@ COUNTERS = {
     "batches": "batches run",
     "forwards": "denoising forward passes",
     "tokens": "tokens of captions and answers up to their ends",
+    "seen_hits": "requests whose images had been seen before",
+    "seen_misses": "requests whose images were seen for the first time, or again",
 }
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 LATENCY_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
@@ -28,8 +30,9 @@ class Metrics:
     """Keeps counts of one engine's work; safe in any thread.
 
     Args:
-        queue_length, running, up: return the engine's state when metrics are read: requests
-            waiting, requests in the running batch, whether requests are taken.
+        queue_length, running, up, seen_bytes: return the engine's state when metrics are read:
+            requests waiting, requests in the running batch, whether requests are taken, memory of
+            images that were seen.
 
     Attributes:
         registry: Prometheus' collectors, whose names begin with `perceptiondlm_`.
@@ -42,6 +45,7 @@ class Metrics:
         queue_length: Callable[[], int],
         running: Callable[[], int],
         up: Callable[[], bool],
+        seen_bytes: Callable[[], int],
     ):
         self.started = time.time()
         self.registry = CollectorRegistry()
@@ -63,6 +67,7 @@ class Metrics:
             "queue_length": ("requests waiting", queue_length),
             "running": ("requests in the running batch", running),
             "up": ("whether requests are taken", up),
+            "seen_bytes": ("memory of images that were seen and are kept", seen_bytes),
             "uptime_seconds": ("seconds since the start", lambda: time.time() - self.started),
             "tokens_per_second": ("tokens a busy second, lately", self._tokens_per_second),
         }

@@ -7,7 +7,14 @@ label of the caller's own) and refused by name where it asks for something that 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+)
 from pydantic_core import from_json
 
 from ...common.json_text import without_mark
@@ -16,7 +23,13 @@ from .errors import ApiError
 
 MAX_KEYS, MAX_ITEMS = 64, 256  # of an object and a list in a request, masks apart
 SHOWN = 200  # characters of a client's input that an error repeats
-UNION_MEMBERS = ("str", "text", "image_url", "mask")  # in pydantic's places, not in the request's
+UNION_MEMBERS = (
+    "str",
+    "text",
+    "image_url",
+    "mask",
+    "json_schema",
+)  # in pydantic's places, not in the request's
 
 # Decoding options that a request sets by their own names: not an answer's length, which OpenAI
 # calls max_tokens, nor what concerns the whole batch.
@@ -76,7 +89,10 @@ class Message(Model):
     audio: Nothing = None
     function_call: Nothing = None
     tool_calls: NoItems = None
-    regions: list[Any] | None = None  # beside this server's own answers, whose text says the same
+    # beside this server's own answers, whose text says the same
+    regions: list[Any] | None = None
+    score: float | None = None
+    fields: Any = None
 
 
 class StreamOptions(Model):
@@ -86,6 +102,30 @@ class StreamOptions(Model):
 
 class TextFormat(Model):
     type: Literal["text"]
+
+
+class JsonSchema(Model):
+    name: Label = None
+    description: Label = None
+    strict: bool | None = None  # a schema is always kept to
+    object_schema: dict[str, Any] = Field(alias="schema")
+
+
+class SchemaFormat(Model):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+def _expect_schema(value):
+    if isinstance(value, dict) and value.get("type") == "json_object":
+        raise ValueError("expected type json_schema, whose schema names the object's fields")
+    return value
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat | SchemaFormat, Field(discriminator="type")],
+    BeforeValidator(_expect_schema),
+]
 
 
 class _Fields(Model):
@@ -101,6 +141,8 @@ class _Fields(Model):
     # this server's own
     task: Literal["regions", "question"] | None = None
     masks: list[Any] | None = None
+    prompts: list[str | None] | None = None  # of each region mask; null: as the message says
+    template: str | None = None
     # OpenAI's, taken where they change nothing
     audio: Nothing = None
     frequency_penalty: Zero = None
@@ -119,7 +161,7 @@ class _Fields(Model):
     prompt_cache_options: Hint = None
     prompt_cache_retention: Hint = None
     reasoning_effort: Literal["none", "minimal", "low", "medium"] | None = None  # at most so much
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
     safety_identifier: Label = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
@@ -189,7 +231,8 @@ def _refusal(error: ValidationError) -> ApiError:
     same = [other for other in errors if other["loc"][:1] == errors[0]["loc"][:1]]
     first = max(same, key=lambda other: len(other["loc"]))  # of a union's members, the likeliest
     place = _place(first["loc"])
-    message = f"{place}: {first['msg']}" if place else first["msg"]
+    said = first["msg"].removeprefix("Value error, ")
+    message = f"{place}: {said}" if place else said
     if place in RENAMED:
         message = f"expected {RENAMED[place]}, got {place}, which is its old name"
     elif first["type"] != "missing":
@@ -230,5 +273,5 @@ def _place(loc: tuple) -> str:
         elif part.isidentifier() and not (in_union and part in UNION_MEMBERS):
             text += f".{part}" if text else part
         # a union's member is named behind the field or the item that it belongs to
-        in_union = isinstance(part, int) or part in ("content", "stop")
+        in_union = isinstance(part, int) or part in ("content", "stop", "response_format")
     return text

@@ -18,9 +18,7 @@ class ChatWriter:
 
     def whole(self, completion: Completion) -> dict:
         """Returns the answer to a request without `stream`."""
-        message = {"role": "assistant", "content": content_of(completion), "refusal": None}
-        if isinstance(completion.result, RegionCaptions):
-            message["regions"] = _regions(completion)
+        message = {"role": "assistant", "refusal": None, **said_in(completion)}
 
         choice = {
             "index": 0,
@@ -50,12 +48,9 @@ class ChatWriter:
 
     def end(self, completion: Completion, include_usage: bool) -> list[dict]:
         """Returns the last chunks: the text, the reason, and, on request, the usage."""
-        delta = {"content": content_of(completion)}
-        if isinstance(completion.result, RegionCaptions):
-            delta["regions"] = _regions(completion)
         last = self._chunk({}, _reason(completion))
         last["perceptiondlm"] = cost_of(completion)
-        chunks = [self._chunk(delta), last]
+        chunks = [self._chunk(said_in(completion)), last]
 
         if include_usage:  # in a chunk without choices, as OpenAI sends it
             head = self._head("chat.completion.chunk")
@@ -68,6 +63,15 @@ class ChatWriter:
 
     def _head(self, kind: str) -> dict:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def said_in(completion: Completion) -> dict:
+    """Returns a message's content, and beside it the same as objects, with scores."""
+    content = {"content": content_of(completion)}
+    if isinstance(completion.result, RegionCaptions):
+        return content | {"regions": _regions(completion)}
+    (answer,) = completion.result.entries()
+    return content | {name: answer[name] for name in ("score", "fields") if name in answer}
 
 
 def content_of(completion: Completion) -> str:

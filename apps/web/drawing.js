@@ -114,10 +114,12 @@ function isDimmed(index) {
 
 function paintRegion(region, index) {
   const view = viewOf(region, index);
-  const dimmed = isDimmed(index);
-  pen.globalAlpha = dimmed ? 0.12 : lit === index ? 0.62 : 0.42;
-  pen.drawImage(view.filled, 0, 0, canvas.width, canvas.height);
-  pen.globalAlpha = dimmed ? 0.3 : 1;
+  // The image is seen as the model sees it: only what is being painted is filled.
+  if (drag && !isArea(drag.tool) && index === chosen) {
+    pen.globalAlpha = 0.42;
+    pen.drawImage(view.filled, 0, 0, canvas.width, canvas.height);
+  }
+  pen.globalAlpha = isDimmed(index) ? 0.3 : 1;
   pen.drawImage(lit === index ? view.thick : view.thin, 0, 0);
 }
 

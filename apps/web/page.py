@@ -89,27 +89,46 @@ class Page:
         yield facts + view.captions_view(result.captions), view.as_json(result)
 
     def answer(
-        self, payload: str, question: str, length: int, request: gr.Request
+        self, payload: str, question: str, about: int, length: int, request: gr.Request
     ) -> Iterator[str]:
-        """Yields progress and answer until the question is answered."""
+        """Yields progress and answer until the question is answered.
+
+        `about` is the number of the region that is asked about, 0 for the whole image.
+        """
         question = question.strip()
         with shown_errors():
-            image, _ = self._read(payload)
+            image, masks = self._read(payload)
             if not question:
                 raise refusal("Write a question first.", "No question")
             expect_at_most("characters", len(question), self.limits.text)
-            job = ChatJob.ask(image, question)
-            ticket = self._submit(job, request, max_new_tokens=int(length))
+            ticket = self._ask(image, masks, question, int(about or 0), int(length), request)
+        place = int(about or 1) - 1  # of the answer among the job's
 
         waiting = view.waiting_view(self.engine.queue_length)
         yield waiting + view.answer_view(question, BLANK)
         for step, seconds in self._follow(ticket):
             progress = view.progress_view(step, int(length), seconds)
-            yield progress + view.answer_view(question, step.texts[0])
+            yield progress + view.answer_view(question, step.texts[place])
 
         with shown_errors():
             result = ticket.result().result
-        yield view.facts_view(result) + view.answer_view(question, result.answers[0])
+        texts = result.captions if about else result.answers
+        yield view.facts_view(result) + view.answer_view(question, texts[place])
+
+    def _ask(
+        self, image, masks: list, question: str, about: int, length: int, request: gr.Request
+    ) -> Ticket:
+        """Asks about the whole image, or about one of its regions beside the others."""
+        if not about:
+            return self._submit(ChatJob.ask(image, question), request, max_new_tokens=length)
+        if about > len(masks):
+            raise refusal(
+                f"Paint region {about} first, or ask about another: there are {len(masks)}.",
+                "No such region",
+            )
+        prompts = [question if k + 1 == about else None for k in range(len(masks))]
+        job = RegionJob.build(image, masks, prompts=prompts)
+        return self._submit(job, request, caption_length=max(length, self.defaults.caption_length))
 
     def outline(self, sent: dict) -> dict:
         """Returns the masks of what lies at points or in boxes of an image, else of everything.
@@ -279,13 +298,23 @@ def _caption_controls(page: Page) -> list:
 def _question_tab(page: Page, sent: gr.Textbox) -> gr.Textbox:
     # one line at first, so that Enter asks; Shift+Enter begins another
     question = gr.Textbox(
-        label="Question about the whole image",
+        label="Question",
         lines=1,
         max_lines=6,
         placeholder="What is in the image?",
         elem_id="pd-question",
         max_length=page.limits.text,
     )
+    about = gr.State(0)
+    if page.engine.captioner.model.config.num_region_prompts:
+        regions = [f"region {k}" for k in range(1, page.limits.masks + 1)]
+        about = gr.Dropdown(
+            ["the whole image", *regions],
+            value="the whole image",
+            type="index",
+            label="About",
+            elem_id="pd-about",
+        )
     ask = gr.Button("Ask", variant="primary", elem_id="pd-ask")
     answer = gr.HTML(elem_id="pd-answer")
     with gr.Accordion("Decoding", open=False):
@@ -294,7 +323,7 @@ def _question_tab(page: Page, sent: gr.Textbox) -> gr.Textbox:
     running = gr.on(
         [ask.click, question.submit],
         page.answer,
-        [sent, question, length],
+        [sent, question, about, length],
         answer,
         js=HAND_OVER,
         show_progress="hidden",

@@ -13,6 +13,7 @@ from pathlib import Path
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.serving.engine import Engine
 from perceptiondlm.apps.web.launch import launch
+from perceptiondlm.regions.segmenters import load_segmenter
 from playwright.sync_api import Page, sync_playwright
 
 OUTPUT = Path(__file__).parents[1] / "web.png"
@@ -23,7 +24,8 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 def main():
     """Serves the embedded model and takes the screenshot of its page."""
     with Engine(RegionCaptioner.from_pretrained()) as engine:
-        demo = launch(engine, "perceptiondlm-tiny", port=0, block=False)
+        segmenter = load_segmenter()
+        demo = launch(engine, "perceptiondlm-tiny", segmenter=segmenter, port=0, block=False)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page(viewport=SIZE)

@@ -1,33 +1,24 @@
-"""Finds an image's regions: masks by name, label maps, COCO and SAM annotations, shapes.
+"""Finds an image's regions: masks by name, label maps, annotation files, shapes.
 
 A source's `regions(image, size)` lists the regions of an image of (width, height); names inside
 annotation files are compared with the image's, never opened.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from ...image_loading import load_mask, read_labels
-from ...image_masks import turned_hint
-from .annotation_files import AnnotationList, CocoFile, Maker, Source
-from .inputs import (
-    IMAGE_SUFFIXES,
-    MASK_SUFFIXES,
-    ImageSource,
-    RegionSource,
-    is_url,
-    open_mask_file,
-    read_annotations,
-)
-from .results import mask_area
+from ..image_loading import is_url
+from ..image_masks import turned_hint
+from .annotation_files import ANNOTATION_SUFFIXES, open_annotations
+from .files import IMAGE_SUFFIXES, MASK_SUFFIXES, ImageSource, open_mask_file
+from .label_maps import map_or_mask, split_labels
+from .region_source import Maker, RegionSource, Source, expect_count
 
-MAX_REGIONS = 1000  # of one image
-MAX_MASK_PIXELS = 3_000_000_000  # a byte each, all masks of an image together
 NAMING = (
     "masks are named after their image: for cat.jpg cat.png, cat_0.png, cat_mask_1.png, cat-2.png"
     " or any name in a folder cat/"
@@ -37,11 +28,12 @@ NAMING = (
 class MaskFiles(Source):
     """Mask images given one by one: the regions of the one image there is."""
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Path], label_map: bool | None = None):
         self.paths = paths
+        self.label_map = label_map
 
     def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterable[Maker]:
-        return _mask_makers(self.paths, size)
+        return _mask_makers(self.paths, size, self.resize_masks, self.label_map)
 
 
 class MaskFolder(Source):
@@ -63,7 +55,7 @@ class MaskFolder(Source):
         beside = _stems_beside(images, folder)
         # cat_2_0 is of cat_2 if there is one
         stems = sorted({*self.files, *(beside or ())}, key=len, reverse=True)
-        own_files = {Path(source.path).resolve() for source in images}
+        own_files = {Path(source.path).resolve() for source in images if source.path}
 
         for file in sorted(folder.iterdir(), key=natural_order):
             if not file.is_file() or file.resolve() in own_files:
@@ -78,7 +70,7 @@ class MaskFolder(Source):
 
         for stem in self.files:
             own = folder / stem
-            if own.is_dir():
+            if stem and own.is_dir():
                 self.files[stem] += sorted(filter(_is_mask_file, own.iterdir()), key=natural_order)
 
     def _belongs(self, name: str, stem: str) -> bool:
@@ -88,7 +80,7 @@ class MaskFolder(Source):
         files, lossy = self.files[source.stem], self.lossy[source.stem]
         if lossy and not files:
             _refuse_lossy(lossy)
-        return _mask_makers(files, size)
+        return _mask_makers(files, size, self.resize_masks)
 
     def unused_note(self) -> str | None:
         if not self.unused:
@@ -101,16 +93,21 @@ class MaskFolder(Source):
 
 def _stems_beside(images: Sequence[ImageSource], folder: Path) -> set[str] | None:
     """Names of all images in the folders of those given; None if the masks lie there too."""
-    folders = {Path(p.path).resolve().parent for p in images if not is_url(p.path)}
+    folders = {Path(p.path).resolve().parent for p in images if p.path and not is_url(p.path)}
     if folder.resolve() in folders:
         return None
     files = [file for place in folders for file in place.iterdir()]
     return {file.stem for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
 
 
-def _mask_makers(files: Sequence[Path], size: tuple[int, int]) -> Iterable[Maker]:
-    def make(file: Path) -> RegionSource:
-        return RegionSource(_sized(open_mask_file(file), size, file), file.name)
+def _mask_makers(
+    files: Sequence[Path], size: tuple[int, int], resize: bool, label_map: bool | None = None
+) -> Iterable[Maker]:
+    def make(file: Path) -> list[RegionSource]:
+        mask = open_mask_file(file)
+        if not resize:
+            _expect_size(mask, size, file)
+        return map_or_mask(mask, file.name, label_map)
 
     return [(file.name, partial(make, file)) for file in files]
 
@@ -131,7 +128,10 @@ class LabelMaps(Source):
         path = self._map_of(source.stem) if self.path.is_dir() else self.path
         if path is None:
             return []
-        regions = split_labels(_sized(open_mask_file(path), size, path), path.name)
+        labels = open_mask_file(path)
+        if not self.resize_masks:
+            _expect_size(labels, size, path)
+        regions = split_labels(labels, path.name)
         return [(region.origin, partial(_itself, region)) for region in regions]
 
     def _map_of(self, stem: str) -> Path | None:
@@ -146,21 +146,24 @@ class LabelMaps(Source):
         return maps[0] if maps else None
 
 
-def _itself(region: RegionSource) -> RegionSource:
-    return region
+def _itself(region: RegionSource) -> list[RegionSource]:
+    return [region]
 
 
 class AnnotationFolder(Source):
-    """A folder of SAM annotation files, `sa_1.json` for `sa_1.jpg`."""
+    """A folder of annotation files, a file for each image: `sa_1.json` for `sa_1.jpg`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, threshold: float = 0.5):
         self.folder = folder
+        self.threshold = threshold
 
-    def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterable[Maker]:
-        path = self.folder / f"{source.stem}.json"
-        if not path.is_file():
-            return []
-        return AnnotationList(path, read_annotations(path), only=False).makers(source, size)
+    def makers(self, source: ImageSource, size: tuple[int, int]) -> Iterator[Maker]:
+        for suffix in ANNOTATION_SUFFIXES if source.stem else ():
+            path = self.folder / f"{source.stem}{suffix}"
+            if path.is_file():
+                opened = open_annotations(path, only=False, threshold=self.threshold)
+                opened.resize_masks = self.resize_masks
+                yield from opened.makers(source, size)
 
 
 class Shapes(Source):
@@ -174,8 +177,17 @@ class Shapes(Source):
         return [(region.origin, partial(_itself, region)) for region in regions]
 
 
-def open_sources(masks: Sequence[str], images: Sequence[ImageSource]) -> list:
+def open_sources(
+    masks: Sequence[str],
+    images: Sequence[ImageSource],
+    *,
+    resize_masks: bool = False,
+    threshold: float = 0.5,
+    label_map: bool | None = None,
+) -> list[Source]:
     """Recognizes what each path of masks is.
+
+    `resize_masks`, `threshold` and `label_map` are as for `load_regions`.
 
     Raises ValueError for what is none of the known kinds and FileNotFoundError for no file.
     """
@@ -183,11 +195,11 @@ def open_sources(masks: Sequence[str], images: Sequence[ImageSource]) -> list:
     only = len(images) == 1
     for path in map(Path, masks):
         if path.is_dir():
-            sources += _folder_sources(path, images)
-        elif path.suffix.lower() == ".json":
-            sources.append(_annotation_source(path, read_annotations(path), only))
+            sources += _folder_sources(path, images, threshold, label_map)
         elif not path.is_file():
             raise FileNotFoundError(f"expected masks at {path}, found no file or folder")
+        elif path.suffix.lower() in ANNOTATION_SUFFIXES:
+            sources.append(open_annotations(path, only, threshold))
         else:
             files.append(path)
 
@@ -196,24 +208,19 @@ def open_sources(masks: Sequence[str], images: Sequence[ImageSource]) -> list:
             f"expected a folder of masks or an annotation file for {len(images)} images, got"
             f" the mask {files[0]}, which cannot be the same in all"
         )
-    return sources + ([MaskFiles(files)] if files else [])
-
-
-def _folder_sources(folder: Path, images) -> list:
-    sources = [MaskFolder(folder, images)]
-    if any(file.suffix.lower() == ".json" for file in folder.iterdir()):
-        sources.append(AnnotationFolder(folder))
+    sources += [MaskFiles(files, label_map)] if files else []
+    for source in sources:
+        source.resize_masks = resize_masks
     return sources
 
 
-def _annotation_source(path: Path, content, only: bool):
-    if isinstance(content, dict) and {"images", "annotations"} <= set(content):
-        return CocoFile(path, content)
-    if isinstance(content, (dict, list)) and content:
-        return AnnotationList(path, content, only)
-    raise ValueError(
-        f"expected COCO or SAM annotations or a list of masks in {path}, got {str(content)[:80]!r}"
-    )
+def _folder_sources(folder: Path, images, threshold: float, label_map: bool | None) -> list[Source]:
+    if label_map:
+        return [LabelMaps(folder)]
+    sources: list[Source] = [MaskFolder(folder, images)]
+    if any(file.suffix.lower() in ANNOTATION_SUFFIXES for file in folder.iterdir()):
+        sources.append(AnnotationFolder(folder, threshold))
+    return sources
 
 
 def gather_regions(
@@ -222,6 +229,7 @@ def gather_regions(
     size: tuple[int, int],
     max_regions: int | None = None,
     refused: list[str] | None = None,
+    resize_masks: bool = False,
 ) -> list[RegionSource]:
     """Gathers an image's regions from all sources; at most the `max_regions` largest, in order.
 
@@ -234,19 +242,19 @@ def gather_regions(
         with _refusing(refused):
             makers += each.makers(source, size)
     if max_regions is None:
-        _check_count(len(makers), size, source.path)
+        expect_count(len(makers), size, source.path)
 
     regions, areas = [], []
     for origin, make in makers:
         with _refusing(refused, f"{origin}: "):
-            region = make()
-            areas.append(mask_area(load_mask(region.mask, size)))
-            regions.append(region)
+            for region in make():
+                areas.append(region.opened(size, resize_masks).area)
+                regions.append(region)
 
     if max_regions is not None and len(regions) > max_regions:
         kept = sorted(range(len(regions)), key=lambda i: -areas[i])[:max_regions]
         regions = [regions[i] for i in sorted(kept)]
-    _check_count(len(regions), size, source.path)
+    expect_count(len(regions), size, source.path)
     return regions
 
 
@@ -261,36 +269,16 @@ def _refusing(refused: list[str] | None, name: str = ""):
         refused.append(f"{name}{error}")
 
 
-def _check_count(count: int, size: tuple[int, int], name: str):
-    limit = min(MAX_REGIONS, MAX_MASK_PIXELS // (size[0] * size[1]))
-    if count > limit:
-        raise ValueError(
-            f"expected at most {limit} regions for {size[0]}x{size[1]} pixels in {name},"
-            f" got {count}"
-        )
-
-
-def split_labels(labels: Image.Image, name: str) -> list[RegionSource]:
-    """Returns a region for each label of a label map, see `split_label_map`."""
-    try:
-        codes, names = read_labels(labels)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    _check_count(len(names), labels.size, name)  # smooth edges, say, make thousands of labels
-    return [RegionSource(codes == code, f"{name} label {label}") for code, label in names.items()]
-
-
 def _is_mask_file(path: Path) -> bool:
     return path.suffix.lower() in MASK_SUFFIXES and path.is_file()
 
 
-def _sized(mask: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:
+def _expect_size(mask: Image.Image, size: tuple[int, int], path: Path):
     if mask.size != size:
         raise ValueError(
             f"expected {path.name} to have the image's size {size[0]}x{size[1]},"
             f" got {mask.width}x{mask.height}{turned_hint(mask.size, size)}"
         )
-    return mask
 
 
 def natural_order(path: Path) -> list:

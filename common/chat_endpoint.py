@@ -15,19 +15,23 @@ import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from ..common.extras import extra
+from .extras import extra
 
 RETRIED_STATUSES = (408, 409, 429)  # and every 5xx
 FATAL_STATUSES = (401, 403, 404)  # no other call can do better
 NO_KEY = "none"  # sent to a user's own server, which asks for no key
 
 
-class JudgeFailure(Exception):
+class CallFailure(Exception):
     """A question that got no answer; `fatal` means that no other question will get one."""
 
     def __init__(self, reason: str, *, fatal: bool = False):
         super().__init__(reason)
         self.fatal = fatal
+
+
+class CutOff(CallFailure):
+    """An answer that was longer than the tokens it was given."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,10 @@ class CallBudget:
         self._lock = threading.Lock()
 
     def spend(self):
-        """Counts a call that is about to be made. Raises a fatal JudgeFailure at the limit."""
+        """Counts a call that is about to be made. Raises a fatal CallFailure at the limit."""
         with self._lock:
             if self.limit is not None and self.spent >= self.limit:
-                raise JudgeFailure(f"the budget of {self.limit} calls is spent", fatal=True)
+                raise CallFailure(f"the budget of {self.limit} calls is spent", fatal=True)
             self.spent += 1
 
 
@@ -80,6 +84,7 @@ class Endpoint:
         request: further fields of each request (temperature, max_tokens, ...).
         policy: when to try again.
         budget: counts the calls.
+        whole: take no answer that was cut off at its number of tokens (CutOff).
 
     Attributes:
         stop: when set, waiting ends and no further call is made.
@@ -93,19 +98,21 @@ class Endpoint:
         request: dict | None = None,
         policy: RetryPolicy | None = None,
         budget: CallBudget | None = None,
+        whole: bool = False,
     ):
         self.client = client
         self.model = model
         self.request = request or {}
         self.policy = policy or RetryPolicy()
         self.budget = budget or CallBudget()
+        self.whole = whole
         self.stop = threading.Event()
 
     def ask(self, messages: list[dict]) -> str:
-        """Returns the text of the answer. Raises JudgeFailure with the last reason for none."""
+        """Returns the text of the answer. Raises CallFailure with the last reason for none."""
         for attempt in range(self.policy.attempts):
             if self.stop.is_set():
-                raise JudgeFailure("the run was stopped")
+                raise CallFailure("the run was stopped")
             self.budget.spend()
 
             answer, reason, wait = self._attempt(messages)
@@ -114,12 +121,12 @@ class Endpoint:
             if attempt + 1 < self.policy.attempts:
                 self.stop.wait(self.policy.delay(attempt) if wait is None else wait)
 
-        raise JudgeFailure(f"{reason} ({self.policy.attempts} attempts)")
+        raise CallFailure(f"{reason} ({self.policy.attempts} attempts)")
 
     def _attempt(self, messages: list[dict]) -> tuple[str | None, str | None, float | None]:
         """Makes one call: (answer, None, None), or (None, reason, seconds asked for).
 
-        Raises JudgeFailure where trying again cannot help.
+        Raises CallFailure where trying again cannot help.
         """
         import openai
 
@@ -128,27 +135,27 @@ class Endpoint:
             raw = self.client.chat.completions.with_raw_response.create(
                 model=self.model, messages=messages, **self.request
             )
-            return parse_completion(raw.http_response.text), None, None
+            return parse_completion(raw.http_response.text, self.whole), None, None
         except openai.APITimeoutError:
             return None, "no response in time", None
         except openai.APIConnectionError as error:
             return None, self._redact(f"no connection or a cut one: {error.__cause__!r}"), None
         except openai.APIStatusError as error:
-            return None, *self._judge_status(error)
+            return None, *self._status_reason(error)
         except MalformedCompletion as error:
             return None, self._redact(str(error)), None
 
-    def _judge_status(self, error) -> tuple[str, float | None]:
+    def _status_reason(self, error) -> tuple[str, float | None]:
         """Returns why and when to try again after an HTTP error. Raises as `_attempt`."""
         status = error.status_code
         reason = self._redact(f"HTTP {status}: {error.response.text[:200].strip()}")
         is_out_of_credit = error.code == "insufficient_quota"
         if is_out_of_credit or not (status in RETRIED_STATUSES or status >= 500):
-            raise JudgeFailure(reason, fatal=is_out_of_credit or status in FATAL_STATUSES)
+            raise CallFailure(reason, fatal=is_out_of_credit or status in FATAL_STATUSES)
 
         wait = retry_after(error.response.headers)
         if wait is not None and wait > self.policy.max_retry_after:
-            raise JudgeFailure(f"{reason}, to be tried again in {wait:.0f} s", fatal=True)
+            raise CallFailure(f"{reason}, to be tried again in {wait:.0f} s", fatal=True)
         return reason, wait
 
     def _redact(self, text: str) -> str:
@@ -160,14 +167,20 @@ class MalformedCompletion(Exception):
     """A body that is no chat completion with text."""
 
 
-def parse_completion(body: str) -> str:
-    """Returns the text of a chat completion's first choice. Raises MalformedCompletion."""
+def parse_completion(body: str, whole: bool = False) -> str:
+    """Returns the text of a chat completion's first choice.
+
+    Raises MalformedCompletion, and CutOff where it has to be `whole` and is not.
+    """
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
+        choice = json.loads(body)["choices"][0]
+        content = choice["message"]["content"]
     except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
         raise MalformedCompletion(
             f"expected a chat completion, got {body[:120]!r} ({type(error).__name__})"
         ) from error
+    if whole and choice.get("finish_reason") == "length":
+        raise CutOff(f"expected a whole answer, got one cut off at max_tokens: {content!r:.80}")
     if not isinstance(content, str):
         raise MalformedCompletion(f"expected a completion with text, got content {content!r:.80}")
     return content
@@ -211,7 +224,7 @@ def make_client(base_url: str | None, timeout: float, azure_api_version: str | N
     endpoint = "AZURE_OPENAI_ENDPOINT" if azure_api_version else "OPENAI_BASE_URL"
     key, base_url = os.environ.get(variable), base_url or os.environ.get(endpoint)
     if not key and not base_url:
-        raise ValueError(f"expected the judge's key in {variable}, got none and no base URL")
+        raise ValueError(f"expected a key for the endpoint in {variable}, got none and no base URL")
 
     common = {"api_key": key or NO_KEY, "timeout": timeout, "max_retries": 0}  # see above: ours
     if azure_api_version:
