@@ -15,6 +15,10 @@ COMMANDS = {
         "perceptiondlm.apps.captioning.command",
         "caption regions of images, or ask about images",
     ),
+    "caption-dataset": (
+        "perceptiondlm.pipelines.dataset_command",
+        "caption data sets of any size, on this machine or a Ray cluster",
+    ),
     "web": (
         "perceptiondlm.apps.web.command",
         "a web page: paint regions, caption them, watch it happen",

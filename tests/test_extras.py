@@ -65,6 +65,7 @@ def results(tmp_path_factory, converted):
         "caption": (COMMAND, caption + ["--model", region]),
         "caption coco": (COMMAND, caption + ["--model", region, "--format", "coco"]),
         "everything": (COMMAND, ["caption", str(IMAGE), "--everything", "--model", region]),
+        "caption-dataset": (COMMAND, ["caption-dataset", str(folder), *out]),
         "web": (COMMAND, ["web"]),
         "serve": (COMMAND, ["serve"]),
         "train": (COMMAND, ["train", str(recipe)]),
@@ -96,6 +97,7 @@ def test_captioning_needs_no_extra(results, command):
     ("command", "package", "name", "code"),
     [
         ("everything", "cv2|skimage", "regions", 2),
+        ("caption-dataset", "ray|pyarrow", "scale", 2),
         ("web", "gradio|starlette", "apps", 2),
         ("serve", "fastapi|uvicorn", "apps", 2),
         ("train", "accelerate|datasets|omegaconf", "train", 2),

@@ -31,7 +31,7 @@ ALLOWED = {
     "training": {"root", "common", "scenes", "conversion", "publishing"},
     "evaluation": {"root", "common", "scenes", "conversion"},
     "apps": {"root", "common", "scenes", "conversion", "regions"},
-    "pipelines": {"root", "common", "regions"},
+    "pipelines": {"root", "common", "scenes", "regions", "apps"},
     "benchmarks": {"root", "common", "scenes", "evaluation", "training"},
     "docs": {"root", "scenes", "apps", "regions"},  # scripts that draw figures and write tables
 }
