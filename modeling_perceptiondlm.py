@@ -29,6 +29,8 @@ from .modeling_attention import Structure
 from .modeling_language import (
     PerceptionDLMLanguageModel,
     PerceptionDLMPreTrainedModel,
+    for_decoder_layers,
+    keep_unpacked,
     placeable,
 )
 from .modeling_loss import draw_masked, expect_masked, mask_rate, masked_loss
@@ -130,6 +132,8 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Loads as in transformers, but refuses weights that do not fit the config.
 
+        A `quantization_config` quantizes the linear layers of the decoder alone.
+
         The model remembers where its processor is: the folder's absolute path, or the Hub id at
         the revision that the weights are of. Raises ValueError for tensors that are damaged or
         unknown; of another shape, unless `ignore_mismatched_sizes`; or missing, unless another
@@ -152,6 +156,9 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
                 config = PerceptionDLMConfig.from_pretrained(config, **options)
             kwargs["device_map"] = placeable(device_map, config.tie_word_embeddings)
 
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = for_decoder_layers(kwargs["quantization_config"])
+
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -171,6 +178,8 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             if not _is_own_config(kwargs.get("config"), pretrained_model_name_or_path, options):
                 accepted.add("missing_keys")
             _expect_all_weights(pretrained_model_name_or_path, info, accepted)
+
+        keep_unpacked(model)
 
         # Where the processor will be looked for.
         if pretrained_model_name_or_path is not None:
