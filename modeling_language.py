@@ -23,6 +23,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .configuration_perceptiondlm import PerceptionDLMConfig, PerceptionDLMTextConfig
 
+UNSAVEABLE = "Int4OpaqueTensor"  # torchao's, which safetensors does not hold
 PLAIN = (torch.Tensor, nn.Parameter)  # no quantized or distributed weights
 # Quantization leaves these as they are, so that of everything only the decoder's layers change.
 NOT_QUANTIZED = [
@@ -70,6 +71,16 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
                     return torch.device(place)
         return super().device
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves as in transformers; raises ValueError for weights that no file can hold."""
+        for name, parameter in self.named_parameters():
+            if type(parameter).__name__ == UNSAVEABLE:
+                raise ValueError(
+                    "expected weights that can be saved, got int4 weights packed for this CPU"
+                    f" ({name}): save the original, and quantize while loading it"
+                )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
 
 def placeable(device_map: dict, tied: bool) -> dict:
     """Changes a device map to one that accelerate can follow.
@@ -111,6 +122,20 @@ def for_decoder_layers(quantization_config):
         )
     setattr(config, name, list(dict.fromkeys([*(getattr(config, name) or ()), *NOT_QUANTIZED])))
     return config
+
+
+def quantizable(device_map):
+    """Returns a device map that quantized weights can follow, or raises ValueError.
+
+    None of them can lie on a disk. A map that puts everything on one device says so in one entry:
+    transformers takes another with "cpu" in it for offloading and wants a GPU to quantize on.
+    """
+    if not isinstance(device_map, dict):
+        return device_map
+    places = list(dict.fromkeys(device_map.values()))
+    if "disk" in places:
+        raise ValueError("expected no 'disk' in device_map with quantized weights, got it")
+    return {"": places[0]} if len(places) == 1 else device_map
 
 
 def keep_unpacked(model: nn.Module):

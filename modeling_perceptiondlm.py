@@ -32,6 +32,7 @@ from .modeling_language import (
     for_decoder_layers,
     keep_unpacked,
     placeable,
+    quantizable,
 )
 from .modeling_loss import draw_masked, expect_masked, mask_rate, masked_loss
 from .modeling_vision import (
@@ -150,14 +151,14 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
                 os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             )
         device_map = kwargs.get("device_map")
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = for_decoder_layers(kwargs["quantization_config"])
+            kwargs["device_map"] = device_map = quantizable(device_map)
         if isinstance(device_map, dict) and "disk" in device_map.values():
             config = kwargs.get("config") or pretrained_model_name_or_path
             if not hasattr(config, "to_dict"):
                 config = PerceptionDLMConfig.from_pretrained(config, **options)
             kwargs["device_map"] = placeable(device_map, config.tie_word_embeddings)
-
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = for_decoder_layers(kwargs["quantization_config"])
 
         try:
             model, info = super().from_pretrained(

@@ -77,7 +77,9 @@ class PerceptionDLMForLMMSEval(lmms):
         # Each of several processes has a device of its own.
         several = self.accelerator.num_processes > 1
         device = str(self.accelerator.device) if several or device is None else device
-        self.model, self.processor = load_model(pretrained, subfolder, dtype, device, quantize=quantize)
+        self.model, self.processor = load_model(
+            pretrained, subfolder, dtype, device, quantize=quantize
+        )
 
         self.options = options
         DiffusionOptions.build(self.model.decoding_defaults, options)
