@@ -3,6 +3,8 @@
 Axis letters: B batch, L sequence, D text width.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,10 +19,20 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
     rotate_half,
 )
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .configuration_perceptiondlm import PerceptionDLMConfig, PerceptionDLMTextConfig
 
+UNSAVEABLE = "Int4OpaqueTensor"  # torchao's, which safetensors does not hold
 PLAIN = (torch.Tensor, nn.Parameter)  # no quantized or distributed weights
+# Quantization leaves these as they are, so that of everything only the decoder's layers change.
+NOT_QUANTIZED = [
+    "vision_tower",
+    "connector",
+    "region_prompts",
+    "language_model.lm_head",
+    "language_model.model.embed_tokens",
+]
 MIN_ROWS, MIN_WEIGHTS = 16, 2**16  # smaller products gain nothing
 
 
@@ -59,6 +71,16 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
                     return torch.device(place)
         return super().device
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves as in transformers; raises ValueError for weights that no file can hold."""
+        for name, parameter in self.named_parameters():
+            if type(parameter).__name__ == UNSAVEABLE:
+                raise ValueError(
+                    "expected weights that can be saved, got int4 weights packed for this CPU"
+                    f" ({name}): save the original, and quantize while loading it"
+                )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
 
 def placeable(device_map: dict, tied: bool) -> dict:
     """Changes a device map to one that accelerate can follow.
@@ -78,6 +100,53 @@ def placeable(device_map: dict, tied: bool) -> dict:
         if "disk" in (place, placed[head]):
             placed[head] = place
     return placed
+
+
+def for_decoder_layers(quantization_config):
+    """Returns a copy of a quantization config, or of its fields, that spares `NOT_QUANTIZED`.
+
+    Raises ValueError for a method that cannot spare modules.
+    """
+    if isinstance(quantization_config, dict):
+        config = AutoQuantizationConfig.from_dict(copy.deepcopy(quantization_config))
+    else:
+        config = copy.deepcopy(quantization_config)
+
+    # Methods call the same list by different names.
+    names = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules")
+    name = next((name for name in names if hasattr(config, name)), None)
+    if name is None:
+        raise ValueError(
+            f"expected a quantization_config with one of {', '.join(names)}, by which all but the"
+            f" decoder's layers are spared, got {type(config).__name__}"
+        )
+    setattr(config, name, list(dict.fromkeys([*(getattr(config, name) or ()), *NOT_QUANTIZED])))
+    return config
+
+
+def quantizable(device_map):
+    """Returns a device map that quantized weights can follow, or raises ValueError.
+
+    None of them can lie on a disk. A map that puts everything on one device says so in one entry:
+    transformers takes another with "cpu" in it for offloading and wants a GPU to quantize on.
+    """
+    if not isinstance(device_map, dict):
+        return device_map
+    places = list(dict.fromkeys(device_map.values()))
+    if "disk" in places:
+        raise ValueError("expected no 'disk' in device_map with quantized weights, got it")
+    return {"": places[0]} if len(places) == 1 else device_map
+
+
+def keep_unpacked(model: nn.Module):
+    """Keeps 4-bit layers of bitsandbytes as they were loaded.
+
+    On CPUs with AVX512-BF16 it packs weights at their first use and unpacks them wrongly when the
+    model is saved (0.50.2): both the files and the model in memory are of no use afterwards.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -278,13 +347,14 @@ def fastest_linear(model: nn.Module):
     """Lets the plain linear layers of a model compute in the fastest known way on its device.
 
     On a CPU they become `OneDNNLinear`, in place, where PyTorch has oneDNN: their weights, names
-    and hooks stay, and so do all other layers.
+    and hooks stay, and so do all other layers, quantized ones among them.
     """
     known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not known:
         return
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu":
+        is_plain = type(module) is nn.Linear and type(module.weight) in PLAIN
+        if is_plain and module.weight.device.type == "cpu":
             module.__class__ = OneDNNLinear
 
 

@@ -29,7 +29,10 @@ from .modeling_attention import Structure
 from .modeling_language import (
     PerceptionDLMLanguageModel,
     PerceptionDLMPreTrainedModel,
+    for_decoder_layers,
+    keep_unpacked,
     placeable,
+    quantizable,
 )
 from .modeling_loss import draw_masked, expect_masked, mask_rate, masked_loss
 from .modeling_vision import (
@@ -130,6 +133,8 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Loads as in transformers, but refuses weights that do not fit the config.
 
+        A `quantization_config` quantizes the linear layers of the decoder alone.
+
         The model remembers where its processor is: the folder's absolute path, or the Hub id at
         the revision that the weights are of. Raises ValueError for tensors that are damaged or
         unknown; of another shape, unless `ignore_mismatched_sizes`; or missing, unless another
@@ -146,6 +151,9 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
                 os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             )
         device_map = kwargs.get("device_map")
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = for_decoder_layers(kwargs["quantization_config"])
+            kwargs["device_map"] = device_map = quantizable(device_map)
         if isinstance(device_map, dict) and "disk" in device_map.values():
             config = kwargs.get("config") or pretrained_model_name_or_path
             if not hasattr(config, "to_dict"):
@@ -171,6 +179,8 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             if not _is_own_config(kwargs.get("config"), pretrained_model_name_or_path, options):
                 accepted.add("missing_keys")
             _expect_all_weights(pretrained_model_name_or_path, info, accepted)
+
+        keep_unpacked(model)
 
         # Where the processor will be looked for.
         if pretrained_model_name_or_path is not None:

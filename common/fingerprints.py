@@ -10,9 +10,28 @@ FINGERPRINT_VALUES = 16  # of each parameter
 def weights_fingerprint(model) -> str:
     """Returns a short name of a model's weights: a hash of a few values of each parameter.
 
-    Training changes it; copying the folder does not.
+    Training and quantization change it; copying the folder does not.
     """
-    return _fingerprint(model.named_parameters())
+    return _fingerprint(
+        (name, tensor)
+        for name, parameter in model.named_parameters()
+        for tensor in stored_tensors(parameter)
+    )
+
+
+def stored_tensors(parameter) -> list:
+    """Returns the plain tensors that a parameter is stored in, of which a quantized one has more.
+
+    Those are its values, packed or not, and its scales.
+    """
+    if (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes, 4 bits
+        return [parameter.data, state.absmax]
+    if (scales := getattr(parameter, "SCB", None)) is not None:  # bitsandbytes, 8 bits
+        return [parameter.data, scales]
+    if not type(parameter).__module__.startswith("torchao."):
+        return [parameter]
+    names, _ = parameter.__tensor_flatten__()
+    return [getattr(parameter, name) for name in names]
 
 
 def files_fingerprint(folder: Path, files: Iterable[Path], dtype: str) -> str:

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
+from .quantization import quantization_config
 
 ADAPTER_FILE = "adapter_config.json"
 NO_ERRORS = {  # of `cached_file`: None for whatever cannot be had
@@ -45,6 +46,7 @@ def load_model(
     token: str | bool | None = None,
     attn_implementation: str | None = None,
     config_fields: dict | None = None,
+    quantize: str | None = None,
 ) -> tuple[PerceptionDLMForConditionalGeneration, PerceptionDLMProcessor]:
     """Loads a checkpoint into this package's own classes; no code of its repository is run.
 
@@ -57,9 +59,10 @@ def load_model(
         attn_implementation: as in transformers.
         config_fields: fields of `PerceptionDLMConfig` instead of the saved ones, which the
             processor follows.
+        quantize: kind of weights that the decoder's linear layers get, see `quantization.KINDS`.
 
-    Raises as `expect_checkpoint`, and ValueError for weights that do not fit the config or a
-    device that is not there.
+    Raises as `expect_checkpoint`, and ValueError for weights that do not fit the config, a device
+    that is not there, or one that cannot run what is quantized.
     """
     device = None if device is None else usable_device(device)
     place = {"revision": revision, "token": token, "subfolder": subfolder or ""}
@@ -69,11 +72,27 @@ def load_model(
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if config_fields is not None:
         options["config"] = PerceptionDLMConfig.from_pretrained(source, **place, **config_fields)
+    if quantize is not None:
+        config = options.get("config") or PerceptionDLMConfig.from_pretrained(source, **place)
+        options |= _quantized(quantize, config, dtype, device or torch.device("cpu"))
     model = PerceptionDLMForConditionalGeneration.from_pretrained(source, **options, **place)
     processor = PerceptionDLMProcessor.from_pretrained(source, **place)
     if config_fields is not None:
         processor.follow(options["config"])
     return model if device is None else model.to(device), processor
+
+
+def _quantized(
+    kind: str, config: PerceptionDLMConfig, dtype: str | torch.dtype, device: torch.device
+) -> dict:
+    """Returns the options of `from_pretrained` that quantize: right on the device it will run on.
+
+    There the kernels are, and a GPU's memory is enough where the CPU's may not be.
+    """
+    dtype = config.dtype if dtype == "auto" else dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    quantizing = {"quantization_config": quantization_config(kind, config, dtype, device)}
+    return quantizing if device.type == "cpu" else quantizing | {"device_map": {"": device}}
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:

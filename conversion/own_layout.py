@@ -20,7 +20,7 @@ from ..processing_perceptiondlm import PerceptionDLMProcessor
 from .files import MissingFile, StateDict, Tensors, WeightFiles, fetch, read_json
 from .layouts import OWN_RULES, map_names, read_tokenizer
 from .sharded import DistributedFiles
-from .source import Source, expect_no
+from .source import Source, expect_no, expect_unquantized
 
 
 def read_own(folder: Path, settings: dict, vision_source, base) -> Source:
@@ -49,9 +49,11 @@ def read_adapter(folder: Path, vision_source, base) -> Source:
     if base is None:
         raise CheckpointError(f"expected base, the model that {folder} adapts, got none")
     base_folder = fetch(base)
-    kind = read_json(base_folder / "config.json").get("model_type")
+    settings = read_json(base_folder / "config.json")
+    kind = settings.get("model_type")
     if kind != PerceptionDLMConfig.model_type:
         raise UnrecognizedCheckpoint(f"expected a converted base in {base_folder}, got {kind!r}")
+    expect_unquantized(settings, base_folder)
 
     model = PerceptionDLMForConditionalGeneration.from_pretrained(base_folder, dtype="auto")
     merged = PeftModel.from_pretrained(model, folder).merge_and_unload()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
@@ -83,6 +84,16 @@ def few(items: list[str]) -> str:
     """Lists the first items, and says how many more there are."""
     rest = f" and {len(items) - 4} more" if len(items) > 4 else ""
     return ", ".join(items[:4]) + rest
+
+
+def expect_unquantized(settings: dict, folder: Path):
+    """Refuses a checkpoint whose weights are quantized: their scales have no place in another."""
+    if (quantization := settings.get("quantization_config")) is not None:
+        raise CheckpointError(
+            f"expected weights that are not quantized in {folder}, got"
+            f" {quantization.get('quant_method', quantization)!r}: convert the original, and"
+            " quantize while loading it"
+        )
 
 
 def expect_no(name: str, value, why: str):

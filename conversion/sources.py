@@ -42,7 +42,7 @@ from .layouts import (
     vision_settings,
 )
 from .own_layout import read_adapter, read_own, read_sharded
-from .source import EMBEDDING, HEAD, Source, expect_no, few
+from .source import EMBEDDING, HEAD, Source, expect_no, expect_unquantized, few
 
 MAX_CANVAS_TILES = 6  # a side, of an anyres canvas
 
@@ -255,4 +255,5 @@ def _read_whole(folder: Path, vision_source, base) -> Source:
             f"expected a model_type among {', '.join(READERS)} in {folder / 'config.json'},"
             f" got {kind!r}"
         )
+    expect_unquantized(settings, folder)
     return READERS[kind](folder, settings, vision_source, base)

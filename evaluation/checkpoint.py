@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..common.fingerprints import weights_fingerprint
 from ..common.loading import default_device, load_model
 from ..common.option_arguments import add_option_arguments, given_options
+from ..common.quantization import add_quantize_argument
 from ..generation_options import options_of
 from ..generation_rules import ACCEPT_RULES
 
@@ -32,13 +33,18 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, required: bool 
     add("--subfolder", default="", help="of the checkpoint, for weights and processor")
     add("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     add("--device", help="default: the accelerator if there is one, else the CPU")
+    add_quantize_argument(parser)
 
 
-def load_checkpoint(args: argparse.Namespace):
-    """Loads the model and processor that the options of `add_checkpoint_arguments` name."""
+def load_checkpoint(args: argparse.Namespace, device: str | None = None):
+    """Loads the model and processor that the options of `add_checkpoint_arguments` name.
+
+    `device` is where to, unless an option says so.
+    """
     if args.model is None:
         raise ValueError("expected --model PATH, a checkpoint's folder or Hub id, got none")
-    return load_model(args.model, args.subfolder, args.dtype, args.device or default_device())
+    device = args.device or device or default_device()
+    return load_model(args.model, args.subfolder, args.dtype, device, quantize=args.quantize)
 
 
 def checkpoint_record(args: argparse.Namespace, model) -> dict:
@@ -47,6 +53,7 @@ def checkpoint_record(args: argparse.Namespace, model) -> dict:
         "model": args.model,
         "subfolder": args.subfolder,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantize": args.quantize,
         "device": str(model.device),
         "weights": weights_fingerprint(model),
     }

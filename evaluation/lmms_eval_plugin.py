@@ -43,7 +43,7 @@ class PerceptionDLMForLMMSEval(lmms):
     """A checkpoint behind lmms-eval's model interface.
 
     Args:
-        pretrained: folder or Hub id; `subfolder`, `dtype`, `device` as for loading it.
+        pretrained: folder or Hub id; `subfolder`, `dtype`, `device`, `quantize` as for loading it.
         batch_size: questions answered in one call, and masked samples of a likelihood.
         max_batch_size: lmms-eval passes it to every model; nothing is searched for here.
         likelihood_samples: draws of the Monte-Carlo bound; likelihood_seed: of those draws.
@@ -62,6 +62,7 @@ class PerceptionDLMForLMMSEval(lmms):
         subfolder: str = "",
         dtype: str = "auto",
         device: str | None = None,
+        quantize: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         likelihood_samples: int = 128,
@@ -76,7 +77,9 @@ class PerceptionDLMForLMMSEval(lmms):
         # Each of several processes has a device of its own.
         several = self.accelerator.num_processes > 1
         device = str(self.accelerator.device) if several or device is None else device
-        self.model, self.processor = load_model(pretrained, subfolder, dtype, device)
+        self.model, self.processor = load_model(
+            pretrained, subfolder, dtype, device, quantize=quantize
+        )
 
         self.options = options
         DiffusionOptions.build(self.model.decoding_defaults, options)

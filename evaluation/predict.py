@@ -18,7 +18,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..common.fingerprints import weights_fingerprint
-from ..common.loading import load_model
 from ..image_processing_perceptiondlm import load_image, load_mask
 from .benchmarks import RegionSample, load_benchmark
 from .checkpoint import (
@@ -26,6 +25,7 @@ from .checkpoint import (
     add_decoding_arguments,
     checkpoint_record,
     decoding_options,
+    load_checkpoint,
 )
 from .environment import run_environment
 from .files import Journal, read_journal, run_record_path, write_json
@@ -269,8 +269,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Each process loads the model on its own device.
     shard = Shard.from_accelerate()
-    device = args.device or str(process_state().device)
-    model, processor = load_model(args.model, args.subfolder, args.dtype, device)
+    model, processor = load_checkpoint(args, str(process_state().device))
     checkpoint = f"{args.model}/{args.subfolder}" if args.subfolder else args.model
     identity = f"{checkpoint} {weights_fingerprint(model)}"
 

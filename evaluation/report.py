@@ -31,6 +31,7 @@ MEASURED_RUN = (  # what `synthetic` records of its run, besides what it measure
     "model",
     "subfolder",
     "dtype",
+    "quantize",
     "device",
     "weights",
     "decoding_options",
@@ -90,13 +91,14 @@ def build_report(
 def _expect_same_weights(prediction_run: Mapping, measurements: Mapping):
     """Refuses runs of two checkpoints, told apart by their weights' fingerprints.
 
-    In two dtypes one checkpoint has two fingerprints, so those are not compared.
+    In two dtypes, or quantized and not, one checkpoint has two fingerprints, so those are not
+    compared.
     """
-    compared = ("dtype", "weights")
-    (dtype, weights), (other_dtype, other) = (
+    compared = ("dtype", "quantize", "weights")
+    (*how, weights), (*other_how, other) = (
         [run.get(name) for name in compared] for run in (prediction_run, measurements)
     )
-    if weights and other and dtype == other_dtype and weights != other:
+    if weights and other and how == other_how and weights != other:
         raise ValueError(
             f"expected measurements of the weights that predicted, {weights}, got of {other}"
         )

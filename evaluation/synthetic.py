@@ -44,8 +44,8 @@ JUDGE_VERSION = "synthetic-exact-1"  # to be changed whenever a question or answ
 RIGHT, UNNAMED, WRONG = range(3)  # choices of a question about an attribute
 MENTIONED, UNMENTIONED = range(2)  # choices of a question about another region
 MEASURING = (  # options of measuring, which `write` and `judge` have no use for
-    *("model", "subfolder", "dtype", "device", "scenes", "seed", "batch_size", "output"),
-    *("steps", *ACCEPT_RULES, "options", "regions_per_pass", "texts"),
+    *("model", "subfolder", "dtype", "device", "quantize", "scenes", "seed", "batch_size"),
+    *("output", "steps", *ACCEPT_RULES, "options", "regions_per_pass", "texts"),
 )
 IDENTIFYING = ("shape", "colour", "position")  # what tells regions apart; others often agree
 

@@ -26,7 +26,7 @@ class PerceptionDLMForVLMEvalKit(BaseModel):
     """A checkpoint behind VLMEvalKit's model interface.
 
     Args:
-        model_path: folder or Hub id; `subfolder`, `dtype`, `device` as for loading it.
+        model_path: folder or Hub id; `subfolder`, `dtype`, `device`, `quantize` as for loading it.
         options: of `diffusion_generate`.
     """
 
@@ -38,11 +38,12 @@ class PerceptionDLMForVLMEvalKit(BaseModel):
         subfolder: str = "",
         dtype: str = "auto",
         device: str | None = None,
+        quantize: str | None = None,
         **options,
     ):
         super().__init__()
         self.model, self.processor = load_model(
-            model_path, subfolder, dtype, device or default_device()
+            model_path, subfolder, dtype, device or default_device(), quantize=quantize
         )
         self.options = options
         defaults = self.model.decoding_defaults

@@ -82,6 +82,7 @@ class ModelOptions:
     subfolder: str | None = None
     device: str | None = None  # none: the accelerator, else the CPU
     dtype: str = "auto"
+    quantize: str | None = None  # int8, int4, fp8 or nf4 weights, see docs/quantization.md
     instruction: str | None = None  # none: the checkpoint's own
     decoding: dict[str, Any] = field(default_factory=dict)  # options of `diffusion_generate`
 
@@ -102,7 +103,8 @@ class ModelCaptioner:
     def _loaded(self) -> tuple:
         options = self.options
         device = options.device or default_device()
-        model, processor = load_model(options.checkpoint, options.subfolder, options.dtype, device)
+        place = {"subfolder": options.subfolder, "dtype": options.dtype, "device": device}
+        model, processor = load_model(options.checkpoint, **place, quantize=options.quantize)
         DiffusionOptions.build(model.decoding_defaults, options.decoding)
         return model, processor
 

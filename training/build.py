@@ -22,8 +22,12 @@ from .tokenizer import train_tokenizer
 logger = logging.getLogger(__name__)
 
 
-def build_model(recipe: Recipe):
-    """Builds the model of a recipe, in training precision, and its processor."""
+def build_model(recipe: Recipe, device: torch.device | None = None):
+    """Builds the model of a recipe, in training precision, and its processor.
+
+    Quantized weights are made for the `device` they are trained on (None: the CPU), where the
+    trainer moves all others later.
+    """
     set_seed(recipe.trainer.get("seed", 42))
 
     if recipe.model.checkpoint is None:
@@ -34,7 +38,9 @@ def build_model(recipe: Recipe):
             recipe.model.subfolder,
             getattr(torch, recipe.model.dtype),
             attn_implementation=recipe.model.attn_implementation,
+            device=None if recipe.model.quantize is None else device,
             config_fields=recipe.model.config,
+            quantize=recipe.model.quantize,
         )
 
     if recipe.model.max_tiles is not None:

@@ -115,6 +115,11 @@ def _check_model(recipe: Recipe):
             "expected no model.config with lora, since an adapter is loaded on its checkpoint as"
             f" that is, got {model.config}"
         )
+    if model.quantize is not None and (recipe.lora is None or model.checkpoint is None):
+        raise ValueError(
+            "expected a model.checkpoint and a lora section with model.quantize, since quantized"
+            f" weights cannot learn themselves, got model.quantize={model.quantize}"
+        )
     if model.checkpoint is not None:
         needs = "without model.checkpoint, which has its own tokenizer"
         expect_defaults(model, "model", ("tokenizer", *of_tokenizer), needs)

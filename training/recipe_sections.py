@@ -12,6 +12,7 @@ from ..common.option_checks import (
     expect_type,
     field_names,
 )
+from ..common.quantization import expect_gradients
 from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..modeling_loss import LOSS_WEIGHTINGS
 
@@ -36,6 +37,8 @@ class ModelRecipe:
     max_tiles: int | None = None  # of an image, its thumbnail not counted; none: the processor's
     dtype: str = "float32"  # of the parameters
     attn_implementation: str | None = None  # as in transformers
+    # Kind of weights that the frozen decoder of a checkpoint gets under an adapter: int8 or nf4.
+    quantize: str | None = None
 
     def __post_init__(self):
         expect_known("model.config", self.config, field_names(PerceptionDLMConfig))
@@ -43,6 +46,8 @@ class ModelRecipe:
         if self.checkpoint is not None:
             needs = "without model.checkpoint: it sets starting values"
             expect_defaults(self, "model", ("zero_residuals", "local_layers"), needs)
+        if self.quantize is not None:
+            expect_gradients(self.quantize)
 
 
 @dataclass(frozen=True)

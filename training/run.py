@@ -112,7 +112,7 @@ def is_finished(args: TrainingArguments, checkpoint: Path) -> bool:
 
 def build_trainer(recipe: Recipe, args: TrainingArguments) -> DiffusionTrainer:
     """Builds the model, data and trainer of a recipe."""
-    return assemble_trainer(recipe, args, *build_model(recipe))
+    return assemble_trainer(recipe, args, *build_model(recipe, args.device))
 
 
 def assemble_trainer(recipe: Recipe, args: TrainingArguments, model, processor) -> DiffusionTrainer:
@@ -125,7 +125,12 @@ def assemble_trainer(recipe: Recipe, args: TrainingArguments, model, processor) 
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%.2f M of the parameters learn", learning / 1e6)
     datasets = build_datasets(recipe, processor, args)
-    return DiffusionTrainer(model, args, recipe, processor, *datasets)
+    trainer = DiffusionTrainer(model, args, recipe, processor, *datasets)
+    if recipe.model.quantize is not None and trainer.is_fsdp_enabled:
+        raise ValueError(
+            "expected no sharding with model.quantize, whose weights it cannot divide, got FSDP"
+        )
+    return trainer
 
 
 def build_datasets(recipe: Recipe, processor, args: TrainingArguments):

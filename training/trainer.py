@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..common.fingerprints import stored_tensors
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from .checkpoints import (
     STATE,
@@ -220,7 +221,8 @@ class DiffusionTrainer(Trainer):
 
     def expect_finite_weights(self):
         """Refuses to save weights that are not finite."""
-        finite = (bool(torch.isfinite(_local(p)).all()) for p in self.model.parameters())
+        stored = (t for p in self.model.parameters() for t in stored_tensors(_local(p)))
+        finite = (bool(torch.isfinite(tensor).all()) for tensor in stored)
         if any_process(not all(finite), self.args.device):
             raise RunStopped(
                 f"expected finite weights, got others after step {self.state.global_step}: try a"

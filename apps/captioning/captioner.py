@@ -61,12 +61,14 @@ class RegionCaptioner:
         token: str | bool | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
+        quantize: str | None = None,
         **options,
     ) -> "RegionCaptioner":
         """Loads a checkpoint from a folder or the Hub; without `source`, the embedded one.
 
         The weights are loaded into this package's own classes: no code of the checkpoint's
-        repository is run. `device` defaults to the accelerator, else the CPU.
+        repository is run. `device` defaults to the accelerator, else the CPU; `quantize` is as
+        for `load_model`.
 
         Raises as `load_model`.
         """
@@ -78,8 +80,8 @@ class RegionCaptioner:
                     " name a folder or a Hub id"
                 )
         place = {"subfolder": subfolder, "revision": revision, "token": token}
-        device = device or default_device()
-        return cls(*load_model(source, dtype=dtype, device=device, **place), **options)
+        how = {"dtype": dtype, "device": device or default_device(), "quantize": quantize}
+        return cls(*load_model(source, **how, **place), **options)
 
     def check_options(self):
         """Raises ValueError for decoding options that nothing could be decoded with."""

@@ -2,6 +2,8 @@
 
 import argparse
 
+from ...common.quantization import add_quantize_argument
+
 
 def add_model_arguments(group):
     """Adds the arguments that `load_captioner` reads to a parser or a group of one."""
@@ -15,6 +17,7 @@ def add_model_arguments(group):
         choices=("auto", "float32", "bfloat16", "float16"),
         help="default: as saved",
     )
+    add_quantize_argument(group)
 
 
 def load_captioner(args: argparse.Namespace, **options):
@@ -30,5 +33,6 @@ def load_captioner(args: argparse.Namespace, **options):
         revision=args.revision,
         device=args.device,
         dtype=args.dtype,
+        quantize=args.quantize,
         **options,
     )
