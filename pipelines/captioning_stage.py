@@ -24,7 +24,7 @@ class CaptionOptions:
     """Says which model captions, and how.
 
     Attributes:
-        model, subfolder, revision, device, dtype: as for `load_model`.
+        model, subfolder, revision, device, dtype, quantize: as for `load_model`.
         instruction: instead of the checkpoint's own.
         batch_regions: regions in one call of the model, about.
         decoding: options of `diffusion_generate`.
@@ -35,6 +35,7 @@ class CaptionOptions:
     revision: str | None = None
     device: str | None = None
     dtype: str = "auto"
+    quantize: str | None = None
     instruction: str | None = None
     batch_regions: int = 24
     decoding: dict[str, Any] = field(default_factory=dict)
@@ -61,7 +62,12 @@ class CaptionImages:
         self.options = options
         device = options.device or default_device()
         self.model, self.processor = load_model(
-            options.model, options.subfolder, options.dtype, device, revision=options.revision
+            options.model,
+            options.subfolder,
+            options.dtype,
+            device,
+            revision=options.revision,
+            quantize=options.quantize,
         )
         self.weights = weights_fingerprint(self.model)
 

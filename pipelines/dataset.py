@@ -175,6 +175,7 @@ def identity_of(sources: Sequence[Source], options: DatasetOptions, with_bytes: 
         "weights": _local_weights(caption) if local.exists() else None,
         **place,
         "dtype": caption.dtype,
+        "quantize": caption.quantize,
         "instruction": caption.instruction,
         "decoding": caption.decoding,
         "segmenter": options.segmenter,

@@ -113,6 +113,7 @@ def _job(args: argparse.Namespace):
         revision=args.revision,
         device=args.device,
         dtype=args.dtype,
+        quantize=args.quantize,
         instruction=args.instruction,
         batch_regions=args.batch_regions,
         decoding=given_options(args),

@@ -1,6 +1,7 @@
 """Quantized weights: which layers, at every door, on load, saved, trained under an adapter."""
 
 import argparse
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -295,6 +296,7 @@ def test_the_arguments_of_captioning_and_of_evaluation_quantize():
     "command",
     [
         "caption",
+        "caption-dataset",
         "serve",
         "web",
         *(f"evaluate {step}" for step in ("predict", "synthetic", "sweep", "latency")),
@@ -313,6 +315,16 @@ def test_the_command_line_captions_with_int8_weights(capsys):
     options = ["--quantize", "int8", "--device", "cpu", "--quiet"]
     assert main(["caption", str(scene), "--masks", str(mask), *options]) == 0
     assert "a large dotted blue star at the top left" in capsys.readouterr().out
+
+
+@needs_torchao
+def test_a_data_set_is_captioned_with_quantized_weights_and_its_record_says_so():
+    dataset = pytest.importorskip("perceptiondlm.pipelines.dataset")
+    stage = importlib.import_module("perceptiondlm.pipelines.captioning_stage")
+    options = stage.CaptionOptions(str(ROOT), "tiny", device="cpu", quantize="int8")
+    assert len(quantized_names(stage.CaptionImages(options).model)) == 28
+    whole = dataset.DatasetOptions(output="nowhere", caption=options)
+    assert dataset.identity_of([], whole, False)["quantize"] == "int8"
 
 
 def test_the_command_line_refuses_fp8_on_a_cpu_in_one_line(capsys):
