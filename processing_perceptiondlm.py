@@ -618,10 +618,9 @@ def pair_prompts(
 
 
 def _expect_words(*texts: str | None):
-    """Refuses blank prompts, which would be taken for the default."""
-    for text in texts:
-        if text is not None and not text.strip():
-            raise ValueError(f"expected a prompt with words, or None for the default, got {text!r}")
+    """Refuses empty prompts, which would be taken for the default."""
+    if "" in texts:
+        raise ValueError("expected a prompt with words, or None for the default, got ''")
 
 
 def _place_of(number: str, places: dict[int, str]) -> str:

@@ -23,7 +23,7 @@ def lmms_model(pair, monkeypatch):
     pytest.importorskip("lmms_eval")
     from perceptiondlm.evaluation import lmms_eval_plugin as plugin
 
-    monkeypatch.setattr(plugin, "load_model", lambda *given: pair)
+    monkeypatch.setattr(plugin, "load_model", lambda *given, **named: pair)
 
     def build(**options):
         model = plugin.PerceptionDLMForLMMSEval("path", likelihood_samples=4, **options)
@@ -174,7 +174,7 @@ def adapter(monkeypatch, pair):
     name = "perceptiondlm.evaluation.vlmevalkit_adapter"
     monkeypatch.delitem(sys.modules, name, raising=False)
     module = __import__(name, fromlist=["register"])
-    monkeypatch.setattr(module, "load_model", lambda *given: pair)
+    monkeypatch.setattr(module, "load_model", lambda *given, **named: pair)
     yield module
     sys.modules.pop(name, None)
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from perceptiondlm.apps.cli import main
 from perceptiondlm.common.fingerprints import weights_fingerprint
-from perceptiondlm.evaluation import predict as predict_module
 from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.evaluation.checkpoint import parse_option
 from perceptiondlm.evaluation.files import read_json
@@ -30,6 +29,8 @@ from test_evaluation_benchmarks import write_paradlc
 
 IMAGES, REGIONS = 5, 2
 END, PAD = 7, 8  # end of turn, end of text
+
+LOAD_MODEL = "perceptiondlm.evaluation.checkpoint.load_model"
 
 
 class FakeModel:
@@ -297,7 +298,7 @@ def test_a_run_in_which_all_is_broken_leaves_the_old_captions(samples, output):
 
 
 def test_the_command_says_how_many_regions_have_no_caption(samples, output, monkeypatch, capsys):
-    monkeypatch.setattr(predict_module, "load_model", lambda *_: (FakeModel(), "processor"))
+    monkeypatch.setattr(LOAD_MODEL, lambda *_, **named: (FakeModel(), "processor"))
     bench = samples[0].image_path.parent.parent
     given = ["evaluate", "predict", "--benchmark", str(bench), "--output", str(output)]
     given += ["--model", "some/model", "--device", "cpu"]
@@ -317,7 +318,7 @@ def test_sizes_that_make_no_sense_are_refused(samples, output):
 def test_the_command_writes_captions_and_the_record_of_the_run(samples, output, monkeypatch):
     model, loaded = FakeModel(), []
     monkeypatch.setattr(
-        predict_module, "load_model", lambda *given: loaded.append(given) or (model, "processor")
+        LOAD_MODEL, lambda *given, **named: loaded.append(given) or (model, "processor")
     )
     bench = str(samples[0].image_path.parent.parent)
     arguments = ["--benchmark", bench, "--output", str(output), "--model", "some/model"]

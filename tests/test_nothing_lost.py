@@ -22,6 +22,8 @@ from test_evaluation_predict import IMAGES, REGIONS, FakeModel, output, samples
 from test_judge_runs import CALLS, command, folder
 from test_judge_server import letter_of, serving
 
+LOAD_MODEL = "perceptiondlm.evaluation.checkpoint.load_model"
+
 
 @pytest.fixture
 def out(tmp_path):
@@ -148,7 +150,7 @@ def test_a_second_prediction_run_is_refused_but_not_a_second_process(
     monkeypatch,
     capsys,
 ):
-    monkeypatch.setattr(predict_module, "load_model", lambda *_: (FakeModel(), "processor"))
+    monkeypatch.setattr(LOAD_MODEL, lambda *_, **named: (FakeModel(), "processor"))
     bench = samples[0].image_path.parent.parent
     given = ["evaluate", "predict", "--benchmark", str(bench), "--output", str(output)]
     given += ["--model", "some/model", "--device", "cpu"]

@@ -150,7 +150,7 @@ def test_captions_and_questions_mix_in_one_call(make, scene, layout):
 WRONG = [
     (["a", "b"], "a prompt for each of 3 masks, got 2"),
     (["a"], "a prompt for each of 3 masks, got 1"),
-    (["a", " ", None], "expected a prompt with words"),
+    (["a", "", None], "expected a prompt with words"),
     ("", "expected a prompt with words"),
     ([["a", "b"]], "a prompt for each of 3 masks, got 2"),
     ([["a", "b", 3]], "expected texts or None"),

@@ -27,12 +27,13 @@ def load_captioner(args: argparse.Namespace, **options):
     """
     from .captioner import RegionCaptioner
 
+    if args.quantize is not None:
+        options["quantize"] = args.quantize
     return RegionCaptioner.from_pretrained(
         args.model,
         subfolder=args.subfolder,
         revision=args.revision,
         device=args.device,
         dtype=args.dtype,
-        quantize=args.quantize,
         **options,
     )
