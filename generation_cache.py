@@ -230,9 +230,14 @@ class ResponseNetwork:
         taken = [kept[key] for kept, key in zip(trunks, keys, strict=True)]
         for layer in range(len(taken[0])):
             pairs = [own[layer] for own in taken]
-            key, value = (
-                torch.stack([_padded(pair[side], length) for pair in pairs]) for side in (0, 1)
-            )
+            if all(own is taken[0] for own in taken):  # one image's, for all rows
+                key, value = (
+                    _padded(kept, length).expand(len(taken), -1, -1, -1) for kept in pairs[0]
+                )
+            else:
+                key, value = (
+                    torch.stack([_padded(pair[side], length) for pair in pairs]) for side in (0, 1)
+                )
             self.cache.update(key, value, layer, 0)
 
     def __call__(self, response_ids: torch.Tensor, step: int, columns: torch.Tensor):
@@ -300,6 +305,8 @@ def _trunk_length(region_ids: torch.Tensor, attention_mask: torch.Tensor) -> int
 
 def _padded(values: torch.Tensor, length: int) -> torch.Tensor:
     """Pads (heads, n, head_dim) in front to (heads, length, head_dim)."""
+    if values.shape[1] == length:
+        return values
     return F.pad(values, (0, 0, length - values.shape[1], 0))
 
 
