@@ -342,7 +342,9 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
                 "none" (mean cross-entropy of a sample's masked positions).
             logits_to_keep: without labels, the last so many positions (0: all), or their indices.
             stop_at: "features" returns what `see_features` describes, "embeds" what
-                `embed_inputs` does, before anything attends.
+                `embed_inputs` does, before anything attends; "masked_logits", with labels, the
+                logits (n, V) of the n masked positions, row by row, of which a caller makes a
+                loss of its own.
             inputs_embeds ... output_attentions: as trainers and adapters pass them, None or False.
         """
         expect_neutral(
@@ -369,6 +371,9 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
             input_ids, attention_mask, position_ids, region_ids, role_ids
         )
 
+        if stop_at == "masked_logits" and labels is None:
+            raise ValueError('expected labels with stop_at="masked_logits", got none')
+
         # Mask what is to be learned.
         if labels is not None:
             rate = mask_rate(timesteps, labels)
@@ -394,6 +399,8 @@ class PerceptionDLMForConditionalGeneration(DiffusionGenerationMixin, Perception
         loss = logits = None
         if labels is not None:
             own = self._masked_logits(hidden, masked)
+            if stop_at == "masked_logits":
+                return own
             labels, masked, rate = (x.to(own.device) for x in (labels, masked, rate))
             loss = masked_loss(own, labels, masked, rate, loss_weighting)
         else:

@@ -27,9 +27,8 @@ from ..evaluation.environment import versions
 from ..evaluation.files import write_json
 from ..image_masks import encode_rle, fill_box
 from ..training.recipe import Recipe, load_recipe
-from ..training.run import assemble_trainer
+from ..training.run import arguments_of, assemble_trainer
 from ..training.sharding import leave_group
-from ..training.trainer_options import TRAINER_DEFAULTS
 from .denoising import describe_machine
 from .workload import (
     IMAGE_SIZE,
@@ -100,7 +99,7 @@ def benchmark_recipe(arguments, folder: Path) -> tuple[Recipe, TrainingArguments
         "trainer.logging_steps=1",
     ]
     recipe = load_recipe(arguments.recipe, overrides)
-    args = TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
+    args = arguments_of(recipe)
 
     # A step's samples are copies of one record.
     count = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

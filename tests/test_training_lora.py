@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from perceptiondlm.training.lora import add_adapter
 from perceptiondlm.training.recipe import build_recipe
 from perceptiondlm.training.recipe_sections import LoraRecipe
-from perceptiondlm.training.run import build_trainer, train
-from training_runs import TINY, arguments, losses_of, recipe_values, small_recipe
+from perceptiondlm.training.run import arguments_of, build_trainer, train
+from training_runs import TINY, losses_of, recipe_values, small_recipe
 from transformers import AutoModel, AutoProcessor
 
 
@@ -151,7 +151,7 @@ def test_an_adapter_starts_the_same_from_the_same_seed(base, tmp_path):
     def start(seed):
         recipe = lora_recipe(base, tmp_path, seed=seed)
         torch.rand(seed + 1)  # whatever was drawn before
-        return build_trainer(recipe, arguments(recipe)).model.state_dict()
+        return build_trainer(recipe, arguments_of(recipe)).model.state_dict()
 
     one, again, other = start(0), start(0), start(1)
     assert all(torch.equal(one[name], again[name]) for name in one)
@@ -182,7 +182,7 @@ def test_options_choose_the_rank_targets_and_whole_modules(base, tmp_path):
         "alpha": 8,
     }
     recipe = lora_recipe(base, tmp_path, lora=options)
-    model = build_trainer(recipe, arguments(recipe)).model
+    model = build_trainer(recipe, arguments_of(recipe)).model
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
     ranks = {p.shape[0] for n, p in learning.items() if "lora_A" in n}
     assert ranks == {2}
@@ -200,7 +200,7 @@ def test_options_choose_the_rank_targets_and_whole_modules(base, tmp_path):
 def prompted(base):
     """The small model and a batch with regions and labels."""
     recipe = small_recipe(base, data={"region_share": 1.0})
-    trainer = build_trainer(recipe, arguments(recipe))
+    trainer = build_trainer(recipe, arguments_of(recipe))
     samples = [trainer.train_dataset[i] for i in range(2)]
     model = AutoModel.from_pretrained(base, trust_remote_code=True)
     return model, trainer.data_collator(samples)

@@ -9,9 +9,9 @@ import yaml
 from perceptiondlm.apps.cli import main
 from perceptiondlm.training import trainer_options
 from perceptiondlm.training.recipe import build_recipe, load_recipe
-from perceptiondlm.training.run import build_trainer, train
+from perceptiondlm.training.run import arguments_of, build_trainer, train
 from perceptiondlm.training.trainer_options import HONORED, NEUTRAL, REFUSED, check_trainer
-from training_runs import arguments, losses_of, recipe_values, small_recipe
+from training_runs import losses_of, recipe_values, small_recipe
 from transformers import Trainer, TrainingArguments
 
 FIELDS = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
@@ -304,7 +304,7 @@ def test_a_stream_takes_the_trainers_options_of_workers(tmp_path):
         data={"eval_scenes": 4},
         trainer={"dataloader_num_workers": 1, "dataloader_prefetch_factor": 5},
     )
-    trainer = build_trainer(recipe, arguments(recipe))
+    trainer = build_trainer(recipe, arguments_of(recipe))
     loader = trainer.get_eval_dataloader("t25")
     assert loader.prefetch_factor == 5
 

@@ -15,9 +15,9 @@ from perceptiondlm.training.muon import Muon, WithMuon
 from perceptiondlm.training.param_groups import belongs
 from perceptiondlm.training.recipe import build_recipe, load_recipe
 from perceptiondlm.training.recipe_sections import SyntheticData
-from perceptiondlm.training.run import build_datasets, build_trainer, train
+from perceptiondlm.training.run import arguments_of, build_datasets, build_trainer, train
 from torch.distributed.fsdp import fully_shard
-from training_runs import TINY, arguments, losses_of, recipe_values, small_recipe, weights_of
+from training_runs import TINY, losses_of, recipe_values, small_recipe, weights_of
 from transformers import AutoModel, AutoProcessor, TrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def test_one_batch_overfits_to_nearly_no_loss(recipe_of):
         parameters={"permute_prompts": False},
         trainer={"max_steps": 1},
     )
-    trainer = build_trainer(recipe, arguments(recipe))
+    trainer = build_trainer(recipe, arguments_of(recipe))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     optimizer = torch.optim.AdamW(trainer.model.parameters(), 5e-3)
     for _ in range(250):
@@ -103,7 +103,7 @@ FREEZING = {
 def test_frozen_modules_stay_and_the_others_learn(recipe_of, kind):
     options, learning = FREEZING[kind]
     recipe = recipe_of(parameters=options, trainer={"max_steps": 2})
-    trainer = build_trainer(recipe, arguments(recipe))
+    trainer = build_trainer(recipe, arguments_of(recipe))
     before = weights_of(trainer)
     trainer.train()
     changed = {n for n, w in trainer.model.state_dict().items() if not torch.equal(w, before[n])}
@@ -123,7 +123,7 @@ def test_zeroed_modules_are_zero_after_training(recipe_of):
 def test_an_unknown_module_is_refused(recipe_of):
     recipe = recipe_of(parameters={"frozen": ["visual_tower"]})
     with pytest.raises(ValueError, match="connector.*got 'visual_tower'"):
-        build_trainer(recipe, arguments(recipe))
+        build_trainer(recipe, arguments_of(recipe))
 
 
 def test_modules_learn_at_their_own_rates_without_decay_of_norms_and_biases(recipe_of):
@@ -131,7 +131,7 @@ def test_modules_learn_at_their_own_rates_without_decay_of_norms_and_biases(reci
     recipe = recipe_of(
         parameters={"learning_rates": rates}, trainer={"learning_rate": 1e-3, "weight_decay": 0.1}
     )
-    trainer = build_trainer(recipe, arguments(recipe))
+    trainer = build_trainer(recipe, arguments_of(recipe))
     names = {p: n for n, p in trainer.model.named_parameters()}
     found = {
         names[p]: (group["lr"], group["weight_decay"])
@@ -191,7 +191,7 @@ def test_muon_is_torchs_but_for_its_rounding_to_bfloat16():
 
 def test_the_recipes_muon_takes_its_matrices_and_no_others(recipe_of):
     recipe = recipe_of(parameters=MUON)
-    trainer = build_trainer(recipe, arguments(recipe))
+    trainer = build_trainer(recipe, arguments_of(recipe))
     names = {p: n for n, p in trainer.model.named_parameters()}
     muon, adamw = (
         {names[p] for group in part.param_groups for p in group["params"]}
@@ -205,14 +205,14 @@ def test_the_recipes_muon_takes_its_matrices_and_no_others(recipe_of):
 def test_muon_of_an_unknown_module_is_refused(recipe_of):
     recipe = recipe_of(parameters={"muon": ["decoder"]})
     with pytest.raises(ValueError, match="got 'decoder'"):
-        build_trainer(recipe, arguments(recipe))
+        build_trainer(recipe, arguments_of(recipe))
 
 
 def test_loss_weightings_differ_in_training_and_not_in_evaluation(recipe_of):
     runs = []
     for weighting in ("none", "inverse_rate"):
         recipe = recipe_of(masking={"loss_weighting": weighting}, data={"eval_scenes": 4})
-        trainer = build_trainer(recipe, arguments(recipe))
+        trainer = build_trainer(recipe, arguments_of(recipe))
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
         train_loss = trainer.compute_loss(trainer.model.train(), dict(batch)).item()
         runs.append((train_loss, trainer.evaluate()))
@@ -223,7 +223,7 @@ def test_loss_weightings_differ_in_training_and_not_in_evaluation(recipe_of):
 
 def test_the_evaluation_loss_repeats_and_has_the_levels_asked_for(recipe_of):
     recipe = recipe_of(masking={"eval_levels": [0.5, 1.0]}, data={"eval_scenes": 6})
-    trainer = build_trainer(recipe, arguments(recipe))
+    trainer = build_trainer(recipe, arguments_of(recipe))
     one, other = trainer.evaluate(), trainer.evaluate()
     names = {name for name in one if name.endswith("_loss")}
     assert names == {"eval_t50_loss", "eval_t100_loss", "eval_loss"}
@@ -235,12 +235,12 @@ def test_the_evaluation_loss_repeats_and_has_the_levels_asked_for(recipe_of):
 def test_several_questions_of_a_sample_need_the_independent_layout(recipe_of):
     data = {"questions_per_sample": 3, "region_share": 0.0}
     recipe = recipe_of(data=data)
-    dataset = build_trainer(recipe, arguments(recipe)).train_dataset
+    dataset = build_trainer(recipe, arguments_of(recipe)).train_dataset
     regions = [max(dataset[i].sequence.regions) for i in range(8)]
     assert regions == [2] * 8
     recipe = recipe_of(data=data, model={"config": {**TINY, "region_layout": "released"}})
     with pytest.raises(ValueError, match="questions_per_sample of 1 .* got 3 in 'released'"):
-        build_trainer(recipe, arguments(recipe))
+        build_trainer(recipe, arguments_of(recipe))
 
 
 def test_gradient_checkpointing_changes_no_loss(recipe_of):
@@ -252,7 +252,7 @@ def test_gradient_checkpointing_changes_no_loss(recipe_of):
 def test_a_cached_and_a_rendered_epoch_are_the_same(recipe_of):
     cached = recipe_of(data={"cache": True, "scenes": 6})
     plain = recipe_of(data={"scenes": 6})
-    one, other = (build_trainer(r, arguments(r)).train_dataset for r in (cached, plain))
+    one, other = (build_trainer(r, arguments_of(r)).train_dataset for r in (cached, plain))
     for i in range(6):
         a, b = one[i], other[i]
         assert a.sequence == b.sequence
@@ -276,7 +276,7 @@ def numbers_of_regions(data, epochs):
 )
 def test_which_epochs_show_the_scenes_of_the_first(recipe_of, options, repeats):
     recipe = recipe_of(data={"scenes": 3, "region_share": 1.0, **options})
-    data = build_trainer(recipe, arguments(recipe)).train_dataset
+    data = build_trainer(recipe, arguments_of(recipe)).train_dataset
 
     def images(epoch):
         return [data[3 * epoch + i].features["pixel_values"] for i in range(3)]
@@ -288,7 +288,7 @@ def test_which_epochs_show_the_scenes_of_the_first(recipe_of, options, repeats):
 def test_the_first_epoch_may_have_another_share_of_regions(recipe_of):
     def counts(**options):
         recipe = recipe_of(data={"scenes": 8, **options})
-        return numbers_of_regions(build_trainer(recipe, arguments(recipe)).train_dataset, 3)
+        return numbers_of_regions(build_trainer(recipe, arguments_of(recipe)).train_dataset, 3)
 
     questions_first = counts(region_share=1.0, first_region_share=0.0)
     assert not any(questions_first[:8]) and all(questions_first[8:])
@@ -307,8 +307,8 @@ def test_held_out_scenes_know_nothing_of_first_epochs_and_sets(recipe_of):
             "cache": True,
         }
     )
-    processor = build_trainer(recipe, arguments(recipe)).processing_class
-    held_out = build_datasets(recipe, processor, arguments(recipe))[1]
+    processor = build_trainer(recipe, arguments_of(recipe)).processing_class
+    held_out = build_datasets(recipe, processor, arguments_of(recipe))[1]
     assert len(held_out) == len(held_out.cached) == 5
     assert all(numbers_of_regions(held_out, 1))
 
@@ -318,7 +318,7 @@ def test_a_model_without_region_prompts_takes_no_share_of_regions(recipe_of, nam
     data = {"region_share": 0.0, "first_region_share": 0.0, name: 0.5}
     recipe = recipe_of(data=data, model={"config": {**TINY, "num_region_prompts": 0}})
     with pytest.raises(ValueError, match="of 0 for a model without region prompts, got .*0.5"):
-        build_trainer(recipe, arguments(recipe))
+        build_trainer(recipe, arguments_of(recipe))
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_options_of_synthetic_data_that_are_refused(options, message):
 def test_options_of_synthetic_data_change_the_samples(recipe_of):
     def samples(**options):
         recipe = recipe_of(data=options)
-        data = build_trainer(recipe, arguments(recipe)).train_dataset
+        data = build_trainer(recipe, arguments_of(recipe)).train_dataset
         return [data[i] for i in range(12)]
 
     assert all("boxes" in s.features for s in samples(region_share=1.0))
@@ -350,7 +350,7 @@ def test_options_of_synthetic_data_change_the_samples(recipe_of):
 
 def test_batches_hold_samples_of_like_length_and_an_epoch_all(recipe_of):
     recipe = recipe_of(data={"cache": True, "scenes": 24})
-    trainer = build_trainer(recipe, arguments(recipe))
+    trainer = build_trainer(recipe, arguments_of(recipe))
     sampler = trainer._get_train_sampler()
     order = list(sampler)
     assert sorted(order) == list(range(24))
@@ -570,7 +570,7 @@ RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "engine
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_is_valid(path):
     recipe = load_recipe(path, ["trainer.use_cpu=true", "trainer.bf16=false"])
-    assert arguments(recipe).output_dir
+    assert arguments_of(recipe).output_dir
 
 
 def test_starting_from_a_checkpoint_asks_nothing_on_the_terminal(monkeypatch):

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from perceptiondlm.scenes.shapes import iter_corpus
 from perceptiondlm.training.recipe import Recipe, build_recipe
-from perceptiondlm.training.run import TRAINER_DEFAULTS
 from perceptiondlm.training.tokenizer import train_tokenizer
-from transformers import TrainingArguments
 
 TINY = {
     "vision_config": {
@@ -72,10 +70,6 @@ def recipe_values(output: Path, **sections) -> dict:
 def small_recipe(output: Path, **sections) -> Recipe:
     """Returns `recipe_values` as a recipe."""
     return build_recipe(recipe_values(output, **sections))
-
-
-def arguments(recipe: Recipe) -> TrainingArguments:
-    return TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
 
 
 def losses_of(trainer) -> list[float]:

@@ -16,6 +16,7 @@ from ..common.option_checks import (
 )
 from .recipe_sections import (
     ConversationData,
+    DistillationRecipe,
     LoraRecipe,
     MaskingRecipe,
     ModelRecipe,
@@ -44,11 +45,14 @@ class Recipe:
     masking: MaskingRecipe
     parameters: ParametersRecipe
     lora: LoraRecipe | None
+    distillation: DistillationRecipe | None
     trainer: dict  # fields of `transformers.TrainingArguments`
     save_code: bool = True  # copy the modules of the code beside the final weights
 
 
 SECTIONS = {"model": ModelRecipe, "masking": MaskingRecipe, "parameters": ParametersRecipe}
+# Sections that do something only where a recipe has them.
+OPTIONAL_SECTIONS = {"lora": LoraRecipe, "distillation": DistillationRecipe}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -72,10 +76,10 @@ def build_recipe(values: dict) -> Recipe:
 
     data = dict(values.get("data", {}))
     expect_one_of("data.kind", kind := data.pop("kind", None), tuple(DATA_KINDS))
-    classes = {**SECTIONS, "data": DATA_KINDS[kind]}
-    if "lora" in values:
-        classes["lora"] = LoraRecipe
-    sections = {"lora": None, **typed_sections(classes, {**values, "data": data})}
+    given = {name: cls for name, cls in OPTIONAL_SECTIONS.items() if name in values}
+    classes = {**SECTIONS, "data": DATA_KINDS[kind], **given}
+    absent = dict.fromkeys(OPTIONAL_SECTIONS)
+    sections = absent | typed_sections(classes, {**values, "data": data})
     trainer = check_trainer(values.get("trainer", {}))
     recipe = Recipe(**sections, trainer=trainer, save_code=save_code)
     _check_sections(recipe)
@@ -84,7 +88,7 @@ def build_recipe(values: dict) -> Recipe:
 
 def _every_name() -> list[str]:
     """Returns every key of every section, as an override names it."""
-    sections = option_types({**SECTIONS, "lora": LoraRecipe, "trainer": TrainingArguments})
+    sections = option_types({**SECTIONS, **OPTIONAL_SECTIONS, "trainer": TrainingArguments})
     return [
         *sections,
         *(name for kind in DATA_KINDS.values() for name in option_types({"data": kind})),
@@ -94,6 +98,10 @@ def _every_name() -> list[str]:
 def _check_sections(recipe: Recipe):
     """Refuses options that those of another section leave without effect."""
     _check_model(recipe)
+    if recipe.distillation is not None and isinstance(recipe.data, ConversationData):
+        raise ValueError(
+            "expected data.kind synthetic or regions with distillation, got conversations"
+        )
     _check_evaluation(recipe)
     if isinstance(recipe.data, ConversationData):
         needs = "with region captions: conversations have no region prompts"
@@ -110,10 +118,16 @@ def _check_sections(recipe: Recipe):
 def _check_model(recipe: Recipe):
     """Refuses options of a tokenizer that is not trained, and a config that nothing holds."""
     model, of_tokenizer = recipe.model, ("vocab_size", "tokenizer_scenes")
-    if recipe.lora is not None and model.checkpoint and model.config:
+    lora = recipe.lora
+    if lora is not None and not lora.merge and model.checkpoint and model.config:
         raise ValueError(
             "expected no model.config with lora, since an adapter is loaded on its checkpoint as"
-            f" that is, got {model.config}"
+            f" that is, or lora.merge, got {model.config}"
+        )
+    if lora is not None and lora.merge and model.quantize is not None:
+        raise ValueError(
+            "expected no model.quantize with lora.merge, which adds the adapter to whole weights,"
+            f" got {model.quantize}"
         )
     if model.quantize is not None and (recipe.lora is None or model.checkpoint is None):
         raise ValueError(

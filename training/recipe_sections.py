@@ -188,6 +188,31 @@ class LoraRecipe:
     target_modules: Any = None  # names or a pattern; none: the decoder's seven projections
     # Modules trained whole and saved with the adapter; none: the connector and region prompts.
     modules_to_save: list[str] | None = None
+    # Save the whole model, the adapter added to its weights, instead of the adapter.
+    merge: bool = False
 
     def __post_init__(self):
         expect_type("lora.target_modules", self.target_modules, list[str] | str | None)
+
+
+@dataclass(frozen=True)
+class DistillationRecipe:
+    """A frozen teacher whose predictions the model learns to give."""
+
+    checkpoint: str | None = None  # folder or Hub id
+    subfolder: str | None = None  # of the checkpoint
+    # Of the loss, the part that is the divergence from the teacher; the rest is the diffusion loss
+    # of the captions.
+    teacher_share: float = 1.0
+    temperature: float = 1.0  # of both distributions; above 1 unlikely tokens count more
+    dtype: str = "float32"  # of the teacher's weights
+
+    def __post_init__(self):
+        if self.checkpoint is None:
+            raise ValueError("expected the teacher's folder or Hub id in distillation.checkpoint")
+        expect_share("distillation.teacher_share", self.teacher_share)
+        if self.temperature <= 0:
+            raise ValueError(
+                f"expected a positive distillation.temperature, got {self.temperature}"
+            )
+        expect_one_of("distillation.dtype", self.dtype, ("float32", "bfloat16", "float16"))

@@ -10,7 +10,8 @@ from ..common.files import only_run
 from .build import build_model
 from .checkpoints import choose_checkpoint, has_final, read_state
 from .conversations import ConversationSamples
-from .datasets import FileDataset, StreamDataset
+from .datasets import FileDataset, SampleMaker, StreamDataset
+from .distillation import PairedDataset, PairedSamples, Teacher
 from .lora import add_adapter
 from .param_groups import choose_trainable, keep_masters
 from .recipe import Recipe
@@ -34,12 +35,24 @@ def train(recipe: Recipe, resume: str | bool | None = None) -> DiffusionTrainer:
     last step, and KeyboardInterrupt with what there is to go on from.
     """
     expect_evaluation(recipe)
-    args = TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer))
+    args = arguments_of(recipe)
     _check_devices(args)
     trainer = build_trainer(recipe, args)
     _expect_whole_batches(trainer)
     with only_run(args.output_dir if args.process_index == 0 else None):
         return _run(trainer, recipe, resume)
+
+
+def arguments_of(recipe: Recipe) -> TrainingArguments:
+    """Returns transformers' arguments of a recipe.
+
+    Where there is no accelerator they say that the CPU is meant: transformers refuses bfloat16
+    otherwise.
+    """
+    options = TRAINER_DEFAULTS | recipe.trainer
+    if not torch.accelerator.is_available():
+        options.setdefault("use_cpu", True)
+    return TrainingArguments(**options)
 
 
 def _run(trainer: DiffusionTrainer, recipe: Recipe, resume: str | bool | None) -> DiffusionTrainer:
@@ -124,40 +137,67 @@ def assemble_trainer(recipe: Recipe, args: TrainingArguments, model, processor) 
         keep_masters(model)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%.2f M of the parameters learn", learning / 1e6)
-    datasets = build_datasets(recipe, processor, args)
-    trainer = DiffusionTrainer(model, args, recipe, processor, *datasets)
+    teacher = None
+    if recipe.distillation is not None:
+        teacher = Teacher.load(recipe.distillation, processor, args.device)
+    datasets = build_datasets(recipe, processor, args, teacher)
+    trainer = DiffusionTrainer(model, args, recipe, processor, *datasets, teacher=teacher)
     if recipe.model.quantize is not None and trainer.is_fsdp_enabled:
         raise ValueError(
             "expected no sharding with model.quantize, whose weights it cannot divide, got FSDP"
         )
+    if recipe.lora is not None and recipe.lora.merge and trainer.is_fsdp_enabled:
+        raise ValueError(
+            "expected no sharding with lora.merge, got FSDP: save the adapter, and merge it by"
+            " convert_checkpoint.py"
+        )
     return trainer
 
 
-def build_datasets(recipe: Recipe, processor, args: TrainingArguments):
-    """Builds the training and evaluation data of a recipe."""
+def build_datasets(
+    recipe: Recipe, processor, args: TrainingArguments, teacher: Teacher | None = None
+):
+    """Builds the training and evaluation data of a recipe.
+
+    With a teacher the training data are pairs of the student's and the teacher's samples.
+    """
+    if not isinstance(recipe.data, SyntheticData):
+        return file_datasets(recipe, processor, args, teacher)
+
     options = {"seed": args.seed, "permute_prompts": recipe.parameters.permute_prompts}
-    if isinstance(recipe.data, SyntheticData):
-        train_set = SceneDataset(processor, recipe.data, **options)
-        eval_set = None
-        if recipe.data.eval_scenes:
-            eval_set = SceneDataset(processor, recipe.data, split="heldout", **options)
-        return train_set, eval_set
-    return file_datasets(recipe, processor, args)
+    train_set, eval_set = SceneDataset(processor, recipe.data, **options), None
+    if teacher is not None:
+        train_set = PairedDataset(
+            train_set, SceneDataset(teacher.processor, recipe.data, **options)
+        )
+    if recipe.data.eval_scenes:
+        eval_set = SceneDataset(processor, recipe.data, split="heldout", **options)
+    return train_set, eval_set
 
 
-def file_datasets(recipe: Recipe, processor, args: TrainingArguments):
-    """Builds training and evaluation data from files."""
+def file_datasets(
+    recipe: Recipe, processor, args: TrainingArguments, teacher: Teacher | None = None
+):
+    """Builds training and evaluation data from files, as `build_datasets`."""
     data = recipe.data
-    if isinstance(data, RegionData):
-        permute = recipe.parameters.permute_prompts
-        maker = RegionSamples(processor, data, seed=args.seed, permute_prompts=permute)
-    else:
-        maker = ConversationSamples(processor, data)
+    maker = paired = _sample_maker(recipe, processor, args)
+    if teacher is not None:
+        paired = PairedSamples(maker, _sample_maker(recipe, teacher.processor, args))
 
-    options = {"maker": maker, "max_broken_share": data.max_broken_share, "seed": args.seed}
+    options = {"max_broken_share": data.max_broken_share, "seed": args.seed}
     if data.streaming:
         place = {"rank": args.process_index, "world_size": args.world_size}
-        train_set = StreamDataset(data.files, **options, buffer=data.shuffle_buffer, **place)
+        train_set = StreamDataset(
+            data.files, paired, **options, buffer=data.shuffle_buffer, **place
+        )
     else:
-        train_set = FileDataset(data.files, **options)
-    return train_set, FileDataset(data.eval_files, **options) if data.eval_files else None
+        train_set = FileDataset(data.files, paired, **options)
+    return train_set, FileDataset(data.eval_files, maker, **options) if data.eval_files else None
+
+
+def _sample_maker(recipe: Recipe, processor, args: TrainingArguments) -> SampleMaker:
+    """Returns what makes samples of the recipe's kind of records."""
+    if isinstance(recipe.data, RegionData):
+        permute = recipe.parameters.permute_prompts
+        return RegionSamples(processor, recipe.data, seed=args.seed, permute_prompts=permute)
+    return ConversationSamples(processor, recipe.data)

@@ -19,6 +19,7 @@ from .checkpoints import (
     saving_folder,
     wait_for_others,
 )
+from .distillation import PairedCollator, Teacher, distillation_loss
 from .muon import WithMuon, takes_muon
 from .param_groups import parameter_groups
 from .recipe import Recipe
@@ -74,6 +75,8 @@ class DiffusionTrainer(Trainer):
         processor: saved beside every checkpoint.
         train_dataset: gives `Sample`s by index, and their `length(index)`.
         eval_dataset: the same, evaluated at the recipe's noise levels.
+        teacher: whose predictions are learned as the recipe says; `train_dataset` then gives pairs
+            of samples, `eval_dataset` single ones still.
     """
 
     def __init__(
@@ -85,16 +88,22 @@ class DiffusionTrainer(Trainer):
         train_dataset,
         eval_dataset=None,
         callbacks=None,
+        teacher: Teacher | None = None,
     ):
         self.recipe = recipe
+        self.teacher = teacher
         self.loss_weighting = recipe.masking.loss_weighting
         self.processor = processor
         self.sampler = None
         self._saving = None  # the folder that a checkpoint is being written to
+        collator = DiffusionCollator(processor, recipe.masking, args.seed)
+        if teacher is not None:
+            other = DiffusionCollator(teacher.processor, recipe.masking, args.seed)
+            collator = PairedCollator(collator, other)
         super().__init__(
             model=model,
             args=args,
-            data_collator=DiffusionCollator(processor, recipe.masking, args.seed),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=evaluation_sets(eval_dataset, recipe.masking.eval_levels),
             processing_class=processor,
@@ -239,6 +248,9 @@ class DiffusionTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weights the loss as the recipe says in training, not at all at a fixed noise level."""
         weighting = self.loss_weighting if model.training else "none"
+        if "teacher" in inputs:
+            recipe = self.recipe.distillation
+            return distillation_loss(model, self.teacher, inputs, recipe, weighting)
         outputs = model(**inputs, loss_weighting=weighting)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -317,6 +329,8 @@ class DiffusionTrainer(Trainer):
         with saving_folder(self.args.output_dir, is_main=is_main) as folder:
             if self.is_fsdp_enabled:
                 self._save_gathered(str(folder))
+            elif self.recipe.lora is not None and self.recipe.lora.merge:
+                self._save_merged(str(folder))
             else:
                 self.save_model(str(folder))
             if is_main:
@@ -324,6 +338,13 @@ class DiffusionTrainer(Trainer):
                     module.unlink()
                 move_final(folder, Path(self.args.output_dir))
             wait_for_others()
+
+    def _save_merged(self, folder: str):
+        """Adds the adapter to the model's weights and saves them; nothing is learned after."""
+        merged = self.accelerator.unwrap_model(self.model).merge_and_unload()
+        if self.args.should_save:
+            merged.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
 
     def _save_gathered(self, folder: str):
         """Saves the weights of a sharded model in one piece, or its adapter."""
