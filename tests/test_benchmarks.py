@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from perceptiondlm.benchmarks import ablation, denoising, training_step, workload
+from perceptiondlm.benchmarks import ablation, denoising, offload, training_step, workload
 from perceptiondlm.benchmarks.published import caption_regions_plainly
 from perceptiondlm.benchmarks.report import END, START, update_readme
 
@@ -183,3 +183,15 @@ def test_a_training_step_is_measured_with_the_recipe_s_own_trainer(mini, tmp_pat
     assert len(result["all_seconds"]) == training_step.WARM_UP + 2 == len(result["losses"])
     assert 0 < result["learning"] < result["parameters"]
     assert all(0 < loss < float("inf") for loss in result["losses"])
+
+
+def test_streamed_weights_are_measured_against_the_floor(mini, tmp_path, monkeypatch):
+    output = tmp_path / "offload.json"
+    arguments = ["--preset", "mini", "--images", "1", "--repeats", "1", "--caption-length", "4"]
+    monkeypatch.setattr("sys.argv", ["offload", *arguments, "--output", str(output)])
+    offload.main()
+    result = json.loads(output.read_text())
+    assert [row["layout"] for row in result["rows"]] == ["released", "independent"]
+    layers = workload.build_model("mini", workload.build_tokenizer(), "cpu").language_model.model
+    assert result["layer_bytes"] == 4 * sum(p.numel() for p in layers.layers.parameters())
+    assert all(row["reading"] > 0 for row in result["rows"])

@@ -258,3 +258,37 @@ def test_the_simulation_refuses_to_mix_devices():
         for stranger in (other, torch.ones(2)):
             with pytest.raises(RuntimeError, match="expected tensors of one device"):
                 one + stranger
+
+
+@pytest.mark.parametrize("setting", ["released", "independent", "full"])
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_layer_streams_once_a_step_however_many_rows_there_are(
+    make, draw_image, blobs, tmp_path, setting, images
+):
+    """Rows with other numbers of regions share the step; a tree's prompt takes two passes more."""
+    model, processor = make(**SETTINGS[setting])
+    model = disk_offload(copy.deepcopy(model), tmp_path, execution_device="cpu")
+    layer = model.language_model.model.layers[0].self_attn.q_proj
+    weights = layer._hf_hook.weights_map
+    read = []
+    layer._hf_hook.weights_map = _Watched(weights, read)
+
+    asked = [draw_image(61, 47, seed=k) for k in range(images)]
+    masks = [blobs(61, 47, count=1 + k, seed=k) for k in range(images)]
+    out = model.diffusion_generate(
+        asked, masks, processor=processor, caption_length=6, steps=5, batch_size=images
+    )
+    assert out.num_forwards == 5 * images  # counted for each image
+    assert read.count("weight") == 5 + (2 if setting == "independent" else 0)
+
+
+class _Watched(dict):
+    """Passes weights on, and notes the names of those that are read."""
+
+    def __init__(self, weights, read: list[str]):
+        super().__init__()
+        self.weights, self.read = weights, read
+
+    def __getitem__(self, name: str):
+        self.read.append(name)
+        return self.weights[name]
