@@ -5,6 +5,7 @@ places. So a path that is not there, an adapter or a checkpoint of another kind 
 from each of them.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from .quantization import quantization_config
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_config.json"
 NO_ERRORS = {  # of `cached_file`: None for whatever cannot be had
@@ -53,7 +56,8 @@ def load_model(
     Args:
         source: a folder or a Hub id.
         subfolder: of it, for weights and processor.
-        dtype: of the parameters; "auto": as saved.
+        dtype: of the parameters; "auto": as saved, but float32 for 16 bits on a given `device`
+            that only emulates them.
         device: where the model is moved (None: it stays on the CPU); see `default_device`.
         revision, token: of a Hub repository.
         attn_implementation: as in transformers.
@@ -67,6 +71,8 @@ def load_model(
     device = None if device is None else usable_device(device)
     place = {"revision": revision, "token": token, "subfolder": subfolder or ""}
     expect_checkpoint(source, **place)
+    if dtype == "auto" and quantize is None and device is not None and emulates(device):
+        dtype = _computed(PerceptionDLMConfig.from_pretrained(source, **place).dtype)
 
     # a config of other fields may have parts that were not saved, which begin at random
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
@@ -80,6 +86,29 @@ def load_model(
     if config_fields is not None:
         processor.follow(options["config"])
     return model if device is None else model.to(device), processor
+
+
+def emulates(device: torch.device) -> bool:
+    """Tells whether a device computes bfloat16 by way of float32, and many times slower than it.
+
+    So do x86 processors without instructions for it (AVX512-BF16 or AMX).
+    """
+    if device.type != "cpu" or not torch.cpu._is_avx2_supported():
+        return False
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _computed(saved) -> str | torch.dtype:
+    """Returns the dtype to load weights in where 16 bits are emulated, and says so."""
+    saved = getattr(torch, saved) if isinstance(saved, str) else saved
+    if saved not in (torch.bfloat16, torch.float16):
+        return "auto"
+    logger.warning(
+        "this processor emulates %s: the weights are loaded in float32, which takes twice the"
+        " memory and is faster; dtype=%s keeps them as saved",
+        *[str(saved).removeprefix("torch.")] * 2,
+    )
+    return torch.float32
 
 
 def _quantized(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
+from perceptiondlm.common import loading
 from perceptiondlm.common.loading import load_model
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from safetensors.torch import load_file, save_file
@@ -108,3 +109,38 @@ def test_a_device_that_is_not_there_is_refused_at_every_door(converted, device, 
         assert main(["evaluate", "synthetic", *given]) == 2
         said = capsys.readouterr().err
         assert "serve: expected a device" in said and "synthetic: expected a device" in said
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("emulated", [True, False])
+def test_sixteen_bits_load_as_float32_where_the_processor_emulates_them(
+    saved, tmp_path, monkeypatch, caplog, dtype, emulated
+):
+    folder = tmp_path / "saved"
+    shutil.copytree(saved, folder)
+    model = PerceptionDLMForConditionalGeneration.from_pretrained(
+        saved, dtype=getattr(torch, dtype)
+    )
+    model.save_pretrained(folder)
+    monkeypatch.setattr(loading, "emulates", lambda device: emulated)
+
+    changes = emulated and dtype != "float32"
+    expected = torch.float32 if changes else getattr(torch, dtype)
+    assert RegionCaptioner.from_pretrained(folder, device="cpu").model.dtype == expected
+    assert (f"dtype={dtype} keeps them" in caplog.text) == changes
+
+    # What is asked for stays, and so does what is only copied.
+    kept = RegionCaptioner.from_pretrained(folder, device="cpu", dtype=dtype).model
+    assert kept.dtype == load_model(folder)[0].dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(
+    "x86, bf16, amx, emulated",
+    [(True, False, False, True), (True, True, False, False), (True, False, True, False)]
+    + [(False, False, False, False)],
+)
+def test_only_x86_without_its_instructions_emulates_bfloat16(monkeypatch, x86, bf16, amx, emulated):
+    for name, value in (("avx2", x86), ("avx512_bf16", bf16), ("amx_tile", amx)):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda value=value: value)
+    assert loading.emulates(torch.device("cpu")) == emulated
+    assert not loading.emulates(torch.device("cuda"))

@@ -7,6 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..common.files import only_run
+from ..common.loading import emulates
 from .build import build_model
 from .checkpoints import choose_checkpoint, has_final, read_state
 from .conversations import ConversationSamples
@@ -84,7 +85,7 @@ def _check_devices(args: TrainingArguments):
             "expected one GPU, or a launcher such as `accelerate launch` for several, got"
             f" {args.n_gpu} GPUs in one process; CUDA_VISIBLE_DEVICES=0 shows it one of them"
         )
-    if args.bf16 and is_emulated(args.device):
+    if args.bf16 and emulates(args.device):
         logger.warning(
             "this processor has no bfloat16 arithmetic and emulates it many times slower than"
             " float32: trainer.bf16=false"
@@ -108,11 +109,6 @@ def expect_evaluation(recipe: Recipe):
     given = "data.eval_scenes" if isinstance(data, SyntheticData) else "data.eval_files"
     if getattr(data, given.removeprefix("data.")) and not asked:
         raise ValueError(f"expected trainer.eval_strategy with {given}, got none")
-
-
-def is_emulated(device: torch.device) -> bool:
-    """Tells whether a device emulates bfloat16, as x86 processors with AVX2 alone do."""
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def is_finished(args: TrainingArguments, checkpoint: Path) -> bool:

@@ -15,7 +15,7 @@ def add_model_arguments(group):
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="default: as saved",
+        help="default: as saved, or float32 where the CPU emulates 16 bits",
     )
     add_quantize_argument(group)
 
