@@ -3,6 +3,10 @@
     python -m perceptiondlm.benchmarks.denoising --preset cpu --regions 4 --images 1 \\
         --methods published,independent-exact --repeats 3 --output result.json
 
+A method named with a precision, such as `independent-exact@bfloat16` or `@int8`, runs on a copy of
+the model in that dtype or with weights quantized so; the published way stays in the preset's dtype.
+`--all` runs every method for all numbers of regions and images, on a GPU in three precisions more.
+
 Presets `llada-v-cpu` and `llada-v-8b` answer a question about each image instead of captioning
 regions. A row's `seconds` is the median over the repeats of generation alone (inputs ready on the
 device, the encoding of the images included). Its `ratio` is the published way's seconds over it,
@@ -15,13 +19,14 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 
+from ..common.quantization import KINDS
 from ..configuration_perceptiondlm import ROLE_CAPTION
 from ..evaluation.environment import cpu_name
 from ..evaluation.files import write_json
@@ -32,6 +37,7 @@ from .workload import (
     PRESETS,
     build_model,
     build_tokenizer,
+    in_precision,
     question_inputs,
     region_inputs,
     set_layout,
@@ -47,6 +53,9 @@ class Method:
     exact: bool = True
 
 
+PRECISIONS = ("float32", "bfloat16", *KINDS)
+ALL_REGIONS, ALL_IMAGES = [1, 2, 4, 6, 12, 24], [1, 8]
+GPU_PRECISIONS = ("fp8", "int4", "int8")  # of the tree's exact and adaptive decoding
 FLOOR_REPEATS = 7  # of each measurement of the machine
 
 # The `published` method is one of `benchmarks.published`; these are ours.
@@ -69,11 +78,13 @@ def measure(arguments) -> dict:
     tokenizer = build_tokenizer()
     model = build_model(arguments.preset, tokenizer, device)
     floor = measure_floor(model, device)
+    precisions = {split_method(name)[1] for name in arguments.methods} - {None}
+    models = {None: model, **{name: in_precision(model, name) for name in sorted(precisions)}}
 
     rows = []
     for images in arguments.images:
         for regions in arguments.regions if model.config.num_region_prompts else [1]:
-            rows += _measure_size(model, tokenizer, regions, images, arguments)
+            rows += _measure_size(models, tokenizer, regions, images, arguments)
     for row in rows:
         row["floor_seconds"] = floor_seconds(row, floor, arguments)
 
@@ -95,11 +106,22 @@ def measure(arguments) -> dict:
     }
 
 
-def _measure_size(model, tokenizer, regions: int, images: int, arguments) -> list[dict]:
-    """Alternates the methods `repeats` times after one warm-up of each; returns their rows."""
+def split_method(name: str) -> tuple[str, str | None]:
+    """Returns a method and the precision that it is to run in (None: the preset's)."""
+    method, _, precision = name.partition("@")
+    return method, precision or None
+
+
+def _measure_size(models: dict, tokenizer, regions: int, images: int, arguments) -> list[dict]:
+    """Alternates the methods `repeats` times after one warm-up of each; returns their rows.
+
+    `models` are by precision.
+    """
     runs, sizes = {}, {}
     for name in arguments.methods:
-        runs[name], sizes[name] = _runner(name, model, tokenizer, regions, images, arguments)
+        method, precision = split_method(name)
+        how = (models[precision], tokenizer, regions, images, arguments)
+        runs[name], sizes[name] = _runner(method, *how)
 
     # Alternating, so that whatever else the machine does slows all methods alike
     timings = {name: [] for name in runs}
@@ -117,7 +139,8 @@ def _measure_size(model, tokenizer, regions: int, images: int, arguments) -> lis
     return [
         {
             "method": name,
-            "exact": name == "published" or METHODS[name].exact,
+            "precision": split_method(name)[1],
+            "exact": name == "published" or METHODS[split_method(name)[0]].exact,
             "regions": regions,
             "images": images,
             "seconds": medians[name],
@@ -256,7 +279,7 @@ def floor_seconds(row: dict, floor: dict, arguments) -> float | None:
     That is the prompt's arithmetic and, for each step, the larger of the response's arithmetic and
     the time to read the weights once. Returns None for methods that compute the prompt again.
     """
-    if row["method"] == "published" or row["method"] == "released-exact":
+    if row["method"] == "published" or split_method(row["method"])[0] == "released-exact":
         return None
     sequences, length, response_length = row["tokens"]
 
@@ -296,7 +319,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--preset", choices=sorted(PRESETS), default="cpu")
     add("--regions", type=_integers, default=[4], help="say 1,2,4,6,12,24")
     add("--images", type=_integers, default=[1], help="say 1,8")
-    add("--methods", help=f"among published,{','.join(METHODS)}")
+    add("--methods", help=f"among published,{','.join(METHODS)}, each with @PRECISION or without")
+    add("--all", action="store_true", help="every method, number of regions and of images")
     add("--steps", type=int, default=32)
     add("--budget", type=int, default=12, help="forward passes of adaptive methods")
     add("--caption-length", type=int, default=32)
@@ -312,14 +336,35 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     # A model without region prompts answers questions, in the one layout that it has.
     answers = PRESETS[parsed.preset][0].get("num_region_prompts") == 0
     best = "released-exact" if answers else "independent-exact"
-    parsed.methods = (parsed.methods or f"published,{best}").split(",")
     released = [n for n, m in METHODS.items() if m.layout == "released"]
-    unknown = sorted(set(parsed.methods) - {"published", *METHODS})
-    if unknown:
-        parser.error(f"expected methods among published, {', '.join(METHODS)}, got {unknown}")
-    if answers and set(parsed.methods) - {"published", *released}:
+    if parsed.all:
+        if parsed.methods:
+            parser.error("expected --all or --methods, got both")
+        parsed.methods = ",".join(every_method(released if answers else METHODS, parsed.device))
+        parsed.regions, parsed.images = ALL_REGIONS, ALL_IMAGES
+    parsed.methods = (parsed.methods or f"published,{best}").split(",")
+
+    # Methods that there are, for models that have them.
+    asked = [split_method(name) for name in parsed.methods]
+    known = {("published", None)} | {(n, p) for n in METHODS for p in (None, *PRECISIONS)}
+    if unknown := [m for m, a in zip(parsed.methods, asked, strict=True) if a not in known]:
+        parser.error(
+            f"expected methods among published, {', '.join(METHODS)}, each but the first with"
+            f" @{' or @'.join(PRECISIONS)} or without, got {unknown}"
+        )
+    if answers and {method for method, _ in asked} - {"published", *released}:
         parser.error(f"expected methods among published, {', '.join(released)} for LLaDA-V")
     return parsed
+
+
+def every_method(names: Iterable[str], device: str) -> list[str]:
+    """Lists all methods of a preset; on a GPU those of the tree with quantized weights too."""
+    names = list(names)
+    quantized = []
+    if device.startswith("cuda"):
+        of_tree = ("independent-exact", "independent-adaptive")
+        quantized = [f"{n}@{p}" for n in of_tree if n in names for p in GPU_PRECISIONS]
+    return ["published", *names, *quantized]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,12 +3,16 @@
 The inputs are noise images with regions, or with a question where the model has no region prompts.
 """
 
+import copy
+import tempfile
+
 import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ..common.quantization import KINDS, quantization_config
 from ..common.special_tokens import (
     CAPTION_TOKENS,
     IMAGE_TOKENS,
@@ -94,6 +98,21 @@ def build_model(preset: str, tokenizer, device: str) -> PerceptionDLMForConditio
             return PerceptionDLMForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(default)
+
+
+def in_precision(model, precision: str) -> PerceptionDLMForConditionalGeneration:
+    """Returns a copy of a model in another dtype, or with quantized weights (a name in `KINDS`)."""
+    if precision not in KINDS:
+        return copy.deepcopy(model).to(getattr(torch, precision))
+
+    # Weights are quantized while they are loaded.
+    device = model.device
+    how = quantization_config(precision, model.config, model.dtype, device)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return PerceptionDLMForConditionalGeneration.from_pretrained(
+            folder, dtype=model.dtype, quantization_config=how, device_map={"": device}
+        ).eval()
 
 
 def set_layout(model, tokenizer, layout: str) -> PerceptionDLMProcessor:

@@ -73,6 +73,37 @@ def test_a_method_there_is_none_of_is_a_usage_error(mini, capsys):
     assert "faster" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_a_method_runs_in_another_precision_beside_its_own(mini, tmp_path, precision):
+    output = tmp_path / "out.json"
+    name = f"independent-exact@{precision}"
+    methods = f"published,independent-exact,{name}"
+    sizes = ["--steps", "2", "--repeats", "1", "--caption-length", "4"]
+    denoising.main(["--preset", "mini", "--methods", methods, *sizes, "--output", str(output)])
+    rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
+    assert {name: row["precision"] for name, row in rows.items()} == {
+        "published": None,
+        "independent-exact": None,
+        name: precision,
+    }
+    assert rows[name]["exact"] and rows[name]["ratio"] > 0
+
+
+def test_all_methods_and_sizes_are_one_option(mini):
+    parsed = denoising.parse(["--preset", "mini", "--all", "--device", "cuda"])
+    assert parsed.regions == [1, 2, 4, 6, 12, 24] and parsed.images == [1, 8]
+    assert {"published", "released-exact", "independent-adaptive@fp8"} <= set(parsed.methods)
+    answers = denoising.parse(["--preset", "llada-v-cpu", "--all", "--device", "cpu"])
+    assert all(name.split("-")[0] in ("published", "released") for name in answers.methods)
+
+
+@pytest.mark.parametrize("methods", ["published@int8", "independent-exact@int3"])
+def test_a_precision_there_is_none_of_is_a_usage_error(mini, capsys, methods):
+    with pytest.raises(SystemExit):
+        denoising.parse(["--preset", "mini", "--methods", methods])
+    assert "@bfloat16" in capsys.readouterr().err
+
+
 def test_the_readme_table_is_replaced_between_its_markers(mini, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
