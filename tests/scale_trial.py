@@ -91,7 +91,7 @@ def _one_run(arguments, output: Path, done: dict, kills: int, rng: random.Random
         _wait_for_shards(output, run, rng)
         while run.poll() is None and sum(done.values()) < kills:
             time.sleep(rng.uniform(0, 1.5))
-            kind = rng.choice(VICTIMS)
+            kind = rng.choice([k for k in VICTIMS if done[k] == min(done.values())])
             victim = victim_of(kind, run.pid, rng)
             if victim is None or run.poll() is not None:
                 continue
