@@ -72,9 +72,10 @@ def trial(folder: Path, kills: int, images: int, seed: int = 0) -> dict:
     source, output = scale_data.write_lines(folder, drawn), folder / "out"
     done = dict.fromkeys(VICTIMS, 0)
     while sum(done.values()) < kills:
-        _one_run(command(source, output), output, done, kills, rng)
+        alone = _one_run(command(source, output), output, done, kills, rng)
         expect_readable(output)
-        _expect_none_twice_that_is_settled(output)
+        if alone:
+            _expect_none_twice_that_is_settled(output)
 
     subprocess.run(command(source, output), check=True, capture_output=True, timeout=1800)
     rows = scale_runs.written(output)
@@ -84,8 +85,13 @@ def trial(folder: Path, kills: int, images: int, seed: int = 0) -> dict:
     return done
 
 
-def _one_run(arguments, output: Path, done: dict, kills: int, rng: random.Random):
-    """Runs until something is killed that ends it; workers are killed as it goes on."""
+def _one_run(arguments, output: Path, done: dict, kills: int, rng: random.Random) -> bool:
+    """Runs until something is killed that ends it; workers are killed as it goes on.
+
+    Returns whether nothing of the run is left. Ray ends the workers of a killed driver, but some
+    seconds later: now and then they are left to write on beside the next run.
+    """
+    left: dict[int, str] = {}
     run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for_shards(output, run, rng)
@@ -95,6 +101,7 @@ def _one_run(arguments, output: Path, done: dict, kills: int, rng: random.Random
             victim = victim_of(kind, run.pid, rng)
             if victim is None or run.poll() is not None:
                 continue
+            left |= descendants(run.pid)  # who has no parent any more when that is killed
             os.kill(victim, signal.SIGKILL)
             done[kind] += 1
             print(f"killed {kind}; {done}", flush=True)
@@ -105,10 +112,13 @@ def _one_run(arguments, output: Path, done: dict, kills: int, rng: random.Random
     except subprocess.TimeoutExpired:
         pass  # a driver whose node is gone may hang
     finally:
-        left = descendants(run.pid)
+        left |= descendants(run.pid)
         run.kill()
         run.wait()
+    alone = rng.random() < 0.5
+    if alone:
         _end(left)
+    return alone
 
 
 def _wait_for_shards(output: Path, run, rng: random.Random):
