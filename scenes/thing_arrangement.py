@@ -16,7 +16,7 @@ from .thing_layers import Layer, Pose
 # Diameter of a thing's whole mask over the image's short side, as it is drawn.
 SIZES = {"small": (0.15, 0.25), "medium-sized": (0.32, 0.41), "large": (0.52, 0.68)}
 # Share of a thing's pixels on the image that other things hide.
-HIDDEN = {"whole": (0.0, 0.02), "partly hidden": (0.12, 0.42), "mostly hidden": (0.51, 0.6)}
+HIDDEN = {"whole": (0.0, 0.02), "partly hidden": (0.08, 0.42), "mostly hidden": (0.51, 0.6)}
 CLEAR_HIDER = 1.5  # times the pixels that the next thing hides
 CUT = (0.12, 0.45)  # share of a thing's pixels outside the image, where a border cuts it off
 ON = 0.92  # share of a thing's pixels within another's outline, from which on it lies on it
@@ -25,8 +25,8 @@ CHILD_SHARE = 0.65  # upper bound for its diameter over that of what it lies on
 GRID_MARGIN = 0.03  # of a side, between the center of a visible mask's box and a grid line
 MIN_PIXELS = 30  # visible, of any thing
 
-MODES = ("free", "over", "on", "cut")
-MODE_SHARES = (0.36, 0.32, 0.2, 0.12)
+MODES = ("free", "over", "most", "on", "cut")
+MODE_SHARES = (0.3, 0.22, 0.1, 0.28, 0.1)
 PLACE_TRIES = 24  # for one thing; the second half anywhere
 
 
@@ -144,17 +144,29 @@ def _cut(rng: np.random.Generator, layer: Layer, size: tuple[int, int]) -> tuple
 
 def _over(rng: np.random.Generator, layer: Layer, below: list[Layer]) -> tuple[int, int]:
     """Draws a corner such that a window hides a part of another."""
-    other = below[rng.integers(len(below))]
+    return _beside(rng, layer, below[rng.integers(len(below))], (0.2, 0.45))
+
+
+def _most(rng: np.random.Generator, layer: Layer, below: list[Layer]) -> tuple[int, int] | None:
+    """Draws a corner such that a window hides most of another that is not larger, if any is."""
+    others = [other for other in below if other.pose.diameter <= 1.1 * layer.pose.diameter]
+    return _beside(rng, layer, others[rng.integers(len(others))], (0.12, 0.3)) if others else None
+
+
+def _beside(rng, layer: Layer, other: Layer, reaches: tuple[float, float]) -> tuple[int, int]:
+    """Draws a corner at a distance from another's middle, in shares of both diameters."""
     angle = rng.uniform(0, 2 * math.pi)
-    reach = rng.uniform(0.2, 0.45) * (other.pose.diameter + layer.pose.diameter)
-    middle = (
-        start + length / 2 for start, length in zip(other.origin, other.mask.shape, strict=True)
-    )
-    steps = (reach * math.sin(angle), reach * math.cos(angle))
-    return tuple(
-        round(m + step - length / 2)
-        for m, step, length in zip(middle, steps, layer.mask.shape, strict=True)
-    )
+    reach = rng.uniform(*reaches) * (other.pose.diameter + layer.pose.diameter)
+    middle = _middle(other)
+    rows, columns = layer.mask.shape
+    top = middle[0] + reach * math.sin(angle) - rows / 2
+    return round(top), round(middle[1] + reach * math.cos(angle) - columns / 2)
+
+
+def _middle(layer: Layer) -> tuple[float, float]:
+    """Returns the middle (row, column) of a placed layer's window."""
+    (top, left), (rows, columns) = layer.origin, layer.mask.shape
+    return top + rows / 2, left + columns / 2
 
 
 def _on(rng: np.random.Generator, layer: Layer, below: list[Layer]) -> tuple[int, int] | None:
@@ -165,10 +177,15 @@ def _on(rng: np.random.Generator, layer: Layer, below: list[Layer]) -> tuple[int
         return None
 
     layer.on = parents[rng.integers(len(parents))]
-    pixels = np.flatnonzero(below[layer.on].visible)
-    row, column = divmod(int(pixels[rng.integers(len(pixels))]), below[layer.on].visible.shape[1])
+    parent = below[layer.on]
+    pixels = np.flatnonzero(parent.visible)
+    row, column = divmod(int(pixels[rng.integers(len(pixels))]), parent.visible.shape[1])
+    # part of the way to the middle: at the edge a window would hang over
+    share = rng.uniform(0.2, 0.8)
+    middle = _middle(parent)
     height, width = layer.mask.shape
-    return row - height // 2, column - width // 2
+    top = row + share * (middle[0] - row) - height / 2
+    return round(top), round(column + share * (middle[1] - column) - width / 2)
 
 
 def _corner(rng, mode: str, layer: Layer, below: list[Layer], size) -> tuple[int, int] | None:
@@ -180,7 +197,7 @@ def _corner(rng, mode: str, layer: Layer, below: list[Layer], size) -> tuple[int
         return _cut(rng, layer, size)
     if not below:
         return None
-    return _on(rng, layer, below) if mode == "on" else _over(rng, layer, below)
+    return {"on": _on, "most": _most, "over": _over}[mode](rng, layer, below)
 
 
 def arrange(

@@ -137,7 +137,7 @@ def _sizes(rng: np.random.Generator, count: int, short: int) -> list[tuple[str, 
             few = count <= COUNTS[1]
             low, high = (FEW_SMALLEST, high) if few else (low, 0.5 * (low + high))
         drawn.append((name, short * rng.uniform(low, high)))
-    return sorted(drawn, key=lambda size: size[1] * rng.uniform(0.6, 1.0), reverse=True)
+    return sorted(drawn, key=lambda size: size[1] * rng.uniform(0.4, 1.0), reverse=True)
 
 
 def _layers(rng, sources: Sources, split: Split, sizes: Sequence[tuple[str, float]]) -> list[Layer]:
