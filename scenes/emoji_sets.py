@@ -30,7 +30,7 @@ from ..common.files import writing
 from .concepts import CONCEPTS, Concept
 
 SPRITE_SIDE = 128  # pixels of the longer side of a drawing's box
-DRAWING_SIDE = 320  # pixels at which an SVG is drawn, before it is cropped and made smaller
+DRAWING_SIDE = 384  # pixels at which an SVG is drawn, before it is cropped and made smaller
 REFERENCE = re.compile(r"""(?:href\s*=\s*["']|url\(\s*["']?)[^#"'\s].{,40}""")  # to a thing outside
 MAX_MEMBER = 64 << 20  # bytes of a file in a package
 ALPHA_THRESHOLD = 128  # of 255: a pixel from here on belongs to the thing
@@ -197,9 +197,9 @@ def draw(svg: str) -> np.ndarray:
     if box is None:
         raise ValueError("expected a drawing with something in it, got an empty one")
 
-    image = image.crop(box)
-    image.thumbnail((SPRITE_SIDE, SPRITE_SIDE), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    lengths = box[2] - box[0], box[3] - box[1]
+    size = [max(round(length * SPRITE_SIDE / max(lengths)), 1) for length in lengths]
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))
 
 
 def draw_set(name: str, drawings: Mapping[str, str], concepts: Sequence[Concept]) -> Atlas:
@@ -227,18 +227,20 @@ def save_atlas(atlas: Atlas, path: Path) -> None:
         np.savez(file, **atlas.sprites)
 
 
-def load_atlas(name: str, path: Path, concepts: Sequence[Concept] = CONCEPTS) -> Atlas:
+def load_atlas(name: str, path: Path, concepts: Sequence[Concept]) -> Atlas:
     """Reads an atlas.
 
     Raises:
         FileNotFoundError: none is there.
         ValueError: not an atlas, or one that lacks a concept.
     """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            sprites = {c.name: _checked(stored[c.name], c.name) for c in concepts}
-    except (KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"expected an atlas of every concept at {path}, got {error}") from error
+    with path.open("rb") as file:
+        try:
+            stored = np.load(file, allow_pickle=False)
+            arrays = {concept.name: stored[concept.name] for concept in concepts}
+        except (KeyError, IndexError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"expected an atlas of every concept at {path}: {error}") from error
+    sprites = {name: _checked(sprite, name) for name, sprite in arrays.items()}
     return Atlas(name, sprites)
 
 
@@ -267,7 +269,7 @@ def open_atlas(name: str, folder: Path | None = None) -> Atlas:
     """
     path = atlas_path(name, folder)
     with contextlib.suppress(FileNotFoundError):
-        return load_atlas(name, path)
+        return load_atlas(name, path, CONCEPTS)
     atlas = draw_set(name, read_package(fetch_package(SETS[name])), CONCEPTS)
     save_atlas(atlas, path)
     return atlas
