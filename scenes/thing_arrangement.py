@@ -30,11 +30,14 @@ MODE_SHARES = (0.3, 0.22, 0.1, 0.28, 0.1)
 PLACE_TRIES = 24  # for one thing; the second half anywhere
 
 
-def center_of(mask: np.ndarray) -> tuple[float, float]:
-    """Returns the center (x, y) of the mask's box, as shares of width and height."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    height, width = mask.shape
-    x, y = columns[0] + columns[-1] + 1, rows[0] + rows[-1] + 1
+def center_of(layer: Layer) -> tuple[float, float]:
+    """Returns the center (x, y) of the visible mask's box, as shares of width and height."""
+    height, width = layer.visible.shape
+    window = layer.windows((height, width))[:2]
+    visible = layer.visible[window]
+    rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+    x = 2 * window[1].start + columns[0] + columns[-1] + 1
+    y = 2 * window[0].start + rows[0] + rows[-1] + 1
     return float(x / (2 * width)), float(y / (2 * height))
 
 
@@ -88,7 +91,7 @@ def _is_clear(layers: list[Layer], k: int) -> bool:
     name = hidden_class(hidden_share(layer))
     if name is None:
         return False
-    if any(abs(c - g / 3) < GRID_MARGIN for c in center_of(layer.visible) for g in (1, 2)):
+    if any(abs(c - g / 3) < GRID_MARGIN for c in center_of(layer) for g in (1, 2)):
         return False
 
     hiders = _hiders(layers, k) if name != "whole" else []
@@ -102,18 +105,18 @@ def _fits(layers: list[Layer]) -> bool:
     if share and not (CUT[0] <= share <= CUT[1] and cut_border(top)):
         return False
 
-    below = layers[:-1]
+    # what lies below it, seen or not: it may hide what hid another
+    below, changed = layers[:-1], [len(layers) - 1]
     for i, other in enumerate(below):
         overlap = np.count_nonzero(top.inside & other.inside) / pixels
         if overlap < ON if top.on == i else overlap > NOT_ON:
             return False
+        if overlap:
+            changed.append(i)
 
     before = [other.visible for other in below]
-    changed = [len(below)]
-    for i, other in enumerate(below):
-        if (other.visible & top.inside).any():
-            other.visible = other.visible & ~top.inside
-            changed.append(i)
+    for i in changed[1:]:
+        below[i].visible = below[i].visible & ~top.inside
     if all(_is_clear(layers, k) for k in changed):
         return True
     for other, visible in zip(below, before, strict=True):
@@ -212,12 +215,14 @@ def arrange(
     placed: list[Layer] = []
     for layer in layers:
         chosen = MODES[rng.choice(len(MODES), p=MODE_SHARES)]
+
         for attempt in range(PLACE_TRIES):
             mode = chosen if attempt < PLACE_TRIES // 2 else "free"
             corner = _corner(rng, mode, layer, placed, size)
             if corner is None:
                 chosen = "free"
                 continue
+
             layer.place(*corner, size)
             if layer.inside.any() and _fits([*placed, layer]):
                 placed.append(layer)
@@ -251,9 +256,10 @@ def facts_of(layers: list[Layer], k: int) -> ThingFacts:
     """States what is true of one of the placed layers."""
     layer = layers[k]
     pose: Pose = layer.pose
-    x, y = center_of(layer.visible)
+    x, y = center_of(layer)
     hidden = hidden_class(hidden_share(layer))
     assert hidden is not None
+
     return ThingFacts(
         concept=pose.concept,
         size=pose.size,

@@ -180,7 +180,7 @@ def test_a_drawing_is_cropped_to_its_box_and_fills_the_sprite():
     drawings = emoji_sets.read_package(played_package())
     sprite = emoji_sets.draw(drawings["2b50"])
     assert sprite.shape == (64, 128, 4)
-    assert (sprite[2:-2, 2:-2] == (255, 0, 0, 255)).all()
+    assert abs(sprite[2:-2, 2:-2].astype(int) - (255, 0, 0, 255)).max() <= 2
 
     disk = emoji_sets.draw(drawings["26aa"])
     assert abs(disk.shape[0] - disk.shape[1]) <= 2 and max(disk.shape) == 128
