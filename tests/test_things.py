@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from perceptiondlm.common.extras import MissingExtra
-from perceptiondlm.scenes import backgrounds, emoji_sets, things
+from perceptiondlm.scenes import backgrounds, emoji_sets, thing_arrangement, things
 from perceptiondlm.scenes.concepts import Concept
 from perceptiondlm.scenes.language import GRID
 from perceptiondlm.scenes.thing_arrangement import CUT, HIDDEN, NOT_ON, ON, SIZES, facts_of
@@ -266,6 +266,22 @@ def test_what_hides_a_thing_is_what_shows_most_in_its_place(sources):
             assert facts.hidden_by == hider
             # by half more than the next one, but for pixels of the edges
             assert not others or most + 25 >= 1.5 * others[0][1]
+
+
+def test_a_thing_that_covers_what_hides_another_keeps_the_hider_clear(sources):
+    """The uppermost would hide as much of the lowest as the middle one, in its place."""
+
+    def square(left: int, top: int, side: int):
+        pose = things.Pose("square 0", "noto", "small", side, 0.0, False, (1, 1, 1), (0, 0, 0))
+        layer = things.Layer.of(pose, sources.sprite("noto", "square 0"))
+        layer.place(top, left, (100, 100))
+        return layer
+
+    lowest, middle = square(38, 38, 40), square(26, 36, 24)
+    assert thing_arrangement._fits([lowest]) and thing_arrangement._fits([lowest, middle])
+    shown = lowest.visible.copy()
+    assert not thing_arrangement._fits([lowest, middle, square(26, 25, 24)])
+    assert (lowest.visible == shown).all()
 
 
 def test_no_thing_loses_more_than_three_fifths_of_its_pixels(sources):
