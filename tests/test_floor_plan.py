@@ -32,7 +32,7 @@ ALLOWED = {
     "evaluation": {"root", "common", "scenes", "conversion"},
     "apps": {"root", "common", "scenes", "conversion", "regions"},
     "pipelines": {"root", "common", "scenes", "regions", "apps"},
-    "benchmarks": {"root", "common", "scenes", "evaluation", "training"},
+    "benchmarks": {"root", "common", "scenes", "evaluation", "training", "pipelines", "apps"},
     "docs": {"root", "scenes", "apps", "regions"},  # scripts that draw figures and write tables
 }
 
