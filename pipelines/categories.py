@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .captioners import Chat
-from .endpoint import Failure, visible_text
+from .endpoint import Failure, drop_failures, visible_text
 from .records import Record, Stage, drop_where
 from .text_filters import words_of
 
@@ -33,7 +33,10 @@ Extractor = Callable[[list[str]], list[str | Failure]]
 
 
 class ExtractCategories(Stage):
-    """Writes the core category of each caption; what has none is dropped by "no category"."""
+    """Writes the core category of each caption.
+
+    Rules: "no category" for a caption without one, "call failed" where a later run may get one.
+    """
 
     name = "categories"
 
@@ -48,10 +51,12 @@ class ExtractCategories(Stage):
             for region in record.regions:
                 answer = next(answers)
                 if isinstance(answer, Failure):
-                    failures[region.key] = f"expected a core category, got: {answer.reason}"
+                    failures[region.key] = answer
                 else:
                     region.core = answer
-            record.drop(self.name, "no category", failures)
+            drop_failures(
+                record, self.name, "no category", failures, "expected a core category, got: "
+            )
         return records
 
 
@@ -131,7 +136,8 @@ Verifier = Callable[[list[tuple[str, str]]], list[bool | Failure]]
 class VerifyCategories(Stage):
     """Drops the regions whose caption is not of their annotated category.
 
-    Rules: "no category" for a region without one, "no answer", and "category".
+    Rules: "no category" for a region without one, "no answer", "call failed" where a later run may
+    get one, and "category".
     """
 
     name = "verify"
@@ -155,13 +161,13 @@ class VerifyCategories(Stage):
 
     def _drop(self, record: Record, answers: list[bool | Failure]):
         regions = list(zip(record.regions, answers, strict=True))
-        failures = {r.key: a.reason for r, a in regions if isinstance(a, Failure)}
+        failures = {r.key: a for r, a in regions if isinstance(a, Failure)}
         others = {
             region.key: f"expected a caption of {region.category!r}, got {region.caption!r:.80}"
             for region, answer in regions
             if answer is False
         }
-        record.drop(self.name, "no answer", failures)
+        drop_failures(record, self.name, "no answer", failures)
         record.drop(self.name, "category", others)
 
 

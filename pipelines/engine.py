@@ -3,8 +3,8 @@
 source -> batches -> stages -> parts/000000.json, ...   each written whole or not at all
                                records.jsonl, dropped.jsonl, summary.json and the card, at the end
 
-A run that was killed goes on after its last part. A region is in the records or among what was
-dropped, once.
+A run that was killed goes on after its last part; parts in which calls failed are made again, where
+the answers that came are on disk. A region is in the records or among what was dropped, once.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..common.files import json_bytes, only_run, write_bytes, write_json, writing
 from ..common.json_text import encode_json, read_json, read_optional_json
+from .endpoint import FAILED
 from .output import KeepCaptioned, dropped_rows, lines_of, link_image
 from .recipe import EngineRecipe
 from .records import Record, Stage
@@ -37,7 +38,7 @@ HARMLESS = {
 
 
 # Rules that say nothing about a region, but that it could not be read, shown or asked about.
-TROUBLES = {"broken record", "broken region", "image", "no caption", "no answer"}
+TROUBLES = {"broken record", "broken region", "image", "no caption", "no answer", FAILED}
 
 
 @dataclass
@@ -78,6 +79,10 @@ class Part:
     lines: list[dict] = field(default_factory=list)
     dropped: list[dict] = field(default_factory=list)
     counts: dict[str, StageCount] = field(default_factory=dict)
+
+    def failed_calls(self) -> int:
+        """Counts the regions that are to be asked about again."""
+        return sum(row["rule"] == FAILED for row in self.dropped)
 
     def to_bytes(self) -> bytes:
         """Encodes a part as JSON."""
@@ -174,7 +179,7 @@ def _digest(items: list) -> str:
 
 
 def _known_part(path: Path, items: list) -> Part | None:
-    """Returns the part that an earlier run made of the same items; None if there is none."""
+    """Returns the part that an earlier run made of the same items; None if it has to be made."""
     if not path.exists():
         return None
     part = Part.read(path)
@@ -183,7 +188,7 @@ def _known_part(path: Path, items: list) -> Part | None:
             f"expected the source that {path} was made of, got another one, or one that has changed"
             " since: give another output.folder, or --restart"
         )
-    return part
+    return None if part.failed_calls() else part
 
 
 def _expect_few_broken(images: int, broken: int, max_share: float, part: Part):
@@ -281,6 +286,7 @@ def _join(folder: Path, paths: list[Path]) -> dict:
     """Writes the lines of all parts to two files; returns what was counted."""
     totals: dict[str, StageCount] = {}
     summary = {"images": 0, "broken_images": 0, "records": 0, "regions": 0, "dropped": 0}
+    summary["failed_calls"] = 0
     with writing(folder / RECORDS) as records, writing(folder / DROPPED) as dropped:
         for path in paths:
             part = Part.read(path)
@@ -294,6 +300,7 @@ def _join(folder: Path, paths: list[Path]) -> dict:
             summary["records"] += len(part.lines)
             summary["regions"] += sum(len(line["captions"]) for line in part.lines)
             summary["dropped"] += len(part.dropped)
+            summary["failed_calls"] += part.failed_calls()
     return {**summary, "stages": {name: vars(count) for name, count in totals.items()}}
 
 
