@@ -21,7 +21,8 @@ from .categories import EXTRACT, VERIFY, checked_prompt
 from .endpoint import EndpointOptions
 from .mask_checks import MaskCheckOptions
 from .mask_filters import MaskOptions
-from .sources import LinesSource, PanopticSource, Sa1bSource
+from .row_sources import LinesSource, ReadsRows, RowsSource
+from .sources import PanopticSource, Sa1bSource
 from .text_filters import TextOptions
 from .transformers_chat import TransformersOptions
 
@@ -127,7 +128,12 @@ class OutputOptions:
 
 
 KINDS = {
-    "source": {"sa1b": Sa1bSource, "panoptic": PanopticSource, "lines": LinesSource},
+    "source": {
+        "sa1b": Sa1bSource,
+        "panoptic": PanopticSource,
+        "lines": LinesSource,
+        "rows": RowsSource,
+    },
     "captioner": {
         "model": ModelOptions,
         "endpoint": EndpointOptions,
@@ -158,7 +164,7 @@ class EngineRecipe:
     """Everything of one run; a section that is None is a stage that is left out."""
 
     branch: str
-    source: Sa1bSource | PanopticSource | LinesSource
+    source: Sa1bSource | PanopticSource | LinesSource | RowsSource
     output: OutputOptions
     masks: MaskOptions | None = None
     captioner: ModelOptions | EndpointOptions | TransformersOptions | None = None
@@ -247,12 +253,15 @@ def _check_sections(recipe: EngineRecipe):
             raise ValueError(f"expected {section} only {needs}; got branch {branch}")
     if recipe.branch == "coconut" and isinstance(recipe.source, Sa1bSource):
         raise ValueError(
-            "expected a source with categories for branch coconut (panoptic or lines), got sa1b"
+            "expected a source with categories for branch coconut (panoptic, lines or rows), got"
+            " sa1b"
         )
     if recipe.mask_check is not None and recipe.categories is None:
         raise ValueError("expected categories with mask_check, which looks for them, got none")
-    if recipe.captioner is None and not isinstance(recipe.source, LinesSource):
-        raise ValueError("expected a captioner, or source.kind lines with captions, got neither")
+    if recipe.captioner is None and not isinstance(recipe.source, ReadsRows):
+        raise ValueError(
+            "expected a captioner, or source.kind lines or rows with captions, got neither"
+        )
     is_chat = isinstance(recipe.captioner, (EndpointOptions, TransformersOptions))
     if recipe.prompt is not None and not is_chat:
         raise ValueError("expected prompt only with captioner.kind endpoint or transformers")

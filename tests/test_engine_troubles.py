@@ -1,4 +1,4 @@
-"""An endpoint in trouble: what is asked again, in the same run and in the next, and what ends it."""
+"""An endpoint in trouble: what is asked again, in the same run or the next, and what ends it."""
 
 import json
 import time
