@@ -34,6 +34,7 @@ RECORDS, DROPPED, SUMMARY = "records.jsonl", "dropped.jsonl", "summary.json"
 HARMLESS = {
     *("concurrency", "attempts", "first_delay", "timeout", "max_calls", "cache", "base_url"),
     *("device", "batch_size", "batch_images", "max_broken_share", "card", "sheet", "seed"),
+    *("shards", "shard_images"),
 }
 
 
@@ -259,6 +260,11 @@ def _write(record: Record, recipe: EngineRecipe, part: Part):
     options = recipe.output
     if record.regions:
         is_linked = options.images == "link"
+        if not is_linked and isinstance(record.image, bytes):
+            raise ValueError(
+                f"expected images with paths of their own for output.images path, got the bytes of"
+                f" {record.key}: link them"
+            )
         image = link_image(record, Path(options.folder)) if is_linked else record.name
         part.lines += lines_of(record, options.max_regions, image)
     elif any(entry.rule in TROUBLES for entry in record.dropped):
@@ -272,6 +278,12 @@ def _write(record: Record, recipe: EngineRecipe, part: Part):
 def _finish(recipe: EngineRecipe, folder: Path, paths: list[Path]) -> dict:
     """Puts all parts together: records, what was dropped, summary and card."""
     summary = _join(folder, paths)
+    if recipe.output.shards is not None:
+        from .shards import RecordShards
+
+        shards = RecordShards(recipe)
+        for path in paths:
+            shards.add(Part.read(path).lines)
     if recipe.output.images == "path":
         summary["train_with"] = f"data.image_root={recipe.source.image_root}"
     write_json(folder / SUMMARY, summary)

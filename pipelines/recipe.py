@@ -31,6 +31,8 @@ with extra("engine"):
 
 BRANCHES = ("sa1b", "coconut")
 IMAGES = ("link", "path")
+SHARDS = ("parquet", "webdataset")
+SHARD_IMAGES = ("path", "bytes")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ class OutputOptions:
     # "link": the images are in the folder too, as hard links or else copies, so that training needs
     # nothing else. "path": paths from the source's folder, for training's `data.image_root`.
     images: str = "link"
+    # "parquet", "webdataset": the records also as shards in captions/, as `caption-dataset` writes
+    # them; "bytes": with the images themselves instead of their paths.
+    shards: str | None = None
+    shard_images: str = "path"
     batch_images: int = 4  # that go through the stages together
     part_images: int = 64  # after which a part is finished: what a killed run repeats at most
     max_images: int | None = None  # of the source, from its beginning; none: all
@@ -120,6 +126,16 @@ class OutputOptions:
         if not self.folder:
             raise ValueError("expected output.folder, got none")
         expect_one_of("output.images", self.images, IMAGES)
+        expect_one_of("output.shard_images", self.shard_images, SHARD_IMAGES)
+        if self.shards is not None:
+            expect_one_of("output.shards", self.shards, SHARDS)
+        elif self.shard_images != "path":
+            raise ValueError("expected output.shard_images only with output.shards, got no shards")
+        if self.shards == "webdataset" and self.shard_images != "bytes":
+            raise ValueError(
+                "expected output.shard_images bytes with webdataset, whose samples hold their"
+                " images, got path"
+            )
         for name in ("max_regions", "batch_images", "part_images", "sheet"):
             expect_positive(f"output.{name}", getattr(self, name))
         expect_share("output.max_broken_share", self.max_broken_share)
