@@ -102,6 +102,13 @@ class ModelOptions:
             raise ValueError("expected captioner.checkpoint, a folder or Hub id, got none")
 
 
+def load_own(options) -> tuple:
+    """Loads the model and processor of options with a checkpoint of this package."""
+    device = options.device or default_device()
+    place = {"subfolder": options.subfolder, "dtype": options.dtype, "device": device}
+    return load_model(options.checkpoint, **place, quantize=options.quantize)
+
+
 class ModelCaptioner:
     """Captions with a checkpoint of this package; all images of a call in one batch."""
 
@@ -112,11 +119,8 @@ class ModelCaptioner:
 
     @cached_property
     def _loaded(self) -> tuple:
-        options = self.options
-        device = options.device or default_device()
-        place = {"subfolder": options.subfolder, "dtype": options.dtype, "device": device}
-        model, processor = load_model(options.checkpoint, **place, quantize=options.quantize)
-        DiffusionOptions.build(model.decoding_defaults, options.decoding)
+        model, processor = load_own(self.options)
+        DiffusionOptions.build(model.decoding_defaults, self.options.decoding)
         return model, processor
 
     def __call__(self, asked: Asked) -> list[list[Caption]]:

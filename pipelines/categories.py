@@ -1,11 +1,12 @@
 """Finds the core category of a caption, and tells whether a caption is of a given category.
 
-By plain rules on words, or by a chat model behind an endpoint or of transformers.
+By plain rules on words, or by a chat model behind an endpoint or of transformers. Our own model,
+which is shown the region too, verifies in `region_verifier`.
 """
 
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from .captioners import Chat
@@ -153,11 +154,14 @@ class VerifyCategories(Stage):
                 "no category",
                 lambda region: None if region.category else "expected a category, got none",
             )
-        pairs = [(region.caption, region.category) for r in records for region in r.regions]
-        answers = iter(self.verifier(pairs) if pairs else [])
+        answers = self._answers(records)
         for record in records:
             self._drop(record, [next(answers) for _ in record.regions])
         return records
+
+    def _answers(self, records: list[Record]) -> Iterator[bool | Failure]:
+        pairs = [(region.caption, region.category) for r in records for region in r.regions]
+        return iter(self.verifier(pairs) if pairs else [])
 
     def _drop(self, record: Record, answers: list[bool | Failure]):
         regions = list(zip(record.regions, answers, strict=True))

@@ -21,6 +21,7 @@ from .categories import EXTRACT, VERIFY, checked_prompt
 from .endpoint import EndpointOptions
 from .mask_checks import MaskCheckOptions
 from .mask_filters import MaskOptions
+from .region_verifier import ModelVerification
 from .row_sources import LinesSource, ReadsRows, RowsSource
 from .sources import PanopticSource, Sa1bSource
 from .text_filters import TextOptions
@@ -162,6 +163,7 @@ KINDS = {
     },
     "verifier": {
         "words": WordVerification,
+        "model": ModelVerification,
         "endpoint": EndpointVerification,
         "transformers": TransformersVerification,
     },
@@ -187,7 +189,13 @@ class EngineRecipe:
     prompt: PromptOptions | None = None
     categories: HeadNouns | EndpointExtraction | TransformersExtraction | None = None
     mask_check: MaskCheckOptions | None = None
-    verifier: WordVerification | EndpointVerification | TransformersVerification | None = None
+    verifier: (
+        WordVerification
+        | ModelVerification
+        | EndpointVerification
+        | TransformersVerification
+        | None
+    ) = None
     texts: TextOptions | None = None
 
     def to_dict(self) -> dict:
@@ -228,6 +236,8 @@ def build_recipe(values: dict) -> EngineRecipe:
         given[section] = dict(options)
         if section in KINDS:
             kind = given[section].pop("kind", None)
+            if (section, kind) == ("categories", "model"):
+                raise ValueError(NO_OWN_EXTRACTION)
             expect_one_of(f"{section}.kind", kind, tuple(KINDS[section]))
             classes[section] = KINDS[section][kind]
     classes = {section: classes[section] for section in given}
@@ -255,6 +265,11 @@ def _every_name() -> list[str]:
     return [name for classes in (*every, PLAIN) for name in option_types(classes)]
 
 
+NO_OWN_EXTRACTION = (
+    "expected categories.kind words, endpoint or transformers, got model: a checkpoint of this"
+    " package answers from a region's pixels, and the category has to come out of the caption"
+    " alone, or the mask check would test the model's eyes and not the caption"
+)
 NEEDED = {  # what a branch has no use for, and why
     ("sa1b", "verifier"): "with branch coconut, whose regions have categories",
     ("coconut", "categories"): "with branch sa1b: here the regions have categories",

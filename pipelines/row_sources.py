@@ -1,7 +1,7 @@
 """Reads records through the sources of `perceptiondlm caption-dataset`, whatever they read.
 
-JSON lines, Parquet, WebDataset, `datasets` on disk, COCO's annotations, folders of images and masks.
-What a row says beside its masks (captions, scores, categories) goes along.
+JSON lines, Parquet, WebDataset, `datasets` on disk, COCO's annotations, folders of images and
+masks. What a row says beside its masks (captions, scores, categories) goes along.
 """
 
 import hashlib

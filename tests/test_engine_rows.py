@@ -1,4 +1,4 @@
-"""The engine on what `caption-dataset` reads and writes: every region once, from any form to any."""
+"""The engine on what `caption-dataset` reads and writes: every region once, in every form."""
 
 import json
 
@@ -13,8 +13,8 @@ from perceptiondlm.image_masks import decode_rle, encode_rle
 from perceptiondlm.pipelines import row_sources
 from perceptiondlm.pipelines.captioners import Caption, CaptionRegions
 from perceptiondlm.pipelines.engine import run_engine
-from perceptiondlm.pipelines.records import mask_of
 from perceptiondlm.pipelines.recipe import build_recipe
+from perceptiondlm.pipelines.records import mask_of
 from perceptiondlm.pipelines.row_sources import LinesSource, RowsSource
 from perceptiondlm.pipelines.writers import read_rows, read_tar, shards
 from perceptiondlm.training.recipe import build_recipe as build_training_recipe
