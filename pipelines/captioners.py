@@ -6,7 +6,7 @@ anything else that does so can be given to `CaptionRegions` in Python.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -103,10 +103,19 @@ class ModelOptions:
 
 
 def load_own(options) -> tuple:
-    """Loads the model and processor of options with a checkpoint of this package."""
+    """Loads the model and processor of options with a checkpoint of this package.
+
+    Stages with the same one share it.
+    """
     device = options.device or default_device()
-    place = {"subfolder": options.subfolder, "dtype": options.dtype, "device": device}
-    return load_model(options.checkpoint, **place, quantize=options.quantize)
+    return _load_once(
+        options.checkpoint, options.subfolder, options.dtype, device, options.quantize
+    )
+
+
+@lru_cache(maxsize=1)
+def _load_once(checkpoint: str, subfolder: str | None, dtype: str, device: str, quantize) -> tuple:
+    return load_model(checkpoint, subfolder, dtype, device, quantize=quantize)
 
 
 class ModelCaptioner:

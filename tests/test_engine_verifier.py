@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 from engine_data import Played, kept, rules, write_panoptic
-from perceptiondlm.pipelines.captioners import CaptionRegions
+from perceptiondlm.pipelines import captioners
+from perceptiondlm.pipelines.captioners import CaptionRegions, ModelOptions, load_own
 from perceptiondlm.pipelines.engine import run_engine
 from perceptiondlm.pipelines.recipe import build_recipe
 from perceptiondlm.pipelines.records import mask_of, open_images
@@ -78,6 +79,18 @@ def test_an_image_that_cannot_be_read_drops_its_regions(make, records, tmp_path)
     (tmp_path / "data" / "images" / "0.png").write_bytes(b"no image")
     VerifyRegions(verifier_of(make(region_layout="independent"), min_yes=0.0))(records)
     assert set(rules(records[0]).values()) == {"image"} and kept(records[1])
+
+
+def test_a_captioner_and_a_verifier_of_one_checkpoint_share_it(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(captioners, "load_model", lambda *a, **k: loaded.append(a) or (a, None))
+    captioners._load_once.cache_clear()
+    options = {"checkpoint": "shared", "device": "cpu"}
+    one = load_own(ModelOptions(**options))
+    assert load_own(ModelVerification(**options)) is one and len(loaded) == 1
+    load_own(ModelVerification(**options, dtype="float32"))
+    assert len(loaded) == 2
+    captioners._load_once.cache_clear()
 
 
 def test_counts_add_up_through_the_engine(make, tmp_path):
