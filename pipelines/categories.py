@@ -47,6 +47,7 @@ class ExtractCategories(Stage):
     def __call__(self, records: list[Record]) -> list[Record]:
         captions = [region.caption for record in records for region in record.regions]
         answers = iter(self.extractor(captions) if captions else [])
+
         for record in records:
             failures = {}
             for region in record.regions:

@@ -163,6 +163,7 @@ class ChatModel:
                 self._endpoint.stop.set()  # nobody waits, nobody asks on
                 raise EngineStopped(f"{self.options.model}: {failure}") from failure
             return Failure(str(failure), passing=isinstance(failure, Exhausted))
+
         self._in_a_row = 0
         if any("\ud800" <= character <= "\udfff" for character in answer):
             return Failure(f"expected text, got a lone surrogate in {answer!r:.80}")

@@ -126,6 +126,7 @@ def _begin(folder: Path, values: dict, restart: bool):
         shutil.rmtree(folder / PARTS, ignore_errors=True)
         write_json(folder / STATE, {"recipe": values})
         return
+
     if not isinstance(earlier, dict) or not isinstance(earlier.get("recipe"), dict):
         raise ValueError(f"expected the recipe of an earlier run in {folder / STATE}, got another")
     one, other = _flat(earlier["recipe"]), _flat(values)

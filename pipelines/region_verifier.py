@@ -79,6 +79,7 @@ class ModelVerifier:
             [prompt.format(caption=caption, category=category) for caption, category in texts]
             for texts in pairs
         ]
+
         scores = model.diffusion_score(
             [image for image, _ in asked],
             [masks for _, masks in asked],
