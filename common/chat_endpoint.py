@@ -7,6 +7,7 @@ cut a Retry-After at one or two minutes; and their waits cannot be ended when th
 """
 
 import email.utils
+import importlib
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from .extras import extra
 RETRIED_STATUSES = (408, 409, 429)  # and every 5xx
 FATAL_STATUSES = (401, 403, 404)  # no other call can do better
 NO_KEY = "none"  # sent to a user's own server, which asks for no key
+MAX_BODY = 16 << 20  # bytes of a response, far beyond any completion
 
 
 class CallFailure(Exception):
@@ -28,6 +30,10 @@ class CallFailure(Exception):
     def __init__(self, reason: str, *, fatal: bool = False):
         super().__init__(reason)
         self.fatal = fatal
+
+
+class Exhausted(CallFailure):
+    """A question that failed at each attempt, each time for what may pass."""
 
 
 class CutOff(CallFailure):
@@ -121,7 +127,7 @@ class Endpoint:
             if attempt + 1 < self.policy.attempts:
                 self.stop.wait(self.policy.delay(attempt) if wait is None else wait)
 
-        raise CallFailure(f"{reason} ({self.policy.attempts} attempts)")
+        raise Exhausted(f"{reason} ({self.policy.attempts} attempts)")
 
     def _attempt(self, messages: list[dict]) -> tuple[str | None, str | None, float | None]:
         """Makes one call: (answer, None, None), or (None, reason, seconds asked for).
@@ -148,6 +154,10 @@ class Endpoint:
     def _status_reason(self, error) -> tuple[str, float | None]:
         """Returns why and when to try again after an HTTP error. Raises as `_attempt`."""
         status = error.status_code
+        if 300 <= status < 400:
+            place = public_url(error.response.headers.get("location", ""))
+            reason = f"HTTP {status}: expected an answer, got a redirect to {place}"
+            raise CallFailure(f"{reason}: give the base URL that it leads to", fatal=True)
         reason = self._redact(f"HTTP {status}: {error.response.text[:200].strip()}")
         is_out_of_credit = error.code == "insufficient_quota"
         if is_out_of_credit or not (status in RETRIED_STATUSES or status >= 500):
@@ -226,12 +236,41 @@ def make_client(base_url: str | None, timeout: float, azure_api_version: str | N
     if not key and not base_url:
         raise ValueError(f"expected a key for the endpoint in {variable}, got none and no base URL")
 
-    common = {"api_key": key or NO_KEY, "timeout": timeout, "max_retries": 0}  # see above: ours
+    # Images and questions go to the endpoint that was named and to no other: no redirects.
+    hooks = {"response": [lambda response: _bound_body(response, timeout)]}
+    http = openai.DefaultHttpxClient(follow_redirects=False, event_hooks=hooks)
+    common = {"api_key": key or NO_KEY, "timeout": timeout, "http_client": http}
+    common["max_retries"] = 0  # see above: ours
     if azure_api_version:
         if not base_url:
             raise ValueError("expected a base URL or AZURE_OPENAI_ENDPOINT for Azure, got none")
         return openai.AzureOpenAI(azure_endpoint=base_url, api_version=azure_api_version, **common)
     return openai.OpenAI(base_url=base_url, **common)
+
+
+def _bound_body(response, timeout: float):
+    """Bounds the seconds and bytes of a response's body; httpx itself bounds each read alone."""
+    # httpx, or what has taken its place in the installed `openai`.
+    httpx = importlib.import_module(type(response).__module__.partition(".")[0])
+
+    class BoundedStream(httpx.SyncByteStream):
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __iter__(self):
+            end, size = time.monotonic() + timeout, 0
+            for chunk in self.stream:
+                size += len(chunk)
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout("expected the whole body in time")
+                if size > MAX_BODY:
+                    raise httpx.ReadError(f"expected a body of {MAX_BODY:,} bytes at most")
+                yield chunk
+
+        def close(self):
+            self.stream.close()
+
+    response.stream = BoundedStream(response.stream)
 
 
 def public_url(url: str) -> str:

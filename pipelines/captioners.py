@@ -6,7 +6,7 @@ anything else that does so can be given to `CaptionRegions` in Python.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..common.crops import crop_window, png_data_url
 from ..common.loading import default_device, load_model
 from ..common.option_checks import expect_positive
 from ..generation_options import DiffusionOptions
-from .endpoint import Failure, image_part, text_part, visible_text
+from .endpoint import Failure, drop_failures, image_part, text_part, visible_text
 from .records import Record, Stage, mask_of, open_images, without_loaded
 
 PROMPT = """\
@@ -29,11 +29,19 @@ OUTLINE_SHARE = 0.006  # of the image's longer side, on each side of the edge
 
 @dataclass(frozen=True)
 class Caption:
-    """Holds what a captioner said about a region; without text, the problem says why."""
+    """Holds what a captioner said about a region.
+
+    Attributes:
+        text: None where there is none.
+        score: how sure it was.
+        problem: why there is no text.
+        passing: as of a `Failure`.
+    """
 
     text: str | None
     score: float | None = None
     problem: str | None = None
+    passing: bool = False
 
 
 Asked = list[tuple[Image.Image, list[np.ndarray]]]  # images, RGB, with region masks, bool (H, W)
@@ -46,7 +54,10 @@ class Captioner(Protocol):
 
 
 class CaptionRegions(Stage):
-    """Writes a caption to each region; one that got none is dropped by the rule "no caption"."""
+    """Writes a caption to each region.
+
+    Rules: "no caption" for one that got none, "call failed" where a later run may get one, "image".
+    """
 
     name = "caption"
 
@@ -62,13 +73,13 @@ class CaptionRegions(Stage):
         return records
 
     def _fill_in(self, record: Record, captions: list[Caption]):
-        problems = {}
+        problems: dict[str, Failure] = {}
         for region, caption in zip(record.regions, captions, strict=True):
             if caption.text is None:
-                problems[region.key] = f"expected a caption, got: {caption.problem}"
+                problems[region.key] = Failure(caption.problem, caption.passing)
             else:
                 region.caption, region.score = caption.text.strip(), caption.score
-        record.drop(self.name, "no caption", problems)
+        drop_failures(record, self.name, "no caption", problems, "expected a caption, got: ")
 
 
 # Our own model.
@@ -91,6 +102,22 @@ class ModelOptions:
             raise ValueError("expected captioner.checkpoint, a folder or Hub id, got none")
 
 
+def load_own(options) -> tuple:
+    """Loads the model and processor of options with a checkpoint of this package.
+
+    Stages with the same one share it.
+    """
+    device = options.device or default_device()
+    return _load_once(
+        options.checkpoint, options.subfolder, options.dtype, device, options.quantize
+    )
+
+
+@lru_cache(maxsize=1)
+def _load_once(checkpoint: str, subfolder: str | None, dtype: str, device: str, quantize) -> tuple:
+    return load_model(checkpoint, subfolder, dtype, device, quantize=quantize)
+
+
 class ModelCaptioner:
     """Captions with a checkpoint of this package; all images of a call in one batch."""
 
@@ -101,11 +128,8 @@ class ModelCaptioner:
 
     @cached_property
     def _loaded(self) -> tuple:
-        options = self.options
-        device = options.device or default_device()
-        place = {"subfolder": options.subfolder, "dtype": options.dtype, "device": device}
-        model, processor = load_model(options.checkpoint, **place, quantize=options.quantize)
-        DiffusionOptions.build(model.decoding_defaults, options.decoding)
+        model, processor = load_own(self.options)
+        DiffusionOptions.build(model.decoding_defaults, self.options.decoding)
         return model, processor
 
     def __call__(self, asked: Asked) -> list[list[Caption]]:
@@ -174,7 +198,7 @@ class ChatCaptioner:
 
 def _caption_of(answer: str | Failure) -> Caption:
     if isinstance(answer, Failure):
-        return Caption(None, problem=answer.reason)
+        return Caption(None, problem=answer.reason, passing=answer.passing)
     return Caption(answer)
 
 

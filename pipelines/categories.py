@@ -1,15 +1,16 @@
 """Finds the core category of a caption, and tells whether a caption is of a given category.
 
-By plain rules on words, or by a chat model behind an endpoint or of transformers.
+By plain rules on words, or by a chat model behind an endpoint or of transformers. Our own model,
+which is shown the region too, verifies in `region_verifier`.
 """
 
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from .captioners import Chat
-from .endpoint import Failure, visible_text
+from .endpoint import Failure, drop_failures, visible_text
 from .records import Record, Stage, drop_where
 from .text_filters import words_of
 
@@ -33,7 +34,10 @@ Extractor = Callable[[list[str]], list[str | Failure]]
 
 
 class ExtractCategories(Stage):
-    """Writes the core category of each caption; what has none is dropped by "no category"."""
+    """Writes the core category of each caption.
+
+    Rules: "no category" for a caption without one, "call failed" where a later run may get one.
+    """
 
     name = "categories"
 
@@ -43,15 +47,18 @@ class ExtractCategories(Stage):
     def __call__(self, records: list[Record]) -> list[Record]:
         captions = [region.caption for record in records for region in record.regions]
         answers = iter(self.extractor(captions) if captions else [])
+
         for record in records:
             failures = {}
             for region in record.regions:
                 answer = next(answers)
                 if isinstance(answer, Failure):
-                    failures[region.key] = f"expected a core category, got: {answer.reason}"
+                    failures[region.key] = answer
                 else:
                     region.core = answer
-            record.drop(self.name, "no category", failures)
+            drop_failures(
+                record, self.name, "no category", failures, "expected a core category, got: "
+            )
         return records
 
 
@@ -131,7 +138,8 @@ Verifier = Callable[[list[tuple[str, str]]], list[bool | Failure]]
 class VerifyCategories(Stage):
     """Drops the regions whose caption is not of their annotated category.
 
-    Rules: "no category" for a region without one, "no answer", and "category".
+    Rules: "no category" for a region without one, "no answer", "call failed" where a later run may
+    get one, and "category".
     """
 
     name = "verify"
@@ -147,21 +155,24 @@ class VerifyCategories(Stage):
                 "no category",
                 lambda region: None if region.category else "expected a category, got none",
             )
-        pairs = [(region.caption, region.category) for r in records for region in r.regions]
-        answers = iter(self.verifier(pairs) if pairs else [])
+        answers = self._answers(records)
         for record in records:
             self._drop(record, [next(answers) for _ in record.regions])
         return records
 
+    def _answers(self, records: list[Record]) -> Iterator[bool | Failure]:
+        pairs = [(region.caption, region.category) for r in records for region in r.regions]
+        return iter(self.verifier(pairs) if pairs else [])
+
     def _drop(self, record: Record, answers: list[bool | Failure]):
         regions = list(zip(record.regions, answers, strict=True))
-        failures = {r.key: a.reason for r, a in regions if isinstance(a, Failure)}
+        failures = {r.key: a for r, a in regions if isinstance(a, Failure)}
         others = {
             region.key: f"expected a caption of {region.category!r}, got {region.caption!r:.80}"
             for region, answer in regions
             if answer is False
         }
-        record.drop(self.name, "no answer", failures)
+        drop_failures(record, self.name, "no answer", failures)
         record.drop(self.name, "category", others)
 
 

@@ -55,6 +55,9 @@ def report_lines(summary: dict, folder: str) -> list[str]:
         f"{folder}: {summary['regions']} regions in {summary['records']} records of"
         f" {summary['images']} images{broken}"
     )
+    if summary["failed_calls"]:
+        again = f"{summary['failed_calls']} regions were dropped because calls failed"
+        lines.append(f"{again}: the same command asks about them again")
     if "train_with" in summary:
         lines.append(f"train on them with {summary['train_with']}")
     return lines

@@ -21,12 +21,14 @@ from ..common.chat_endpoint import (
     CallFailure,
     CutOff,
     Endpoint,
+    Exhausted,
     RetryPolicy,
     make_client,
 )
 from ..common.option_checks import expect_positive
-from .records import without_loaded
+from .records import Record, without_loaded
 
+FAILED = "call failed"  # the rule of what a later run asks again
 FAILURES_IN_A_ROW = 8  # more than chance: the endpoint is gone
 LOCK_SECONDS = 60  # that a writer waits for another process's
 
@@ -67,9 +69,31 @@ class EndpointOptions:
 
 @dataclass(frozen=True)
 class Failure:
-    """Stands for an answer that did not come: why."""
+    """Stands for an answer that did not come.
+
+    Attributes:
+        reason: why.
+        passing: of the endpoint's state, not of the question: worth asking again in a later run.
+    """
 
     reason: str
+    passing: bool = False
+
+
+def drop_failures(
+    record: Record, stage: str, rule: str, failures: dict[str, Failure], expected: str = ""
+):
+    """Drops regions, by their keys, whose answer did not come: by a rule, or by `FAILED`.
+
+    Args:
+        record: of the regions.
+        stage, rule: as for `Record.drop`.
+        failures: by region key.
+        expected: what the reasons begin with.
+    """
+    for name, passing in ((rule, False), (FAILED, True)):
+        own = {key: found for key, found in failures.items() if found.passing is passing}
+        record.drop(stage, name, {key: expected + found.reason for key, found in own.items()})
 
 
 class ChatModel:
@@ -138,7 +162,8 @@ class ChatModel:
             if failure.fatal or self._in_a_row >= FAILURES_IN_A_ROW:
                 self._endpoint.stop.set()  # nobody waits, nobody asks on
                 raise EngineStopped(f"{self.options.model}: {failure}") from failure
-            return Failure(str(failure))
+            return Failure(str(failure), passing=isinstance(failure, Exhausted))
+
         self._in_a_row = 0
         if any("\ud800" <= character <= "\udfff" for character in answer):
             return Failure(f"expected text, got a lone surrogate in {answer!r:.80}")

@@ -3,8 +3,8 @@
 source -> batches -> stages -> parts/000000.json, ...   each written whole or not at all
                                records.jsonl, dropped.jsonl, summary.json and the card, at the end
 
-A run that was killed goes on after its last part. A region is in the records or among what was
-dropped, once.
+A run that was killed goes on after its last part; parts in which calls failed are made again, where
+the answers that came are on disk. A region is in the records or among what was dropped, once.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..common.files import json_bytes, only_run, write_bytes, write_json, writing
 from ..common.json_text import encode_json, read_json, read_optional_json
+from .endpoint import FAILED
 from .output import KeepCaptioned, dropped_rows, lines_of, link_image
 from .recipe import EngineRecipe
 from .records import Record, Stage
@@ -33,11 +34,12 @@ RECORDS, DROPPED, SUMMARY = "records.jsonl", "dropped.jsonl", "summary.json"
 HARMLESS = {
     *("concurrency", "attempts", "first_delay", "timeout", "max_calls", "cache", "base_url"),
     *("device", "batch_size", "batch_images", "max_broken_share", "card", "sheet", "seed"),
+    *("shards", "shard_images"),
 }
 
 
 # Rules that say nothing about a region, but that it could not be read, shown or asked about.
-TROUBLES = {"broken record", "broken region", "image", "no caption", "no answer"}
+TROUBLES = {"broken record", "broken region", "image", "no caption", "no answer", FAILED}
 
 
 @dataclass
@@ -78,6 +80,10 @@ class Part:
     lines: list[dict] = field(default_factory=list)
     dropped: list[dict] = field(default_factory=list)
     counts: dict[str, StageCount] = field(default_factory=dict)
+
+    def failed_calls(self) -> int:
+        """Counts the regions that are to be asked about again."""
+        return sum(row["rule"] == FAILED for row in self.dropped)
 
     def to_bytes(self) -> bytes:
         """Encodes a part as JSON."""
@@ -120,6 +126,7 @@ def _begin(folder: Path, values: dict, restart: bool):
         shutil.rmtree(folder / PARTS, ignore_errors=True)
         write_json(folder / STATE, {"recipe": values})
         return
+
     if not isinstance(earlier, dict) or not isinstance(earlier.get("recipe"), dict):
         raise ValueError(f"expected the recipe of an earlier run in {folder / STATE}, got another")
     one, other = _flat(earlier["recipe"]), _flat(values)
@@ -170,11 +177,19 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
 
 
 def _digest(items: list) -> str:
-    return hashlib.sha256(repr(items).encode("utf-8", "backslashreplace")).hexdigest()
+    plain = [_without_bytes(item) for item in items]
+    return hashlib.sha256(repr(plain).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _without_bytes(item):
+    """Puts a hash in the place of the image that a row holds: as text it is four times as long."""
+    if isinstance(item, dict) and isinstance(item.get("data"), bytes):
+        return {**item, "data": hashlib.sha256(item["data"]).hexdigest()}
+    return item
 
 
 def _known_part(path: Path, items: list) -> Part | None:
-    """Returns the part that an earlier run made of the same items; None if there is none."""
+    """Returns the part that an earlier run made of the same items; None if it has to be made."""
     if not path.exists():
         return None
     part = Part.read(path)
@@ -183,7 +198,7 @@ def _known_part(path: Path, items: list) -> Part | None:
             f"expected the source that {path} was made of, got another one, or one that has changed"
             " since: give another output.folder, or --restart"
         )
-    return part
+    return None if part.failed_calls() else part
 
 
 def _expect_few_broken(images: int, broken: int, max_share: float, part: Part):
@@ -254,6 +269,11 @@ def _write(record: Record, recipe: EngineRecipe, part: Part):
     options = recipe.output
     if record.regions:
         is_linked = options.images == "link"
+        if not is_linked and isinstance(record.image, bytes):
+            raise ValueError(
+                f"expected images with paths of their own for output.images path, got the bytes of"
+                f" {record.key}: link them"
+            )
         image = link_image(record, Path(options.folder)) if is_linked else record.name
         part.lines += lines_of(record, options.max_regions, image)
     elif any(entry.rule in TROUBLES for entry in record.dropped):
@@ -267,6 +287,12 @@ def _write(record: Record, recipe: EngineRecipe, part: Part):
 def _finish(recipe: EngineRecipe, folder: Path, paths: list[Path]) -> dict:
     """Puts all parts together: records, what was dropped, summary and card."""
     summary = _join(folder, paths)
+    if recipe.output.shards is not None:
+        from .shards import RecordShards
+
+        shards = RecordShards(recipe)
+        for path in paths:
+            shards.add(Part.read(path).lines)
     if recipe.output.images == "path":
         summary["train_with"] = f"data.image_root={recipe.source.image_root}"
     write_json(folder / SUMMARY, summary)
@@ -281,6 +307,7 @@ def _join(folder: Path, paths: list[Path]) -> dict:
     """Writes the lines of all parts to two files; returns what was counted."""
     totals: dict[str, StageCount] = {}
     summary = {"images": 0, "broken_images": 0, "records": 0, "regions": 0, "dropped": 0}
+    summary["failed_calls"] = 0
     with writing(folder / RECORDS) as records, writing(folder / DROPPED) as dropped:
         for path in paths:
             part = Part.read(path)
@@ -294,6 +321,7 @@ def _join(folder: Path, paths: list[Path]) -> dict:
             summary["records"] += len(part.lines)
             summary["regions"] += sum(len(line["captions"]) for line in part.lines)
             summary["dropped"] += len(part.dropped)
+            summary["failed_calls"] += part.failed_calls()
     return {**summary, "stages": {name: vars(count) for name, count in totals.items()}}
 
 

@@ -21,7 +21,9 @@ from .categories import EXTRACT, VERIFY, checked_prompt
 from .endpoint import EndpointOptions
 from .mask_checks import MaskCheckOptions
 from .mask_filters import MaskOptions
-from .sources import LinesSource, PanopticSource, Sa1bSource
+from .region_verifier import ModelVerification
+from .row_sources import LinesSource, ReadsRows, RowsSource
+from .sources import PanopticSource, Sa1bSource
 from .text_filters import TextOptions
 from .transformers_chat import TransformersOptions
 
@@ -30,6 +32,8 @@ with extra("engine"):
 
 BRANCHES = ("sa1b", "coconut")
 IMAGES = ("link", "path")
+SHARDS = ("parquet", "webdataset")
+SHARD_IMAGES = ("path", "bytes")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,10 @@ class OutputOptions:
     # "link": the images are in the folder too, as hard links or else copies, so that training needs
     # nothing else. "path": paths from the source's folder, for training's `data.image_root`.
     images: str = "link"
+    # "parquet", "webdataset": the records also as shards in captions/, as `caption-dataset` writes
+    # them; "bytes": with the images themselves instead of their paths.
+    shards: str | None = None
+    shard_images: str = "path"
     batch_images: int = 4  # that go through the stages together
     part_images: int = 64  # after which a part is finished: what a killed run repeats at most
     max_images: int | None = None  # of the source, from its beginning; none: all
@@ -119,6 +127,16 @@ class OutputOptions:
         if not self.folder:
             raise ValueError("expected output.folder, got none")
         expect_one_of("output.images", self.images, IMAGES)
+        expect_one_of("output.shard_images", self.shard_images, SHARD_IMAGES)
+        if self.shards is not None:
+            expect_one_of("output.shards", self.shards, SHARDS)
+        elif self.shard_images != "path":
+            raise ValueError("expected output.shard_images only with output.shards, got no shards")
+        if self.shards == "webdataset" and self.shard_images != "bytes":
+            raise ValueError(
+                "expected output.shard_images bytes with webdataset, whose samples hold their"
+                " images, got path"
+            )
         for name in ("max_regions", "batch_images", "part_images", "sheet"):
             expect_positive(f"output.{name}", getattr(self, name))
         expect_share("output.max_broken_share", self.max_broken_share)
@@ -127,7 +145,12 @@ class OutputOptions:
 
 
 KINDS = {
-    "source": {"sa1b": Sa1bSource, "panoptic": PanopticSource, "lines": LinesSource},
+    "source": {
+        "sa1b": Sa1bSource,
+        "panoptic": PanopticSource,
+        "lines": LinesSource,
+        "rows": RowsSource,
+    },
     "captioner": {
         "model": ModelOptions,
         "endpoint": EndpointOptions,
@@ -140,6 +163,7 @@ KINDS = {
     },
     "verifier": {
         "words": WordVerification,
+        "model": ModelVerification,
         "endpoint": EndpointVerification,
         "transformers": TransformersVerification,
     },
@@ -158,14 +182,20 @@ class EngineRecipe:
     """Everything of one run; a section that is None is a stage that is left out."""
 
     branch: str
-    source: Sa1bSource | PanopticSource | LinesSource
+    source: Sa1bSource | PanopticSource | LinesSource | RowsSource
     output: OutputOptions
     masks: MaskOptions | None = None
     captioner: ModelOptions | EndpointOptions | TransformersOptions | None = None
     prompt: PromptOptions | None = None
     categories: HeadNouns | EndpointExtraction | TransformersExtraction | None = None
     mask_check: MaskCheckOptions | None = None
-    verifier: WordVerification | EndpointVerification | TransformersVerification | None = None
+    verifier: (
+        WordVerification
+        | ModelVerification
+        | EndpointVerification
+        | TransformersVerification
+        | None
+    ) = None
     texts: TextOptions | None = None
 
     def to_dict(self) -> dict:
@@ -206,6 +236,8 @@ def build_recipe(values: dict) -> EngineRecipe:
         given[section] = dict(options)
         if section in KINDS:
             kind = given[section].pop("kind", None)
+            if (section, kind) == ("categories", "model"):
+                raise ValueError(NO_OWN_EXTRACTION)
             expect_one_of(f"{section}.kind", kind, tuple(KINDS[section]))
             classes[section] = KINDS[section][kind]
     classes = {section: classes[section] for section in given}
@@ -233,6 +265,11 @@ def _every_name() -> list[str]:
     return [name for classes in (*every, PLAIN) for name in option_types(classes)]
 
 
+NO_OWN_EXTRACTION = (
+    "expected categories.kind words, endpoint or transformers, got model: a checkpoint of this"
+    " package answers from a region's pixels, and the category has to come out of the caption"
+    " alone, or the mask check would test the model's eyes and not the caption"
+)
 NEEDED = {  # what a branch has no use for, and why
     ("sa1b", "verifier"): "with branch coconut, whose regions have categories",
     ("coconut", "categories"): "with branch sa1b: here the regions have categories",
@@ -247,12 +284,15 @@ def _check_sections(recipe: EngineRecipe):
             raise ValueError(f"expected {section} only {needs}; got branch {branch}")
     if recipe.branch == "coconut" and isinstance(recipe.source, Sa1bSource):
         raise ValueError(
-            "expected a source with categories for branch coconut (panoptic or lines), got sa1b"
+            "expected a source with categories for branch coconut (panoptic, lines or rows), got"
+            " sa1b"
         )
     if recipe.mask_check is not None and recipe.categories is None:
         raise ValueError("expected categories with mask_check, which looks for them, got none")
-    if recipe.captioner is None and not isinstance(recipe.source, LinesSource):
-        raise ValueError("expected a captioner, or source.kind lines with captions, got neither")
+    if recipe.captioner is None and not isinstance(recipe.source, ReadsRows):
+        raise ValueError(
+            "expected a captioner, or source.kind lines or rows with captions, got neither"
+        )
     is_chat = isinstance(recipe.captioner, (EndpointOptions, TransformersOptions))
     if recipe.prompt is not None and not is_chat:
         raise ValueError("expected prompt only with captioner.kind endpoint or transformers")

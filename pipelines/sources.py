@@ -1,4 +1,7 @@
-"""Reads records from what data sets are published as: SA-1B, COCO panoptic, ParaCaption's form.
+"""Reads records from what data sets are published as: SA-1B and COCO panoptic.
+
+Both say more of a region than `caption-dataset` needs (its id, its scores, whether it is a crowd);
+all other sources are read through those of `caption-dataset`, in `row_sources`.
 
 A source lists its items, small and picklable, without reading them; `read` turns one into a record.
 An entry that is broken is a region dropped by the stage "read"; a broken file is a record of one
@@ -14,11 +17,12 @@ from typing import Protocol
 
 import numpy as np
 
-from ..common.json_text import parse_json, read_json, read_json_lines
+from ..common.json_text import read_json
 from ..configuration_perceptiondlm import path_inside
 from ..image_masks import decode_rle, encode_rle
 from ..regions.coco import segment_ids
 from ..regions.files import open_mask_file
+from .captioning_stage import said
 from .records import Dropped, Record, Region, without_loaded
 
 READ = "read"  # the name of the first stage
@@ -41,9 +45,9 @@ class Source(Protocol):
         """Reads the record of an item; what is broken in it is dropped, never raised."""
 
 
-def broken(key: str, reason: str, source: dict) -> Record:
+def broken(key: str, reason: str, source: dict, rule: str = "broken record") -> Record:
     """Returns the record of an item that could not be read at all."""
-    gone = Dropped(Region(key="*", mask=None), READ, "broken record", reason)
+    gone = Dropped(Region(key="*", mask=None), READ, rule, reason)
     return Record(key, image="", name="", size=[0, 0], dropped=[gone], source=source)
 
 
@@ -125,7 +129,7 @@ class Sa1bSource:
         try:
             record, annotations = self._open(path, key)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            return broken(key, f"{path}: {_said(error)}", {"file": item})
+            return broken(key, f"{path}: {said(error)}", {"file": item})
         for i, annotation in enumerate(annotations):
             values = annotation if isinstance(annotation, dict) else {}
             region = Region(str(values.get("id", f"#{i}")), values.get("segmentation"))
@@ -214,7 +218,7 @@ class PanopticSource:
             for segment in item["annotation"]["segments_info"]:
                 self._add(record, segment, labels, item["categories"])
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            return broken(key, f"{self.annotations}: {_said(error)}", source)
+            return broken(key, f"{self.annotations}: {said(error)}", source)
         return record
 
     def _open(self, item: dict, key: str, source: dict) -> tuple[Record, np.ndarray]:
@@ -249,86 +253,6 @@ class PanopticSource:
             add_region(record, region)
 
 
-# ParaCaption's form: a line of JSON for each image.
-
-
-@dataclass(frozen=True)
-class LinesSource:
-    """JSON lines with `image`, `mask_rles` and, where there are any, `captions` and `categories`.
-
-    Attributes:
-        path: the file.
-        images: folder that the lines' image paths start from; none: that of the file.
-    """
-
-    path: str = ""
-    images: str | None = None
-
-    def __post_init__(self):
-        if not Path(self.path).is_file():
-            raise FileNotFoundError(
-                f"expected a file of JSON lines as source.path, got {self.path!r}"
-            )
-        if self.images is not None:
-            _expect_folder("source.images", self.images)
-
-    @property
-    def image_root(self) -> Path:
-        return Path(self.images or Path(self.path).parent)
-
-    def items(self) -> Iterator[tuple[int, bytes | str]]:
-        """Yields number and text of each line."""
-        yield from read_json_lines(self.path)
-
-    def read(self, item: tuple[int, bytes | str]) -> Record:
-        """Reads the record of a line."""
-        number, line = item
-        key, source = f"{Path(self.path).stem}:{number}", {"file": Path(self.path).name}
-        source["line"] = number
-        try:
-            values = parse_json(line, f"line {number} of {self.path}")
-            record = self._open(values, key, source)
-            rows = {name: _row(values, name) for name in ("captions", "categories", "scores")}
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            return broken(key, f"{self.path}, line {number}: {_said(error)}", source)
-        for i, mask in enumerate(values["mask_rles"]):
-            region = Region(
-                str(i),
-                mask,
-                category=rows["categories"][i],
-                caption=rows["captions"][i],
-                score=rows["scores"][i],
-            )
-            add_region(record, region)
-        return record
-
-    def _open(self, values: dict, key: str, source: dict) -> Record:
-        masks = values["mask_rles"]
-        if not isinstance(masks, list) or not masks:
-            raise ValueError(f"expected a list of mask_rles, got {masks!r:.80}")
-        if not isinstance(masks[0], dict) or "size" not in masks[0]:
-            raise ValueError(f"expected COCO RLE as mask_rles, got {masks[0]!r:.80}")
-        height, width = (_side(side, "size") for side in masks[0]["size"])
-        file = path_inside(self.image_root, values["image"], links=True)
-        return Record(key, str(file), values["image"], [width, height], source=source)
-
-
-def _row(values: dict, name: str) -> list:
-    """Returns one value for each mask: None where a line does not have the field."""
-    count = len(values["mask_rles"])
-    row = values.get(name)
-    if row is None:
-        return [None] * count
-    if not isinstance(row, list) or len(row) != count:
-        got = len(row) if isinstance(row, list) else type(row).__name__
-        raise ValueError(f"expected {name} for each of {count} masks, got {got}")
-    return row
-
-
 def _expect_folder(name: str, path: str):
     if not path or not os.path.isdir(path):
         raise FileNotFoundError(f"expected a folder as {name}, got {path!r}")
-
-
-def _said(error: Exception) -> str:
-    return f"expected a field {error}, got none" if isinstance(error, KeyError) else str(error)

@@ -21,6 +21,7 @@ from .mask_checks import CheckMasks
 from .mask_filters import MaskFilters
 from .recipe import EngineRecipe, HeadNouns, WordVerification
 from .records import Stage
+from .region_verifier import ModelVerification, ModelVerifier, VerifyRegions
 from .text_filters import TextFilters
 from .transformers_chat import TransformersChat
 
@@ -39,7 +40,7 @@ def make_stages(recipe: EngineRecipe) -> list[Stage]:
     if recipe.mask_check is not None:
         stages.append(CheckMasks(recipe.mask_check))
     if recipe.verifier is not None:
-        stages.append(VerifyCategories(_verifier(recipe)))
+        stages.append(_verify_stage(recipe))
     if recipe.texts is not None:
         stages.append(TextFilters(recipe.texts))
     return stages
@@ -59,11 +60,14 @@ def _extractor(recipe: EngineRecipe):
     return ChatExtractor(_chat(recipe, options, "text-generation"), options.prompt)
 
 
-def _verifier(recipe: EngineRecipe):
+def _verify_stage(recipe: EngineRecipe) -> Stage:
     options = recipe.verifier
+    if isinstance(options, ModelVerification):
+        return VerifyRegions(ModelVerifier(options))
     if isinstance(options, WordVerification):
-        return WordVerifier(options.synonyms)
-    return ChatVerifier(_chat(recipe, options, "text-generation"), options.prompt)
+        return VerifyCategories(WordVerifier(options.synonyms))
+    chat = _chat(recipe, options, "text-generation")
+    return VerifyCategories(ChatVerifier(chat, options.prompt))
 
 
 def _chat(recipe: EngineRecipe, options, task: str) -> ChatModel | TransformersChat:

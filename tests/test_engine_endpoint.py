@@ -319,6 +319,15 @@ def test_categories_are_read_from_answers_and_others_are_dropped():
     assert rules(record) == {"c": "no category"}
 
 
+@pytest.mark.parametrize(
+    ("answer", "rule"), [("b c d e", None), ("The b c d e.", None), ("b c d e f", "no category")]
+)
+def test_a_category_has_four_words_at_most(answer, rule):
+    record = record_of(MASKS[0], caption=["x"])
+    ExtractCategories(ChatExtractor(lambda asked: [answer]))([record])
+    assert rules(record).get("a") == rule
+
+
 def test_the_extractor_is_told_the_caption_braces_and_all():
     asked = []
     ChatExtractor(lambda messages: asked.extend(messages) or ["x"], "Of {caption}:")(["{a} b"])

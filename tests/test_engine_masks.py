@@ -151,6 +151,13 @@ def test_a_region_whose_hull_another_one_fills_is_occluded(share, dropped):
     assert rules(filtered(wide, filler, max_hull_covered=share)) == dropped
 
 
+@pytest.mark.parametrize(("bottom", "dropped"), [(29, {"a": "occluded"}), (30, {})])
+def test_a_region_that_is_half_inside_another_one_is_not_beside_it(bottom, dropped):
+    """200 pixels of the second region fill the notch; 180 or 200 more are inside the first."""
+    wide = box(20, 10, 60, 30) & ~box(30, 10, 50, 20)
+    assert rules(filtered(wide, box(30, 10, 50, bottom), max_hull_covered=0.24)) == dropped
+
+
 def test_the_hull_of_a_large_region_is_that_of_every_other_pixel():
     size = (600, 400)
     wide = rectangle(size, 100, 100, 500, 300) & ~rectangle(size, 200, 100, 400, 200)

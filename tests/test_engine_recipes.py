@@ -60,7 +60,7 @@ def test_a_stage_without_its_section_is_left_out(values):
         ({"masks": {"min_pixels": True}}, "expected masks.min_pixels as int, got True"),
         ({"masks": 3}, "expected options in section 'masks', got 3"),
         ({"masks": {"max_border_share": 2}}, "masks.max_border_share between 0 and 1"),
-        ({"captioner": None}, "expected a captioner, or source.kind lines"),
+        ({"captioner": None}, "expected a captioner, or source.kind lines or rows"),
         ({"captioner": {"kind": "x"}}, "captioner.kind to be one of model, endpoint, transf"),
         ({"captioner": {"kind": "model"}}, "captioner.checkpoint, a folder or Hub id, got none"),
         ({"captioner": {"kind": "endpoint"}}, "model's name at its endpoint, got none.*captioner"),

@@ -299,6 +299,19 @@ def test_broken_images_are_dropped_with_their_reason_up_to_a_share(tmp_path):
         run_engine(strict, stages=[CaptionRegions(Played({}))])
 
 
+@pytest.mark.parametrize(("share", "stops"), [(0.25, False), (0.24, True)])
+def test_one_broken_image_of_four_is_too_many_below_a_quarter(tmp_path, share, stops):
+    counts = write_sa1b(tmp_path / "data", range(4))
+    (tmp_path / "data" / "sa_0.json").write_text("{")
+    recipe = recipe_of(tmp_path, output={"part_images": 4, "max_broken_share": share})
+    if stops:
+        with pytest.raises(ValueError, match="got 1 of 4"):
+            run_engine(recipe, stages=[CaptionRegions(Played({}))])
+    else:
+        summary = run_engine(recipe, stages=[CaptionRegions(Played({}))])
+        expect_counts(summary, tmp_path / "out", sum(counts.values()) - counts["sa_0"] + 1)
+
+
 def test_images_that_are_missing_are_found_without_a_captioner_too(tmp_path):
     mask = {"size": [4, 4], "counts": [0, 8, 8]}
     values = {"image": "gone.png", "mask_rles": [mask, mask], "captions": ["a cup", None]}

@@ -9,7 +9,8 @@ import pytest
 from engine_data import record_of, rectangle, rules, write_panoptic, write_sa1b
 from perceptiondlm.image_masks import encode_rle
 from perceptiondlm.pipelines.records import Record, mask_of
-from perceptiondlm.pipelines.sources import LinesSource, PanopticSource, Sa1bSource, plain_rle
+from perceptiondlm.pipelines.row_sources import LinesSource
+from perceptiondlm.pipelines.sources import PanopticSource, Sa1bSource, plain_rle
 from perceptiondlm.scenes.shapes import render_scene
 from PIL import Image
 from pycocotools import mask as coco
@@ -77,7 +78,7 @@ def test_lines_give_captions_categories_and_scores(tmp_path):
     values = {"image": "a.png", "mask_rles": masks, "captions": ["x", None], "scores": [1, None]}
     (tmp_path / "data.jsonl").write_text(json.dumps(values) + "\n")
     (record,) = read_all(LinesSource(str(tmp_path / "data.jsonl")))
-    assert (record.key, record.size) == ("data:1", [9, 7])
+    assert (record.key, record.size) == ("data.jsonl:1", [9, 7])
     assert [(r.caption, r.score, r.category) for r in record.regions] == [
         ("x", 1, None),
         (None, None, None),

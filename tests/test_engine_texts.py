@@ -135,6 +135,19 @@ def test_captions_in_another_language_are_dropped(caption, language, rule):
     assert rule_of(caption, language=language) == rule
 
 
+@pytest.mark.parametrize(
+    ("caption", "rule"),
+    [
+        ("Tasse der Katze", None),  # one common word of German
+        ("Tasse der Katze auf Tisch", "language"),  # two
+        ("Tasse der Katze auf Tisch with handle", None),  # and one of English
+        ("Tasse der Katze auf mit Tisch with handle", "language"),  # three
+    ],
+)
+def test_common_words_of_another_language_are_counted(caption, rule):
+    assert rule_of(caption) == rule
+
+
 def test_a_share_of_other_letters_is_allowed():
     assert script_share("abcdefghi木", "en") == 0.9
     nine = "a sign that reads 木 in white letters"

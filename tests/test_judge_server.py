@@ -1,5 +1,6 @@
 """The judge against a real HTTP server on loopback: what it sends, retries, counts and gives up."""
 
+import contextlib
 import email.utils
 import hashlib
 import json
@@ -26,14 +27,18 @@ MESSAGES = [{"role": "user", "content": "Which letter?"}]
 
 
 class Reply:
-    """One HTTP response; `cut` breaks the connection in the middle of the body."""
+    """One HTTP response.
 
-    def __init__(self, body, status=200, headers=None, *, delay=0.0, cut=False):
+    `cut` breaks the connection in the middle of the body; `endless` sends the body again and again.
+    """
+
+    def __init__(self, body, status=200, headers=None, *, delay=0.0, cut=False, endless=False):
         self.body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.status = status
         self.headers = headers or {}
         self.delay = delay
         self.cut = cut
+        self.endless = endless
 
 
 def completion(text) -> Reply:
@@ -91,10 +96,15 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(reply.delay)
         self.send_response(reply.status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(reply.body)))
+        if not reply.endless:
+            self.send_header("Content-Length", str(len(reply.body)))
         for name, value in reply.headers.items():
             self.send_header(name, value)
         self.end_headers()
+        with contextlib.suppress(OSError):  # until the client has enough
+            while reply.endless:
+                self.wfile.write(reply.body)
+                time.sleep(0.01)
         self.wfile.write(reply.body[: len(reply.body) // 2] if reply.cut else reply.body)
         self.close_connection = True
         with self.server.lock:
