@@ -81,7 +81,8 @@ def alive(pid: int) -> bool:
 
 def replica_pids(server: subprocess.Popen) -> list[int]:
     found = scale_trial.descendants(server.pid).items()
-    return [pid for pid, line in found if line.startswith("ray::SERVE_REPLICA")]
+    signs = "ray::SERVE_REPLICA", "ray::ServeReplica"  # Ray renames what works
+    return [pid for pid, line in found if line.startswith(signs)]
 
 
 def questions(count: int) -> list[tuple]:
