@@ -98,10 +98,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _app(args: argparse.Namespace, limits, ends: contextlib.ExitStack):
     """Returns the application over an engine in this process, or over replicas on Ray."""
-    from .app import app_of, create_app
+    with extra("apps"):
+        from .app import app_of, create_app
+        from .pool import shared_pool
     from .arguments import load_engine, model_name
     from .fetch import UrlPolicy
-    from .pool import shared_pool
     from .replicas import running_relay, wants_ray
 
     api_key = os.environ.get(API_KEY)
