@@ -134,6 +134,7 @@ def measure(arguments) -> dict:
         for repeat in range(arguments.repeats + 1):
             for replicas, address in ((1, one), (2, two)):
                 took = seconds_for(address, body, arguments)
+                print(f"round {repeat}: {replicas} replicas took {took:.1f} s", flush=True)
                 if repeat:  # the first is to warm up
                     seconds[replicas].append(took)
 
