@@ -21,11 +21,11 @@ from ..common.files import only_run
 from ..common.fingerprints import files_fingerprint
 from ..common.json_text import parse_json
 from ..common.loading import expect_checkpoint, usable_device
+from ..common.ray_session import import_ray, ray_session
 from ..generation_options import DiffusionOptions
 from . import places
 from .captioning_stage import CaptionOptions
 from .dataset_sources import Source
-from .ray_session import import_ray, ray_session
 from .ray_stages import run_stages
 from .writers import CAPTIONS, ERRORS, FORMATS, ShardWriter, holds_rows, settle
 

@@ -83,8 +83,8 @@ def _actors(text: str) -> int | None:
 
 def run(args: argparse.Namespace) -> int:
     """Captions the data set; says a user's mistake in one line on stderr."""
+    from ..common.ray_session import import_ray
     from .dataset import TooManyErrors, caption_dataset
-    from .ray_session import import_ray
 
     ray = import_ray()
     try:

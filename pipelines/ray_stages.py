@@ -10,10 +10,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from ..common.ray_session import pool_size
 from ..regions.segmenters import OFFLINE
 from .captioning_stage import CaptionImages, FindRegions, open_row
 from .dataset_sources import Source
-from .ray_session import pool_size
 from .writers import ShardWriter
 
 LISTED_AT_ONCE = 1024  # rows in one task that lists

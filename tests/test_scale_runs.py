@@ -11,12 +11,12 @@ import scale_data
 import scale_runs
 from perceptiondlm.apps.cli import main
 from perceptiondlm.common.loading import load_model
+from perceptiondlm.common.ray_session import pool_size, ray_session
 from perceptiondlm.image_loading import load_image, load_mask
 from perceptiondlm.image_masks import encode_rle
 from perceptiondlm.pipelines.captioning_stage import CaptionOptions
 from perceptiondlm.pipelines.dataset import DatasetOptions, TooManyErrors, caption_dataset, prepare
 from perceptiondlm.pipelines.open_sources import open_source
-from perceptiondlm.pipelines.ray_session import pool_size, ray_session
 from perceptiondlm.pipelines.writers import read_rows
 
 ray = pytest.importorskip("ray")

@@ -33,7 +33,11 @@ def create_app(
         engine, name, limits, policy: as for `Endpoint`.
         api_key: what clients must send as bearer token; None or "": nothing.
     """
-    endpoint = Endpoint(engine, name, limits, policy)
+    return app_of(Endpoint(engine, name, limits, policy), api_key)
+
+
+def app_of(endpoint, api_key: str | None = None) -> FastAPI:
+    """Returns the application over an `Endpoint`, or over a `Relay` to those of replicas."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
@@ -48,23 +52,23 @@ def create_app(
     return app
 
 
-def _open_routes(endpoint: Endpoint) -> APIRouter:
+def _open_routes(endpoint) -> APIRouter:
     """Returns the routes for those who watch the server, who need no key."""
     router = APIRouter()
 
     @router.get("/health")
     async def health():
-        status = endpoint.status()
+        status = await endpoint.status()
         return JSONResponse(status, 200 if status["status"] == "ok" else 503)
 
     @router.get("/metrics")
     async def metrics():
-        return Response(endpoint.engine.metrics.prometheus(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await endpoint.prometheus(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 
 
-def _model_routes(endpoint: Endpoint) -> APIRouter:
+def _model_routes(endpoint) -> APIRouter:
     """Returns the routes that OpenAI's clients know."""
     router = APIRouter(prefix="/v1")
 

@@ -1,6 +1,7 @@
 """Runs `perceptiondlm serve`: an OpenAI-compatible endpoint for region captions and questions."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -37,6 +38,7 @@ API_KEY = "PERCEPTIONDLM_API_KEY"
 def configure(parser: argparse.ArgumentParser):
     """Adds the arguments to the `serve` parser."""
     from .arguments import add_engine_arguments, add_queue_arguments
+    from .replicas import add_replica_arguments
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = "Serves region captions and answers to OpenAI's clients."
@@ -51,6 +53,8 @@ def configure(parser: argparse.ArgumentParser):
         metavar="S",
         help="from SIGTERM to the end, for what is under way (default: %(default)g)",
     )
+
+    add_replica_arguments(parser)
 
     urls = parser.add_argument_group("images behind URLs, which are refused by default")
     urls.add_argument(
@@ -68,36 +72,49 @@ def configure(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace) -> int:
     """Serves until it is told to stop; returns an exit code."""
     with extra("apps"):
-        from .app import create_app
-        from .pool import shared_pool
         from .server import make_server
-    from .arguments import limits_of, load_engine, model_name
+    from .arguments import limits_of
+
+    with contextlib.ExitStack() as ends:
+        # What a user may have mistaken: one line and exit code 2.
+        try:
+            limits = limits_of(args)
+            app = _app(args, limits, ends)
+        except (ValueError, OSError) as error:
+            print(f"perceptiondlm serve: {error}", file=sys.stderr)
+            return 2
+
+        logging.basicConfig(format="%(levelname)s:     %(message)s")
+        logging.getLogger(__package__).setLevel(logging.INFO)
+        server = make_server(
+            app, host=args.host, port=args.port, limits=limits, grace=args.grace_seconds
+        )
+        try:
+            server.run()
+        except KeyboardInterrupt:  # Ctrl-C ends it as SIGTERM does
+            pass
+    return 0
+
+
+def _app(args: argparse.Namespace, limits, ends: contextlib.ExitStack):
+    """Returns the application over an engine in this process, or over replicas on Ray."""
+    with extra("apps"):
+        from .app import app_of, create_app
+        from .pool import shared_pool
+    from .arguments import load_engine, model_name
     from .fetch import UrlPolicy
+    from .replicas import running_relay, wants_ray
 
-    # What a user may have mistaken: one line and exit code 2.
-    try:
-        limits = limits_of(args)
-        policy = UrlPolicy(frozenset(args.allow_url_host), args.allow_private_urls)
-        shared_pool().warm_up()
-        engine = load_engine(args)
-    except (ValueError, OSError) as error:
-        print(f"perceptiondlm serve: {error}", file=sys.stderr)
-        return 2
+    api_key = os.environ.get(API_KEY)
+    if wants_ray(args):
+        return app_of(ends.enter_context(running_relay(args, limits)), api_key)
 
-    app = create_app(
-        engine,
+    policy = UrlPolicy(frozenset(args.allow_url_host), args.allow_private_urls)
+    shared_pool().warm_up()
+    return create_app(
+        load_engine(args),
         name=args.name or model_name(args),
         limits=limits,
         policy=policy,
-        api_key=os.environ.get(API_KEY),
+        api_key=api_key,
     )
-    logging.basicConfig(format="%(levelname)s:     %(message)s")
-    logging.getLogger(__package__).setLevel(logging.INFO)
-    server = make_server(
-        app, host=args.host, port=args.port, limits=limits, grace=args.grace_seconds
-    )
-    try:
-        server.run()
-    except KeyboardInterrupt:  # Ctrl-C ends it as SIGTERM does
-        pass
-    return 0

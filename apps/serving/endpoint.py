@@ -74,7 +74,7 @@ class Endpoint:
         self.engine.close(drain=False, timeout=CLOSE_SECONDS)
         self.submitters.shutdown(wait=False, cancel_futures=True)
 
-    def status(self) -> dict:
+    async def status(self) -> dict:
         """Returns what `/health` says."""
         is_ready = self.engine.alive and not self.stopping.is_set()
         return {
@@ -84,17 +84,20 @@ class Endpoint:
             "running": self.engine.running,
         }
 
+    async def prometheus(self) -> bytes:
+        """Returns what `/metrics` says."""
+        return self.engine.metrics.prometheus()
+
     def card(self) -> dict:
         """Returns the model as OpenAI lists one."""
-        created = int(self.engine.metrics.started)
-        return {"id": self.name, "object": "model", "created": created, "owned_by": "perceptiondlm"}
+        return model_card(self.name, self.engine.metrics.started)
 
     async def chat(self, request: Request) -> Response:
         """Answers one request, or raises ApiError."""
         deadline = time.monotonic() + self.limits.request_seconds
         if self.stopping.is_set():
             await drain(request)
-            raise _shutting_down()
+            raise shutting_down()
 
         # Reading, checking and queueing take a thread, and a worker process for the images.
         body = await read_body(request, self.limits, self.uploads)
@@ -121,7 +124,7 @@ class Endpoint:
             if submit.done():
                 return submit.result()
             submit.add_done_callback(_drop)
-            raise _shutting_down()
+            raise shutting_down()
         finally:
             stopped.cancel()
 
@@ -145,7 +148,7 @@ class Endpoint:
             wait = {"Retry-After": str(round(error.retry_after))}
             raise ApiError(429, str(error), code="queue_full", headers=wait) from error
         except EngineClosed as error:
-            raise _shutting_down() from error
+            raise shutting_down() from error
 
         # So that a stream that waits for the next step hears of the end.
         ticket.future.add_done_callback(lambda _: mailbox.ring())
@@ -154,26 +157,11 @@ class Endpoint:
     async def _outcome(self, request: Request, ticket: Ticket, deadline: float) -> Completion:
         """Waits for the result, the client's leaving, the server's end or the deadline."""
         done = asyncio.wrap_future(ticket.future)
-        gone = asyncio.create_task(until_disconnected(request))
-        stopped = asyncio.create_task(self.stopped.wait())
-
         try:
-            await asyncio.wait(
-                {done, gone, stopped},
-                timeout=max(0, deadline - time.monotonic()),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-
-            # A result that is there goes before every other event.
-            if done.done():
-                return _result(ticket)
-            if gone.done():
-                log.info("a client went away before it was answered")
-                raise ApiError(499, "the client has gone")
-            raise _shutting_down() if stopped.done() else self._timeout()
+            await until_answered(request, done, self.stopped, self.limits, deadline)
+            return _result(ticket)
         finally:
-            for waiting in (gone, stopped, done):
-                waiting.cancel()
+            done.cancel()
             ticket.cancel()  # nothing, once it is done
 
     async def _events(
@@ -194,9 +182,9 @@ class Endpoint:
             while not ticket.future.done():
                 left = deadline - time.monotonic()
                 if self.stopped.is_set():
-                    raise _shutting_down()
+                    raise shutting_down()
                 if left <= 0:
-                    raise self._timeout()
+                    raise timed_out(self.limits)
                 step = await mailbox.get(left)
                 if step is not None:
                     yield event(writer.state(step))
@@ -214,12 +202,54 @@ class Endpoint:
                 ticket.cancel()
         yield END
 
-    def _timeout(self) -> ApiError:
-        return ApiError(
-            504,
-            f"expected an answer within {self.limits.request_seconds:g} seconds",
-            code="timeout",
+
+async def until_answered(
+    request: Request,
+    done: asyncio.Future,
+    stopped: asyncio.Event,
+    limits: Limits,
+    deadline: float,
+):
+    """Returns once `done` is; raises ApiError if before that the client leaves, or time is up.
+
+    Args:
+        request: whose body was read.
+        done: the answer in the making; it is left as it is.
+        stopped: set once nothing is waited for any more.
+        limits, deadline: when it is given up, as said and in seconds of the monotonic clock.
+    """
+    gone = asyncio.create_task(until_disconnected(request))
+    end = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait(
+            {done, gone, end},
+            timeout=max(0, deadline - time.monotonic()),
+            return_when=asyncio.FIRST_COMPLETED,
         )
+        # A result that is there goes before every other event.
+        if done.done():
+            return
+        if gone.done():
+            log.info("a client went away before it was answered")
+            raise ApiError(499, "the client has gone")
+        raise shutting_down() if end.done() else timed_out(limits)
+    finally:
+        gone.cancel()
+        end.cancel()
+
+
+def model_card(name: str, started: float) -> dict:
+    """Returns a model as OpenAI lists one."""
+    return {"id": name, "object": "model", "created": int(started), "owned_by": "perceptiondlm"}
+
+
+def timed_out(limits: Limits) -> ApiError:
+    """Returns the refusal of what took too long."""
+    return ApiError(
+        504,
+        f"expected an answer within {limits.request_seconds:g} seconds",
+        code="timeout",
+    )
 
 
 def _result(ticket: Ticket) -> Completion:
@@ -227,7 +257,7 @@ def _result(ticket: Ticket) -> Completion:
     try:
         return ticket.future.result(0)
     except CancelledError as error:
-        raise _shutting_down() from error
+        raise shutting_down() from error
     except ValueError as error:
         raise ApiError(400, str(error), code="invalid_input") from error
     except JobFailed as error:
@@ -235,7 +265,8 @@ def _result(ticket: Ticket) -> Completion:
         raise ApiError(500, str(error), code="model_failed") from error
 
 
-def _shutting_down() -> ApiError:
+def shutting_down() -> ApiError:
+    """Returns the refusal of a server that stops."""
     return ApiError(
         503,
         "the server is shutting down: try again later",

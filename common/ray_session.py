@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..common.extras import extra
+from .extras import extra
 
 SECONDS_TO_CONNECT = 10
 # What an actor of the pool asks for where none has a GPU; reading and writing need the rest.
@@ -24,13 +24,27 @@ def import_ray():
     return ray
 
 
+def import_serve():
+    """Imports Ray Serve; MissingExtra names the extra that brings it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with extra("scale"):
+        from ray import serve
+    return serve
+
+
 @contextmanager
-def ray_session(address: str | None = None) -> Iterator:
+def ray_session(address: str | None = None, min_cpus: float = 2) -> Iterator:
     """Gives Ray, embedded in this process, or joined at an address; a session that is there stays.
+
+    Args:
+        address: of a cluster; None: embedded.
+        min_cpus: that an embedded Ray counts, however few the machine has.
 
     Raises ValueError for an address at which nobody answers.
     """
-    ray = import_ray()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with extra("scale"):
+        import ray
     if ray.is_initialized():
         yield ray
         return
@@ -38,7 +52,9 @@ def ray_session(address: str | None = None) -> Iterator:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         # Reading, opening and writing need a share beside the actors.
-        cpus = max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+        cpus = max(
+            min_cpus, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+        )
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     else:
         _expect_listener(address)
