@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..common.fingerprints import weights_fingerprint
-from ..image_processing_perceptiondlm import load_image, load_mask
+from ..common.region_images import RegionImage, caption_regions, read_regions
+from ..image_loading import load_image
 from .benchmarks import RegionSample, load_benchmark
 from .checkpoint import (
     add_checkpoint_arguments,
@@ -152,26 +154,17 @@ def _caption(
 ) -> tuple[dict[str, str], BatchCost | None]:
     """Captions what can be read of one batch of images, and measures it."""
     start = time.perf_counter()
-    read = [found for regions in batch if (found := _read(regions))[1]]
+    read = [found for regions in batch if (found := _read(regions)).masks]
     if not read:
         return {}, None
-    images = [image for image, _ in read]
-    masks = [list(regions.values()) for _, regions in read]
 
-    result, seconds = timed(
-        model,
-        model.diffusion_generate,
-        images=images,
-        masks=masks,
-        processor=processor,
-        **options,
-    )
+    result, seconds = timed(model, partial(caption_regions, model, processor, read), **options)
     end = time.perf_counter()
 
     captions = {
         key: text
-        for (_, regions), texts in zip(read, result.texts, strict=True)
-        for key, text in zip(regions, texts, strict=True)
+        for one, texts in zip(read, result.texts, strict=True)
+        for key, text in zip(one.masks, texts, strict=True)
     }
     cost = batch_cost(
         result,
@@ -184,17 +177,14 @@ def _caption(
     return captions, cost
 
 
-def _read(regions: Sequence[RegionSample]) -> tuple:
-    """Reads the regions of one image: it, and the masks by key; those that cannot be read are named
-    and left out."""
-    image, masks = None, {}
-    for region in regions:
-        try:
-            image = load_image(region.image_path) if image is None else image
-            masks[region.key] = load_mask(region.mask, image.size)
-        except Exception as error:  # files hold anything, and their readers raise anything
-            logger.warning("left out region %s of %s: %s", region.key, region.image_path, error)
-    return image, masks
+def _read(regions: Sequence[RegionSample]) -> RegionImage:
+    """Reads the regions of one image; those that cannot be read are named and left out."""
+    path = regions[0].image_path
+    found = read_regions(lambda: load_image(path), {each.key: each.mask for each in regions})
+    for each in regions:
+        if (error := found.error or found.errors.get(each.key)) is not None:
+            logger.warning("left out region %s of %s: %s", each.key, path, error)
+    return found
 
 
 def _by_image(samples: Iterator[RegionSample]) -> list[list[RegionSample]]:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ..common.fingerprints import weights_fingerprint
 from ..common.loading import default_device, load_model
-from ..image_loading import is_url, load_image, load_mask, open_encoded
+from ..common.region_images import RegionImage, caption_regions, read_regions
+from ..image_loading import is_url, load_image, open_encoded
 from ..image_masks import encode_rle
 from ..regions.files import MAX_PIXELS, open_image
 from . import places
@@ -46,8 +47,7 @@ class Decoded:
     """Holds an image and its region masks as the model takes them, and its row."""
 
     row: dict
-    image: Image.Image
-    masks: list
+    read: RegionImage
     rles: list[dict]
 
 
@@ -86,42 +86,35 @@ class CaptionImages:
         """Decodes a row; None, with its problems in the row, where nothing can be captioned."""
         if any(problem["kind"] != MASK for problem in row["problems"]):
             return None
-        try:
-            image = decode_image(row["location"], row["data"])
-            row["size"] = list(image.size)
-        except Exception as error:  # files hold anything, and their readers raise anything
-            _add(row, Problem("image", said(error)))
+        # A mask that is none was named when its row was opened.
+        masks = {n: mask for n, mask in enumerate(row["masks"] or []) if mask is not None}
+        found = read_regions(lambda: decode_image(row["location"], row["data"]), masks)
+        if found.error is not None:
+            _add(row, Problem("image", said(found.error)))
             return None
 
-        masks, rles, labels = [], [], []
-        found = zip(row["masks"] or [], row["labels"], strict=True)
-        for number, (mask, label) in enumerate(found):
-            if mask is None:
-                continue  # named before
-            try:
-                masks.append(filled := _checked_mask(mask, image.size))
-            except Exception as error:
-                _add(row, Problem(MASK, said(error), number))
-                continue
-            rles.append(_compressed(mask, filled))
-            labels.append(label)
+        row["size"] = list(found.image.size)
+        for number, error in found.errors.items():
+            _add(row, Problem(MASK, said(error), number))
+        labels = [row["labels"][number] for number in found.masks]
+        rles = [_compressed(masks[number], filled) for number, filled in found.masks.items()]
         row["labels"] = labels
-        if not masks:
+        if not found.masks:
             had_some = bool(row["problems"])
             kind = "regions" if had_some else NO_REGIONS
             _add(row, Problem(kind, "expected a region that can be used, got none"))
             return None
-        return Decoded(row, image, masks, rles)
+        return Decoded(row, found, rles)
 
     def _caption(self, batch: Sequence[Decoded]):
         """Captions a batch; where it fails, each of its images by itself."""
         started = time.perf_counter()
         try:
-            output = self.model.diffusion_generate(
-                [one.image for one in batch],
-                [one.masks for one in batch],
-                self.options.instruction,
-                processor=self.processor,
+            output = caption_regions(
+                self.model,
+                self.processor,
+                [one.read for one in batch],
+                prompts=self.options.instruction,
                 **self.options.decoding,
             )
         except Exception as error:
@@ -173,12 +166,12 @@ def pack(decoded: Sequence[Decoded], max_regions: int) -> Iterator[list[Decoded]
     """Yields batches of about so many regions, of images with similar numbers of them."""
     batch: list[Decoded] = []
     count = 0
-    for one in sorted(decoded, key=lambda one: -len(one.masks)):
-        if batch and count + len(one.masks) > max_regions:
+    for one in sorted(decoded, key=lambda one: -len(one.rles)):
+        if batch and count + len(one.rles) > max_regions:
             yield batch
             batch, count = [], 0
         batch.append(one)
-        count += len(one.masks)
+        count += len(one.rles)
     if batch:
         yield batch
 
@@ -211,13 +204,6 @@ def decode_image(location: str | None, data: bytes | None) -> Image.Image:
             f"expected {MAX_PIXELS:,} pixels at most, got {image.width}x{image.height}"
         )
     return load_image(image)
-
-
-def _checked_mask(mask, size: tuple[int, int]) -> Image.Image:
-    filled = load_mask(mask, size)
-    if filled.getbbox() is None:
-        raise ValueError("expected a region mask with a pixel inside, got an empty one")
-    return filled
 
 
 def _compressed(mask, filled: Image.Image) -> dict:

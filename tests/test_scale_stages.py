@@ -91,8 +91,8 @@ def test_an_image_that_fails_in_a_batch_spoils_no_other(stage, monkeypatch):
 
 def test_batches_hold_about_as_many_regions_as_asked():
     counts = [3, 1, 2, 9, 1, 4, 2, 1]
-    decoded = [Decoded({}, None, [None] * count, []) for count in counts]
-    batches = [[len(one.masks) for one in batch] for batch in pack(decoded, 6)]
+    decoded = [Decoded({}, None, [{}] * count) for count in counts]
+    batches = [[len(one.rles) for one in batch] for batch in pack(decoded, 6)]
     assert sorted(sum(batches, [])) == sorted(counts)
     assert all(sum(batch) <= 6 or len(batch) == 1 for batch in batches)
     assert len(batches) <= 5
