@@ -12,12 +12,12 @@ import numpy as np
 import scale_data
 import scale_runs
 from perceptiondlm.common.loading import load_model
+from perceptiondlm.common.ray_session import ray_session
 from perceptiondlm.image_loading import load_image, load_mask
 from perceptiondlm.image_masks import encode_rle
 from perceptiondlm.pipelines.captioning_stage import CaptionOptions
 from perceptiondlm.pipelines.dataset import DatasetOptions, caption_dataset
 from perceptiondlm.pipelines.open_sources import open_source
-from perceptiondlm.pipelines.ray_session import ray_session
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("folder", "lines", "parquet", "paths", "tars", "coco", "panoptic", "sa1b", "saved")
