@@ -37,7 +37,7 @@ def _places(position: str) -> tuple[str, ...]:
     if position == "center":
         return ("in the center", "in the middle")
     if position in ("left", "right"):
-        return (f"on the {position}", f"on the {position} side", f"halfway up the {position} side")
+        return (f"on the {position}", f"on the {position} side", f"at the {position} side")
     upper = {"top": "upper", "bottom": "lower"}[position.split()[0]]
     if " " not in position:
         return (f"at the {position}", f"in the {upper} part", f"at the {position} center")
@@ -46,7 +46,6 @@ def _places(position: str) -> tuple[str, ...]:
         f"at the {position}",
         f"in the {position} corner",
         f"in the {upper} {side} corner",
-        f"on the {side} at the {position.split()[0]}",
     )
 
 
@@ -59,13 +58,13 @@ RELATIONS = {
     "above": ("above", "higher up than"),
     "below": ("below", "lower down than"),
     "in front of": ("in front of", "covering part of"),
-    "behind": ("behind", "at the back of"),
+    "behind": ("behind", "in back of"),
     "on": ("on top of", "lying on"),
 }
 HIDDEN = {
     "whole": ("fully visible", "in full view"),
     "partly hidden": ("partly hidden", "partly covered", "hidden in part"),
-    "mostly hidden": ("mostly hidden", "mostly covered", "hidden for the most part"),
+    "mostly hidden": ("mostly hidden", "mostly covered", "more than half hidden"),
 }
 BORDERS = ("left", "right", "top", "bottom")
 CUTS = {

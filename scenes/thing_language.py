@@ -24,7 +24,7 @@ LABEL_INSTRUCTION = "Name each region."
 SIDE_MARGIN = 0.2  # of a side, between the centers of things of which one is beside the other
 SIDE_SLOPE = 0.5  # upper bound for their other distance, over that one
 DEPTH = ("in front of", "behind", "on")  # relations that overlapping masks show
-DEPTH_WEIGHT = 3.0  # how much more often one of them is told than another relation
+DEPTH_WEIGHT = 3  # how much more often one of them is told than another relation
 WHOLE_SHARE = 0.3  # of the captions of whole things say so
 IMAGE_SHARE = 0.3  # of the captions without a relation end the place with "of the image"
 
@@ -86,8 +86,8 @@ def _told_relation(rng: np.random.Generator, things, k: int) -> Relation | None:
     found = relations(things, k)
     if not found:
         return None
-    weights = np.cumsum([DEPTH_WEIGHT if one.kind in DEPTH else 1.0 for one in found])
-    return found[int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))]
+    weighted = [one for one in found for _ in range(DEPTH_WEIGHT if one.kind in DEPTH else 1)]
+    return pick(rng, weighted)
 
 
 def _told_state(rng: np.random.Generator, thing: ThingFacts) -> str | None:

@@ -4,9 +4,11 @@ A text is cut into words and marks. From left to right the longest known phrase 
 wording of a place, a relation or a state) becomes one symbol; the row of symbols is looked up among
 the templates. Nothing is generated, so that the reader is no mirror of the writer.
 
-A *mixture* is a text that is no sentence of the grammar and has parts of several wordings: three
-symbols in a row that only some templates have, and three others that none of those has; or such
-three, and beside them loose words of phrases that are nowhere whole ("partly visible").
+A *mixture* is a text that is no sentence of the grammar and has parts of several wordings. A part is
+two or three symbols in a row. Either no template has all of the text's parts that some template has
+("A cat there is at the top": the middle is of another template than the ends), or beside such parts
+stand loose words of phrases that are nowhere whole ("partly visible"). A text that merely breaks
+off, or leaves the grammar for other words, is none.
 """
 
 import re
@@ -74,19 +76,19 @@ _LOOSE_WORDS = {
 } - _FIXED_WORDS
 
 
-def _triples(row: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Returns every three symbols in a row, the text's ends counted as symbols."""
+def _parts(row: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Returns every two and every three symbols in a row, the text's ends counted as symbols."""
     framed = ("^", *row, "$")
-    return [framed[i : i + 3] for i in range(len(framed) - 2)]
+    return [framed[i : i + n] for n in (2, 3) for i in range(len(framed) - n + 1)]
 
 
 def _owners() -> dict[tuple[str, ...], frozenset]:
-    """Returns which templates have three symbols in a row."""
+    """Returns which templates have a part."""
     owners = defaultdict(set)
     for row in _SKELETONS:
-        for triple in _triples(row):
-            owners[triple].add(row)
-    return {triple: frozenset(rows) for triple, rows in owners.items()}
+        for part in _parts(row):
+            owners[part].add(row)
+    return {part: frozenset(rows) for part, rows in owners.items()}
 
 
 _OWNERS = _owners()
@@ -116,7 +118,7 @@ def _with_others(chunks: list[tuple[str, str, str]]) -> tuple[list[tuple[str, st
         if symbol in ("a", "an"):
             right &= after[0] in ("N", "S") and text == article(after[2])
 
-        is_other = symbol in _ARTICLES and after[0] == "N" and joined and joined[-1][0] == "R"
+        is_other = symbol in _ARTICLES and after[0] == "N" and bool(joined) and joined[-1][0] == "R"
         if is_other:
             joined.append(("O", after[1], f"{text} {after[2]}"))
         else:
@@ -157,7 +159,7 @@ def read_caption(text: str | None) -> ReadCaption:
 
 def _is_mixture(row: tuple[str, ...]) -> bool:
     """Tells whether a row that is no template's has parts of several wordings."""
-    known = [_OWNERS[triple] for triple in _triples(row) if triple in _OWNERS]
+    known = [_OWNERS[part] for part in _parts(row) if part in _OWNERS]
     if not known:
         return False
     return not frozenset.intersection(*known) or any(word in _LOOSE_WORDS for word in row)

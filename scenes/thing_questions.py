@@ -10,7 +10,7 @@ import numpy as np
 from .concepts import CONCEPTS, concept_named
 from .language import Question, normalize
 from .thing_facts import ThingFacts
-from .thing_grammar import LABELS, NOUNS, article
+from .thing_grammar import NOUNS, article
 from .thing_language import pick
 
 LARGER = 1.5  # bound for the areas' ratio from which on one of two things is the larger
@@ -156,7 +156,12 @@ def ask_about_region(
 # Questions about the whole scene, answered as shortly as those about shapes.
 
 _OF_KIND = {"alive": "living things", "edible": "edible things", "vehicle": "vehicles"}
-_AT = {"left": "at the left", "right": "at the right", "top": "at the top", "bottom": "at the bottom"}
+_SIDES = {
+    "left": "farthest to the left",
+    "right": "farthest to the right",
+    "top": "closest to the top",
+    "bottom": "closest to the bottom",
+}
 FARTHEST_MARGIN = 0.1  # of a side, from the thing at the left to the next
 
 
@@ -179,13 +184,12 @@ def ask_about_scene(rng: np.random.Generator, things: Sequence[ThingFacts]) -> l
         _ask_exists(rng, things),
     ]
 
-    side = pick(rng, tuple(_AT))
+    side = pick(rng, tuple(_SIDES))
     axis, sign = side in ("top", "bottom"), 1 if side in ("left", "top") else -1
     ordered = sorted(things, key=lambda thing: sign * thing.center[axis])
     places = [sign * thing.center[axis] for thing in ordered]
     if len(things) == 1 or places[1] - places[0] >= FARTHEST_MARGIN:
-        end = {"left": "farthest to the left", "right": "farthest to the right"}
-        text = f"Which thing is {end.get(side, f'closest to the {side}')}?"
+        text = f"Which thing is {_SIDES[side]}?"
         questions.append(Question(text, ordered[0].concept, "thing_at_side"))
 
     counts = Counter(thing.position for thing in things)
@@ -204,7 +208,3 @@ def _ask_exists(rng: np.random.Generator, things: Sequence[ThingFacts]) -> Quest
     is_there = rng.random() < 0.5
     name = pick(rng, there) if is_there else pick(rng, _names())
     return Question(f"Is there {_a(name)}?", "yes" if name in there else "no", "exists")
-
-
-assert set(QUESTIONS) == set(_ANSWERS)
-assert all(LABELS.values())
