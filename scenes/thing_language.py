@@ -1,4 +1,4 @@
-"""Words scenes of things: relations, labels, captions in many wordings, and a tokenizer's corpus."""
+"""Words scenes of things: relations, labels, captions in many wordings, a tokenizer's corpus."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

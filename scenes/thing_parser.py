@@ -4,11 +4,11 @@ A text is cut into words and marks. From left to right the longest known phrase 
 wording of a place, a relation or a state) becomes one symbol; the row of symbols is looked up among
 the templates. Nothing is generated, so that the reader is no mirror of the writer.
 
-A *mixture* is a text that is no sentence of the grammar and has parts of several wordings. A part is
-two or three symbols in a row. Either no template has all of the text's parts that some template has
-("A cat there is at the top": the middle is of another template than the ends), or beside such parts
-stand loose words of phrases that are nowhere whole ("partly visible"). A text that merely breaks
-off, or leaves the grammar for other words, is none.
+A *mixture* is a text of the grammar's own words that is no sentence of it and has parts of several
+wordings. A part is two or three symbols in a row. Either no template has all of the text's parts
+that some template has ("A cat there is at the top": the middle is of another template than the
+ends), or beside such parts stand loose words of phrases that are nowhere whole ("partly visible").
+A text that merely breaks off, or has a word that is not the grammar's, is none.
 """
 
 import re
@@ -66,14 +66,10 @@ def _phrases() -> dict[str, list[tuple[tuple[str, ...], str, str]]]:
 
 _PHRASES = _phrases()
 _SKELETONS = {tuple(template.split()) for template in TEMPLATES}
-_FIXED_WORDS = {word for row in _SKELETONS for word in row} | set(_ARTICLES)
+_SYMBOLS = {symbol for row in _SKELETONS for symbol in row} | set(_ARTICLES)
 _LOOSE_WORDS = {
-    word
-    for phrases in _PHRASES.values()
-    for words, symbol, _ in phrases
-    if symbol != "N"
-    for word in words
-} - _FIXED_WORDS
+    word for phrases in _PHRASES.values() for words, _, _ in phrases for word in words
+} - _SYMBOLS
 
 
 def _parts(row: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -160,6 +156,6 @@ def read_caption(text: str | None) -> ReadCaption:
 def _is_mixture(row: tuple[str, ...]) -> bool:
     """Tells whether a row that is no template's has parts of several wordings."""
     known = [_OWNERS[part] for part in _parts(row) if part in _OWNERS]
-    if not known:
+    if not known or not set(row) <= _SYMBOLS | _LOOSE_WORDS:
         return False
-    return not frozenset.intersection(*known) or any(word in _LOOSE_WORDS for word in row)
+    return not frozenset.intersection(*known) or not _LOOSE_WORDS.isdisjoint(row)

@@ -40,6 +40,7 @@ class RegionQuestion:
     answer: str
     kind: str  # of `QUESTIONS`
     accepted: frozenset[str]  # every right answer, as `language.normalize` gives it
+    other: int | None = None  # index of the thing that the question names
 
     def is_right(self, answer: str | None) -> bool:
         """Tells whether an answer is right, up to case, spaces and punctuation."""
@@ -142,7 +143,7 @@ def region_question(
     text = pick(rng, QUESTIONS[kind]).format(j=other)
     answer = pick(rng, answers)
     answer = answer[:1].upper() + answer[1:]
-    return RegionQuestion(text, answer, kind, frozenset(map(normalize, answers)))
+    return RegionQuestion(text, answer, kind, frozenset(map(normalize, answers)), other)
 
 
 def ask_about_region(

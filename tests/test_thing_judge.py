@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from perceptiondlm.evaluation.thing_judge import (
     judge_caption,
     label_is_right,
