@@ -2,7 +2,6 @@ import json
 
 import numpy as np
 import pytest
-from llada_v_models import maker
 from perceptiondlm.evaluation import held_things
 from perceptiondlm.evaluation.held_out import describe_scenes, measurements
 from perceptiondlm.scenes import things as things_module
@@ -22,9 +21,9 @@ def played_scene(seed: int, split: str = "train") -> ThingScene:
     pixels, things = np.zeros((60, 60, 3), np.uint8), []
     for k, number in enumerate(rng.permutation(len(CONCEPTS))[:3]):
         mask = np.zeros((60, 60), bool)
-        mask[20 * k : 20 * k + 6 + 4 * k, 20 * k : 20 * k + 6 + 4 * k] = True
+        mask[2 : 8 + 4 * k, 20 * k : 20 * k + 6 + 4 * k] = True
         pixels[mask] = 80 * (k + 1)
-        center = ((20 * k + 3 + 2 * k) / 60,) * 2
+        center = (20 * k + 3 + 2 * k) / 60, (5 + 2 * k) / 60
         place = GRID[int(3 * center[1])][int(3 * center[0])]
         facts = ThingFacts(
             CONCEPTS[number].name, "small", place, "whole", None, None, None, center, mask.mean()
@@ -47,25 +46,6 @@ def tree(make):
 def dataset(processor, **fields):
     data = SyntheticData(scene_kind="things", scenes=8, region_share=1.0, **fields)
     return synthetic_things.ThingDataset(processor, data)
-
-
-def texts_of(processor, sample) -> tuple[str, list[str]]:
-    """Returns a sample's prompt, and its responses, region by region."""
-    sequence = sample.sequence
-    answers = [
-        processor.tokenizer.decode(
-            [
-                token
-                for token, region, target in zip(
-                    sequence.ids, sequence.regions, sequence.targets, strict=True
-                )
-                if target and region == k
-            ],
-            skip_special_tokens=True,
-        )
-        for k in sorted(set(sequence.regions) - {-1})
-    ]
-    return processor.tokenizer.decode(sequence.ids), [text for text in answers if text]
 
 
 def test_scenes_of_shapes_have_no_labels_and_no_questions_per_region():
@@ -114,6 +94,3 @@ def test_a_checkpoint_is_measured_on_scenes_of_things(tree):
     keys = ("name_accuracy", "attribute_accuracy", "relation_accuracy", "grammatical")
     assert [right[key] for key in keys] == [1.0] * 4
     assert all(concept_named(thing.facts.concept) for scene in scenes for thing in scene.objects)
-
-
-make = pytest.fixture(lambda tmp_path: maker(tmp_path)) if False else None
