@@ -153,8 +153,8 @@ def _generate(model, count: int, **inputs):
 def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
     """Returns accuracies and costs of what a checkpoint said, as a report has them.
 
-    They are those of `score_captions` (of things: `score_thing_captions`) and `score_answers`; then `tokens_per_forward` (caption
-    positions per forward pass, padding counted) and `tokens_per_forward_effective` (tokens before
+    They are those of `score_captions` (of things: `score_thing_captions`) and `score_answers`;
+    then `tokens_per_forward` (caption positions per forward pass, padding counted) and `tokens_per_forward_effective` (tokens before
     end of turn), `forwards`, `passes` (region groups), `forwards_per_pass`, `seconds` (captions and
     answers); and `captioning` and `answering` in full.
     """

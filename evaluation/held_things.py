@@ -1,4 +1,4 @@
-"""Draws held-out scenes of things to measure a checkpoint on, and scores what it said about them."""
+"""Draws held-out scenes of things to measure a checkpoint on, and scores what it said."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
