@@ -10,6 +10,7 @@ from tqdm import tqdm
 from ..generation_options import DiffusionOptions, options_for
 from ..generation_seen import plan_groups
 from ..scenes.shapes import Scene, render_scene
+from .held_things import AskedThings, score_things
 from .synthetic_judge import score_answers, score_captions
 from .throughput import Throughput, batch_cost, stop_ids, timed, total_throughput
 
@@ -152,9 +153,9 @@ def _generate(model, count: int, **inputs):
 def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
     """Returns accuracies and costs of what a checkpoint said, as a report has them.
 
-    They are those of `score_captions` and `score_answers`; then `tokens_per_forward` (caption
-    positions per forward pass, padding counted) and `tokens_per_forward_effective` (tokens before
-    end of turn), `forwards`, `passes` (region groups), `forwards_per_pass`, `seconds` (captions and
+    They are those of `score_captions` (of things: `score_thing_captions`) and `score_answers`;
+    then `tokens_per_forward` (caption positions per forward pass, padding counted)
+    and `tokens_per_forward_effective` (tokens before end of turn), `forwards`, `passes` (region groups), `forwards_per_pass`, `seconds` (captions and
     answers); and `captioning` and `answering` in full.
     """
     questions = [question for scene in scenes for question in scene.questions]
@@ -162,7 +163,7 @@ def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
     captioning, answering = said.captioning, said.answering
 
     return {
-        **score_captions(scenes, said.captions),
+        **_caption_scores(scenes, said.captions),
         "question_accuracy": answers.pop("question_accuracy"),
         "questions": answers.pop("questions"),
         "questions_per_kind": {
@@ -178,6 +179,12 @@ def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
         "captioning": captioning.to_json(),
         "answering": answering.to_json(),
     }
+
+
+def _caption_scores(scenes: Sequence, captions: Sequence[Sequence[str]]) -> dict:
+    """Scores captions with the judge of the scenes' kind."""
+    is_things = isinstance(scenes[0], AskedThings)
+    return (score_things if is_things else score_captions)(scenes, captions)
 
 
 def resolved_options(model, options: dict) -> dict:

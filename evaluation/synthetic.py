@@ -35,17 +35,19 @@ from .held_out import (
     measurements,
     resolved_options,
 )
+from .held_things import UNSEEN_STYLE, held_out_things, score_things
 from .judge import read_captions
 from .synthetic_judge import borrowed_attributes, score_captions, wrong_attributes
 
 TRUTH_FILE = "truth.json"  # per region its attributes
 WRITTEN = {"images", "annotations.json", "class_names.json", "qa.json", TRUTH_FILE}
+THING_JUDGE_VERSION = "things-grammar-1"
 JUDGE_VERSION = "synthetic-exact-1"  # to be changed whenever a question or answer below is
 RIGHT, UNNAMED, WRONG = range(3)  # choices of a question about an attribute
 MENTIONED, UNMENTIONED = range(2)  # choices of a question about another region
 MEASURING = (  # options of measuring, which `write` and `judge` have no use for
     *("model", "subfolder", "dtype", "device", "quantize", "scenes", "seed", "batch_size"),
-    *("output", "steps", *ACCEPT_RULES, "options", "regions_per_pass", "texts"),
+    *("output", "scene_kind", "steps", *ACCEPT_RULES, "options", "regions_per_pass", "texts"),
 )
 IDENTIFYING = ("shape", "colour", "position")  # what tells regions apart; others often agree
 
@@ -197,6 +199,8 @@ def configure(parser: argparse.ArgumentParser):
     add_decoding_arguments(parser)
     add = parser.add_argument
     add("--regions-per-pass", type=int, help="at most; 1: one region at a time")
+    kinds = ("shapes", "things")
+    add("--scene-kind", choices=kinds, default="shapes", help="what the scenes hold")
     add("--texts", help="also write every caption and answer beside the truth (JSON)")
     parser.set_defaults(run_action=run_measure, of_measuring=parser.get_default)
 
@@ -250,18 +254,22 @@ def run_measure(args: argparse.Namespace) -> int:
     model, processor = load_checkpoint(args)
     resolved_options(model, options)  # refuses a mistake before any work
 
-    scenes = held_out_scenes(args.seed, args.scenes)
-    said = describe_scenes(
-        model,
-        processor,
-        scenes,
-        batch_size=args.batch_size,
-        regions_per_pass=args.regions_per_pass,
-        options=options,
-    )
+    common = {
+        "batch_size": args.batch_size,
+        "regions_per_pass": args.regions_per_pass,
+        "options": options,
+    }
+    draw = held_out_things if args.scene_kind == "things" else held_out_scenes
+    scenes = draw(args.seed, args.scenes)
+    said = describe_scenes(model, processor, scenes, **common)
 
     measured = measurements(scenes, said)
     record = _scene_record(args, model, options) | {"regions_per_pass": args.regions_per_pass}
+    if args.scene_kind == "things":
+        record |= {"scene_kind": "things", "judge": THING_JUDGE_VERSION}
+        unseen = held_out_things(args.seed, args.scenes, UNSEEN_STYLE)
+        captions = describe_scenes(model, processor, unseen, **common).captions
+        measured["unseen_style_name_accuracy"] = score_things(unseen, captions)["name_accuracy"]
     write_json(args.output, measured | record)
     if args.texts:
         write_json(args.texts, _texts_beside_truth(args.seed, scenes, said))
@@ -301,6 +309,8 @@ def _texts_beside_truth(first_seed: int, scenes: Sequence[Scene], said: SceneTex
 
 def summary_line(measured: Mapping) -> str:
     """Tells the measurements that matter most in one line."""
+    if "name_accuracy" in measured:
+        return _thing_line(measured)
     return (
         f"attributes {100 * measured['attribute_accuracy']:.2f} %,"
         f" whole captions {100 * measured['exact_caption_rate']:.2f} %,"
@@ -310,6 +320,16 @@ def summary_line(measured: Mapping) -> str:
         f" {measured['regions']} regions, {measured['forwards_per_pass']:.1f} forwards per group,"
         f" TPF {measured['tokens_per_forward']:.2f}, {measured['seconds']:.1f} s"
     )
+
+
+def _thing_line(measured: Mapping) -> str:
+    """Tells the same of scenes of things."""
+    names = ("name_accuracy", "attribute_accuracy", "relation_accuracy", "grammatical")
+    names += ("mixture_rate", "unseen_style_name_accuracy", "question_accuracy")
+    shares = (
+        f"{name} {100 * measured[name]:.2f} %" for name in names if measured.get(name) is not None
+    )
+    return ", ".join(shares) + f"; {measured['forwards_per_pass']:.1f} forwards per group"
 
 
 def run_write(args: argparse.Namespace) -> int:

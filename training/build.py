@@ -14,6 +14,7 @@ from ..generation_options import take_defaults
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from ..scenes.shapes import iter_corpus
+from ..scenes.thing_language import LABEL_INSTRUCTION, iter_thing_corpus
 from .recipe import Recipe
 from .recipe_sections import ModelRecipe, SyntheticData
 from .starting_values import start_locally, zero_residuals
@@ -52,7 +53,7 @@ def build_model(recipe: Recipe, device: torch.device | None = None):
 
 def _from_scratch(recipe: Recipe):
     """Builds a model with fresh weights, and a processor of its config."""
-    tokenizer = _tokenizer(recipe.model)
+    tokenizer = _tokenizer(recipe.model, recipe.data)
     config = fresh_config(recipe.model.config, tokenizer, recipe.data)
     processor = PerceptionDLMProcessor.from_config(config, tokenizer)
     if recipe.model.attn_implementation is not None:
@@ -83,7 +84,7 @@ def fresh_config(fields: dict, tokenizer, data) -> PerceptionDLMConfig:
     )
 
 
-def _tokenizer(recipe: ModelRecipe):
+def _tokenizer(recipe: ModelRecipe, data):
     """Loads the recipe's tokenizer, or trains one on the texts of synthetic scenes."""
     if recipe.tokenizer is not None:
         return load_tokenizer(recipe.tokenizer)
@@ -91,5 +92,16 @@ def _tokenizer(recipe: ModelRecipe):
     defaults = inspect.signature(PerceptionDLMProcessor).parameters
     prompts = [defaults[name].default for name in ("system_prompt", "region_instruction")]
     frame = [*prompts, "system\n", "user\n", "assistant\n"] * (recipe.tokenizer_scenes // 10 + 1)
-    corpus = itertools.chain(frame, iter_corpus(recipe.tokenizer_scenes))
+    is_things = isinstance(data, SyntheticData) and data.scene_kind == "things"
+    corpus = iter_thing_texts if is_things else iter_corpus
+    corpus = itertools.chain(frame, corpus(recipe.tokenizer_scenes))
     return train_tokenizer(corpus, recipe.vocab_size)
+
+
+def iter_thing_texts(count: int):
+    """Yields the texts of `count` scenes of things, as they are drawn for training."""
+    from ..scenes.things import render_thing_scene  # needs what draws things
+
+    yield from [LABEL_INSTRUCTION] * count
+    scenes = (render_thing_scene(seed) for seed in range(count))
+    yield from iter_thing_corpus([[thing.facts for thing in scene.things] for scene in scenes])

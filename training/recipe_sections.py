@@ -54,6 +54,8 @@ class ModelRecipe:
 class SyntheticData:
     """Synthetic scenes: a sample is the region captions of a scene, or some of its questions."""
 
+    # What the scenes hold: "shapes", or "things" (drawn from npm packages, see docs/evaluation.md).
+    scene_kind: str = "shapes"
     scenes: int = 20000  # of an epoch, from `first_seed` on
     scene_sets: int = 1  # sets of as many scenes, which epochs take in turn
     first_seed: int = 0
@@ -62,6 +64,10 @@ class SyntheticData:
     cache_workers: int = 2  # processes that render them
     region_share: float = 0.7  # of the samples caption regions; the others answer questions
     first_region_share: float | None = None  # the same in the first epoch; none: as in the others
+    # Of the samples about regions, of things alone: these shares give labels ("Name each region."),
+    # and ask every region a question of its own (independent layout); the others are captions.
+    label_share: float = 0.0
+    region_question_share: float = 0.0
     # Upper bound for the regions of a sample, drawn at random; none: the region prompts.
     regions_per_sample: int | None = None
     # Upper bound for the questions of a sample, each a branch of the same image; more than one
@@ -77,6 +83,11 @@ class SyntheticData:
         expect_positive("data.scene_sets", self.scene_sets)
         expect_positive("data.questions_per_sample", self.questions_per_sample)
         expect_share("data.region_share", self.region_share)
+        expect_one_of("data.scene_kind", self.scene_kind, ("shapes", "things"))
+        expect_share("data.label_share + data.region_question_share", self._form_shares)
+        if self.scene_kind != "things":
+            names = ("label_share", "region_question_share")
+            expect_defaults(self, "data", names, 'with data.scene_kind of "things"')
         if self.first_region_share is not None:
             expect_share("data.first_region_share", self.first_region_share)
 
@@ -87,6 +98,13 @@ class SyntheticData:
             expect_defaults(self, "data", ("cache_workers",), "with data.cache")
         if not self.eval_scenes:
             expect_defaults(self, "data", ("eval_first_seed",), "with data.eval_scenes")
+
+    @property
+    def _form_shares(self) -> float:
+        """Returns the share of samples about regions that are no captions."""
+        for name in ("label_share", "region_question_share"):
+            expect_share(f"data.{name}", getattr(self, name))
+        return self.label_share + self.region_question_share
 
 
 @dataclass(frozen=True)

@@ -160,15 +160,23 @@ def build_datasets(
     if not isinstance(recipe.data, SyntheticData):
         return file_datasets(recipe, processor, args, teacher)
 
+    dataset = _scene_dataset(recipe.data)
     options = {"seed": args.seed, "permute_prompts": recipe.parameters.permute_prompts}
-    train_set, eval_set = SceneDataset(processor, recipe.data, **options), None
+    train_set, eval_set = dataset(processor, recipe.data, **options), None
     if teacher is not None:
-        train_set = PairedDataset(
-            train_set, SceneDataset(teacher.processor, recipe.data, **options)
-        )
+        train_set = PairedDataset(train_set, dataset(teacher.processor, recipe.data, **options))
     if recipe.data.eval_scenes:
-        eval_set = SceneDataset(processor, recipe.data, split="heldout", **options)
+        eval_set = dataset(processor, recipe.data, split="heldout", **options)
     return train_set, eval_set
+
+
+def _scene_dataset(data: SyntheticData) -> type[SceneDataset]:
+    """Returns the kind of data set that a recipe's scenes need."""
+    if data.scene_kind == "shapes":
+        return SceneDataset
+    from .synthetic_things import ThingDataset  # needs what draws things
+
+    return ThingDataset
 
 
 def file_datasets(

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,9 +62,9 @@ def encode_scene(image_processor, seed: int, split: str) -> EncodedScene:
 
 
 def draw_questions(
-    rng: np.random.Generator, objects: list[dict[str, str]], max_questions: int
+    rng: np.random.Generator, objects: list, max_questions: int, ask: Callable = ask
 ) -> list[Question]:
-    """Draws up to `max_questions` different questions about objects given by their attributes.
+    """Draws up to `max_questions` different questions about objects given by what is true of them.
 
     Asked in rounds of at most one question of each kind: kinds with few different questions, such
     as "how many objects", come less often.
@@ -80,6 +81,8 @@ def draw_questions(
 
 class SceneDataset(Dataset):
     """Samples of scenes; an index counts on over epochs (`epoch * len(self) + i`)."""
+
+    encode = staticmethod(encode_scene)
 
     def __init__(
         self,
@@ -160,13 +163,20 @@ class SceneDataset(Dataset):
         number = (epoch if self.data.fresh else epoch % self.sets) * self.count + i
         if self.cached is not None:
             return self.cached[number]
-        return encode_scene(self.processor.image_processor, self.first_seed + number, self.split)
+        return self.encode(self.processor.image_processor, self.first_seed + number, self.split)
+
+    def _ask(self, rng: np.random.Generator, scene: EncodedScene) -> list[Question]:
+        """Draws the questions of a sample."""
+        return draw_questions(rng, scene.objects, self.data.questions_per_sample)
 
     def _encode_all(self) -> list[EncodedScene]:
         """Renders the scenes of all sets in several processes."""
         image_processor = self.processor.image_processor
         numbers = range(self.count * self.sets)
-        jobs = [(image_processor, self.first_seed + number, self.split) for number in numbers]
+        jobs = [
+            (self.encode, image_processor, self.first_seed + number, self.split)
+            for number in numbers
+        ]
         workers = self.data.cache_workers
         with multiprocessing.get_context("fork").Pool(workers, _ignore_interrupts) as pool:
             encoded = pool.imap(_encode_job, jobs, chunksize=64)
@@ -174,19 +184,28 @@ class SceneDataset(Dataset):
 
     def _regions(self, rng, scene: EncodedScene, key) -> Sample:
         """Makes a sample of region captions."""
+        regions, prompts, features = self._draw_regions(rng, scene)
+        texts = [caption_of(scene.regions[k]) for k in regions]
+        return self._answered(features, texts, prompts, key)
+
+    def _draw_regions(self, rng, scene: EncodedScene) -> tuple[list[int], list[int], dict]:
+        """Draws the regions of a sample and their prompts; returns both and their features."""
         count = min(len(scene.regions), self._max_regions)
         regions = sorted(rng.permutation(len(scene.regions))[:count].tolist())
         total = self.processor.image_processor.num_region_prompts
         prompts = draw_prompts(rng, count, total, self.permute_prompts)
-        features = choose_regions(scene.tensors(), regions, prompts)
-        texts = [caption_of(scene.regions[k]) for k in regions]
-        slots = self.processor.caption_slots(texts, count, self.data.caption_length)
-        sequence = self.processor.region_sequence(features, 0, slots, prompts=prompts)
+        return regions, prompts, choose_regions(scene.tensors(), regions, prompts)
+
+    def _answered(self, features: dict, texts: list[str], prompts, key, instruction=None, order=()):
+        """Makes a sample of a text for each region; `order` has the regions' mask numbers."""
+        slots = self.processor.caption_slots(texts, len(texts), self.data.caption_length)
+        about = {**features, "region_orders": [list(order)]}
+        sequence = self.processor.region_sequence(about, 0, slots, instruction, prompts=prompts)
         return Sample(sequence, features, key)
 
     def _questions(self, rng, scene: EncodedScene, key) -> Sample:
         """Makes a sample of questions, each a branch of one trunk where there are several."""
-        questions = draw_questions(rng, scene.objects, self.data.questions_per_sample)
+        questions = self._ask(rng, scene)
         names = ("pixel_values", "image_grids", "image_sizes")
         tensors = scene.tensors()
         features = {name: tensors[name] for name in names}
@@ -211,4 +230,5 @@ def _ignore_interrupts():
 
 def _encode_job(job) -> EncodedScene:
     torch.set_num_threads(1)
-    return encode_scene(*job)
+    encode, *arguments = job
+    return encode(*arguments)

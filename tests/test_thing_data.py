@@ -1,0 +1,96 @@
+import json
+
+import numpy as np
+import pytest
+from perceptiondlm.evaluation import held_things
+from perceptiondlm.evaluation.held_out import describe_scenes, measurements
+from perceptiondlm.scenes import things as things_module
+from perceptiondlm.scenes.concepts import CONCEPTS, concept_named
+from perceptiondlm.scenes.language import GRID
+from perceptiondlm.scenes.thing_facts import ThingFacts
+from perceptiondlm.scenes.thing_language import LABEL_INSTRUCTION
+from perceptiondlm.scenes.things import SceneThing, ThingScene
+from perceptiondlm.training import synthetic_things
+from perceptiondlm.training.recipe_sections import SyntheticData
+from PIL import Image
+
+
+def played_scene(seed: int, split: str = "train") -> ThingScene:
+    """Draws three gray squares that stand for things."""
+    rng = np.random.default_rng(seed)
+    pixels, things = np.zeros((60, 60, 3), np.uint8), []
+    for k, number in enumerate(rng.permutation(len(CONCEPTS))[:3]):
+        mask = np.zeros((60, 60), bool)
+        mask[2 : 8 + 4 * k, 20 * k : 20 * k + 6 + 4 * k] = True
+        pixels[mask] = 80 * (k + 1)
+        center = (20 * k + 3 + 2 * k) / 60, (5 + 2 * k) / 60
+        place = GRID[int(3 * center[1])][int(3 * center[0])]
+        facts = ThingFacts(
+            CONCEPTS[number].name, "small", place, "whole", None, None, None, center, mask.mean()
+        )
+        things.append(SceneThing(mask, facts, "played", 6.0 + 4 * k, 0.0))
+    return ThingScene(Image.fromarray(pixels), things)
+
+
+@pytest.fixture(autouse=True)
+def played(monkeypatch):
+    monkeypatch.setattr(synthetic_things, "render_thing_scene", played_scene)
+    monkeypatch.setattr(things_module, "render_thing_scene", played_scene)
+
+
+@pytest.fixture
+def tree(make):
+    return make(num_region_prompts=4, roi_convention="aligned", region_layout="independent")
+
+
+def dataset(processor, **fields):
+    data = SyntheticData(scene_kind="things", scenes=8, region_share=1.0, **fields)
+    return synthetic_things.ThingDataset(processor, data)
+
+
+def test_scenes_of_shapes_have_no_labels_and_no_questions_per_region():
+    with pytest.raises(ValueError, match="scene_kind"):
+        SyntheticData(label_share=0.2)
+    with pytest.raises(ValueError, match="label_share"):
+        SyntheticData(scene_kind="things", label_share=0.7, region_question_share=0.7)
+    with pytest.raises(ValueError, match="scene_kind"):
+        SyntheticData(scene_kind="pets")
+
+
+def test_questions_per_region_need_the_independent_layout(make):
+    processor = make(num_region_prompts=4, roi_convention="aligned")[1]
+    with pytest.raises(ValueError, match="independent layout"):
+        dataset(processor, region_question_share=0.5)
+
+
+def test_a_sample_of_labels_is_asked_for_names(tree):
+    sample = dataset(tree[1], label_share=1.0, caption_length=60)[0]
+    assert LABEL_INSTRUCTION in tree[1].tokenizer.decode(sample.sequence.ids)
+
+
+def test_every_region_of_a_sample_gets_a_question_of_its_own(tree):
+    things = dataset(tree[1], region_question_share=1.0, caption_length=80)
+    asked = [tree[1].tokenizer.decode(things[i].sequence.ids) for i in range(8)]
+    assert all(text.count("?") >= 2 for text in asked)
+    assert len(set(asked)) == 8
+
+
+def test_captions_are_drawn_anew_every_epoch(tree):
+    things = dataset(tree[1], caption_length=120)
+    assert things[0].sequence.ids == things[0].sequence.ids
+    assert things[0].sequence.ids != things[8].sequence.ids
+
+
+def test_a_checkpoint_is_measured_on_scenes_of_things(tree):
+    model, processor = tree
+    scenes = held_things.held_out_things(0, 2, progress=False)
+    said = describe_scenes(model, processor, scenes, progress=False, options={"steps": 1})
+    measured = measurements(scenes, said)
+    assert measured["regions"] == 6 and measured["mixture_rate"] <= 1
+    json.dumps(measured)
+
+    said.captions[:] = [[thing.caption for thing in scene.objects] for scene in scenes]
+    right = measurements(scenes, said)
+    keys = ("name_accuracy", "attribute_accuracy", "relation_accuracy", "grammatical")
+    assert [right[key] for key in keys] == [1.0] * 4
+    assert all(concept_named(thing.facts.concept) for scene in scenes for thing in scene.objects)

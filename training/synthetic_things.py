@@ -1,0 +1,76 @@
+"""Makes training samples of scenes of things: captions, labels, and questions about each region."""
+
+import numpy as np
+
+from ..scenes.thing_facts import ThingFacts
+from ..scenes.thing_language import LABEL_INSTRUCTION, caption_of, label_of
+from ..scenes.thing_questions import ask_about_region, ask_about_scene
+from ..scenes.things import render_thing_scene
+from .samples import Sample
+from .synthetic import EncodedScene, SceneDataset, draw_questions
+
+
+class EncodedThings(EncodedScene):
+    """A scene of things; its `regions` are indices of its `objects`, which are `ThingFacts`."""
+
+    regions: list[int]
+    objects: list[ThingFacts]
+
+
+def encode_things(image_processor, seed: int, split: str) -> EncodedThings:
+    """Renders a scene of things and prepares its pixels and its masks."""
+    scene = render_thing_scene(seed, split)
+    captioned = scene.things[: image_processor.num_region_prompts]
+    masks = [[thing.mask for thing in captioned]] if captioned else None
+    features = image_processor([scene.image], masks, do_normalize=False)
+    order = features.pop("region_orders", [[]])[0]
+
+    pixels = features.pop("pixel_values").numpy()
+    arrays = {name: value.numpy() for name, value in features.items()}
+    facts = [thing.facts for thing in scene.things]
+    return EncodedThings(pixels, arrays, [int(k) for k in order], facts)
+
+
+class ThingDataset(SceneDataset):
+    """Samples of scenes of things, in the forms of which the recipe has shares."""
+
+    encode = staticmethod(encode_things)
+
+    def __init__(self, processor, data, **options):
+        if data.region_question_share and processor.region_layout != "independent":
+            raise ValueError(
+                "expected data.region_question_share of 0 but in the independent layout, got"
+                f" {data.region_question_share} in {processor.region_layout!r}"
+            )
+        super().__init__(processor, data, **options)
+
+    def _ask(self, rng: np.random.Generator, scene: EncodedThings):
+        return draw_questions(
+            rng, scene.objects, self.data.questions_per_sample, ask=ask_about_scene
+        )
+
+    def _regions(self, rng: np.random.Generator, scene: EncodedThings, key) -> Sample:
+        """Makes a sample of captions, of labels, or of answers to a question for each region."""
+        form = rng.random()
+        regions, prompts, features = self._draw_regions(rng, scene)
+        things, order = scene.objects, [scene.regions[k] for k in regions]
+
+        if form < self.data.label_share:
+            texts = [label_of(rng, things[k]) for k in order]
+            return self._answered(features, texts, prompts, key, LABEL_INSTRUCTION)
+        if form < self.data.label_share + self.data.region_question_share:
+            asked = {k: self._region_question(rng, things, k, order) for k in order}
+            texts = [asked[k].answer for k in order]
+            questions = {k: question.question for k, question in asked.items()}
+            return self._answered(features, texts, prompts, key, questions, order)
+        texts = [caption_of(rng, things, k) for k in order]
+        return self._answered(features, texts, prompts, key)
+
+    def _region_question(self, rng, things: list[ThingFacts], k: int, order: list[int]):
+        """Draws a question about a region that names no region that is not in the sample."""
+        questions = [
+            question
+            for question in ask_about_region(rng, things, k)
+            if question.other is None or question.other in order
+        ]
+        return questions[rng.integers(len(questions))]
