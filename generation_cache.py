@@ -6,9 +6,16 @@ The prompt of a row stands before its response, in the same columns for a whole 
     tree      | keys and values kept, exactly      | computed at every step           |
     joint     | computed at every step, or every `prompt_refresh_interval` steps      |
 
+    with `block_cache` ("dual"; "prefix" computes the later blocks at every step, too):
+              | prompt | finished blocks | this block | later blocks |
+    first     | computed, as above says  | computed   | computed     |  and kept
+    others    | kept                     | computed   | kept         |
+
 In the tree layout the response cannot influence the prompt, so the prompt's keys and values are
 computed once and the cache is exact. Elsewhere every step computes the whole sequence, unless
-`prompt_refresh_interval` asks for an approximation.
+`prompt_refresh_interval` asks for an approximation. `block_cache` is another, for answers that are
+decoded in blocks: what is kept was computed when the present block was still masked (Fast-dLLM,
+arXiv:2505.22618).
 """
 
 from collections.abc import Mapping
@@ -31,6 +38,7 @@ from .processing_sequence import RESPONSE_INPUTS
 COLUMNS = ("region_ids", "role_ids", "attention_mask")  # of a `Structure`
 TASKS = ("captions", "answers")
 FEATURE_INPUTS = ("image_features", "region_features")  # instead of pixels
+ONCE_A_BLOCK = 2**31  # steps between two refreshments: more than a block has
 
 
 class StaticKVCache:
@@ -68,6 +76,18 @@ class StaticKVCache:
             self.values = {i: v.repeat_interleave(times, 0) for i, v in self.values.items()}
 
 
+class FilledKVCache:
+    """Writes into a cache all of whose columns were computed before, and shows all of them."""
+
+    def __init__(self, cache: StaticKVCache):
+        self.cache = cache
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, start: int):
+        """Writes as `StaticKVCache.update` does; returns keys and values of all columns."""
+        self.cache.update(key, value, layer, start)
+        return self.cache.keys[layer], self.cache.values[layer]
+
+
 class ResponseNetwork:
     """Computes logits of the response positions of one batch, as little as its structure allows.
 
@@ -80,6 +100,7 @@ class ResponseNetwork:
         trunks: for each row where keys and values of its trunk are kept, by the trunk's token ids
             (see `SeenGroup`); what is missing is computed and put there. None: nothing is kept.
         repeats: each row's responses run so many times together, for one prompt.
+        block_cache: what `compute_block` keeps within a block; None: nothing.
     """
 
     def __init__(
@@ -91,6 +112,7 @@ class ResponseNetwork:
         compiled: bool = False,
         trunks: list[dict] | None = None,
         repeats: int = 1,
+        block_cache: str | None = None,
     ):
         self.model = model
         self.text = model.language_model
@@ -109,11 +131,13 @@ class ResponseNetwork:
         # How often the prompt is computed: in a tree once, else as asked for.
         layout = model.config.region_layout
         is_tree = layout == "independent"
+        usual = ONCE_A_BLOCK if block_cache else 1
         self.refresh_interval = (
-            0 if is_tree else 1 if refresh_interval is None else refresh_interval
+            0 if is_tree else usual if refresh_interval is None else refresh_interval
         )
+        self.block_cache = block_cache
         self.cache = None
-        if self.refresh_interval != 1:
+        if self.refresh_interval != 1 or block_cache:
             self.cache = StaticKVCache(columns["position_ids"].shape[1])
 
         # A tree keeps keys and values alone, the joint layout the embeddings too.
@@ -130,6 +154,8 @@ class ResponseNetwork:
             self.cache.repeat(repeats)
         self.positions = columns.pop("position_ids")
         start, argument = self.prompt_length, self._arguments(columns, prompt.dtype)
+        self.argument = argument
+        self.parts: dict[int, tuple] = {}  # what `_part_of` found, by block
         self.response_mask = argument(slice(start, None), None)
         # Who may see whom when the whole sequence is computed.
         self.full_mask = None if is_tree else argument(slice(None), None)
@@ -244,6 +270,35 @@ class ResponseNetwork:
         """Computes logits (B, N, V) at some columns, int64 (B, N), of responses (B, A)."""
         return self.step(response_ids, columns, self._recomputes(step))
 
+    def compute_block(
+        self, response_ids: torch.Tensor, block: int, step: int, columns: torch.Tensor
+    ):
+        """Computes logits (B, N, V) at a block's columns, int64 (B, N), of responses (B, A).
+
+        `step` is one of the block's own: the first computes all that the others keep. The prompt
+        is due by the same steps.
+        """
+        interval = self.refresh_interval
+        is_due = step % interval == 0 if interval else block == step == 0
+        recompute = self.prompt is not None and is_due
+        if step == 0 or recompute or self.block_cache is None:
+            return self.step(response_ids, columns, recompute)
+        return self._step(response_ids, columns, False, self._part_of(block, columns))
+
+    def _part_of(self, block: int, columns: torch.Tensor) -> tuple:
+        """Returns the columns of the responses that are computed for a block, and their mask.
+
+        They are one slice for the whole batch, from the first of any row's to the last.
+        """
+        if block not in self.parts:
+            first, stop = int(columns.min()), int(columns.max()) + 1
+            if self.block_cache == "prefix":
+                stop = self.response_ids.shape[1]
+            start = self.prompt_length
+            mask = self.argument(slice(start + first, start + stop), None)
+            self.parts = {block: (slice(first, stop), mask)}
+        return self.parts[block]
+
     @property
     def depends_on_step(self) -> bool:
         """Tells whether logits depend on when the prompt was last computed."""
@@ -255,13 +310,18 @@ class ResponseNetwork:
         interval = self.refresh_interval
         return step == 0 or (interval > 0 and step % interval == 0)
 
-    def _step(self, response_ids, columns, recompute: bool) -> torch.Tensor:
-        """Runs one forward pass; see `__call__`."""
+    def _step(self, response_ids, columns, recompute: bool, part=None) -> torch.Tensor:
+        """Runs one forward pass, of a `part` alone if given; see `__call__`, `_part_of`."""
+        if part is not None:
+            response_ids, columns = response_ids[:, part[0]], columns - part[0].start
         response = self.text.get_input_embeddings()(response_ids)
         if self.cfg_scale:
             response, columns = torch.cat([response, response]), torch.cat([columns, columns])
 
-        hidden = self._whole(response) if recompute else self._response_only(response)
+        if part is not None:
+            hidden = self._part_only(response, *part)
+        else:
+            hidden = self._whole(response) if recompute else self._response_only(response)
         # Only the positions that are asked for reach the head.
         index = columns[..., None].expand(-1, -1, hidden.shape[-1]).to(hidden.device)
         logits = self.text.lm_head(hidden.gather(1, index)).to(response_ids.device)  # (B, N, V)
@@ -289,6 +349,13 @@ class ResponseNetwork:
         start = self.prompt_length
         positions = self.positions[:, start:]
         return self.text.model(response, positions, self.response_mask, self.cache, start)
+
+    def _part_only(self, response: torch.Tensor, part: slice, mask) -> torch.Tensor:
+        """Computes states (B, N, D) of a part from the keys and values of all else."""
+        assert self.cache is not None  # a block cache has one
+        start = self.prompt_length + part.start
+        positions = self.positions[:, start : self.prompt_length + part.stop]
+        return self.text.model(response, positions, mask, FilledKVCache(self.cache), start)
 
 
 def _trunk_length(region_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:

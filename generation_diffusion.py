@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -27,8 +28,10 @@ from .generation_cache import (
     scatter_valid,
 )
 from .generation_generate import GenerateMixin
-from .generation_loop import RowNoise, Sampler, denoise
+from .generation_loop import RowNoise, Sampler, denoise, denoise_blocks
 from .generation_options import (
+    IN_BLOCKS,
+    TEMPLATE_DECIDES,
     DiffusionOptions,
     expect_known,
     options_for,
@@ -45,7 +48,7 @@ from .generation_output import (
     part_listener,
 )
 from .generation_rows import Batch, Call, RowMaker, chunks, settings, stop_sequences
-from .generation_rules import State
+from .generation_rules import Blockwise, State
 from .generation_scoring import ScoringMixin, is_one_prompt, pair_seen
 from .generation_seen import (
     RegionGroup,
@@ -183,7 +186,7 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
     def _options(self, options: dict, task: str, template=None) -> DiffusionOptions:
         """Merges the call's options over the checkpoint's, and checks them."""
         if template is not None:
-            for name in ("caption_length", "max_new_tokens", "block_length", "stop_strings"):
+            for name in TEMPLATE_DECIDES:
                 if options.get(name) is not None:
                     raise ValueError(
                         f"expected no {name} with a template, whose fields say how long they are,"
@@ -191,7 +194,8 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
                     )
         chosen = DiffusionOptions.build(self.decoding_defaults, options, task)
         if template is not None:  # a checkpoint's defaults for whole answers
-            chosen = dataclasses.replace(chosen, block_length=None, stop_strings=None)
+            undecided: dict[str, Any] = dict.fromkeys(IN_BLOCKS)
+            chosen = dataclasses.replace(chosen, **undecided)
         chosen.check_against(self.config)
         return chosen
 
@@ -406,12 +410,17 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
             options.cfg_scale,
             options.compile,
             batch.trunks,
+            1,
+            options.block_cache,
         )
         B, G, n = state.tokens.shape
         flat, valid = columns.view(B, G * n), state.valid.view(B, G * n)
 
         lengths = state.valid.sum(-1)  # (B, G)
         sizes = list(zip((lengths > 0).sum(1).tolist(), lengths.amax(1).tolist(), strict=True))
+        plan = batch.rule if isinstance(batch.rule, Blockwise) else None
+        if plan is not None:  # each block draws its own
+            sizes = [(groups, plan.block_length) for groups, _ in sizes]
         keys = [row.key for row in batch.rows]
         sampler = Sampler(
             options.temperature,
@@ -429,18 +438,23 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
         def predict(tokens: torch.Tensor, step: int) -> torch.Tensor:
             return network(filled(tokens), step, flat).view(B, G, n, -1)
 
+        def predict_block(tokens: torch.Tensor, block: int, step: int) -> torch.Tensor:
+            assert plan is not None
+            own = columns[..., plan.window(block)]
+            logits = network.compute_block(filled(tokens), block, step, own.flatten(1))
+            return logits.view(*own.shape, -1)
+
         def on_step(step: int, state: State):
             listener(step, responses_of(inputs, filled(state.tokens)))
 
-        state, forwards, log_probs = denoise(
-            predict,
-            state,
-            batch.rule,
-            sampler,
-            self.config.mask_token_id,
-            on_step if listener else None,
-            network.depends_on_step,
-        )
+        mask_id, heard = self.config.mask_token_id, on_step if listener else None
+        if isinstance(batch.rule, Blockwise):
+            in_blocks = predict_block, state, batch.rule, sampler, mask_id, heard
+            denoised = denoise_blocks(*in_blocks)
+        else:
+            by_step = network.depends_on_step
+            denoised = denoise(predict, state, batch.rule, sampler, mask_id, heard, by_step)
+        state, forwards, log_probs = denoised
 
         # What was given has no probability.
         unknown = torch.full_like(network.response_ids, torch.nan, dtype=torch.float64)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from .generation_rules import Prediction, Rule, State, finished, probability_of
+from .generation_rules import Blockwise, Prediction, Rule, State, finished, probability_of
 
 
 class RowNoise:
@@ -228,6 +228,71 @@ def denoise(
         if on_step is not None and (runs or not torch.equal(before.tokens, state.tokens)):
             on_step(step, state)
     return state, forwards, log_probs
+
+
+def denoise_blocks(
+    predict: Callable[[torch.Tensor, int, int], torch.Tensor],
+    state: State,
+    plan: Blockwise,
+    sampler: Sampler,
+    mask_token_id: int,
+    on_step: Callable[[int, State], None] | None = None,
+) -> tuple[State, torch.Tensor, torch.Tensor]:
+    """Runs the loop for one block after another, each to its end; returns what `denoise` does.
+
+    Rows that have finished a block wait for the others, so each decodes as it would alone.
+
+    Args:
+        predict: gives logits (B, G, block_length, V) of a block's positions from all tokens, the
+            block's number and the step's number in it.
+    """
+    B = len(state.tokens)
+    forwards = torch.zeros(B, dtype=torch.int64, device=state.tokens.device)
+    log_probs = torch.zeros_like(state.tokens, dtype=torch.float64)
+    steps_before = 0
+
+    for block in range(plan.blocks):
+        window, whole = plan.window(block), state
+        stopped = plan.stopped(whole)[:, None, None]
+        # What stands behind a stop looks as if it were decoded, and keeps its mask tokens.
+        part = State(
+            whole.tokens[..., window],
+            whole.masked[..., window] & ~stopped,
+            whole.valid[..., window],
+        )
+
+        def predict_block(tokens, step, block=block, whole=whole, window=window):
+            return predict(_put(whole.tokens, window, tokens), block, step)
+
+        def on_block_step(step, part, first=steps_before, whole=whole, window=window):
+            assert on_step is not None
+            on_step(first + step, _put_part(whole, window, part))
+
+        listener = None if on_step is None else on_block_step
+        done, own, scores = denoise(
+            predict_block, part, plan.rule, sampler, mask_token_id, listener
+        )
+
+        # Into the whole again; what was hidden behind a stop is still masked.
+        done.masked |= whole.masked[..., window] & stopped
+        state = plan.end_turns(_put_part(whole, window, done))
+        log_probs[..., window] = scores
+        forwards += own
+        steps_before += plan.rule.steps
+    return state, forwards, log_probs
+
+
+def _put(values: torch.Tensor, window: slice, part: torch.Tensor) -> torch.Tensor:
+    """Returns a copy of values (B, G, n) with some positions replaced."""
+    values = values.clone()
+    values[..., window] = part
+    return values
+
+
+def _put_part(state: State, window: slice, part: State) -> State:
+    """Returns a state with a block's positions replaced."""
+    tokens = _put(state.tokens, window, part.tokens)
+    return replace(state, tokens=tokens, masked=_put(state.masked, window, part.masked))
 
 
 def _keep_finished(done: torch.Tensor, state: State, proposed: State) -> State:

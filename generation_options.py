@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from .generation_rules import (
     ACCEPT_RULES,
     Adaptive,
+    Blockwise,
     RemaskLowConfidence,
     Rule,
     SemiAutoregressive,
@@ -26,6 +27,10 @@ MAX_STEPS = 2**16  # more than any response has positions
 MAX_SEED = 2**64 - 1
 ACCEPTANCES = " or ".join([", ".join(list(ACCEPT_RULES)[:-1]), list(ACCEPT_RULES)[-1]])
 EXCLUSIVE = (tuple(ACCEPT_RULES), ("seed", "generator"))  # options of which one may be given
+
+# What decoding in blocks says, and all that a template's fields say, so that no option can.
+IN_BLOCKS = ("block_length", "early_stop", "block_cache", "stop_strings")
+TEMPLATE_DECIDES = ("caption_length", "max_new_tokens", *IN_BLOCKS)
 
 # Names that options had before, and what is to be written instead.
 RENAMED = {
@@ -155,6 +160,14 @@ class DiffusionOptions:
         kind=int,
         task="answers",
     )
+    early_stop: bool | None = option(
+        None,
+        instance(bool),
+        "with block_length: an answer is over with the block in which its end of turn is committed;"
+        " later blocks are not decoded, the text stays the same",
+        kind=bool,
+        task="answers",
+    )
 
     # Sampling.
     temperature: float = option(
@@ -221,6 +234,15 @@ class DiffusionOptions:
         "approximate, for the joint layout: recompute the prompt only every so many steps"
         " (1: exact, 0: never again; default: exact)",
         kind=int,
+    )
+    block_cache: str | None = option(
+        None,
+        one_of("prefix", "dual"),
+        "approximate, with block_length: within a block keep keys and values of what is before it"
+        " (prefix), or of all else (dual), as they were when it began (default: exact)",
+        kind=str,
+        task="answers",
+        choices=("prefix", "dual"),
     )
     batch_size: int | None = option(
         None,
@@ -311,6 +333,21 @@ class DiffusionOptions:
             raise ValueError(
                 f"expected {ACCEPTANCES} with remask_below, got {self.remask_below} alone"
             )
+        if self.is_block_by_block:
+            self._check_blocks()
+
+    def _check_blocks(self):
+        """Refuses what does not go together with decoding that finishes one block after another."""
+        name = "block_cache" if self.block_cache else "early_stop"
+        if self.block_length is None:
+            raise ValueError(f"expected block_length with {name}, got {name} alone")
+        if self.remask_below is not None:
+            raise ValueError(
+                f"expected no remask_below, which masks finished blocks again, with {name},"
+                f" got {self.remask_below}"
+            )
+        if self.block_cache and self.compile:
+            raise ValueError("expected no compile with block_cache, whose steps differ, got True")
 
     def check_against(self, config):
         """Refuses lengths and token ids that a model of `config` does not have."""
@@ -337,6 +374,11 @@ class DiffusionOptions:
         """Tells whether anything is drawn."""
         return self.temperature > 0 or self.remasking == "random"
 
+    @property
+    def is_block_by_block(self) -> bool:
+        """Tells whether each block is finished before the next one begins."""
+        return bool(self.block_cache or self.early_stop)
+
     def draw_seed(self, device) -> int:
         """Draws the seed of a call from `generator`, a fresh one of `seed`, or torch's own."""
         generator = self.generator
@@ -362,7 +404,9 @@ class DiffusionOptions:
         block = length or self.caption_length
         return Adaptive(steps, accept, block, eot_token_id, self.remask_below, per_token)
 
-    def answer_rule(self, length: int, eot_token_id: int | None, per_token: bool = False) -> Rule:
+    def answer_rule(
+        self, length: int, eot_token_id: int | None, per_token: bool = False
+    ) -> Rule | Blockwise:
         """Chooses the rule for an answer of `length` tokens; `per_token` as in `Adaptive`."""
         block = self.block_length or length
         if length % block:
@@ -371,12 +415,29 @@ class DiffusionOptions:
         steps = self.steps or length
 
         accept = self._accept()
+        if self.is_block_by_block:
+            return self._blockwise(steps, blocks, eot_token_id)
         if accept is not None:
             per_token = per_token and self.steps is None
             return Adaptive(steps, accept, block, eot_token_id, self.remask_below, per_token)
-        if steps % blocks:
-            raise ValueError(f"expected steps divisible by the {blocks} blocks, got {steps}")
+        _expect_divisible(steps, blocks)
         return SemiAutoregressive(steps, block, blocks)
+
+    def _blockwise(self, steps: int, blocks: int, eot_token_id: int | None) -> Blockwise:
+        """Chooses the rule for one block after another; each has its share of the steps."""
+        assert self.block_length is not None  # was checked
+        if blocks == 1:
+            raise ValueError(
+                f"expected a block_length below the answer's {self.block_length} tokens with"
+                f" {'block_cache' if self.block_cache else 'early_stop'}, got one block"
+            )
+        _expect_divisible(steps, blocks)
+        accept, own = self._accept(), steps // blocks
+        rule: Rule = SemiAutoregressive(own, self.block_length, 1, adaptive=True)
+        if accept is not None:
+            rule = Adaptive(own, accept, self.block_length, eot_token_id)
+        ends = self.early_stop or accept is not None
+        return Blockwise(rule, blocks, self.block_length, eot_token_id if ends else None)
 
     def _accept(self) -> Callable | None:
         """Returns the acceptance that is asked for, None for the released schedules."""
@@ -384,6 +445,11 @@ class DiffusionOptions:
             if getattr(self, name) is not None:
                 return kind(float(getattr(self, name)))
         return None
+
+
+def _expect_divisible(steps: int, blocks: int):
+    if steps % blocks:
+        raise ValueError(f"expected steps divisible by the {blocks} blocks, got {steps}")
 
 
 OPTIONS = {declared.name: declared for declared in dataclasses.fields(DiffusionOptions)}

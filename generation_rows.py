@@ -8,12 +8,13 @@ Rows of the same images compute their trunk once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from .generation_options import DiffusionOptions
 from .generation_output import Denoised, FilledTemplate, Place, Row
-from .generation_rules import Rule, StopAt
+from .generation_rules import Blockwise, Rule, StopAt
 from .generation_scoring import choose_texts
 from .generation_seen import SeenGroup, inputs_of
 from .generation_templates import Template, TemplateEncoder
@@ -42,7 +43,7 @@ class Batch(NamedTuple):
 
     inputs: dict
     rows: list[Row]
-    rule: Rule | None
+    rule: Rule | Blockwise | None
     suppressed: tuple[int, ...]
     trunks: list[dict] | None = None
     ready: Sequence[tuple[Row, Denoised]] = ()
@@ -223,13 +224,13 @@ class RowMaker:
         ids = made.sequence.ids
         return any(ids[i] == self.mask_id for slot in made.sequence.slots for i in slot)
 
-    def _template_settings(self, rows: list[Row]) -> tuple[Rule, tuple[int, ...]]:
+    def _template_settings(self, rows: list[Row]) -> tuple[Rule | Blockwise, tuple[int, ...]]:
         """Chooses the rule for the fields of templates, and the ids that none may hold."""
         filled = [one for row in rows for one in row.templates or ()]
         length = max(one.slot.ids.count(self.mask_id) for one in filled)
         options, config = self.call.options, self.model.config
         if self.call.task == "captions":
-            rule = options.region_rule(scope_of(config), None, length)
+            rule: Rule | Blockwise = options.region_rule(scope_of(config), None, length)
         else:
             rule = options.answer_rule(length, None, per_token=True)
 
@@ -252,17 +253,20 @@ def scope_of(config) -> str:
     return "region" if config.region_layout == "independent" else "image"
 
 
-def settings(model, call: Call) -> tuple[Rule, tuple[int, ...]]:
+def settings(model, call: Call) -> tuple[Rule | Blockwise, tuple[int, ...]]:
     """Chooses the rule for whole captions or answers, and the ids that are suppressed in them."""
     options, eot = call.options, model.config.eot_token_id
     suppressed = tuple(options.suppress_tokens or ())
     if call.task == "captions":
         return options.region_rule(scope_of(model.config), eot), suppressed
     rule = options.answer_rule(options.max_new_tokens, eot)
+    stops: tuple[tuple[int, ...], ...] = ()
     if options.stop_strings:
-        processor = call.processor or model._saved_processor()
-        rule = StopAt(rule, stop_sequences(options, processor))
-    return rule, suppressed
+        stops = stop_sequences(options, call.processor or model._saved_processor())
+    if isinstance(rule, Blockwise):
+        # A block is left when all of it is decoded, so the mask token is no choice.
+        return replace(rule, stops=stops), (*suppressed, model.config.mask_token_id)
+    return StopAt(rule, stops) if stops else rule, suppressed
 
 
 def stop_sequences(options: DiffusionOptions, processor) -> tuple[tuple[int, ...], ...]:

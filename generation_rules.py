@@ -193,7 +193,7 @@ class SemiAutoregressive:
     steps: int
     block_length: int
     blocks: int
-    adaptive = False
+    adaptive: bool = False  # True: rows may come to it that have nothing to decode
     uses_logits = False
 
     def commit(self, step: int, prediction: Prediction, state: State, mask_token_id: int) -> State:
@@ -386,6 +386,41 @@ class StopAt:
     def finished(self, state: State) -> torch.Tensor:
         """Tells, bool (B,), the rows in which nothing before a stop is masked."""
         return ~(state.masked & before_end(state, self.sequences)).flatten(1).any(1)
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """Says how one block after another is decoded to its end, all rows in the same one.
+
+    Attributes:
+        rule: of one block; `steps` are a block's.
+        blocks, block_length: how many, and the positions of each.
+        eot_token_id: the blocks behind the one that holds it are filled with it, not decoded;
+            None: every block is decoded.
+        stops: token sequences; behind the block that completes one nothing is decoded.
+    """
+
+    rule: Rule
+    blocks: int
+    block_length: int
+    eot_token_id: int | None = None
+    stops: tuple[tuple[int, ...], ...] = ()
+
+    def window(self, block: int) -> slice:
+        """Returns a block's positions."""
+        return slice(block * self.block_length, (block + 1) * self.block_length)
+
+    def end_turns(self, state: State) -> State:
+        """Fills what follows a committed end-of-turn with end-of-turn, between two blocks."""
+        if self.eot_token_id is None:
+            return state
+        after = state.masked & ~before_end(state, ((self.eot_token_id,),))
+        return fill(state, after, torch.full_like(state.tokens, self.eot_token_id))
+
+    def stopped(self, state: State) -> torch.Tensor:
+        """Tells, bool (B,), the rows in which every response holds a stop, between two blocks."""
+        open_before = before_end(state, self.stops) & state.masked
+        return ~open_before.flatten(1).any(1)
 
 
 def finished(rule: Rule, state: State) -> torch.Tensor:

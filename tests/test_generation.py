@@ -503,6 +503,8 @@ def test_every_option_has_a_test_here():
         "return_history",
         "return_token_scores",
         "num_return_sequences",
+        "block_cache",
+        "early_stop",
     }
     assert tested | elsewhere == {f.name for f in dataclasses.fields(DiffusionOptions)}
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ...common.loading import default_device, load_model
-from ...generation_options import DiffusionOptions, merge_options, options_for
+from ...generation_options import TEMPLATE_DECIDES, DiffusionOptions, merge_options, options_for
 from ...image_processing_perceptiondlm import load_image, load_mask
 from ...regions.load import image_name, load_regions
 from ...regions.region_mask import RegionMask
@@ -33,8 +33,6 @@ EMBEDDED_SUBFOLDER = "tiny"
 REGION_PROMPTS = ("everything", "points", "boxes", "text")  # of a segmenter
 # What `diffusion_generate` can return beside, and results here have no place for.
 UNHELD = {"num_return_sequences": 1, "return_token_scores": False}
-# What a template's fields say, so that no option can.
-TEMPLATE_DECIDES = ("caption_length", "max_new_tokens", "block_length", "stop_strings")
 
 
 class RegionCaptioner:

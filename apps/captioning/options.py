@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...generation_options import options_of
+from ...generation_options import TEMPLATE_DECIDES, options_of
 from ...generation_rules import ACCEPT_RULES
 from ...generation_templates import Template
-from .captioner import TEMPLATE_DECIDES
 from .outputs import format_of
 
 REGIONS = ("masks", "label_maps", "box", "polygon", "everything", "point", "text")

@@ -3,8 +3,8 @@
 import bisect
 import dataclasses
 
-from ...generation_options import DiffusionOptions, merge_options
-from ..captioning.captioner import TEMPLATE_DECIDES, RegionCaptioner
+from ...generation_options import IN_BLOCKS, TEMPLATE_DECIDES, DiffusionOptions, merge_options
+from ..captioning.captioner import RegionCaptioner
 from .jobs import ChatJob, RegionJob, TooLong, template_length
 
 OWN_OPTIONS = ("generator", "batch_size", "return_history", "compile")  # not for a job to set
@@ -134,8 +134,7 @@ class Admission:
             built,
             caption_length=length,
             max_new_tokens=length,
-            block_length=None,
-            stop_strings=None,
+            **dict.fromkeys(IN_BLOCKS),
         )
 
 
