@@ -154,9 +154,10 @@ def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
     """Returns accuracies and costs of what a checkpoint said, as a report has them.
 
     They are those of `score_captions` (of things: `score_thing_captions`) and `score_answers`;
-    then `tokens_per_forward` (caption positions per forward pass, padding counted)
-    and `tokens_per_forward_effective` (tokens before end of turn), `forwards`, `passes` (region groups), `forwards_per_pass`, `seconds` (captions and
-    answers); and `captioning` and `answering` in full.
+    then `tokens_per_forward` (caption positions per forward pass, padding counted) and
+    `tokens_per_forward_effective` (tokens before end of turn), `forwards`, `passes` (region
+    groups), `forwards_per_pass`, `seconds` (captions and answers); and `captioning` and `answering`
+    in full.
     """
     questions = [question for scene in scenes for question in scene.questions]
     answers = score_answers(questions, [text for texts in said.answers for text in texts])
