@@ -1,5 +1,6 @@
 """Answers in blocks: what is kept within a block, and where an answer is over."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,9 +8,12 @@ import llada_v_reference as plain
 import pytest
 import reference
 import torch
+from conftest import TEXT, VISION
 from llada_v_models import maker
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
+from perceptiondlm.benchmarks import long_answers
+from perceptiondlm.benchmarks.workload import LLAVA_LAYOUT, PRESETS
 from perceptiondlm.generation_options import DiffusionOptions
 from perceptiondlm.generation_rules import Blockwise
 
@@ -371,3 +375,18 @@ def test_a_captioner_keeps_block_options_for_questions_alone():
     captioner = RegionCaptioner.from_pretrained(block_length=4, block_cache="dual")
     captioner.check_options()
     assert captioner(SCENE, [{"box": [10, 10, 60, 60]}]).regions[0].caption
+
+
+def test_the_benchmark_compares_the_ways_with_the_exact_one(monkeypatch, tmp_path):
+    layout = {**LLAVA_LAYOUT, "vision_config": VISION, "text_config": TEXT | {"vocab_size": 512}}
+    monkeypatch.setitem(PRESETS, "mini", (layout, torch.float32))
+    output = tmp_path / "result.json"
+    arguments = (
+        "--preset mini --tokens 8 --block-length 4 --ways exact;dual --scenes 0"
+    )
+    arguments += f" --device cpu --output {output}"
+    assert long_answers.main(arguments.split()) == 0
+    exact, dual = json.loads(output.read_text())["rows"]
+    assert (exact["way"], exact["ratio"], exact["equal_tokens"]) == ("exact", 1.0, 1.0)
+    assert dual["way"] == "dual" and dual["forwards"] == exact["forwards"] == 8
+    assert dual["ratio"] == exact["seconds"] / dual["seconds"] and 0 <= dual["equal_tokens"] <= 1
