@@ -381,9 +381,7 @@ def test_the_benchmark_compares_the_ways_with_the_exact_one(monkeypatch, tmp_pat
     layout = {**LLAVA_LAYOUT, "vision_config": VISION, "text_config": TEXT | {"vocab_size": 512}}
     monkeypatch.setitem(PRESETS, "mini", (layout, torch.float32))
     output = tmp_path / "result.json"
-    arguments = (
-        "--preset mini --tokens 8 --block-length 4 --ways exact;dual --scenes 0"
-    )
+    arguments = "--preset mini --tokens 8 --block-length 4 --ways exact;dual --scenes 0"
     arguments += f" --device cpu --output {output}"
     assert long_answers.main(arguments.split()) == 0
     exact, dual = json.loads(output.read_text())["rows"]
