@@ -410,8 +410,7 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
             options.cfg_scale,
             options.compile,
             batch.trunks,
-            1,
-            options.block_cache,
+            block_cache=options.block_cache,
         )
         B, G, n = state.tokens.shape
         flat, valid = columns.view(B, G * n), state.valid.view(B, G * n)

@@ -26,6 +26,7 @@ from PIL import Image
 from ..common.files import write_json
 from ..image_masks import encode_rle, fill_box
 from .denoising import describe_machine
+from .replicas import descendants
 
 SIDE, REGIONS = 64, 4
 DECODING = {"caption_length": 11, "steps": 4}
@@ -170,24 +171,8 @@ def _timed(command: list[str]) -> dict:
 
 def _watch(run: subprocess.Popen, peak: list[int]):
     while run.poll() is None:
-        peak[0] = max(peak[0], sum(map(_proportional_bytes, _family(run.pid))))
+        peak[0] = max(peak[0], sum(map(_proportional_bytes, [run.pid, *descendants(run.pid)])))
         time.sleep(1)
-
-
-def _family(pid: int) -> list[int]:
-    """Returns a process and all that it has started."""
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                stat = (folder / "stat").read_text()
-            except OSError:  # it has ended
-                continue
-            parents[int(folder.name)] = int(stat.rsplit(")", 1)[1].split()[1])
-    family = [pid]
-    for member in family:
-        family += [child for child, parent in parents.items() if parent == member]
-    return family
 
 
 def _proportional_bytes(pid: int) -> int:

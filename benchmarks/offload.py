@@ -31,7 +31,7 @@ def measure(arguments) -> dict:
     model = build_model(arguments.preset, tokenizer, "cpu")
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        model.save_pretrained(Path(folder) / "model", save_original_format=False)
+        model.save_pretrained(Path(folder) / "model")
         streamed = load_streamed(Path(folder) / "model", Path(folder) / "offload")
         for layout in ("released", "independent"):
             processor = set_layout(model, tokenizer, layout)

@@ -82,8 +82,9 @@ def pin(server: int, replicas: int):
 def descendants(pid: int) -> list[int]:
     """Returns the processes that a process started, and those that they did."""
     children = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        children += [int(child) for child in path.read_text().split()]
+    with contextlib.suppress(OSError):  # some may end meanwhile
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            children += [int(child) for child in path.read_text().split()]
     return children + [each for child in children for each in descendants(child)]
 
 

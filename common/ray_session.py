@@ -18,15 +18,22 @@ def import_ray():
     """Imports Ray; MissingExtra names the extra that brings it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     with extra("scale"):
-        import pyarrow.parquet  # noqa: F401
         import ray
+    return ray
+
+
+def import_data():
+    """Imports Ray with Ray Data; MissingExtra names the extra that brings them."""
+    ray = import_ray()
+    with extra("scale"):
+        import pyarrow.parquet  # noqa: F401
         import ray.data
     return ray
 
 
 def import_serve():
     """Imports Ray Serve; MissingExtra names the extra that brings it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import_ray()
     with extra("scale"):
         from ray import serve
     return serve
@@ -42,9 +49,7 @@ def ray_session(address: str | None = None, min_cpus: float = 2) -> Iterator:
 
     Raises ValueError for an address at which nobody answers.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with extra("scale"):
-        import ray
+    ray = import_ray()
     if ray.is_initialized():
         yield ray
         return

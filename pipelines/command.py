@@ -50,6 +50,7 @@ def report_lines(summary: dict, folder: str) -> list[str]:
         dropped = ", ".join(f"{rule} {number}" for rule, number in count["dropped"].items())
         row = f"{name:<12}{count['regions_in']:>9}{count['regions_out']:>9}"
         lines.append(f"{row}{count['seconds']:>10.1f}  {dropped or '-'}")
+
     broken = f", {summary['broken_images']} broken" if summary["broken_images"] else ""
     lines.append(
         f"{folder}: {summary['regions']} regions in {summary['records']} records of"

@@ -21,7 +21,7 @@ from ..common.files import only_run
 from ..common.fingerprints import files_fingerprint
 from ..common.json_text import parse_json
 from ..common.loading import expect_checkpoint, usable_device
-from ..common.ray_session import import_ray, ray_session
+from ..common.ray_session import import_data, ray_session
 from ..generation_options import DiffusionOptions
 from . import places
 from .captioning_stage import CaptionOptions
@@ -114,7 +114,9 @@ def caption_dataset(sources: Sequence[Source], options: DatasetOptions, show=Non
     options, an address at which nobody answers; OSError for an output that cannot be written; and
     `TooManyErrors`. What was done until then is kept, and is not done again.
     """
-    import_ray()
+    import_data()
+
+    # What is to be done, and where to; an output of other options is refused.
     output = places.absolute(options.output)
     with_bytes = images_as_bytes(sources, options)
     identity = identity_of(sources, options, with_bytes)
@@ -123,7 +125,10 @@ def caption_dataset(sources: Sequence[Source], options: DatasetOptions, show=Non
     folders = [f"{output}/{name}" for name in (CAPTIONS, ERRORS)]
     local = [output, *folders] if places.local_of(output) is not None else []
     prepare(output, folders, identity)
+
     writer = ShardWriter(output, options.format, with_bytes, provenance_of(identity))
+
+    # What is there already is left out.
     with only_run(*local):
         before = settle(output, options.retry_errors)
         started = time.perf_counter()
@@ -168,6 +173,7 @@ def identity_of(sources: Sequence[Source], options: DatasetOptions, with_bytes: 
     place = {"subfolder": caption.subfolder, "revision": caption.revision}
     expect_checkpoint(caption.model, **place)
     DiffusionOptions.build({}, caption.decoding, "captions")
+
     local = Path(caption.model)
     found = {
         "sources": [source.identity() for source in sources],
@@ -239,6 +245,7 @@ def own_version() -> str | None:
 def write_summary(output: str, progress: Progress, seconds: float) -> dict:
     """Settles the output, and writes what is in it and what this run has added."""
     contents = settle(output)
+
     summary = {
         "images": contents.images,
         "regions": contents.regions,

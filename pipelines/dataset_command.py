@@ -33,6 +33,8 @@ def configure(parser: argparse.ArgumentParser):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     add = parser.add_argument
+
+    # What is captioned.
     add("sources", nargs="+", metavar="source", help="folders, quoted patterns, files or URLs")
     add("--output", required=True, help="folder or URL of the shards")
     add("--masks", nargs="+", default=[], metavar="PATH", help="region masks of a folder's images")
@@ -44,11 +46,14 @@ def configure(parser: argparse.ArgumentParser):
         help="finds the regions of images without masks: offline, or a SAM's folder or Hub id",
     )
     add("--instruction", help="instead of 'Describe each masked region in detail.'")
+
+    # What is written.
     add("--format", default="parquet", choices=("parquet", "webdataset"), help="of the shards")
     add("--images", choices=("path", "bytes"), help="in the output (default: as the source has)")
     add("--shard-images", type=int, default=256, metavar="N", help="in a shard (default: 256)")
     add("--max-error-share", type=float, default=0.1, metavar="X", help="default: 0.1")
     add("--retry-errors", action="store_true", help="try images again that failed before")
+
     _add_placement(parser.add_argument_group("placement"))
     add_model_arguments(parser.add_argument_group("model"))
     add_option_arguments(parser.add_argument_group("decoding"))
@@ -57,6 +62,7 @@ def configure(parser: argparse.ArgumentParser):
 def _add_placement(group):
     add = group.add_argument
     add("--address", help="of a Ray cluster, as head:6379, or auto (default: this machine)")
+
     add(
         "--actors",
         type=_actors,
@@ -83,10 +89,10 @@ def _actors(text: str) -> int | None:
 
 def run(args: argparse.Namespace) -> int:
     """Captions the data set; says a user's mistake in one line on stderr."""
-    from ..common.ray_session import import_ray
+    from ..common.ray_session import import_data
     from .dataset import TooManyErrors, caption_dataset
 
-    ray = import_ray()
+    ray = import_data()
     try:
         sources, options = _job(args)
         with ProgressBar(sources) as bar:

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from ..common.json_text import parse_json
 from ..image_masks import encode_rle
-from ..regions.coco import annotation_mask
+from ..regions.coco import annotation_mask, segment_ids
 from ..regions.files import IMAGE_SUFFIXES, ImageSource, open_image, open_mask_file
 from ..regions.sources import gather_regions, open_sources
 from . import places
@@ -216,9 +214,8 @@ class PanopticAnnotations(CocoAnnotations):
             raise ValueError("expected an image with a file_name for annotations, got none")
         opened = Opened(entry["image"], places.inside(self.root, entry["image"]), masks=[])
         for annotation in entry["annotations"]:
-            file = places.inside(self.folder, annotation["file_name"])
-            colors = np.asarray(open_mask_file(Path(file)).convert("RGB"), dtype=np.int32)
-            ids = colors @ np.array([1, 256, 65536], dtype=np.int32)
+            file = Path(places.inside(self.folder, annotation["file_name"]))
+            ids = segment_ids(open_mask_file(file), file.name)
             for segment in annotation["segments_info"]:
                 mask = ids == segment["id"]
                 opened.masks.append(encode_rle(mask))

@@ -74,6 +74,7 @@ def _suffix(file: str) -> str:
 
 def _kind_of(place: str, files: Sequence[str]) -> str:
     """Returns "images", "SA-1B" or a suffix of `ROWS`."""
+    # How many files of each kind there are.
     found = Counter(_suffix(file) for file in files if _suffix(file) in ROWS)
     images = [file for file in files if is_image(file)]
     stems = {PurePosixPath(file).stem for file in images}
@@ -87,6 +88,8 @@ def _kind_of(place: str, files: Sequence[str]) -> str:
             f"expected images, JSON lines, Parquet, tars, SA-1B or a COCO file at {place},"
             " found none"
         )
+
+    # They have to be of one kind; images of SA-1B all have their JSON.
     lonely = stems - {PurePosixPath(file).stem for file in pairs}
     if len({ROWS.get(name, name) for name in found}) > 1 or (pairs and lonely):
         got = " and ".join(sorted(found)) if len(found) > 1 else f"{min(lonely)} without JSON"
@@ -102,11 +105,15 @@ def _annotations(place: str, masks: Sequence[str], image_root: str | None) -> So
         raise ValueError(f"expected COCO's images and annotations in {place}, got others")
     if not isinstance(content["images"], list) or not isinstance(content["annotations"], list):
         raise ValueError(f"expected lists of images and annotations in {place}, got others")
+
+    # COCO's own form.
     root = image_root or _folder_of(place)
     first = next(iter(content["annotations"]), None)
     if not (isinstance(first, dict) and "segments_info" in first):
         _refuse(masks=masks)
         return CocoAnnotations(place, content, root)
+
+    # The panoptic form, whose segments are in PNGs.
     if len(masks) > 1:
         raise ValueError(f"expected one folder of PNGs as --masks, got {json.dumps(masks)}")
     folder = masks[0] if masks else place.removesuffix(".json")

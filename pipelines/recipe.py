@@ -127,6 +127,8 @@ class OutputOptions:
         if not self.folder:
             raise ValueError("expected output.folder, got none")
         expect_one_of("output.images", self.images, IMAGES)
+
+        # Shards.
         expect_one_of("output.shard_images", self.shard_images, SHARD_IMAGES)
         if self.shards is not None:
             expect_one_of("output.shards", self.shards, SHARDS)
@@ -137,6 +139,8 @@ class OutputOptions:
                 "expected output.shard_images bytes with webdataset, whose samples hold their"
                 " images, got path"
             )
+
+        # Numbers.
         for name in ("max_regions", "batch_images", "part_images", "sheet"):
             expect_positive(f"output.{name}", getattr(self, name))
         expect_share("output.max_broken_share", self.max_broken_share)
@@ -282,6 +286,7 @@ def _check_sections(recipe: EngineRecipe):
     for (branch, section), needs in NEEDED.items():
         if recipe.branch == branch and getattr(recipe, section) is not None:
             raise ValueError(f"expected {section} only {needs}; got branch {branch}")
+
     if recipe.branch == "coconut" and isinstance(recipe.source, Sa1bSource):
         raise ValueError(
             "expected a source with categories for branch coconut (panoptic, lines or rows), got"
@@ -293,6 +298,7 @@ def _check_sections(recipe: EngineRecipe):
         raise ValueError(
             "expected a captioner, or source.kind lines or rows with captions, got neither"
         )
+
     is_chat = isinstance(recipe.captioner, (EndpointOptions, TransformersOptions))
     if recipe.prompt is not None and not is_chat:
         raise ValueError("expected prompt only with captioner.kind endpoint or transformers")

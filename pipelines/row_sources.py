@@ -6,7 +6,6 @@ masks. What a row says beside its masks (captions, scores, categories) goes alon
 
 import hashlib
 import io
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..common.extras import extra
 from ..image_loading import load_image, load_mask
 from ..image_masks import encode_rle
 from . import dataset_sources, places
@@ -26,9 +24,8 @@ from .endpoint import FAILED
 from .open_sources import open_source
 from .records import Dropped, Record, Region, without_loaded
 from .sources import READ, add_region, broken
-from .stream_sources import LABEL_FIELDS, FileRows, JsonLines, ParquetFiles, SavedDataset
+from .stream_sources import LABEL_FIELDS, TEXT_FIELDS, FileRows, JsonLines
 
-TEXTS = ("captions", "scores")
 PART_ROWS = 256
 
 
@@ -61,8 +58,7 @@ class ReadsRows:
     def items(self) -> Iterator[dict]:
         """Yields id, entry and, where files hold images, data of each row."""
         for part in self.rows.parts(PART_ROWS):
-            for row, texts in zip(self.rows.rows(part), _texts(self.rows, part), strict=False):
-                yield {**row, "entry": {**row["entry"], **texts}}
+            yield from self.rows.rows(part)
 
     def read(self, item: dict) -> Record:
         """Reads the record of a row."""
@@ -72,7 +68,7 @@ class ReadsRows:
             opened = self.rows.open(entry, item["data"])
             record = self._record(key, opened, source)
             count = len(opened.masks or [])
-            columns = {name: _column(entry, name, count) for name in (*TEXTS, *LABEL_FIELDS)}
+            columns = {name: _column(entry, name, count) for name in (*TEXT_FIELDS, *LABEL_FIELDS)}
         except Unreachable as error:
             return broken(key, str(error), source, FAILED)
         except Exception as error:  # files hold anything, and their readers raise anything
@@ -180,32 +176,6 @@ def _size(opened: Opened, image: str | bytes) -> list[int]:
 
 
 # What a row says of its regions.
-
-
-def _texts(rows: dataset_sources.Source, part) -> Iterator[dict]:
-    """Yields captions and scores of a table's rows; nothing of others, whose entries have them."""
-    if isinstance(rows, ParquetFiles):
-        return _parquet_texts(part)
-    if isinstance(rows, SavedDataset):
-        found = rows._load()
-        found = found.select(range(part, min(part + rows.rows_at_once, len(found))))
-        names = [name for name in TEXTS if name in found.column_names]
-        if names:
-            return iter(found.select_columns(names))
-    return itertools.repeat({})
-
-
-def _parquet_texts(file: str) -> Iterator[dict]:
-    with extra("scale"):
-        import pyarrow.parquet as parquet
-
-    with places.open_place(file) as opened:
-        table = parquet.ParquetFile(opened)
-        names = [name for name in TEXTS if name in table.schema_arrow.names]
-        if not names:
-            yield from itertools.repeat({})
-        for batch in table.iter_batches(batch_size=64, columns=names):
-            yield from batch.to_pylist()
 
 
 def _column(entry: dict, name: str, count: int) -> list:

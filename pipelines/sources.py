@@ -229,6 +229,7 @@ class PanopticSource:
             )
         size = [_side(image.get(name), name) for name in ("width", "height")]
         file = path_inside(self.images, image["file_name"], links=True)
+
         labels = path_inside(self.masks, annotation["file_name"], links=True)
         labels = segment_ids(open_mask_file(labels), labels.name)
         if list(labels.shape) != size[::-1]:

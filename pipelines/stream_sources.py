@@ -18,6 +18,7 @@ from .dataset_sources import Opened, Source, add_masks, relative
 
 MASK_FIELDS = ("mask_rles", "masks")
 LABEL_FIELDS = ("labels", "categories")
+TEXT_FIELDS = ("captions", "scores")  # which the data engine reads
 TEXT_MEMBER = ("json",)
 IMAGE_MEMBERS = frozenset("jpg jpeg png webp bmp tif tiff gif avif".split())
 
@@ -135,7 +136,7 @@ def table_entry(values: dict, key: str, file: str) -> dict:
         data, image = image.get("bytes"), image.get("path")
     elif isinstance(image, bytes):
         data, image = image, None
-    names = (*MASK_FIELDS, *LABEL_FIELDS)
+    names = (*MASK_FIELDS, *LABEL_FIELDS, *TEXT_FIELDS)
     kept = {name: values[name] for name in names if values.get(name) is not None}
     for name in MASK_FIELDS:
         if isinstance(kept.get(name), str):  # tables of other makers have them as JSON

@@ -62,6 +62,7 @@ class TextOptions:
         expect_positive("texts.ngram", self.ngram)
         expect_share("texts.max_repeated_ngrams", self.max_repeated_ngrams)
         expect_share("texts.max_overlap", self.max_overlap)
+
         if self.max_words < self.min_words:
             raise ValueError(
                 "expected texts.min_words of at most texts.max_words, got"
@@ -72,6 +73,7 @@ class TextOptions:
                 "expected texts.max_repeated_sentences of 0 or more, got"
                 f" {self.max_repeated_sentences}"
             )
+
         if self.language is not None:
             expect_one_of("texts.language", self.language, tuple(LANGUAGES))
         for pattern in [*self.patterns, *self.more_patterns]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import language
 from .concepts import CONCEPTS, concept_named
 from .language import Question, normalize
 from .thing_facts import ThingFacts
@@ -15,7 +16,8 @@ from .thing_language import pick
 
 LARGER = 1.5  # bound for the areas' ratio from which on one of two things is the larger
 NUMBERS = (
-    *("zero one two three four five six seven eight nine ten eleven twelve thirteen".split()),
+    *language.NUMBERS,
+    *("nine ten eleven twelve thirteen".split()),
     *("fourteen fifteen sixteen seventeen eighteen nineteen twenty twenty-one".split()),
     *("twenty-two twenty-three twenty-four".split()),
 )
@@ -77,6 +79,8 @@ def _is(kind: str):
     def answers(things, k, other):
         concept = concept_named(things[k].concept)
         word = _KIND_WORDS[kind]
+        if kind == "edible" and concept.is_alive and not concept.is_edible:
+            return []  # whether a fish can be eaten is a matter of opinion
         if getattr(concept, f"is_{kind}"):
             forms = (f"Yes, it is {word}.", f"Yes, {{}} is {word}.", "Yes, it is.")
         else:
@@ -156,7 +160,7 @@ def ask_about_region(
 
 # Questions about the whole scene, answered as shortly as those about shapes.
 
-_OF_KIND = {"alive": "living things", "edible": "edible things", "vehicle": "vehicles"}
+_OF_KIND = {"alive": "living things", "vehicle": "vehicles"}
 _SIDES = {
     "left": "farthest to the left",
     "right": "farthest to the right",

@@ -239,7 +239,8 @@ def test_the_command_trains_the_shipped_recipe(tmp_path, joint, records, capsys)
     options = [
         f"model.checkpoint={joint}",
         f"distillation.checkpoint={joint}",
-        f"data.files=[{records}]",
+        f"data.files=[{records.parent}/*.jsonl]",
+        f"data.image_root={records.parent}",
         "data.caption_length=12",
         "trainer.max_steps=2",
         "trainer.gradient_accumulation_steps=1",

@@ -9,6 +9,7 @@ import scale_data
 from perceptiondlm.image_loading import load_mask
 from perceptiondlm.pipelines.captioning_stage import decode_image, open_row
 from perceptiondlm.pipelines.open_sources import open_source
+from PIL import Image
 
 pytest.importorskip("pyarrow")
 KINDS = ("folder", "lines", "parquet", "tars", "coco", "sa1b", "saved", "glob", "url", "paths")
@@ -63,6 +64,16 @@ def test_panoptic_segments_are_regions(tmp_path):
         covered = sum(np.asarray(load_mask(m, scale_data.SIZE)).astype(bool) for m in row["masks"])
         assert (covered == np.any(masks, axis=0)).all()  # each pixel in one segment
         assert set(row["labels"]) == {"box"}
+
+
+def test_a_panoptic_png_that_is_none_of_colors_is_a_problem_of_its_image(tmp_path):
+    place = scale_data.write_panoptic(tmp_path, scale_data.draw(2))
+    deep = np.full(scale_data.SIZE[::-1], 300, np.uint16)
+    Image.fromarray(deep).save(tmp_path / "panoptic/i0.png")  # 16 bits, which 8 would cut off
+    broken, whole = rows_of(open_source(str(place)))
+    assert [problem["kind"] for problem in broken["problems"]] == ["read"]
+    assert "segment ids as colors in i0.png" in broken["problems"][0]["reason"]
+    assert not whole["problems"]
 
 
 def test_bytes_are_those_of_the_file(tmp_path):

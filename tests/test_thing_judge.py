@@ -226,6 +226,16 @@ def test_answers_about_regions_are_true(things, seed):
                         assert text.startswith("yes") == (larger == thing.concept)
 
 
+def test_nobody_is_asked_whether_an_animal_can_be_eaten():
+    names = ("fish", "birthday cake", "umbrella")
+    whole = {"hidden": "whole", "hidden_by": None}
+    things = [dataclasses.replace(BICYCLE, concept=name, **whole) for name in names]
+    kinds = [
+        {q.kind for q in ask_about_region(np.random.default_rng(0), [thing], 0)} for thing in things
+    ]
+    assert ["edible" in found for found in kinds] == [False, True, True]
+
+
 @given(scenes(), st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
 def test_answers_about_the_scene_are_true(things, seed):

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -510,6 +511,23 @@ def test_a_batch_does_not_depend_on_the_workers(folder, processor):
     for one, other in zip(*runs, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", [region_set, stream])
+def test_a_pattern_is_all_files_that_match_it_in_order(folder, processor, kind):
+    for name in ("part-b", "part-a", "other"):
+        write_lines(folder / f"{name}.jsonl", [region_record("0.jpg", 1)])
+    data = kind(processor, [str(folder / "part-*.jsonl"), str(folder / "other.jsonl")])
+    names = [Path(file).name for file in data.files]
+    assert names == ["part-a.jsonl", "part-b.jsonl", "other.jsonl"]
+    with pytest.raises(FileNotFoundError, match="match .*none-\\*.jsonl.*, found none"):
+        kind(processor, [str(folder / "none-*.jsonl")])
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(folder, processor):
+    path = write_lines(folder / "a[1].jsonl", [region_record("0.jpg", 1)])
+    write_lines(folder / "a1.jsonl", [region_record("0.jpg", 1)])
+    assert region_set(processor, [str(path)]).files == [str(path)]
 
 
 def test_an_unreadable_file_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .broken import BrokenRecords
-from .records import Record, open_records, record_of
+from .records import Record, expand_files, open_records, record_of
 from .samples import CONTENT_STREAM, ORDER_STREAM, Sample, generator_of
 
 
@@ -55,7 +55,7 @@ class FileDataset(Dataset):
     def __init__(
         self, files: list[str], maker: SampleMaker, max_broken_share: float, seed: int = 0
     ):
-        self.files = files
+        self.files = files = expand_files(files)
         self.maker = maker
         self.seed = seed
         self.rows = open_records(files, maker.count, streaming=False)
@@ -115,7 +115,7 @@ class StreamDataset(IterableDataset):
     ):
         from datasets.distributed import split_dataset_by_node
 
-        self.files = files
+        self.files = files = expand_files(files)
         self.maker = maker
         self.seed = seed
 

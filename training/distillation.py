@@ -2,8 +2,7 @@
 
 So a checkpoint of the joint layout teaches itself the tree layout. Student and teacher see the same
 image, regions and responses, masked at the same positions; only what attends to what differs, and
-how boxes are sampled. Captions serve as contexts to predict in: those that the teacher itself wrote
-do as well as people's.
+how boxes are sampled. The captions are only contexts to predict in, so the teacher can write them.
 
 Axis letters: B samples, L positions, n masked positions, V vocabulary.
 """

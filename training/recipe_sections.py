@@ -111,7 +111,7 @@ class SyntheticData:
 class FileData:
     """What all data from files have in common: JSON, JSONL, Parquet or Arrow files."""
 
-    files: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)  # paths, or patterns such as part-*.parquet
     # Folder that the records' image paths start from, and do not leave; none: that of their file.
     # `/` takes absolute paths, wherever they lead.
     image_root: str | None = None

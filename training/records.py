@@ -4,6 +4,7 @@ A row holds the record as JSON text (images' bytes apart), how many samples it m
 it stands, so that a malformed line is a row too and every complaint names a file and a line.
 """
 
+import glob
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -120,6 +121,23 @@ def record_of(row: dict, files: list[str]) -> Record:
     key = (row["file"], row["number"])
     where = f"{path}, {unit} {row['number']}"
     return Record(values, row["error"], row["images"] or [], where, key, path.parent)
+
+
+def expand_files(names: list[str]) -> list[str]:
+    """Replaces each pattern ("data/part-*.parquet") by the files that match it, sorted.
+
+    Raises FileNotFoundError for a pattern that no file matches.
+    """
+    files = []
+    for name in names:
+        if Path(name).exists() or not glob.has_magic(name):
+            files.append(name)
+            continue
+        found = sorted(glob.glob(name, recursive=True))
+        if not found:
+            raise FileNotFoundError(f"expected data files that match {name!r}, found none")
+        files += found
+    return files
 
 
 def _check_path(name: str) -> Path:

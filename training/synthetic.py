@@ -2,11 +2,12 @@
 
 import multiprocessing
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -47,18 +48,26 @@ class EncodedScene:
 def encode_scene(image_processor, seed: int, split: str) -> EncodedScene:
     """Renders a scene and prepares its pixels and, for a model with region prompts, its masks."""
     scene = render_scene(seed, split)
-    objects = scene.objects
+    attributes = [thing.attributes for thing in scene.objects]
+    pixels, features, order = encode_image(image_processor, scene.image, scene.objects)
+    return EncodedScene(pixels, features, [attributes[k] for k in order], attributes)
 
+
+def encode_image(image_processor, image: Image.Image, objects: Sequence) -> tuple:
+    """Prepares the pixels of a scene and, for a model with region prompts, its objects' masks.
+
+    Returns pixels as bytes, the other features, and the objects of the first region group by area,
+    as indices.
+    """
     captioned = objects[: image_processor.num_region_prompts]
     masks = [[thing.mask for thing in captioned]] if captioned else None
     # Training keeps bytes, which take a quarter of the memory of float32.
-    features = image_processor([scene.image], masks, do_normalize=False)
+    features = image_processor([image], masks, do_normalize=False)
     order = features.pop("region_orders", [[]])[0]
 
     pixels = features.pop("pixel_values").numpy()
-    regions = [captioned[k].attributes for k in order]
     arrays = {name: value.numpy() for name, value in features.items()}
-    return EncodedScene(pixels, arrays, regions, [thing.attributes for thing in objects])
+    return pixels, arrays, [int(k) for k in order]
 
 
 def draw_questions(

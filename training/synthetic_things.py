@@ -7,7 +7,7 @@ from ..scenes.thing_language import LABEL_INSTRUCTION, caption_of, label_of
 from ..scenes.thing_questions import ask_about_region, ask_about_scene
 from ..scenes.things import render_thing_scene
 from .samples import Sample
-from .synthetic import EncodedScene, SceneDataset, draw_questions
+from .synthetic import EncodedScene, SceneDataset, draw_questions, encode_image
 
 
 class EncodedThings(EncodedScene):
@@ -20,15 +20,8 @@ class EncodedThings(EncodedScene):
 def encode_things(image_processor, seed: int, split: str) -> EncodedThings:
     """Renders a scene of things and prepares its pixels and its masks."""
     scene = render_thing_scene(seed, split)
-    captioned = scene.things[: image_processor.num_region_prompts]
-    masks = [[thing.mask for thing in captioned]] if captioned else None
-    features = image_processor([scene.image], masks, do_normalize=False)
-    order = features.pop("region_orders", [[]])[0]
-
-    pixels = features.pop("pixel_values").numpy()
-    arrays = {name: value.numpy() for name, value in features.items()}
-    facts = [thing.facts for thing in scene.things]
-    return EncodedThings(pixels, arrays, [int(k) for k in order], facts)
+    pixels, features, order = encode_image(image_processor, scene.image, scene.things)
+    return EncodedThings(pixels, features, order, [thing.facts for thing in scene.things])
 
 
 class ThingDataset(SceneDataset):

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from .door import Door
 from .endpoint import Endpoint
 from .engine import Engine
 from .errors import ApiError
@@ -36,7 +37,7 @@ def create_app(
     return app_of(Endpoint(engine, name, limits, policy), api_key)
 
 
-def app_of(endpoint, api_key: str | None = None) -> FastAPI:
+def app_of(endpoint: Door, api_key: str | None = None) -> FastAPI:
     """Returns the application over an `Endpoint`, or over a `Relay` to those of replicas."""
 
     @contextlib.asynccontextmanager
@@ -52,7 +53,7 @@ def app_of(endpoint, api_key: str | None = None) -> FastAPI:
     return app
 
 
-def _open_routes(endpoint) -> APIRouter:
+def _open_routes(endpoint: Door) -> APIRouter:
     """Returns the routes for those who watch the server, who need no key."""
     router = APIRouter()
 
@@ -68,7 +69,7 @@ def _open_routes(endpoint) -> APIRouter:
     return router
 
 
-def _model_routes(endpoint) -> APIRouter:
+def _model_routes(endpoint: Door) -> APIRouter:
     """Returns the routes that OpenAI's clients know."""
     router = APIRouter(prefix="/v1")
 

@@ -11,36 +11,30 @@ from fastapi.responses import JSONResponse, Response
 
 from .chat import Asked
 from .completions import Completion
+from .door import Door, shutting_down
 from .engine import Engine, EngineClosed, JobFailed, QueueFull, Ticket
 from .errors import ApiError
 from .events import END, Mailbox, event, event_stream
 from .fetch import UrlPolicy
-from .http import ByteBudget, client_of, drain, read_body, until_disconnected
+from .http import client_of, drain, read_body
 from .jobs import job_of
 from .limits import Limits
 from .pool import shared_pool
 from .writer import ChatWriter
 
 SUBMITTERS = 8  # threads that wait for what workers read, check it and queue it
-UPLOAD_BYTES = 512 << 20  # of all bodies in the making
 CLOSE_SECONDS = 5  # for the running step, when the server stops
-RETRY_SECONDS = 5  # until a server that stops is likely to be back
 
 log = logging.getLogger(__name__)
 
 
-class Endpoint:
+class Endpoint(Door):
     """Answers chat completions over an engine.
 
     Args:
         engine: runs the model.
-        name: what clients call the model.
-        limits: what one request may ask for.
+        name, limits: as for `Door`.
         policy: which URLs are fetched; by default none.
-
-    Attributes:
-        stopping: set once nothing new is taken.
-        stopped: set once nothing is waited for any more.
     """
 
     def __init__(
@@ -50,24 +44,11 @@ class Endpoint:
         limits: Limits | None = None,
         policy: UrlPolicy | None = None,
     ):
+        super().__init__(name, limits or Limits())
         self.engine = engine
-        self.name = name
-        self.limits = limits or Limits()
         self.policy = policy or UrlPolicy()
         self.pool = shared_pool()
-        self.uploads = ByteBudget(max(UPLOAD_BYTES, self.limits.body_bytes))
         self.submitters = ThreadPoolExecutor(SUBMITTERS, thread_name_prefix="perceptiondlm-read")
-        self.stopping = asyncio.Event()
-        self.stopped = asyncio.Event()
-
-    def stop(self):
-        """Takes nothing new, and answers 503 to what comes; what is under way goes on."""
-        self.stopping.set()
-
-    def give_up(self):
-        """Answers 503 to all that is not answered yet."""
-        self.stop()
-        self.stopped.set()
 
     def close(self):
         """Ends the engine; what was under way has been answered by now."""
@@ -90,7 +71,7 @@ class Endpoint:
 
     def card(self) -> dict:
         """Returns the model as OpenAI lists one."""
-        return model_card(self.name, self.engine.metrics.started)
+        return self.card_since(self.engine.metrics.started)
 
     async def chat(self, request: Request) -> Response:
         """Answers one request, or raises ApiError."""
@@ -158,7 +139,7 @@ class Endpoint:
         """Waits for the result, the client's leaving, the server's end or the deadline."""
         done = asyncio.wrap_future(ticket.future)
         try:
-            await until_answered(request, done, self.stopped, self.limits, deadline)
+            await self.wait_for(done, request, deadline)
             return _result(ticket)
         finally:
             done.cancel()
@@ -184,7 +165,7 @@ class Endpoint:
                 if self.stopped.is_set():
                     raise shutting_down()
                 if left <= 0:
-                    raise timed_out(self.limits)
+                    raise self.timed_out()
                 step = await mailbox.get(left)
                 if step is not None:
                     yield event(writer.state(step))
@@ -203,55 +184,6 @@ class Endpoint:
         yield END
 
 
-async def until_answered(
-    request: Request,
-    done: asyncio.Future,
-    stopped: asyncio.Event,
-    limits: Limits,
-    deadline: float,
-):
-    """Returns once `done` is; raises ApiError if before that the client leaves, or time is up.
-
-    Args:
-        request: whose body was read.
-        done: the answer in the making; it is left as it is.
-        stopped: set once nothing is waited for any more.
-        limits, deadline: when it is given up, as said and in seconds of the monotonic clock.
-    """
-    gone = asyncio.create_task(until_disconnected(request))
-    end = asyncio.create_task(stopped.wait())
-    try:
-        await asyncio.wait(
-            {done, gone, end},
-            timeout=max(0, deadline - time.monotonic()),
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        # A result that is there goes before every other event.
-        if done.done():
-            return
-        if gone.done():
-            log.info("a client went away before it was answered")
-            raise ApiError(499, "the client has gone")
-        raise shutting_down() if end.done() else timed_out(limits)
-    finally:
-        gone.cancel()
-        end.cancel()
-
-
-def model_card(name: str, started: float) -> dict:
-    """Returns a model as OpenAI lists one."""
-    return {"id": name, "object": "model", "created": int(started), "owned_by": "perceptiondlm"}
-
-
-def timed_out(limits: Limits) -> ApiError:
-    """Returns the refusal of what took too long."""
-    return ApiError(
-        504,
-        f"expected an answer within {limits.request_seconds:g} seconds",
-        code="timeout",
-    )
-
-
 def _result(ticket: Ticket) -> Completion:
     """Returns a finished ticket's completion, or raises its failure as ApiError."""
     try:
@@ -263,16 +195,6 @@ def _result(ticket: Ticket) -> Completion:
     except JobFailed as error:
         log.error("a request failed", exc_info=error)
         raise ApiError(500, str(error), code="model_failed") from error
-
-
-def shutting_down() -> ApiError:
-    """Returns the refusal of a server that stops."""
-    return ApiError(
-        503,
-        "the server is shutting down: try again later",
-        code="shutting_down",
-        headers={"Retry-After": str(RETRY_SECONDS)},
-    )
 
 
 def _drop(submit: asyncio.Future):

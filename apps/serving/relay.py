@@ -19,17 +19,10 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
-from .endpoint import (
-    RETRY_SECONDS,
-    UPLOAD_BYTES,
-    model_card,
-    shutting_down,
-    timed_out,
-    until_answered,
-)
+from .door import RETRY_SECONDS, Door, shutting_down
 from .errors import ApiError
 from .events import END, event
-from .http import ByteBudget, drain, read_body
+from .http import drain, read_body
 from .limits import Limits
 
 MAX_DEATHS = 3  # of replicas under one request, which may well be their cause
@@ -41,24 +34,19 @@ SSE = "text/event-stream"
 log = logging.getLogger(__name__)
 
 
-class Relay:
-    """Answers chat completions by replicas; has the methods of an `Endpoint`.
+class Relay(Door):
+    """Answers chat completions by replicas.
 
     Args:
         handle: Ray Serve's handle of a deployment of `Replica`.
-        name: what clients call the model.
-        limits: what one request may ask for.
+        name, limits: as for `Door`.
         max_requests: that wait or run, in all replicas together; more are refused.
     """
 
     def __init__(self, handle, name: str, limits: Limits, max_requests: int):
+        super().__init__(name, limits)
         self.handle = handle
-        self.name = name
-        self.limits = limits
         self.max_requests = max_requests
-        self.uploads = ByteBudget(max(UPLOAD_BYTES, limits.body_bytes))
-        self.stopping = asyncio.Event()
-        self.stopped = asyncio.Event()
         self.started = time.time()
 
         self.under_way = 0
@@ -67,21 +55,12 @@ class Relay:
             "retries", "requests passed on again", namespace="perceptiondlm", registry=self.registry
         )
 
-    def stop(self):
-        """Takes nothing new, and answers 503 to what comes; what is under way goes on."""
-        self.stopping.set()
-
-    def give_up(self):
-        """Answers 503 to all that is not answered yet."""
-        self.stop()
-        self.stopped.set()
-
     def close(self):
         """Does nothing: who started the replicas ends them."""
 
     def card(self) -> dict:
         """Returns the model as OpenAI lists one."""
-        return model_card(self.name, self.started)
+        return self.card_since(self.started)
 
     async def status(self) -> dict:
         """Returns what `/health` says: ok as long as one replica is."""
@@ -129,7 +108,7 @@ class Relay:
         client = tuple(request.client) if request.client else None
         asked = asyncio.create_task(self._ask(client, body))
         try:
-            await until_answered(request, asked, self.stopped, self.limits, deadline)
+            await self.wait_for(asked, request, deadline)
             call, start, content = asked.result()
         finally:
             asked.cancel()
@@ -195,7 +174,7 @@ class Relay:
             await asyncio.wait({coming, stopped}, timeout=left, return_when="FIRST_COMPLETED")
             if coming.done():
                 return coming.result()
-            raise shutting_down() if stopped.done() else timed_out(self.limits)
+            raise shutting_down() if stopped.done() else self.timed_out()
         except RayError as error:
             log.warning("a replica was lost (%s) in the middle of a stream", type(error).__name__)
             raise _lost("the replica died in the middle of this stream") from error
