@@ -164,7 +164,7 @@ class DiffusionOptions:
         None,
         instance(bool),
         "with block_length: an answer is over with the block in which its end of turn is committed;"
-        " later blocks are not decoded, the text stays the same",
+        " later blocks are not decoded; at temperature 0 the text stays the same",
         kind=bool,
         task="answers",
     )
