@@ -268,9 +268,9 @@ def test_the_batch_size_bounds_the_rows_and_changes_nothing(captioned, monkeypat
     sizes = []
     plain = generation_diffusion.ResponseNetwork
 
-    def watched(model, inputs, *given):
+    def watched(model, inputs, *given, **named):
         sizes.append(len(inputs["input_ids"]))
-        return plain(model, inputs, *given)
+        return plain(model, inputs, *given, **named)
 
     monkeypatch.setattr(generation_diffusion, "ResponseNetwork", watched)
     out = captioned(template, batch_size=2)
