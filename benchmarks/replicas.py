@@ -13,7 +13,6 @@ import contextlib
 import io
 import json
 import os
-import signal
 import socket
 import statistics
 import subprocess
@@ -53,7 +52,7 @@ def serving(replicas: int, arguments) -> Iterator[str]:
         pin(server.pid, replicas)
         yield address
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()  # in the background Ctrl-C's signal may be ignored
         server.wait(SECONDS_TO_END)
 
 

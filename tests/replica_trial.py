@@ -35,7 +35,12 @@ def serving_replicas(*options: str, log: Path):
     where = ["--subfolder", "tiny", "--name", "tester", "--port", str(port)]
     with open(log, "wb") as told:
         server = subprocess.Popen(
-            [*program, *where, *options], stdout=told, stderr=told, start_new_session=True
+            [*program, *where, *options],
+            stdout=told,
+            stderr=told,
+            start_new_session=True,
+            # heeded as in a terminal, also where all this runs in the background
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         address = f"http://127.0.0.1:{port}"

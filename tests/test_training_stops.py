@@ -400,7 +400,13 @@ def start(folder: Path, *arguments: str, **trainer) -> subprocess.Popen:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
+
+
+def heed_interrupts():
+    """Heeds Ctrl-C as in a terminal: what a shell starts in the background inherits ignoring it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition, process, seconds=120):
