@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from perceptiondlm.evaluation import held_things
 from perceptiondlm.evaluation.held_out import describe_scenes, measurements
 from perceptiondlm.scenes import things as things_module
@@ -11,7 +12,8 @@ from perceptiondlm.scenes.thing_facts import ThingFacts
 from perceptiondlm.scenes.thing_language import LABEL_INSTRUCTION
 from perceptiondlm.scenes.things import SceneThing, ThingScene
 from perceptiondlm.training import synthetic_things
-from perceptiondlm.training.recipe_sections import SyntheticData
+from perceptiondlm.training.recipe_sections import MaskingRecipe, SyntheticData
+from perceptiondlm.training.samples import DiffusionCollator
 from PIL import Image
 
 
@@ -73,6 +75,44 @@ def test_every_region_of_a_sample_gets_a_question_of_its_own(tree):
     asked = [tree[1].tokenizer.decode(things[i].sequence.ids) for i in range(8)]
     assert all(text.count("?") >= 2 for text in asked)
     assert len(set(asked)) == 8
+
+
+def test_what_a_question_names_is_replayed_with_its_own_box(tree):
+    model, processor = tree
+    things = dataset(processor, region_question_share=1.0, caption_length=80)
+    named = 0
+    for i in range(16):
+        sample = things[i]
+        ids, cells = sample.sequence.ids, processor.roi_output_size**2
+        tokens = [
+            processor.tokenizer.convert_tokens_to_ids(processor.roi_token.format(k))
+            for k in range(4)
+        ]
+        assert None not in tokens and processor.tokenizer.unk_token_id not in tokens
+        runs = [token for token in ids if token in tokens][::cells]
+        boxes = {}
+        for token, box in zip(runs, sample.features["boxes"].tolist(), strict=True):
+            assert boxes.setdefault(token, box) == box
+        assert len({tuple(box) for box in boxes.values()}) == 3
+        named += len(runs) > 3
+
+        batch = DiffusionCollator(processor, MaskingRecipe(), seed=0)([sample])
+        assert torch.isfinite(model(**batch).loss)
+    assert named > 3
+
+
+def test_labels_and_answers_have_slots_of_their_own(tree):
+    things = dataset(tree[1], label_share=0.5, region_question_share=0.5, caption_length=80,
+                     label_length=60, region_answer_length=70)  # fmt: skip
+    lengths = {len(slot) for i in range(40) for slot in things[i].sequence.slots}
+    assert lengths == {60, 70, 80}
+
+
+def test_the_first_epoch_may_have_more_labels(tree):
+    shares = {"label_share": 0.0, "first_label_share": 1.0, "caption_length": 120}
+    things = dataset(tree[1], **shares)
+    texts = [tree[1].tokenizer.decode(things[i].sequence.ids) for i in (*range(8), *range(8, 16))]
+    assert [LABEL_INSTRUCTION in text for text in texts] == [True] * 8 + [False] * 8
 
 
 def test_captions_are_drawn_anew_every_epoch(tree):

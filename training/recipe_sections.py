@@ -67,7 +67,11 @@ class SyntheticData:
     # Of the samples about regions, of things alone: these shares give labels ("Name each region."),
     # and ask every region a question of its own (independent layout); the others are captions.
     label_share: float = 0.0
+    first_label_share: float | None = None  # the same in the first epoch; none: as in the others
     region_question_share: float = 0.0
+    # Slots that most labels and answers about a region are padded to; none: as captions.
+    label_length: int | None = None
+    region_answer_length: int | None = None
     # Upper bound for the regions of a sample, drawn at random; none: the region prompts.
     regions_per_sample: int | None = None
     # Upper bound for the questions of a sample, each a branch of the same image; more than one
@@ -82,11 +86,17 @@ class SyntheticData:
         expect_positive("data.scenes", self.scenes)
         expect_positive("data.scene_sets", self.scene_sets)
         expect_positive("data.questions_per_sample", self.questions_per_sample)
+        for name in ("label_length", "region_answer_length"):
+            if getattr(self, name) is not None:
+                expect_positive(f"data.{name}", getattr(self, name))
         expect_share("data.region_share", self.region_share)
         expect_one_of("data.scene_kind", self.scene_kind, ("shapes", "things"))
-        expect_share("data.label_share + data.region_question_share", self._form_shares)
+        self._expect_form_shares()
         if self.scene_kind != "things":
-            names = ("label_share", "region_question_share")
+            names = (
+                *("label_share", "first_label_share", "region_question_share"),
+                *("label_length", "region_answer_length"),
+            )
             expect_defaults(self, "data", names, 'with data.scene_kind of "things"')
         if self.first_region_share is not None:
             expect_share("data.first_region_share", self.first_region_share)
@@ -99,12 +109,19 @@ class SyntheticData:
         if not self.eval_scenes:
             expect_defaults(self, "data", ("eval_first_seed",), "with data.eval_scenes")
 
-    @property
-    def _form_shares(self) -> float:
-        """Returns the share of samples about regions that are no captions."""
-        for name in ("label_share", "region_question_share"):
+    def _expect_form_shares(self):
+        """Refuses shares of samples about regions that leave less than nothing for captions."""
+        names = ("label_share", "region_question_share")
+        for name in names:
             expect_share(f"data.{name}", getattr(self, name))
-        return self.label_share + self.region_question_share
+        expect_share(
+            "data.label_share + data.region_question_share",
+            self.label_share + self.region_question_share,
+        )
+        if self.first_label_share is not None:
+            total = self.first_label_share + self.region_question_share
+            expect_share("data.first_label_share", self.first_label_share)
+            expect_share("data.first_label_share + data.region_question_share", total)
 
 
 @dataclass(frozen=True)

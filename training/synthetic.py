@@ -27,6 +27,7 @@ from .samples import (
 
 QUESTION_LENGTH = 16  # tokens, roughly
 QUESTION_ROUNDS = 8
+CAPTIONS, QUESTIONS = "captions", "questions"  # forms of a sample
 
 
 @dataclass
@@ -138,29 +139,39 @@ class SceneDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         epoch, i = divmod(index, self.count)
-        rng, about_regions = self._draw_kind(epoch, i)
+        rng, form, slots = self._draw_form(epoch, i)
         scene = self._scene(epoch, i)
-        sample = self._regions if about_regions else self._questions
-        return sample(rng, scene, (epoch, i))
+        if form == QUESTIONS:
+            return self._questions(rng, scene, (epoch, i))
+        return self._regions(rng, scene, (epoch, i), form, slots)
 
     def length(self, index: int) -> int:
         """Estimates how long a sample is, without making it."""
         epoch, i = divmod(index, self.count)
-        _, about_regions = self._draw_kind(epoch, i)
+        _, form, slots = self._draw_form(epoch, i)
         image, regions = 0, 4
         if self.cached is not None:
             scene = self._scene(epoch, i)
             image = len(scene.pixels) * self.processor.image_processor.cells_per_side**2
             regions = min(len(scene.regions), self._max_regions)
 
-        branch = self.processor.roi_output_size**2 + 1 + self.data.caption_length
-        questions = self.data.questions_per_sample * (QUESTION_LENGTH + self.data.max_new_tokens)
-        return image + (regions * branch if about_regions else questions)
+        if form == QUESTIONS:
+            return image + self.data.questions_per_sample * (QUESTION_LENGTH + slots)
+        return image + regions * (self.processor.roi_output_size**2 + 1 + slots)
 
-    def _draw_kind(self, epoch: int, i: int) -> tuple[np.random.Generator, bool]:
-        """Returns the generator of a sample's content, and whether it is about regions."""
+    def _draw_form(self, epoch: int, i: int) -> tuple[np.random.Generator, str, int]:
+        """Draws the form of a sample and the slots of each of its responses.
+
+        Returns the generator that the sample's content is to be drawn from, and both.
+        """
         rng = generator_of(self.seed, CONTENT_STREAM, epoch, i)
-        return rng, rng.random() < self.region_shares[min(epoch, 1)]
+        if rng.random() < self.region_shares[min(epoch, 1)]:
+            return rng, *self._draw_region_form(rng, epoch)
+        return rng, QUESTIONS, self.data.max_new_tokens
+
+    def _draw_region_form(self, rng: np.random.Generator, epoch: int) -> tuple[str, int]:
+        """Draws the form of a sample about regions, and the slots of each response."""
+        return CAPTIONS, self.data.caption_length
 
     @property
     def _max_regions(self) -> int:
@@ -191,11 +202,11 @@ class SceneDataset(Dataset):
             encoded = pool.imap(_encode_job, jobs, chunksize=64)
             return list(tqdm(encoded, total=len(jobs), desc="rendering scenes", mininterval=10))
 
-    def _regions(self, rng, scene: EncodedScene, key) -> Sample:
-        """Makes a sample of region captions."""
+    def _regions(self, rng, scene: EncodedScene, key, form: str, slots: int) -> Sample:
+        """Makes a sample of a form about the regions of a scene."""
         regions, prompts, features = self._draw_regions(rng, scene)
         texts = [caption_of(scene.regions[k]) for k in regions]
-        return self._answered(features, texts, prompts, key)
+        return self._answered(features, texts, slots, prompts, key)
 
     def _draw_regions(self, rng, scene: EncodedScene) -> tuple[list[int], list[int], dict]:
         """Draws the regions of a sample and their prompts; returns both and their features."""
@@ -205,11 +216,18 @@ class SceneDataset(Dataset):
         prompts = draw_prompts(rng, count, total, self.permute_prompts)
         return regions, prompts, choose_regions(scene.tensors(), regions, prompts)
 
-    def _answered(self, features: dict, texts: list[str], prompts, key, instruction=None, order=()):
+    def _answered(
+        self, features: dict, texts, length: int, prompts, key, instruction=None, order=()
+    ):
         """Makes a sample of a text for each region; `order` has the regions' mask numbers."""
-        slots = self.processor.caption_slots(texts, len(texts), self.data.caption_length)
+        slots = self.processor.caption_slots(texts, len(texts), length)
         about = {**features, "region_orders": [list(order)]}
         sequence = self.processor.region_sequence(about, 0, slots, instruction, prompts=prompts)
+
+        # What a question names is replayed there too: a box for each run of RoI tokens.
+        if order and self.processor.roi_output_size:
+            places = [prompts.index(number) for number in sequence.spans]
+            features |= {name: features[name][places] for name in ("boxes", "box_images")}
         return Sample(sequence, features, key)
 
     def _questions(self, rng, scene: EncodedScene, key) -> Sample:

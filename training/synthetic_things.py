@@ -7,7 +7,10 @@ from ..scenes.thing_language import LABEL_INSTRUCTION, caption_of, label_of
 from ..scenes.thing_questions import ask_about_region, ask_about_scene
 from ..scenes.things import render_thing_scene
 from .samples import Sample
-from .synthetic import EncodedScene, SceneDataset, draw_questions, encode_image
+from .synthetic import CAPTIONS, EncodedScene, SceneDataset, draw_questions, encode_image
+
+LABELS, ANSWERS = "labels", "answers"  # forms of a sample, beside captions and questions
+CAPTION_SLOT_SHARE = 0.15  # of the labels and answers are padded as captions are
 
 
 class EncodedThings(EncodedScene):
@@ -42,22 +45,39 @@ class ThingDataset(SceneDataset):
             rng, scene.objects, self.data.questions_per_sample, ask=ask_about_scene
         )
 
-    def _regions(self, rng: np.random.Generator, scene: EncodedThings, key) -> Sample:
+    def _draw_region_form(self, rng: np.random.Generator, epoch: int) -> tuple[str, int]:
+        data = self.data
+        drawn = rng.random()
+        label_share = data.label_share
+        if epoch == 0 and self.split != "heldout" and data.first_label_share is not None:
+            label_share = data.first_label_share
+        if drawn < label_share:
+            return LABELS, self._draw_slots(rng, data.label_length)
+        if drawn < label_share + data.region_question_share:
+            return ANSWERS, self._draw_slots(rng, data.region_answer_length)
+        return CAPTIONS, data.caption_length
+
+    def _draw_slots(self, rng: np.random.Generator, length: int | None) -> int:
+        """Draws the slots of a shorter form: its own, at times those of captions."""
+        if length is None or rng.random() < CAPTION_SLOT_SHARE:
+            return self.data.caption_length
+        return length
+
+    def _regions(self, rng, scene: EncodedThings, key, form: str, slots: int) -> Sample:
         """Makes a sample of captions, of labels, or of answers to a question for each region."""
-        form = rng.random()
         regions, prompts, features = self._draw_regions(rng, scene)
         things, order = scene.objects, [scene.regions[k] for k in regions]
 
-        if form < self.data.label_share:
+        if form == LABELS:
             texts = [label_of(rng, things[k]) for k in order]
-            return self._answered(features, texts, prompts, key, LABEL_INSTRUCTION)
-        if form < self.data.label_share + self.data.region_question_share:
+            return self._answered(features, texts, slots, prompts, key, LABEL_INSTRUCTION)
+        if form == ANSWERS:
             asked = {k: self._region_question(rng, things, k, order) for k in order}
             texts = [asked[k].answer for k in order]
             questions = {k: question.question for k, question in asked.items()}
-            return self._answered(features, texts, prompts, key, questions, order)
+            return self._answered(features, texts, slots, prompts, key, questions, order)
         texts = [caption_of(rng, things, k) for k in order]
-        return self._answered(features, texts, prompts, key)
+        return self._answered(features, texts, slots, prompts, key)
 
     def _region_question(self, rng, things: list[ThingFacts], k: int, order: list[int]):
         """Draws a question about a region that names no region that is not in the sample."""
