@@ -15,7 +15,7 @@ from perceptiondlm.evaluation import predict as predict_module
 from perceptiondlm.evaluation import sweep
 from perceptiondlm.evaluation.files import read_json
 from perceptiondlm.evaluation.predict import predict
-from perceptiondlm.evaluation.synthetic import write_scenes
+from perceptiondlm.evaluation.synthetic_folder import write_scenes
 from test_apps_streams import BOX, model, photos, run
 from test_common_files import die, kill_in, names
 from test_evaluation_predict import IMAGES, REGIONS, FakeModel, output, samples
