@@ -69,7 +69,11 @@ def measure(
 
         # Each true caption for each region.
         found = model.diffusion_score(
-            seen, texts=[truth] * len(truth), method=method, processor=processor
+            seen,
+            texts=[truth] * len(truth),
+            method=method,
+            length=options.get("caption_length"),
+            processor=processor,
         )[0]
         for k, text in enumerate(truth):
             if truth.count(text) == 1:
