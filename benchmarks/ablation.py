@@ -68,14 +68,11 @@ THING_COLUMNS = {
     "relations": "relation_accuracy",
     "grammatical": "grammatical",
     "mixtures": "mixture_rate",
-    "attributes": "attribute_accuracy",
     "whole captions": "exact_caption_rate",
     # Where boxes do not tell regions apart, and where they do
     "overlapping: names": "overlapping.name_accuracy",
-    "overlapping: relations": "overlapping.relation_accuracy",
     "overlapping: whole captions": "overlapping.exact_caption_rate",
     "apart: names": "apart.name_accuracy",
-    "apart: relations": "apart.relation_accuracy",
     "apart: whole captions": "apart.exact_caption_rate",
 }
 COLUMNS_OF = {SHAPES.name: COLUMNS, THINGS.name: THING_COLUMNS}

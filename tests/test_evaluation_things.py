@@ -14,6 +14,7 @@ from perceptiondlm.evaluation.held_things import (
     is_overlapping,
     render_things,
 )
+from perceptiondlm.evaluation.report import _synthetic
 from perceptiondlm.evaluation.scene_kinds import THINGS
 from perceptiondlm.evaluation.thing_judge import score_labels, score_region_answers
 from perceptiondlm.evaluation.thing_measures import COUNTS, PARTS, ThingMeasures
@@ -242,6 +243,14 @@ def test_the_command_writes_what_a_reader_of_things_looks_for(model, tmp_path):
     first = read_json(texts)[0]
     assert set(first) == {"seed", "captions", "answers", "labels", "region_answers"}
     assert all(one["truth"] == one["label"] for one in first["labels"])
+
+
+def test_a_report_takes_measurements_of_things(model, tmp_path):
+    found = command("synthetic", tmp_path, "--scenes", "1", "--skip", "counts,unseen_style")
+    text = _synthetic(found)
+    for title in ("names", "relations", "grammatical captions", "labels", "size"):
+        assert f"| {title} | 100.00 |" in text
+    assert "unseen drawing style" not in text and "another region" not in text
 
 
 def test_parts_can_be_left_out(model, tmp_path):
