@@ -1,27 +1,35 @@
 """Measures what each part of the model buys: one recipe and budget, a part taken away at a time.
 
     python -m perceptiondlm.benchmarks.ablation configs/tiny.yaml --steps 700 --scenes 300 \\
-        --output benchmarks/results/ablation.json
+        --seeds 3 --output benchmarks/results/ablation.json
 
-Each row is trained on captions alone by `perceptiondlm train`, measured by `perceptiondlm evaluate
-synthetic`, and kept: a run that was stopped goes on with the next row. A Markdown table is written
-beside the JSON. Overrides of the recipe hold for every row.
+Each row is trained on captions alone by `perceptiondlm train`, as often as there are seeds,
+measured by `perceptiondlm evaluate synthetic` on the recipe's kind of scenes, and kept: a run that
+was stopped goes on with the next one. A Markdown table of means and ranges is written beside the
+JSON. Overrides of the recipe hold for every row.
 """
 
 import argparse
+import functools
 import platform
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from ..evaluation.files import read_json, write_json, write_text
+from ..evaluation.scene_kinds import SHAPES, THINGS
+from ..evaluation.thing_measures import PARTS
 from ..training.recipe import load_recipe
+from ..training.recipe_sections import SyntheticData
 from .denoising import describe_machine
 
 RECIPE_FILE = "recipe.json"  # beside a row's weights
+SEED_DISTANCE = 10_000_000  # between the first scenes of two seeds' training
 
 
 @dataclass(frozen=True)
@@ -48,18 +56,39 @@ ROWS = {
     ),
     "released": Row("released layout", ("model.config.region_layout=released", *ONE_QUESTION)),
 }
+# Titles and measurements; a dot leads into a table.
 COLUMNS = {
     "attributes": "attribute_accuracy",
     "whole captions": "exact_caption_rate",
     "interference": "interference_rate",
     "by chance": "interference_by_chance",
 }
+THING_COLUMNS = {
+    "names": "name_accuracy",
+    "relations": "relation_accuracy",
+    "grammatical": "grammatical",
+    "mixtures": "mixture_rate",
+    "whole captions": "exact_caption_rate",
+    # Where boxes do not tell regions apart, and where they do
+    "overlapping: names": "overlapping.name_accuracy",
+    "overlapping: whole captions": "overlapping.exact_caption_rate",
+    "apart: names": "apart.name_accuracy",
+    "apart: whole captions": "apart.exact_caption_rate",
+}
+COLUMNS_OF = {SHAPES.name: COLUMNS, THINGS.name: THING_COLUMNS}
+COUNTS = ("per_attribute", "forwards", "regions", "seconds")  # kept besides the columns
 
 
-def train_row(name: str, arguments) -> Path:
-    """Returns the folder of a row's weights, which are trained unless they are there."""
+def train_row(name: str, seed: int, arguments) -> Path:
+    """Returns the folder of a row's weights of one seed, which are trained unless they are there.
+
+    Args:
+        seed: 0 trains with the recipe's own seeds; each further one adds to `trainer.seed`, which
+            weights start from and samples are drawn by, and takes other scenes.
+    """
     row = ROWS[name]
-    folder = Path(arguments.runs) / (row.weights_of or name)
+    trained = row.weights_of or name
+    folder = Path(arguments.runs) / trained / f"seed-{seed}"
     overrides = (
         f"trainer.output_dir={folder}",
         f"trainer.max_steps={arguments.steps}",
@@ -69,8 +98,15 @@ def train_row(name: str, arguments) -> Path:
         "trainer.eval_strategy=no",
         "data.region_share=1.0",
         "data.first_region_share=null",
+        "data.label_share=0.0",
+        "data.region_question_share=0.0",
         *arguments.overrides,
-        *ROWS[row.weights_of or name].overrides,
+        *ROWS[trained].overrides,
+    )
+    own = load_recipe(arguments.recipe, overrides)
+    overrides += (
+        f"trainer.seed={own.trainer.get('seed', 42) + seed}",
+        f"data.first_seed={own.data.first_seed + seed * SEED_DISTANCE}",
     )
 
     recipe = asdict(load_recipe(arguments.recipe, overrides))
@@ -81,13 +117,16 @@ def train_row(name: str, arguments) -> Path:
     return folder
 
 
-def measure_row(name: str, arguments) -> dict:
-    """Returns the measurements of a row, which are made unless they are there."""
-    folder = train_row(name, arguments)
+def measure_row(name: str, seed: int, arguments) -> dict:
+    """Returns the measurements of a row of one seed, which are made unless they are there."""
+    folder = train_row(name, seed, arguments)
     report = folder / f"measured-{name}.json"
     if not report.exists():
         sizes = ("--scenes", str(arguments.scenes), "--seed", str(arguments.seed))
-        options = (*sizes, *ROWS[name].decoding, "--output", str(report))
+        kind = ("--scene-kind", arguments.scene_kind)
+        if arguments.scene_kind == THINGS.name:
+            kind += ("--skip", ",".join(PARTS))
+        options = (*sizes, *kind, *ROWS[name].decoding, "--output", str(report))
         _run("evaluate", "synthetic", "--model", str(folder), *options)
     _expect_made_with(report, {"scenes": arguments.scenes, "seed": arguments.seed})
     return read_json(report)
@@ -105,26 +144,63 @@ def _run(*command: str):
     subprocess.run([sys.executable, "-m", "perceptiondlm.apps.cli", *command], check=True)
 
 
+def of_seeds(measured: Sequence[Mapping], columns: Mapping[str, str]) -> dict:
+    """Puts the measurements of one row's seeds together.
+
+    Returns their means by name; under `spread` the least and the greatest, as [min, max]; under
+    `seeds` what each seed gave. A measurement that a seed lacks (None) has neither.
+    """
+    kept = [*dict.fromkeys(path.split(".")[0] for path in columns.values()), *COUNTS]
+    seeds = [{name: one[name] for name in kept} for one in measured]
+    spread = _combined(seeds, lambda values: [min(values), max(values)])
+    return {**_combined(seeds, statistics.mean), "spread": spread, "seeds": seeds}
+
+
+def _combined(tables: Sequence, combine: Callable):
+    """Combines numbers that stand in the same place of tables of numbers."""
+    if isinstance(tables[0], Mapping):
+        return {name: _combined([one[name] for one in tables], combine) for name in tables[0]}
+    return None if None in tables else combine(tables)
+
+
 def table(result: dict) -> str:
     """Renders the result as a Markdown table with a row for each variant."""
-    attributes = list(next(iter(result["rows"]))["per_attribute"])
+    attributes = result["rows"][0]["per_attribute"]
+    columns = COLUMNS_OF[result["scene_kind"]] | {
+        name: f"per_attribute.{name}" for name in attributes
+    }
     recipe = " ".join([result["recipe"], *result["overrides"]])
+    spread = f" Means of {result['seeds']} seeds, with the least and the greatest."
     lines = [
         f"{result['steps']} steps of `{recipe}` on the captions of"
         f" {result['training_scenes']} scenes each, {result['scenes']} held-out scenes from seed"
-        f" {result['seed']}; in per cent.",
+        f" {result['seed']}; in per cent.{spread if result['seeds'] > 1 else ''}",
         "",
-        "| | " + " | ".join([*COLUMNS, *attributes, "forwards per image"]) + " |",
-        "|---|" + "---:|" * (len(COLUMNS) + len(attributes) + 1),
+        "| | " + " | ".join([*columns, "forwards per image"]) + " |",
+        "|---|" + "---:|" * (len(columns) + 1),
     ]
 
     for row in result["rows"]:
-        shares = [row[name] for name in COLUMNS.values()]
-        shares += [row["per_attribute"][name] for name in attributes]
-        cells = [f"{100 * share:.1f}" for share in shares]
+        cells = [_share_cell(row, path) for path in columns.values()]
         forwards = f"{row['forwards'] / result['scenes']:.1f}"
         lines.append("| " + " | ".join([row["title"], *cells, forwards]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _share_cell(row: Mapping, path: str) -> str:
+    """Renders a mean in per cent, of several seeds with the least and the greatest."""
+    mean, spread = _at(row, path), _at(row["spread"], path)
+    if mean is None:
+        return ""
+    if len(row["seeds"]) == 1:
+        return f"{100 * mean:.1f}"
+    low, high = spread
+    return f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _at(row: Mapping, path: str):
+    """Returns what a dotted path leads to."""
+    return functools.reduce(lambda table, name: table[name], path.split("."), row)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -137,6 +213,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--training-scenes", type=int, default=12000)
     add("--scenes", type=int, default=300, help="held-out scenes of the measurement")
     add("--seed", type=int, default=200000, help="of the first of them")
+    add("--seeds", type=int, default=1, help="of training, for each row")
     add("--rows", default=",".join(ROWS), help="comma-separated, out of the default")
     add("--runs", default="runs/ablation", help="folder of weights and measurements")
     add("--output", required=True, help="JSON; the table goes beside it")
@@ -145,23 +222,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed.rows = parsed.rows.split(",")
     if unknown := sorted(set(parsed.rows) - set(ROWS)):
         parser.error(f"expected rows among {', '.join(ROWS)}, got {unknown}")
+    if parsed.seeds < 1:
+        parser.error(f"expected seeds of 1 or more, got {parsed.seeds}")
+    data = load_recipe(parsed.recipe, parsed.overrides).data
+    if not isinstance(data, SyntheticData):
+        parser.error(f"expected a recipe of synthetic scenes, got {parsed.recipe}")
+    parsed.scene_kind = data.scene_kind
     return parsed
 
 
 def main():
     """Trains and measures the rows, and writes them as JSON and as a table."""
     arguments = parse()
-    kept = (*COLUMNS.values(), "per_attribute", "forwards", "regions", "seconds")
     rows = []
     for name in arguments.rows:
-        measured = measure_row(name, arguments)
-        rows.append({"row": name, "title": ROWS[name].title, **{k: measured[k] for k in kept}})
+        measured = [measure_row(name, seed, arguments) for seed in range(arguments.seeds)]
+        scores = of_seeds(measured, COLUMNS_OF[arguments.scene_kind])
+        rows.append({"row": name, "title": ROWS[name].title, **scores})
 
-    sizes = ("recipe", "overrides", "steps", "training_scenes", "scenes", "seed")
+    sizes = ("recipe", "overrides", "scene_kind", "steps", "training_scenes", "scenes", "seed")
     result = {
         "machine": describe_machine("cpu"),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         **{name: getattr(arguments, name) for name in sizes},
+        "seeds": arguments.seeds,
         "rows": rows,
     }
     write_json(arguments.output, result)

@@ -59,7 +59,8 @@ def checkpoint_record(args: argparse.Namespace, model) -> dict:
     }
 
 
-FLAGS = ("steps", *ACCEPT_RULES)  # decoding options that have an argument of their own
+# decoding options that have an argument of their own
+FLAGS = ("steps", "caption_length", *ACCEPT_RULES)
 
 
 def add_option_argument(parser: argparse.ArgumentParser):

@@ -8,14 +8,13 @@ likeliest?
 
 import argparse
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from ..scenes.language import normalize
-from ..scenes.shapes import Scene
 from .checkpoint import (
     add_checkpoint_arguments,
     add_decoding_arguments,
@@ -25,7 +24,8 @@ from .checkpoint import (
 )
 from .environment import run_environment
 from .files import write_json
-from .held_out import SPLIT, held_out_scenes
+from .held_out import held_out_scenes
+from .scene_kinds import KINDS, SHAPES, SPLIT, SceneKind, add_kind_argument
 
 
 def roc_area(scores: Sequence[float], is_right: Sequence[bool]) -> float | None:
@@ -41,47 +41,63 @@ def roc_area(scores: Sequence[float], is_right: Sequence[bool]) -> float | None:
     return float(((differences > 0) + (differences == 0) / 2).mean())
 
 
-def measure(model, processor, scenes: Sequence[Scene], options: dict, method: str) -> dict:
+def measure(
+    model, processor, scenes: Sequence, options: dict, method: str, kind: SceneKind = SHAPES
+) -> dict:
     """Captions the regions of scenes, and looks for the region of each true caption.
 
     Args:
         options: of `diffusion_generate`.
         method: of `diffusion_score`.
+        kind: of the scenes; says which captions are right.
 
-    A true caption that two objects of a scene share is looked for by no one.
+    Returns `regions`; what `_told_apart` finds of right and wrong captions and, where the kind
+    marks more than whole captions (names), of that under its name; `captions_looked_for` and the
+    share of them of which the right region is the one that is found (`region_found`). A true
+    caption that two objects of a scene share is looked for by no one.
     """
     scores: list[float] = []
-    is_right: list[bool] = []
+    marks: dict[str, list[bool]] = defaultdict(list)
     picked: list[bool] = []
     for scene in tqdm(scenes, desc="score", unit="scene"):
         truth = [thing.caption for thing in scene.objects]
         seen = model.see(scene.image, [thing.mask for thing in scene.objects], processor=processor)
         out = model.diffusion_generate(seen, processor=processor, **options)
         scores += out.scores[0]
-        is_right += [
-            normalize(text) == normalize(true)
-            for text, true in zip(out.texts[0], truth, strict=True)
-        ]
+        for name, is_right in kind.mark(scene, out.texts[0]).items():
+            marks[name] += is_right
 
         # Each true caption for each region.
         found = model.diffusion_score(
-            seen, texts=[truth] * len(truth), method=method, processor=processor
+            seen,
+            texts=[truth] * len(truth),
+            method=method,
+            length=options.get("caption_length"),
+            processor=processor,
         )[0]
         for k, text in enumerate(truth):
             if truth.count(text) == 1:
                 likelihoods = [own[k] for own in found]
                 picked.append(int(np.argmax(likelihoods)) == k)
 
+    return {
+        "regions": len(scores),
+        **_told_apart(scores, marks.pop("captions"), "wrong_captions"),
+        **{name: _told_apart(scores, own, "wrong") for name, own in marks.items()},
+        "captions_looked_for": len(picked),
+        "region_found": statistics.mean(picked) if picked else None,
+    }
+
+
+def _told_apart(scores: Sequence[float], is_right: Sequence[bool], wrong_name: str) -> dict:
+    """Tells how many are wrong, by `wrong_name`, and how well scores tell them from right ones."""
     wrong = [score for score, right in zip(scores, is_right, strict=True) if not right]
     right = [score for score, right in zip(scores, is_right, strict=True) if right]
     return {
-        "regions": len(scores),
-        "wrong_captions": len(wrong),
+        wrong_name: len(wrong),
         "median_score_right": statistics.median(right) if right else None,
         "median_score_wrong": statistics.median(wrong) if wrong else None,
         "roc_area": roc_area(scores, is_right),
-        "captions_looked_for": len(picked),
-        "region_found": statistics.mean(picked) if picked else None,
     }
 
 
@@ -93,28 +109,44 @@ def configure(parser: argparse.ArgumentParser):
     parser.add_argument("--seed", type=int, default=0, help="of the first scene")
     parser.add_argument("--method", choices=("one_pass", "monte_carlo"), default="one_pass")
     parser.add_argument("--output", type=Path, help="JSON")
+    add_kind_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints what was found and writes it."""
     model, processor = load_checkpoint(args)
     options = decoding_options(args, questions=False)
-    scenes = held_out_scenes(args.seed, args.scenes)
-    found = measure(model, processor, scenes, options, args.method)
+    kind = KINDS[args.scene_kind]
+    scenes = held_out_scenes(args.seed, args.scenes, kind)
+    found = measure(model, processor, scenes, options, args.method, kind)
     record = {
         "checkpoint": checkpoint_record(args, model),
         "environment": run_environment(),
+        "scene_kind": kind.name,
         "scenes": {"split": SPLIT, "first_seed": args.seed, "count": args.scenes},
+        "judge": kind.judge,
         "method": args.method,
         "options": options,
         **found,
     }
     if args.output is not None:
         write_json(args.output, record)
-    area = "none" if found["roc_area"] is None else f"{found['roc_area']:.3f}"
-    print(
-        f"{found['wrong_captions']} of {found['regions']} captions wrong; area under the ROC curve"
-        f" of the scores {area}; region found for {found['region_found']:.1%} of"
-        f" {found['captions_looked_for']} captions"
-    )
+    print(_summary_line(found))
     return 0
+
+
+def _summary_line(found: dict) -> str:
+    """Tells what was found in one line."""
+    parts = [(found["wrong_captions"], "captions", found["roc_area"])]
+    if names := found.get("names"):
+        parts.append((names["wrong"], "names", names["roc_area"]))
+    told = [
+        f"{wrong} of {found['regions']} {what} wrong; area under the ROC curve of the scores "
+        + ("none" if area is None else f"{area:.3f}")
+        for wrong, what, area in parts
+    ]
+    share = found["region_found"]
+    region = "none" if share is None else f"{share:.1%}"
+    return "; ".join(
+        [*told, f"region found for {region} of {found['captions_looked_for']} captions"]
+    )

@@ -1,20 +1,17 @@
 """Measures a checkpoint on held-out scenes: captions every region, answers every question."""
 
 import dataclasses
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from ..generation_options import DiffusionOptions, options_for
+from ..generation_options import DiffusionOptions
 from ..generation_seen import plan_groups
-from ..scenes.shapes import Scene, render_scene
-from .held_things import AskedThings, score_things
-from .synthetic_judge import score_answers, score_captions
-from .throughput import Throughput, batch_cost, stop_ids, timed, total_throughput
-
-SPLIT = "heldout"  # never trained on
+from .asking import Asker
+from .scene_kinds import SHAPES, SPLIT, SceneKind
+from .synthetic_judge import score_answers
+from .throughput import Throughput
 
 
 @dataclass(frozen=True)
@@ -28,18 +25,25 @@ class SceneTexts:
     num_groups: int  # region groups; several for a scene with more regions than one may have
 
 
-def held_out_scenes(first_seed: int, count: int, *, progress: bool = True) -> list[Scene]:
+def held_out_scenes(
+    first_seed: int,
+    count: int,
+    kind: SceneKind = SHAPES,
+    split: str = SPLIT,
+    *,
+    progress: bool = True,
+) -> list:
     """Renders the held-out scenes of `count` seeds from `first_seed` on."""
     if count < 1:
         raise ValueError(f"expected scenes of 1 or more, got {count}")
     seeds = range(first_seed, first_seed + count)
-    return [render_scene(seed, SPLIT) for seed in tqdm(seeds, desc="render", disable=not progress)]
+    return [kind.render(seed, split) for seed in tqdm(seeds, desc="render", disable=not progress)]
 
 
 def describe_scenes(
     model,
     processor,
-    scenes: Sequence[Scene],
+    scenes: Sequence,
     *,
     batch_size: int = 16,
     regions_per_pass: int | None = None,
@@ -57,103 +61,26 @@ def describe_scenes(
         options: of `diffusion_generate`. An answer takes no more steps than it has positions.
         progress: shows progress bars.
     """
-    for name, value in (("batch_size", batch_size), ("regions_per_pass", regions_per_pass or 1)):
-        if value < 1:
-            raise ValueError(f"expected {name} of 1 or more, got {value}")
+    asker = Asker(model, processor, batch_size, regions_per_pass, options or {}, progress)
+    return describe(asker, scenes)
 
-    options = options or {}
-    groups = list(_region_groups(scenes, regions_per_pass))
-    common = {"model": model, "processor": processor, "batch_size": batch_size}
-    captions, captioning = _caption(groups, scenes, options, progress=progress, **common)
-    answers, answering = _answer(scenes, answer_options(model, options), progress, **common)
+
+def describe(asker: Asker, scenes: Sequence) -> SceneTexts:
+    """Captions all regions of the scenes and answers all their questions."""
+    groups = list(asker.groups(scenes))
+    captions, captioning = asker.ask_regions(scenes, groups)
+    answers, answering = asker.ask_scenes(scenes)
 
     # The model divides again what is more than it takes at once.
-    max_regions = model.config.num_region_prompts
-    num_groups = len(plan_groups([len(regions) for _, regions in groups], max_regions))
+    max_regions = asker.model.config.num_region_prompts
+    num_groups = len(plan_groups([len(group.regions) for group in groups], max_regions))
     return SceneTexts(captions, answers, captioning, answering, num_groups)
 
 
-def answer_options(model, options: dict) -> dict:
-    """Limits the options' steps to the positions of an answer."""
-    chosen = DiffusionOptions.build(model.decoding_defaults, options)
-    if chosen.steps is None:
-        return options
-    return options | {"steps": min(chosen.steps, chosen.max_new_tokens)}
-
-
-def _region_groups(scenes: Sequence[Scene], size: int | None) -> Iterator[tuple[int, list[int]]]:
-    """Yields (index of a scene, indices of its regions) that are handed to the model together."""
-    for i, scene in enumerate(scenes):
-        regions = list(range(len(scene.objects)))
-        step = size or len(regions)
-        yield from ((i, regions[first : first + step]) for first in range(0, len(regions), step))
-
-
-def _caption(groups, scenes, options, *, model, processor, batch_size, progress):
-    """Captions the regions of every scene; returns the captions and the `Throughput`."""
-    captions = [[""] * len(scene.objects) for scene in scenes]
-    costs = []
-    bar = tqdm(total=sum(map(len, captions)), desc="caption", unit="region", disable=not progress)
-    with bar:
-        for first in range(0, len(groups), batch_size):
-            batch = groups[first : first + batch_size]
-            images = [scenes[i].image for i, _ in batch]
-            masks = [[scenes[i].objects[k].mask for k in regions] for i, regions in batch]
-            result, cost = _generate(
-                model, len(batch), images=images, masks=masks, processor=processor, **options
-            )
-
-            # Back to where the regions stand in their scenes
-            for (i, regions), texts in zip(batch, result.texts, strict=True):
-                for k, text in zip(regions, texts, strict=True):
-                    captions[i][k] = text
-            costs.append(cost)
-            bar.update(cost.regions)
-    return captions, total_throughput(costs)
-
-
-def _answer(scenes, options, progress, *, model, processor, batch_size):
-    """Answers the questions of every scene; returns the answers and the `Throughput`.
-
-    The regions that the `Throughput` counts are answers here.
-    """
-    asked = [(scene.image, question) for scene in scenes for question in scene.questions]
-    texts, costs = [], []
-    with tqdm(total=len(asked), desc="answer", unit="question", disable=not progress) as bar:
-        for first in range(0, len(asked), batch_size):
-            batch = asked[first : first + batch_size]
-            images = [[image] for image, _ in batch]
-            prompts = [question.question for _, question in batch]
-            result, cost = _generate(
-                model, len(batch), images=images, prompts=prompts, processor=processor, **options
-            )
-
-            texts += [row[0] for row in result.texts]
-            costs.append(cost)
-            bar.update(len(batch))
-    answers = iter(texts)
-    return [[next(answers) for _ in scene.questions] for scene in scenes], total_throughput(costs)
-
-
-def _generate(model, count: int, **inputs):
-    """Calls `diffusion_generate` once; returns the result and its cost."""
-    start = time.perf_counter()
-    task = "captions" if "masks" in inputs else "answers"
-    result, seconds = timed(model, model.diffusion_generate, **options_for(task, inputs))
-    cost = batch_cost(
-        result,
-        stop_ids(model.config),
-        images=count,
-        generate_seconds=seconds,
-        end_to_end_seconds=time.perf_counter() - start,
-    )
-    return result, cost
-
-
-def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
+def measurements(scenes: Sequence, said: SceneTexts, kind: SceneKind = SHAPES) -> dict:
     """Returns accuracies and costs of what a checkpoint said, as a report has them.
 
-    They are those of `score_captions` (of things: `score_thing_captions`) and `score_answers`;
+    They are those of the kind's judge of captions and of `score_answers`;
     then `tokens_per_forward` (caption positions per forward pass, padding counted) and
     `tokens_per_forward_effective` (tokens before end of turn), `forwards`, `passes` (region
     groups), `forwards_per_pass`, `seconds` (captions and answers); and `captioning` and `answering`
@@ -164,7 +91,7 @@ def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
     captioning, answering = said.captioning, said.answering
 
     return {
-        **_caption_scores(scenes, said.captions),
+        **kind.score(scenes, said.captions),
         "question_accuracy": answers.pop("question_accuracy"),
         "questions": answers.pop("questions"),
         "questions_per_kind": {
@@ -180,12 +107,6 @@ def measurements(scenes: Sequence[Scene], said: SceneTexts) -> dict:
         "captioning": captioning.to_json(),
         "answering": answering.to_json(),
     }
-
-
-def _caption_scores(scenes: Sequence, captions: Sequence[Sequence[str]]) -> dict:
-    """Scores captions with the judge of the scenes' kind."""
-    is_things = isinstance(scenes[0], AskedThings)
-    return (score_things if is_things else score_captions)(scenes, captions)
 
 
 def resolved_options(model, options: dict) -> dict:

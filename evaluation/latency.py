@@ -5,13 +5,11 @@ one region at a time, as the paper's Figures 1b and 1c compare.
 """
 
 import argparse
-import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from ..scenes.shapes import MAX_OBJECTS, Scene, render_scene
 from .checkpoint import (
     add_checkpoint_arguments,
     add_decoding_arguments,
@@ -21,21 +19,15 @@ from .checkpoint import (
 )
 from .environment import run_environment
 from .files import write_json
-from .held_out import SPLIT, resolved_options
+from .held_out import resolved_options
+from .scene_kinds import KINDS, SHAPES, SPLIT, THINGS, add_kind_argument
 from .throughput import effective_length, stop_ids, timed
 
 LABELS = {True: "all regions together", False: "one region at a time"}  # by `together`
 
 
-def crowded_scenes(count: int) -> Iterator[Scene]:
-    """Returns the first `count` held-out scenes that have as many objects as a scene can."""
-    scenes = (render_scene(seed, SPLIT) for seed in itertools.count())
-    crowded = (scene for scene in scenes if len(scene.objects) == MAX_OBJECTS)
-    return itertools.islice(crowded, count)
-
-
 def measure_latency(
-    model, processor, scenes: Sequence[Scene], regions: int, together: bool, options: dict
+    model, processor, scenes: Sequence, regions: int, together: bool, options: dict
 ) -> dict:
     """Captions the first `regions` regions of each scene; returns a row for the figures.
 
@@ -77,17 +69,20 @@ def configure(parser: argparse.ArgumentParser):
     add_checkpoint_arguments(parser)
     add_decoding_arguments(parser)
     add = parser.add_argument
-    help_text = f"how many are captioned, from 1 to {MAX_OBJECTS} (default: 1 2 4 6 8)"
+    most = f"{SHAPES.max_regions}, with things {THINGS.max_regions}"
+    help_text = f"how many are captioned, from 1 to {most} (default: 1 2 4 6 8)"
     add("--regions", type=int, nargs="+", default=[1, 2, 4, 6, 8], help=help_text)
     add("--pictures", type=int, default=10, help="images over which the median is taken")
     add("--output", required=True, help="where the rows go (JSON)")
+    add_kind_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures every number of regions both ways and writes the rows."""
+    kind = KINDS[args.scene_kind]
     for regions in args.regions:
-        if not 1 <= regions <= MAX_OBJECTS:
-            raise ValueError(f"expected regions from 1 to {MAX_OBJECTS}, got {regions}")
+        if not 1 <= regions <= kind.max_regions:
+            raise ValueError(f"expected regions from 1 to {kind.max_regions}, got {regions}")
     options = decoding_options(args, questions=False)
     if args.pictures < 1:
         raise ValueError(f"expected pictures of 1 or more, got {args.pictures}")
@@ -96,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = resolved_options(model, options)
 
     # The same scenes in every row, so that only the regions differ
-    scenes = list(crowded_scenes(args.pictures))
+    scenes = kind.render_crowded(args.pictures, max(args.regions))
     plan = [(regions, together) for together in (True, False) for regions in args.regions]
 
     measure_latency(model, processor, scenes[:1], args.regions[0], True, options)  # to warm up
@@ -108,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     record = {
         **checkpoint_record(args, model),
         "decoding_options": chosen,
+        "scene_kind": kind.name,
         "pictures": args.pictures,
         "split": SPLIT,
         **run_environment(),

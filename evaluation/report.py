@@ -40,8 +40,23 @@ MEASURED_RUN = (  # what `synthetic` records of its run, besides what it measure
     "seed",
     "split",
     "batch_size",
+    "scene_kind",
+    "more",
     "judge",
 )
+OF_ONE_KIND = {  # shares that `synthetic` measures on one kind of scenes alone, and their titles
+    "interference_rate": "captions with an attribute of another region",
+    "interference_by_chance": "as many as wrong values hit by chance",
+    "name_accuracy": "names",
+    "clear_name_accuracy": "names of things that are clear to see",
+    "unseen_style_name_accuracy": "names in an unseen drawing style",
+    "unseen_background_name_accuracy": "names on unseen backgrounds",
+    "relation_accuracy": "relations",
+    "grammatical": "grammatical captions",
+    "mixture_rate": "captions that mix wordings",
+    "label_accuracy": "labels",
+    "region_question_accuracy": "questions about regions",
+}
 ENVIRONMENT = ("hardware", "versions", "git_revision")
 AVERAGES = ("average_positive", "average_negative", "average")
 
@@ -158,8 +173,7 @@ def _synthetic(measured: Mapping | None) -> str:
         "attributes, mean": measured["attribute_accuracy"],
         **measured["per_attribute"],
         "captions right in every attribute": measured["exact_caption_rate"],
-        "captions with an attribute of another region": measured["interference_rate"],
-        "as many as wrong values hit by chance": measured["interference_by_chance"],
+        **{title: measured[name] for name, title in OF_ONE_KIND.items() if name in measured},
         f"questions ({measured['questions']})": measured["question_accuracy"],
         **{
             f"questions: {kind.replace('_', ' ')}": found["accuracy"]
@@ -168,7 +182,8 @@ def _synthetic(measured: Mapping | None) -> str:
     }
 
     title = f"## Exact judge, {measured['regions']} regions of {measured['scenes']} scenes\n\n"
-    return title + markdown_table(["", "%"], [[name, _percent(v)] for name, v in shares.items()])
+    rows = [[name, "" if v is None else _percent(v)] for name, v in shares.items()]
+    return title + markdown_table(["", "%"], rows)
 
 
 def _efficiency(report: Mapping) -> str:

@@ -9,40 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.files import GrowingFile, json_bytes
+from ..common.option_arguments import add_option_arguments
 from ..generation_options import DiffusionOptions
 from ..generation_rules import ACCEPT_RULES
 from .checkpoint import (
     add_checkpoint_arguments,
     add_option_argument,
-    checkpoint_record,
     load_checkpoint,
     named_options,
 )
-from .environment import run_environment
 from .files import write_text
-from .held_out import SPLIT, describe_scenes, held_out_scenes, measurements, resolved_options
+from .held_out import describe_scenes, held_out_scenes, measurements, resolved_options
 from .report import markdown_table
-from .synthetic import add_scene_arguments, summary_line
+from .scene_kinds import COSTS, KINDS, SceneKind
+from .synthetic import add_scene_arguments, scene_record, summary_line
 
 FIXED = "fixed"  # the schedule that takes all its steps
 DEFAULT_RULES = "fixed,threshold:0.9,threshold:0.7,factor:1.0,entropy_bound:0.1"
 RULED = ("steps", *ACCEPT_RULES, "remask_below")  # of each row's rule
-MEASURED = (
-    "forwards_per_pass",
-    "tokens_per_forward",
-    "tokens_per_forward_effective",
-    "attribute_accuracy",
-    "exact_caption_rate",
-    "interference_rate",
-    "question_accuracy",
-    "seconds",
-)
-PERCENT = {
-    "attribute_accuracy",
-    "exact_caption_rate",
-    "interference_rate",
-    "question_accuracy",
-}
+NO_SHARES = (*COSTS, "seconds")  # of what a row has, the rest being in per cent
 
 
 @dataclass(frozen=True)
@@ -96,22 +81,27 @@ def parse_steps(text: str) -> list[int | None]:
         raise argparse.ArgumentTypeError(f"expected numbers or 'full', got {text!r}") from error
 
 
-def sweep_row(rule: SweepRule, steps: int, measured: Mapping) -> dict:
-    """Makes one row: what was asked for, then what was measured."""
+def sweep_row(rule: SweepRule, steps: int, measured: Mapping, kind: SceneKind) -> dict:
+    """Makes one row: what was asked for, then what was measured on scenes of a kind."""
     asked = {"rule": rule.name, "value": rule.value, "verify": rule.verify, "steps": steps}
-    return asked | {name: measured[name] for name in MEASURED}
+    return asked | {name: measured[name] for name in kind.swept}
 
 
 def render_sweep(rows: Sequence[Mapping]) -> str:
     """Renders the rows as a Markdown table, shares in per cent."""
-    header = [name.replace("_", " ") + (" %" if name in PERCENT else "") for name in rows[0]]
+    header = [name.replace("_", " ") + (" %" if _is_share(name) else "") for name in rows[0]]
     return markdown_table(header, [[_cell(name, row[name]) for name in row] for row in rows]) + "\n"
+
+
+def _is_share(name: str) -> bool:
+    """Tells whether a field of a row is a share of regions or questions."""
+    return name not in ("rule", "value", "verify", "steps", *NO_SHARES)
 
 
 def _cell(name: str, value) -> str:
     if value is None:
         return ""
-    if name in PERCENT:
+    if _is_share(name):
         return f"{100 * value:.2f}"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
@@ -120,6 +110,7 @@ def configure(parser: argparse.ArgumentParser):
     """Adds the options of this step."""
     add_checkpoint_arguments(parser)
     add_scene_arguments(parser)
+    add_option_arguments(parser, only=("caption_length",))
     add_option_argument(parser)
     add = parser.add_argument
     add("--rules", type=parse_rules, default=DEFAULT_RULES, help=f"default: {DEFAULT_RULES}")
@@ -133,29 +124,21 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("expected --output SWEEP.json, got none")
 
     # Every mistake in the options is found before any work.
-    common = named_options(args, reserved=RULED)
+    common, kind = _common_options(args), KINDS[args.scene_kind]
     model, processor = load_checkpoint(args)
     plan = [(rule, rule.options(steps)) for rule in args.rules for steps in args.steps]
     resolved = [resolved_options(model, common | own) for _, own in plan]
 
-    scenes = held_out_scenes(args.seed, args.scenes)
-    record = {
-        **checkpoint_record(args, model),
-        "options": common,
-        "scenes": args.scenes,
-        "seed": args.seed,
-        "split": SPLIT,
-        "batch_size": args.batch_size,
-        **run_environment(),
-    }
+    scenes = held_out_scenes(args.seed, args.scenes, kind)
+    record = scene_record(args, model, kind) | {"options": common}
 
     rows, report = [], GrowingFile(args.output)
     for (rule, own), chosen in zip(plan, resolved, strict=True):
         said = describe_scenes(
             model, processor, scenes, batch_size=args.batch_size, options=common | own
         )
-        measured = measurements(scenes, said)
-        rows.append(sweep_row(rule, chosen["steps"], measured))
+        measured = measurements(scenes, said, kind)
+        rows.append(sweep_row(rule, chosen["steps"], measured, kind))
         report.save(json_bytes({"rows": rows} | record))
         print(f"{rule.name} {'' if rule.value is None else rule.value}: {summary_line(measured)}")
     report.finish(json_bytes({"rows": rows} | record))
@@ -164,3 +147,9 @@ def run(args: argparse.Namespace) -> int:
     write_text(table, render_sweep(rows))
     print(f"{args.output}, {table}")
     return 0
+
+
+def _common_options(args: argparse.Namespace) -> dict:
+    """Returns the options of every row."""
+    length = {} if args.caption_length is None else {"caption_length": args.caption_length}
+    return length | named_options(args, reserved=(*RULED, *length))

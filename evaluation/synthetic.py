@@ -6,19 +6,15 @@ the questions of such a folder from what is known to be drawn, without asking an
 """
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
-from tqdm import tqdm
-
-from ..common.folders import new_folder
-from ..generation_rules import ACCEPT_RULES
-from ..image_masks import encode_rle
-from ..scenes.language import VOCABULARY, named_values
-from ..scenes.shapes import SPLITS, Scene, render_scene
-from .benchmarks import Benchmark, load_benchmark
+from ..scenes.shapes import SPLITS
+from .asking import Asker
+from .benchmarks import load_benchmark
 from .checkpoint import (
+    FLAGS,
     add_checkpoint_arguments,
     add_decoding_arguments,
     checkpoint_record,
@@ -27,169 +23,23 @@ from .checkpoint import (
 )
 from .environment import run_environment
 from .files import file_sha256, read_json, run_record_path, write_json
-from .held_out import (
-    SPLIT,
-    SceneTexts,
-    describe_scenes,
-    held_out_scenes,
-    measurements,
-    resolved_options,
-)
-from .held_things import UNSEEN_STYLE, held_out_things, score_things
+from .held_out import SceneTexts, describe, held_out_scenes, measurements, resolved_options
 from .judge import read_captions
-from .synthetic_judge import borrowed_attributes, score_captions, wrong_attributes
+from .scene_kinds import KINDS, SPLIT, SceneKind, add_kind_argument
+from .synthetic_folder import TRUTH_FILE, judge_scenes, write_scenes
+from .synthetic_judge import JUDGE_VERSION
+from .thing_measures import ThingMeasures
 
-TRUTH_FILE = "truth.json"  # per region its attributes
-WRITTEN = {"images", "annotations.json", "class_names.json", "qa.json", TRUTH_FILE}
-THING_JUDGE_VERSION = "things-grammar-1"
-JUDGE_VERSION = "synthetic-exact-1"  # to be changed whenever a question or answer below is
-RIGHT, UNNAMED, WRONG = range(3)  # choices of a question about an attribute
-MENTIONED, UNMENTIONED = range(2)  # choices of a question about another region
+MORE = tuple(field.name for field in dataclasses.fields(ThingMeasures))
 MEASURING = (  # options of measuring, which `write` and `judge` have no use for
     *("model", "subfolder", "dtype", "device", "quantize", "scenes", "seed", "batch_size"),
-    *("output", "scene_kind", "steps", *ACCEPT_RULES, "options", "regions_per_pass", "texts"),
+    *("output", "scene_kind", *FLAGS, "options", "regions_per_pass", "texts", *MORE),
 )
-IDENTIFYING = ("shape", "colour", "position")  # what tells regions apart; others often agree
-
-
-def write_scenes(
-    folder: str | Path, seeds: range, *, split: str = "heldout", progress: bool = True
-) -> Path:
-    """Draws one scene for each seed and writes images, region masks, questions and the truth.
-
-    The folder is written whole or not at all. Raises FileExistsError for one that holds anything
-    else than this function writes.
-    """
-    folder = Path(folder)
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if held - WRITTEN or (folder.exists() and not folder.is_dir()):
-        raise FileExistsError(f"expected a new folder, or one of scenes alone, got {folder}")
-    with new_folder(folder, force=True) as unfinished:
-        _write_scenes(unfinished, seeds, split, progress)
-    return folder
-
-
-def _write_scenes(folder: Path, seeds: range, split: str, progress: bool):
-    (folder / "images").mkdir()
-    annotations, truth, questions = [], {}, {}
-    for seed in tqdm(seeds, desc="scenes", disable=not progress):
-        scene = render_scene(seed, split)
-        image_id = f"{split}-{seed:06d}"
-        scene.image.save(folder / "images" / f"{image_id}.png")
-        annotations.append(_annotation(image_id, scene))
-
-        # What is true of each region, and the questions about it
-        attributes = [thing.attributes for thing in scene.objects]
-        for index, own in enumerate(attributes):
-            truth[f"{image_id}_{index}"] = own
-            others = attributes[:index] + attributes[index + 1 :]
-            questions[f"{image_id}_{index}"] = region_questions(own, others)
-
-    write_json(folder / "annotations.json", annotations)
-    write_json(folder / "class_names.json", {key: own["shape"] for key, own in truth.items()})
-    write_json(folder / "qa.json", questions)
-    write_json(folder / TRUTH_FILE, truth)
-
-
-def _annotation(image_id: str, scene: Scene) -> dict:
-    """Returns a scene's record in an `annotations.json`."""
-    regions = [
-        {
-            "index": index,
-            "category_name": thing.attributes["shape"],
-            "mask_rle": encode_rle(thing.mask),
-        }
-        for index, thing in enumerate(scene.objects)
-    ]
-
-    width, height = scene.image.size
-    size = {"height": height, "width": width}
-    return {"image_id": image_id, "file_name": f"{image_id}.png", **size, "annotations": regions}
-
-
-def region_questions(own: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> list[dict]:
-    """Words a region's questions as a `qa.json` has them: its attributes, then other regions."""
-    return [
-        *(_attribute_question(name, own) for name in VOCABULARY),
-        *(_other_question(other) for other in others),
-    ]
-
-
-def _attribute_question(name: str, own: Mapping[str, str]) -> dict:
-    return {
-        "question": f"What does the description say of the {name}?",
-        "choices": [
-            [f"The {name} is given as {own[name]} and nothing else.", 1],
-            [f"The {name} is not given.", 0],
-            [f"The {name} is given as something other than {own[name]}.", -1],
-        ],
-        "type": "positive",
-    }
-
-
-def _other_question(other: Mapping[str, str]) -> dict:
-    thing = "the {colour} {shape} at the {position}".format(**other)
-    return {
-        "question": "Is another object described?",
-        "choices": [
-            [f"Something of {thing} is described.", -1],
-            [f"Nothing of {thing} is described.", 1],
-        ],
-        "type": "negative",
-        "subtype": "salient negative",
-    }
-
-
-def exact_answers(
-    caption: str, own: Mapping[str, str], others: Sequence[Mapping[str, str]]
-) -> list[str]:
-    """Answers a region's recognition question and its `region_questions`, in letters.
-
-    An object is recognized by its shape, named alone. Another region is described when a shape,
-    color or position is named that is its, and not the region's own.
-    """
-    named = named_values(caption)
-    wrong = wrong_attributes(caption, own)
-    answers = ["Yes" if named["shape"] == {own["shape"]} else "No"]
-
-    for name in VOCABULARY:
-        choice = RIGHT if name not in wrong else WRONG if named[name] else UNNAMED
-        answers.append("ABC"[choice])
-
-    for other in others:
-        borrowed = borrowed_attributes(wrong, [other]) & set(IDENTIFYING)
-        answers.append("AB"[MENTIONED if borrowed else UNMENTIONED])
-    return answers
-
-
-def judge_scenes(
-    benchmark: Benchmark, truth: Mapping[str, dict], captions: Mapping[str, str]
-) -> tuple[dict[str, list[str]], dict]:
-    """Judges captions exactly; returns the answers to be scored, and accuracies by attribute.
-
-    Regions without a caption have no answers, and count as wrong in the accuracies.
-    """
-    answers, scenes, texts = {}, [], []
-    for keys in _keys_by_image(benchmark):
-        # The scene as far as its judge looks at it
-        attributes = [truth[key] for key in keys]
-        scenes.append(SimpleNamespace(objects=[SimpleNamespace(attributes=a) for a in attributes]))
-        texts.append([captions.get(key) for key in keys])
-
-        for index, key in enumerate(keys):
-            if key in captions:
-                others = attributes[:index] + attributes[index + 1 :]
-                answers[key] = exact_answers(captions[key], attributes[index], others)
-
-    return answers, score_captions(scenes, texts)
-
-
-def _keys_by_image(benchmark: Benchmark) -> list[list[str]]:
-    """Returns the keys of each image's regions."""
-    keys: dict[str, list[str]] = {}
-    for sample in benchmark.samples:
-        keys.setdefault(sample.image_id, []).append(sample.key)
-    return list(keys.values())
+SUMMARY = (  # of things, in one line
+    *("name_accuracy", "clear_name_accuracy", "unseen_style_name_accuracy"),
+    *("unseen_background_name_accuracy", "attribute_accuracy", "relation_accuracy", "grammatical"),
+    *("mixture_rate", "label_accuracy", "region_question_accuracy", "question_accuracy"),
+)
 
 
 def configure(parser: argparse.ArgumentParser):
@@ -199,9 +49,8 @@ def configure(parser: argparse.ArgumentParser):
     add_decoding_arguments(parser)
     add = parser.add_argument
     add("--regions-per-pass", type=int, help="at most; 1: one region at a time")
-    kinds = ("shapes", "things")
-    add("--scene-kind", choices=kinds, default="shapes", help="what the scenes hold")
     add("--texts", help="also write every caption and answer beside the truth (JSON)")
+    ThingMeasures.add_arguments(parser)
     parser.set_defaults(run_action=run_measure, of_measuring=parser.get_default)
 
     # Options of the actions are stored under other names: argparse would overwrite those above.
@@ -229,6 +78,7 @@ def add_scene_arguments(parser: argparse.ArgumentParser):
     add("--seed", type=int, default=0, help="of the first scene; the next ones follow")
     add("--batch-size", type=int, default=16, help="images, or questions, in one call")
     add("--output", help="where the report goes (JSON)")
+    add_kind_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -250,49 +100,60 @@ def run_measure(args: argparse.Namespace) -> int:
     """Measures a checkpoint on held-out scenes and writes what was measured."""
     if args.output is None:
         raise ValueError("expected --output REPORT.json, got none")
-    options = decoding_options(args)
+    options, kind = decoding_options(args), KINDS[args.scene_kind]
+    more = _more(args, kind)
     model, processor = load_checkpoint(args)
     resolved_options(model, options)  # refuses a mistake before any work
 
-    common = {
-        "batch_size": args.batch_size,
+    asker = Asker(model, processor, args.batch_size, args.regions_per_pass, options)
+    scenes = held_out_scenes(args.seed, args.scenes, kind)
+    said = describe(asker, scenes)
+    measured, texts = measurements(scenes, said, kind), [{} for _ in scenes]
+    record = scene_record(args, model, kind) | {
+        "decoding_options": resolved_options(model, options),
         "regions_per_pass": args.regions_per_pass,
-        "options": options,
     }
-    draw = held_out_things if args.scene_kind == "things" else held_out_scenes
-    scenes = draw(args.seed, args.scenes)
-    said = describe_scenes(model, processor, scenes, **common)
+    if more is not None:
+        found, texts = more.measure(asker, scenes, args.seed)
+        measured |= found
+        record["more"] = dataclasses.asdict(more)
 
-    measured = measurements(scenes, said)
-    record = _scene_record(args, model, options) | {"regions_per_pass": args.regions_per_pass}
-    if args.scene_kind == "things":
-        record |= {"scene_kind": "things", "judge": THING_JUDGE_VERSION}
-        unseen = held_out_things(args.seed, args.scenes, UNSEEN_STYLE)
-        captions = describe_scenes(model, processor, unseen, **common).captions
-        measured["unseen_style_name_accuracy"] = score_things(unseen, captions)["name_accuracy"]
     write_json(args.output, measured | record)
     if args.texts:
-        write_json(args.texts, _texts_beside_truth(args.seed, scenes, said))
+        write_json(args.texts, _texts_beside_truth(args.seed, scenes, said, texts))
     print(f"{args.output}: {summary_line(measured)}")
     return 0
 
 
-def _scene_record(args: argparse.Namespace, model, options: dict) -> dict:
+def _more(args: argparse.Namespace, kind: SceneKind) -> ThingMeasures | None:
+    """Returns what else is measured on a kind; ValueError for its options without a use."""
+    given = ThingMeasures.given(args)
+    if kind.more is not None:
+        return kind.more(**given)
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"expected {names} with --scene-kind things alone, got {kind.name}")
+    return None
+
+
+def scene_record(args: argparse.Namespace, model, kind: SceneKind) -> dict:
     """Records where measurements on scenes come from."""
     return {
         **checkpoint_record(args, model),
-        "decoding_options": resolved_options(model, options),
+        "scene_kind": kind.name,
         "scenes": args.scenes,
         "seed": args.seed,
         "split": SPLIT,
         "batch_size": args.batch_size,
-        "judge": JUDGE_VERSION,
+        "judge": kind.judge,
         **run_environment(),
     }
 
 
-def _texts_beside_truth(first_seed: int, scenes: Sequence[Scene], said: SceneTexts) -> list[dict]:
-    """Returns every caption and answer of the scenes beside what is right."""
+def _texts_beside_truth(
+    first_seed: int, scenes: Sequence, said: SceneTexts, more: Sequence[dict]
+) -> list[dict]:
+    """Returns every text about the scenes, and what `more` was said, beside the truth."""
     records = []
     for number, scene in enumerate(scenes):
         captions = [
@@ -303,7 +164,8 @@ def _texts_beside_truth(first_seed: int, scenes: Sequence[Scene], said: SceneTex
             {"question": asked.question, "truth": asked.answer, "answer": text}
             for asked, text in zip(scene.questions, said.answers[number], strict=True)
         ]
-        records.append({"seed": first_seed + number, "captions": captions, "answers": answers})
+        own = {"seed": first_seed + number, "captions": captions, "answers": answers}
+        records.append(own | more[number])
     return records
 
 
@@ -324,10 +186,10 @@ def summary_line(measured: Mapping) -> str:
 
 def _thing_line(measured: Mapping) -> str:
     """Tells the same of scenes of things."""
-    names = ("name_accuracy", "attribute_accuracy", "relation_accuracy", "grammatical")
-    names += ("mixture_rate", "unseen_style_name_accuracy", "question_accuracy")
     shares = (
-        f"{name} {100 * measured[name]:.2f} %" for name in names if measured.get(name) is not None
+        f"{name.replace('_', ' ')} {100 * measured[name]:.2f} %"
+        for name in SUMMARY
+        if measured.get(name) is not None
     )
     return ", ".join(shares) + f"; {measured['forwards_per_pass']:.1f} forwards per group"
 

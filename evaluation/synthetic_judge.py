@@ -13,6 +13,9 @@ from ..scenes.language import VOCABULARY, Question, answer_matches, named_values
 from ..scenes.shapes import Scene
 from .scoring import ordered_sum
 
+# to be changed whenever a question or answer of `synthetic_folder`, or what is right here, is
+JUDGE_VERSION = "synthetic-exact-1"
+
 
 def wrong_attributes(caption: str | None, truth: Mapping[str, str]) -> dict[str, set[str]]:
     """Finds the attributes that a caption gets wrong, each with the wrong values that it names.

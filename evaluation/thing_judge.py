@@ -1,9 +1,11 @@
-"""Judges captions of scenes of things by their grammar, against what is known to be drawn.
+"""Judges what is said of scenes of things by their grammar, against what is known to be drawn.
 
-A missing caption (None, empty, or past the end of a scene's list) is wrong in everything, never
+A missing text (None, empty, or past the end of a scene's list) is wrong in everything, never
 dropped. All functions are pure.
 """
 
+import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +13,9 @@ from ..scenes.thing_facts import ThingFacts
 from ..scenes.thing_grammar import LABELS
 from ..scenes.thing_language import relations
 from ..scenes.thing_parser import ReadCaption, read_caption
+from ..scenes.thing_questions import RegionQuestion
 
+JUDGE_VERSION = "things-grammar-1"  # to be changed whenever what is right is
 ATTRIBUTES = ("size", "position", "hidden", "cut")
 
 
@@ -83,56 +87,140 @@ def label_is_right(text: str | None, thing: ThingFacts) -> bool:
     return (text or "").strip().lower() in LABELS[thing.concept]
 
 
-def score_thing_captions(
+def judge_captions(
     scenes: Sequence[Sequence[ThingFacts]], captions: Sequence[Sequence[str | None]]
-) -> dict:
-    """Scores the captions of every region of some scenes.
+) -> list[list[JudgedThing]]:
+    """Judges the captions of every region of some scenes.
 
     Args:
         scenes: the facts of each scene's things.
         captions: for each scene its captions, in the order of its things. A shorter list leaves the
             last regions without a caption.
 
+    Raises ValueError for not one list for each scene, or more captions than regions.
+    """
+    return [
+        [judge_caption(text, things, k) for k, text in enumerate(texts)]
+        for things, texts in zip(scenes, padded(scenes, captions, "captions"), strict=True)
+    ]
+
+
+def padded(scenes: Sequence[Sequence], texts: Sequence[Sequence], kind: str) -> list[list]:
+    """Fills up the texts of each scene's regions with None, for those that are missing.
+
+    Raises ValueError for not one list for each scene, or more texts, of some `kind`, than regions.
+    """
+    if len(scenes) != len(texts):
+        raise ValueError(f"expected {kind} of {len(scenes)} scenes, got {len(texts)}")
+    filled = []
+    for number, (regions, own) in enumerate(zip(scenes, texts, strict=True)):
+        if len(own) > len(regions):
+            raise ValueError(
+                f"expected at most {len(regions)} {kind} of scene {number}, got {len(own)}"
+            )
+        filled.append([*own, *[None] * (len(regions) - len(own))])
+    return filled
+
+
+def score_thing_captions(
+    scenes: Sequence[Sequence[ThingFacts]], captions: Sequence[Sequence[str | None]]
+) -> dict:
+    """Scores the captions of every region of some scenes.
+
+    Returns what `summarize` makes of them. Raises ValueError for no region, and as
+    `judge_captions`.
+    """
+    judged = list(itertools.chain.from_iterable(judge_captions(scenes, captions)))
+    if not judged:
+        raise ValueError("expected at least one region, got none")
+    return summarize(judged)
+
+
+def summarize(judged: Sequence[JudgedThing]) -> dict:
+    """Counts what was found in the captions of some regions.
+
     Returns:
         regions: how many there are; the unit of every share below but `relation_accuracy`.
         name_accuracy, grammatical, mixture_rate: shares (see `judge_caption`, `thing_parser`).
         attribute_accuracy: mean of the accuracies of the `ATTRIBUTES`; per_attribute: each.
-        relation_accuracy: share of `relation_regions`, those where a relation is clear or told;
-            None where there is no such region.
+        relation_accuracy: share of `relation_regions`, those where a relation is clear or told.
         exact_caption_rate: share of regions whose caption is right in everything.
         missing: how many regions have no caption.
 
-    Raises:
-        ValueError: no region, not one list for each scene, or more captions than regions.
+    A share of no regions is None.
     """
-    if len(scenes) != len(captions):
-        raise ValueError(f"expected captions of {len(scenes)} scenes, got {len(captions)}")
-    for number, (things, texts) in enumerate(zip(scenes, captions, strict=True)):
-        if len(texts) > len(things):
-            raise ValueError(
-                f"expected at most {len(things)} captions of scene {number}, got {len(texts)}"
-            )
-
-    judged = [
-        judge_caption(texts[k] if k < len(texts) else None, things, k)
-        for things, texts in zip(scenes, captions, strict=True)
-        for k in range(len(things))
-    ]
-    if not judged:
-        raise ValueError("expected at least one region, got none")
     related = [one.relation for one in judged if one.relation is not None]
-    per_attribute = {
-        name: sum(one.attributes[name] for one in judged) / len(judged) for name in ATTRIBUTES
-    }
+    per_attribute = {name: share([one.attributes[name] for one in judged]) for name in ATTRIBUTES}
+    marks = [right for one in judged for right in one.attributes.values()]
     return {
         "regions": len(judged),
-        "name_accuracy": sum(one.name for one in judged) / len(judged),
-        "attribute_accuracy": sum(per_attribute.values()) / len(per_attribute),
+        "name_accuracy": share([one.name for one in judged]),
+        "attribute_accuracy": share(marks),
         "per_attribute": per_attribute,
-        "relation_accuracy": sum(related) / len(related) if related else None,
+        "relation_accuracy": share(related),
         "relation_regions": len(related),
-        "grammatical": sum(one.is_grammatical for one in judged) / len(judged),
-        "mixture_rate": sum(one.is_mixture for one in judged) / len(judged),
-        "exact_caption_rate": sum(one.is_right for one in judged) / len(judged),
+        "grammatical": share([one.is_grammatical for one in judged]),
+        "mixture_rate": share([one.is_mixture for one in judged]),
+        "exact_caption_rate": share([one.is_right for one in judged]),
         "missing": sum(one.is_missing for one in judged),
     }
+
+
+def score_labels(
+    scenes: Sequence[Sequence[ThingFacts]], labels: Sequence[Sequence[str | None]]
+) -> dict:
+    """Scores the label of every region: `label_accuracy`, and `missing_labels`.
+
+    Raises ValueError for no region, and for labels that do not fit, as `judge_captions`.
+    """
+    filled = padded(scenes, labels, "labels")
+    pairs = [
+        pair
+        for things, texts in zip(scenes, filled, strict=True)
+        for pair in zip(texts, things, strict=True)
+    ]
+    if not pairs:
+        raise ValueError("expected at least one region, got none")
+    return {
+        "label_accuracy": share([label_is_right(text, thing) for text, thing in pairs]),
+        "missing_labels": sum(not (text or "").strip() for text, _ in pairs),
+    }
+
+
+def score_region_answers(
+    questions: Sequence[Sequence[RegionQuestion]], answers: Sequence[Sequence[str | None]]
+) -> dict:
+    """Scores the answer to one question about each region.
+
+    Args:
+        questions: for each scene the question about each region.
+        answers: for each scene the answers, in the same order; missing ones are wrong.
+
+    Returns `region_question_accuracy`, `region_questions` (how many), `missing_region_answers`, and
+    `region_questions_per_kind`: kind to `accuracy` and `questions`. Raises ValueError for no
+    question, and for answers that do not fit, as `judge_captions`.
+    """
+    marks: dict[str, list[bool]] = defaultdict(list)
+    missing = 0
+    filled = padded(questions, answers, "answers")
+    for asked, texts in zip(questions, filled, strict=True):
+        for question, text in zip(asked, texts, strict=True):
+            marks[question.kind].append(question.is_right(text))
+            missing += not (text or "").strip()
+    if not marks:
+        raise ValueError("expected at least one question, got none")
+
+    return {
+        "region_question_accuracy": share([mark for own in marks.values() for mark in own]),
+        "region_questions": sum(map(len, marks.values())),
+        "missing_region_answers": missing,
+        "region_questions_per_kind": {
+            kind: {"accuracy": share(own), "questions": len(own)}
+            for kind, own in sorted(marks.items())
+        },
+    }
+
+
+def share(marks: Sequence[bool]) -> float | None:
+    """Returns how many of some marks are set, as a share; None without marks."""
+    return sum(marks) / len(marks) if marks else None

@@ -133,6 +133,8 @@ def ablate(tmp_path, monkeypatch):
             (Path(folder) / "model.safetensors").touch()
             return
         scores = dict.fromkeys(ablation.COLUMNS.values(), 0.5)
+        if "things" in command:
+            scores = thing_scores(Path(command[command.index("--model") + 1]))
         sizes = {name: int(command[command.index(f"--{name}") + 1]) for name in ("scenes", "seed")}
         report = {
             **scores,
@@ -143,6 +145,13 @@ def ablate(tmp_path, monkeypatch):
             "seconds": 1.0,
         }
         Path(command[command.index("--output") + 1]).write_text(json.dumps(report))
+
+    def thing_scores(folder: Path) -> dict:
+        """Names are the likelier, the later the seed, and the sequential row has no relations."""
+        seed = int(folder.name.split("-")[1])
+        names = {"name_accuracy": 0.25 * (1 + seed), "exact_caption_rate": 0.5}
+        parts = {"relation_accuracy": None, "grammatical": 1.0, "mixture_rate": 0.0} | names
+        return parts | {"attribute_accuracy": 0.5, "overlapping": parts, "apart": parts}
 
     def run(*arguments) -> list[tuple]:
         before = len(calls)
@@ -179,6 +188,45 @@ def test_the_ablation_writes_a_row_for_each_variant_and_keeps_what_is_done(ablat
     assert "tiny.yaml model.max_tiles=4` on the captions" in lines[0]
     assert "| released layout | 50.0 | 50.0 | 50.0 | 50.0 | 25.0 | 11.0 |" in lines
     assert run("model.max_tiles=4", "--scenes", "2") == []
+
+
+def test_every_seed_of_a_row_is_trained_and_the_table_has_means_and_ranges(ablate):
+    run, output = ablate
+    sizes = ("--scenes", "2", "--training-scenes", "9", "--seeds", "3")
+    calls = run("data.scene_kind=things", "trainer.seed=5", *sizes, "--rows", "full,sequential")
+    trained = [command for command in calls if command[0] == "train"]
+    assert len(trained) == 3 and len(calls) == 3 + 6  # two rows share the weights of each seed
+    seeds = [[c for c in command if c.startswith("trainer.seed")][-1] for command in trained]
+    assert seeds == ["trainer.seed=5", "trainer.seed=6", "trainer.seed=7"]
+    first = [int(c.split("=")[1]) for cmd in trained for c in cmd if "data.first_seed" in c]
+    assert first[0] == 0 and all(b - a > 10**6 for a, b in zip(first, first[1:], strict=False))
+    measured = [command for command in calls if command[0] == "evaluate"]
+    assert all("things" in command and "--skip" in command for command in measured)
+
+    row = json.loads(output.read_text())["rows"][0]
+    assert row["name_accuracy"] == 0.5 and row["spread"]["name_accuracy"] == [0.25, 0.75]
+    assert [one["apart"]["name_accuracy"] for one in row["seeds"]] == [0.25, 0.5, 0.75]
+    assert row["relation_accuracy"] is None is row["spread"]["relation_accuracy"]
+    lines = output.with_suffix(".md").read_text().splitlines()
+    titles, cells = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (2, 4))
+    found = dict(zip(titles, cells, strict=True))
+    assert "Means of 3 seeds" in lines[0] and found[""] == "full"
+    assert found["names"] == found["overlapping: names"] == "50.0 (25.0 to 75.0)"
+    assert found["relations"] == "" and found["apart: whole captions"] == "50.0 (50.0 to 50.0)"
+
+
+@pytest.mark.parametrize(
+    "recipe, given, message",
+    [
+        ("regions", (), "expected a recipe of synthetic scenes"),
+        ("tiny", ("--seeds", "0"), "expected seeds of 1 or more, got 0"),
+    ],
+)
+def test_an_ablation_that_makes_no_sense_is_a_usage_error(capsys, recipe, given, message):
+    path = Path(__file__).parent.parent / "configs" / f"{recipe}.yaml"
+    with pytest.raises(SystemExit):
+        ablation.parse([str(path), *given, "--output", "r.json"])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from perceptiondlm.apps.cli import main
 from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.evaluation.files import read_json
 from perceptiondlm.evaluation.predict import predict
-from perceptiondlm.evaluation.synthetic import exact_answers, region_questions
+from perceptiondlm.evaluation.synthetic_folder import exact_answers, region_questions
 from perceptiondlm.scenes.language import caption_of
 from perceptiondlm.scenes.shapes import render_scene
 

@@ -15,7 +15,8 @@ from perceptiondlm.evaluation import predict as predict_module
 from perceptiondlm.evaluation import sweep
 from perceptiondlm.evaluation.files import read_json
 from perceptiondlm.evaluation.predict import predict
-from perceptiondlm.evaluation.synthetic import write_scenes
+from perceptiondlm.evaluation.scene_kinds import SHAPES
+from perceptiondlm.evaluation.synthetic_folder import write_scenes
 from test_apps_streams import BOX, model, photos, run
 from test_common_files import die, kill_in, names
 from test_evaluation_predict import IMAGES, REGIONS, FakeModel, output, samples
@@ -166,10 +167,10 @@ def test_a_sweep_that_ends_early_leaves_the_old_one(tmp_path, monkeypatch):
     path.write_text("from an earlier run")
     fake = SimpleNamespace(decoding_defaults={})
     monkeypatch.setattr(sweep, "load_checkpoint", lambda args: (fake, None))
-    monkeypatch.setattr(sweep, "checkpoint_record", lambda *_: {})
+    monkeypatch.setattr(sweep, "scene_record", lambda *_: {})
     monkeypatch.setattr(sweep, "held_out_scenes", lambda *_: [])
     monkeypatch.setattr(sweep, "summary_line", lambda _: "")
-    monkeypatch.setattr(sweep, "measurements", lambda *_: dict.fromkeys(sweep.MEASURED, 1))
+    monkeypatch.setattr(sweep, "measurements", lambda *_: dict.fromkeys(SHAPES.swept, 1))
     rows = iter([None])
 
     def describe(*_, **__):

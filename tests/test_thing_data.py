@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from perceptiondlm.evaluation import held_things
-from perceptiondlm.evaluation.held_out import describe_scenes, measurements
+from perceptiondlm.evaluation.held_out import describe_scenes, held_out_scenes, measurements
+from perceptiondlm.evaluation.scene_kinds import THINGS
 from perceptiondlm.scenes import things as things_module
 from perceptiondlm.scenes.concepts import CONCEPTS, concept_named
 from perceptiondlm.scenes.language import GRID
@@ -17,7 +17,7 @@ from perceptiondlm.training.samples import DiffusionCollator
 from PIL import Image
 
 
-def played_scene(seed: int, split: str = "train") -> ThingScene:
+def played_scene(seed: int, split: str = "train", count: int | None = None) -> ThingScene:
     """Draws three gray squares that stand for things."""
     rng = np.random.default_rng(seed)
     pixels, things = np.zeros((60, 60, 3), np.uint8), []
@@ -123,14 +123,14 @@ def test_captions_are_drawn_anew_every_epoch(tree):
 
 def test_a_checkpoint_is_measured_on_scenes_of_things(tree):
     model, processor = tree
-    scenes = held_things.held_out_things(0, 2, progress=False)
+    scenes = held_out_scenes(0, 2, THINGS, progress=False)
     said = describe_scenes(model, processor, scenes, progress=False, options={"steps": 1})
-    measured = measurements(scenes, said)
+    measured = measurements(scenes, said, THINGS)
     assert measured["regions"] == 6 and measured["mixture_rate"] <= 1
     json.dumps(measured)
 
     said.captions[:] = [[thing.caption for thing in scene.objects] for scene in scenes]
-    right = measurements(scenes, said)
+    right = measurements(scenes, said, THINGS)
     keys = ("name_accuracy", "attribute_accuracy", "relation_accuracy", "grammatical")
     assert [right[key] for key in keys] == [1.0] * 4
     assert all(concept_named(thing.facts.concept) for scene in scenes for thing in scene.objects)
