@@ -22,7 +22,9 @@ def figure_rows(content: object, source: str = "rows") -> list[dict]:
     """Returns rows as `draw_figures` takes them, from a list or from what a step wrote.
 
     The rows of `latency` are such rows already; those of `sweep` become a line for each rule, with
-    the accuracy of the attributes. Raises ValueError, with the `source`, for anything else.
+    the accuracy of the attributes (shapes), or the share of captions right in everything (things).
+
+    Raises ValueError, with the `source`, for anything else.
     """
     rows = content.get("rows") if isinstance(content, dict) else content
     if not isinstance(rows, list):
@@ -33,11 +35,12 @@ def figure_rows(content: object, source: str = "rows") -> list[dict]:
 def _of_sweep(row: dict) -> dict:
     """Turns a row of `sweep` into one of the figures, labeled by rule, value and verification."""
     value, verify = row.get("value"), row.get("verify")
+    measured = "exact_caption_rate" if "name_accuracy" in row else "attribute_accuracy"
     label = row["rule"] + ("" if value is None else f" {value:g}")
     return {
         "label": label + ("" if verify is None else f" + verify {verify:g}"),
         "budget": row["steps"],
-        "accuracy": row["attribute_accuracy"],
+        "accuracy": row[measured],
         "seconds": row["seconds"],
         "forwards": row["forwards_per_pass"],
     }

@@ -16,7 +16,7 @@ from perceptiondlm.evaluation.breakdowns import (
     table_by,
 )
 from perceptiondlm.evaluation.environment import git_revision
-from perceptiondlm.evaluation.figures import draw_figures
+from perceptiondlm.evaluation.figures import draw_figures, figure_rows
 from perceptiondlm.evaluation.files import Journal, read_journal, write_json, write_text
 from perceptiondlm.evaluation.report import build_report, render_markdown
 from perceptiondlm.evaluation.scoring import Question, RegionScore, score_benchmark
@@ -346,3 +346,11 @@ def test_scores_of_another_form_are_named(tmp_path, content, capsys):
     assert main(["evaluate", "report", *given]) == 2
     said = capsys.readouterr().err
     assert "scores.json, got another form" in said and "Traceback" not in said
+
+
+def test_the_line_of_a_sweep_over_things_is_that_of_captions_right_in_everything():
+    row = {"rule": "fixed", "steps": 2, "seconds": 1.0, "forwards_per_pass": 2.0}
+    shares = {"attribute_accuracy": 0.9, "exact_caption_rate": 0.5}
+    (shapes,) = figure_rows({"rows": [{**row, **shares}]})
+    (things,) = figure_rows({"rows": [{**row, **shares, "name_accuracy": 0.7}]})
+    assert (shapes["accuracy"], things["accuracy"]) == (0.9, 0.5)
