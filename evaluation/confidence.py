@@ -1,9 +1,9 @@
 """`perceptiondlm evaluate confidence`: what scores tell, on drawn scenes that are judged exactly.
 
-Two questions. Are captions that are wrong less sure than right ones: the area under the ROC curve
-of `DiffusionOutput.scores` (1: always, 0.5: no better than chance)? And is the region for its true
-caption the one, of all regions of its scene, under which `diffusion_score` finds that caption the
-likeliest?
+Are captions that are wrong less sure than right ones: the area under the ROC curve of
+`DiffusionOutput.scores` (1: always, 0.5: no better than chance)? Does a score say how often a
+caption that has it is right (`calibration`)? And is the region for its true caption the one, of all
+regions of its scene, under which `diffusion_score` finds that caption the likeliest?
 """
 
 import argparse
@@ -39,6 +39,29 @@ def roc_area(scores: Sequence[float], is_right: Sequence[bool]) -> float | None:
         return None
     differences = above[:, None] - below[None]
     return float(((differences > 0) + (differences == 0) / 2).mean())
+
+
+def calibration(scores: Sequence[float], is_right: Sequence[bool], bins: int = 10) -> dict:
+    """Compares scores in [0, 1] with how often what has them is right, in bins of equal width.
+
+    Returns `bins`, each with its bounds, how many fall into it, their mean score and the share that
+    is right (empty bins are left out), and `calibration_error`: the mean distance between the two,
+    weighed by how many (expected calibration error, arXiv:1706.04599).
+    """
+    values, right = np.asarray(scores, dtype=float), np.asarray(is_right, dtype=bool)
+    places = np.clip((values * bins).astype(int), 0, bins - 1)
+    rows = [
+        {
+            "from": k / bins,
+            "to": (k + 1) / bins,
+            "count": int((places == k).sum()),
+            "mean_score": float(values[places == k].mean()),
+            "right": float(right[places == k].mean()),
+        }
+        for k in np.unique(places).tolist()
+    ]
+    distances = [row["count"] * abs(row["mean_score"] - row["right"]) for row in rows]
+    return {"bins": rows, "calibration_error": sum(distances) / len(values) if rows else None}
 
 
 def measure(
@@ -90,7 +113,7 @@ def measure(
 
 
 def _told_apart(scores: Sequence[float], is_right: Sequence[bool], wrong_name: str) -> dict:
-    """Tells how many are wrong, by `wrong_name`, and how well scores tell them from right ones."""
+    """Tells how many are wrong, by `wrong_name`, and what scores say of right and wrong ones."""
     wrong = [score for score, right in zip(scores, is_right, strict=True) if not right]
     right = [score for score, right in zip(scores, is_right, strict=True) if right]
     return {
@@ -98,6 +121,7 @@ def _told_apart(scores: Sequence[float], is_right: Sequence[bool], wrong_name: s
         "median_score_right": statistics.median(right) if right else None,
         "median_score_wrong": statistics.median(wrong) if wrong else None,
         "roc_area": roc_area(scores, is_right),
+        "calibration": calibration(scores, is_right),
     }
 
 

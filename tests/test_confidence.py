@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from perceptiondlm.common.loading import load_model
-from perceptiondlm.evaluation.confidence import measure, roc_area
+from perceptiondlm.evaluation.confidence import calibration, measure, roc_area
 from perceptiondlm.evaluation.held_out import held_out_scenes
 
 
@@ -18,6 +18,15 @@ def test_the_area_counts_pairs():
     ]
     assert roc_area(scores, right) == pytest.approx(sum(pairs) / len(pairs))
     assert roc_area(scores, [True] * 5) is None
+
+
+def test_calibration_compares_scores_with_how_often_they_are_right():
+    found = calibration([0.95, 0.9, 1.0, 0.25, 0.05], [True, True, False, False, True])
+    counts = [(row["from"], row["count"], row["right"]) for row in found["bins"]]
+    assert counts == [(0.0, 1, 1.0), (0.2, 1, 0.0), (0.9, 3, pytest.approx(2 / 3))]
+    by_hand = (1 * abs(0.05 - 1) + 1 * abs(0.25 - 0) + 3 * abs(0.95 - 2 / 3)) / 5
+    assert found["calibration_error"] == pytest.approx(by_hand)
+    assert calibration([], []) == {"bins": [], "calibration_error": None}
 
 
 def test_the_embedded_model_finds_the_region_of_a_caption():
