@@ -108,6 +108,18 @@ def test_labels_and_answers_have_slots_of_their_own(tree):
     assert lengths == {60, 70, 80}
 
 
+def test_texts_are_drawn_again_until_they_fit(tree, monkeypatch):
+    drawn = iter(["one that is too long for two slots", "a"] * 3)
+    monkeypatch.setattr(synthetic_things, "label_of", lambda rng, thing: next(drawn))
+    short = dataset(tree[1], label_share=1.0, caption_length=4)
+    slots = short[0].sequence.slots
+    assert [len(slot) for slot in slots] == [4] * 3 and next(drawn, None) is None
+
+    monkeypatch.setattr(synthetic_things, "label_of", lambda rng, thing: "one that is too long")
+    with pytest.raises(ValueError, match="at most 4 tokens"):
+        short[0]
+
+
 def test_the_first_epoch_may_have_more_labels(tree):
     shares = {"label_share": 0.0, "first_label_share": 1.0, "caption_length": 120}
     things = dataset(tree[1], **shares)

@@ -1,5 +1,9 @@
 """Makes training samples of scenes of things: captions, labels, and questions about each region."""
 
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from ..scenes.thing_facts import ThingFacts
@@ -10,6 +14,7 @@ from .samples import Sample
 from .synthetic import CAPTIONS, EncodedScene, SceneDataset, draw_questions, encode_image
 
 LABELS, ANSWERS = "labels", "answers"  # forms of a sample, beside captions and questions
+DRAWS = 20  # of a text that may be longer than its slots
 CAPTION_SLOT_SHARE = 0.15  # of the labels and answers are padded as captions are
 
 
@@ -69,15 +74,34 @@ class ThingDataset(SceneDataset):
         things, order = scene.objects, [scene.regions[k] for k in regions]
 
         if form == LABELS:
-            texts = [label_of(rng, things[k]) for k in order]
+            texts = [self._fitting(lambda k=k: label_of(rng, things[k]), slots) for k in order]
             return self._answered(features, texts, slots, prompts, key, LABEL_INSTRUCTION)
         if form == ANSWERS:
-            asked = {k: self._region_question(rng, things, k, order) for k in order}
+            ask, answer = self._region_question, operator.attrgetter("answer")
+            asked = {
+                k: self._fitting(lambda k=k: ask(rng, things, k, order), slots, answer)
+                for k in order
+            }
             texts = [asked[k].answer for k in order]
             questions = {k: question.question for k, question in asked.items()}
             return self._answered(features, texts, slots, prompts, key, questions, order)
-        texts = [caption_of(rng, things, k) for k in order]
+        texts = [self._fitting(lambda k=k: caption_of(rng, things, k), slots) for k in order]
         return self._answered(features, texts, slots, prompts, key)
+
+    def _fitting(self, draw: Callable[[], Any], slots: int, text_of: Callable[[Any], str] = str):
+        """Draws again and again until a text fits into its slots.
+
+        Raises ValueError where that takes more than `DRAWS` times.
+        """
+        for _ in range(DRAWS):
+            drawn = draw()
+            ids = self.processor.tokenizer(text_of(drawn), add_special_tokens=False)["input_ids"]
+            if len(ids) <= slots:
+                return drawn
+        raise ValueError(
+            f"expected texts of at most {slots} tokens, as data.caption_length, label_length and"
+            f" region_answer_length say, got {len(ids)}: {text_of(drawn)!r}"
+        )
 
     def _region_question(self, rng, things: list[ThingFacts], k: int, order: list[int]):
         """Draws a question about a region that names no region that is not in the sample."""
