@@ -156,7 +156,8 @@ class TokenSequence:
     Attributes:
         prompt_length: where what is not the prompt's starts.
         slots: where each response stands, in the order of the regions.
-        spans: the region whose RoI tokens stand at each run of RoI placeholders.
+        spans: the number of the placeholder, which is the region's prompt, at each run of RoI
+            placeholders. Without chosen prompts that is the region's place.
     """
 
     ids: list[int] = field(default_factory=list)

@@ -99,6 +99,7 @@ def train_row(name: str, seed: int, arguments) -> Path:
         "data.region_share=1.0",
         "data.first_region_share=null",
         "data.label_share=0.0",
+        "data.first_label_share=null",
         "data.region_question_share=0.0",
         *arguments.overrides,
         *ROWS[trained].overrides,

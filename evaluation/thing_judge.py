@@ -4,7 +4,6 @@ A missing text (None, empty, or past the end of a scene's list) is wrong in ever
 dropped. All functions are pure.
 """
 
-import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,20 +119,6 @@ def padded(scenes: Sequence[Sequence], texts: Sequence[Sequence], kind: str) -> 
             )
         filled.append([*own, *[None] * (len(regions) - len(own))])
     return filled
-
-
-def score_thing_captions(
-    scenes: Sequence[Sequence[ThingFacts]], captions: Sequence[Sequence[str | None]]
-) -> dict:
-    """Scores the captions of every region of some scenes.
-
-    Returns what `summarize` makes of them. Raises ValueError for no region, and as
-    `judge_captions`.
-    """
-    judged = list(itertools.chain.from_iterable(judge_captions(scenes, captions)))
-    if not judged:
-        raise ValueError("expected at least one region, got none")
-    return summarize(judged)
 
 
 def summarize(judged: Sequence[JudgedThing]) -> dict:

@@ -54,7 +54,7 @@ class ThingMeasures:
     """Says how much is measured besides captions; each field is an option of the command."""
 
     label_length: int = _option(8, _positive, "tokens of a region's label")
-    answer_length: int = _option(16, _positive, "tokens of the answer to a region's question")
+    answer_length: int = _option(18, _positive, "tokens of the answer to a region's question")
     unseen_scenes: int | None = _option(
         None, _positive, "scenes of each unseen split (default: as --scenes)"
     )

@@ -125,6 +125,8 @@ def test_a_readme_without_markers_is_refused(mini, tmp_path):
 def ablate(tmp_path, monkeypatch):
     """Runs the ablation of a recipe with pretended training and measuring, which it counts."""
 
+    shapes = Path(__file__).parent.parent / "configs" / "tiny.yaml"
+
     def pretend(*command):
         """Training makes weights, measuring a report; each is noted."""
         calls.append(command)
@@ -153,7 +155,7 @@ def ablate(tmp_path, monkeypatch):
         parts = {"relation_accuracy": None, "grammatical": 1.0, "mixture_rate": 0.0} | names
         return parts | {"attribute_accuracy": 0.5, "overlapping": parts, "apart": parts}
 
-    def run(*arguments) -> list[tuple]:
+    def run(*arguments, recipe=shapes) -> list[tuple]:
         before = len(calls)
         monkeypatch.setattr(
             "sys.argv",
@@ -171,7 +173,6 @@ def ablate(tmp_path, monkeypatch):
         return calls[before:]
 
     calls, output = [], tmp_path / "result.json"
-    recipe = Path(__file__).parent.parent / "configs" / "tiny.yaml"
     monkeypatch.setattr(ablation, "_run", pretend)
     return run, output
 
@@ -213,6 +214,16 @@ def test_every_seed_of_a_row_is_trained_and_the_table_has_means_and_ranges(ablat
     assert "Means of 3 seeds" in lines[0] and found[""] == "full"
     assert found["names"] == found["overlapping: names"] == "50.0 (25.0 to 75.0)"
     assert found["relations"] == "" and found["apart: whole captions"] == "50.0 (50.0 to 50.0)"
+
+
+def test_an_ablation_of_things_trains_on_captions_alone(ablate, tmp_path):
+    run, _ = ablate
+    things = Path(__file__).parent.parent / "configs" / "things.yaml"
+    run("--rows", "full", recipe=things)
+    recipe = json.loads((tmp_path / "runs/full/seed-0/recipe.json").read_text())
+    names = ("region_share", "first_region_share", "label_share", "first_label_share")
+    shares = [recipe["data"][name] for name in (*names, "region_question_share")]
+    assert shares == [1.0, None, 0.0, None, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_the_command_writes_what_a_reader_of_things_looks_for(model, tmp_path):
     assert set(names.split()) <= set(found)
     assert found["scene_kind"] == "things" and found["judge"].startswith("things-grammar")
     assert found["decoding_options"]["caption_length"] == 30
-    assert found["more"]["label_length"] == 4 and found["more"]["answer_length"] == 16
+    assert found["more"]["label_length"] == 4 and found["more"]["answer_length"] == 18
     first = read_json(texts)[0]
     assert set(first) == {"seed", "captions", "answers", "labels", "region_answers"}
     assert all(one["truth"] == one["label"] for one in first["labels"])

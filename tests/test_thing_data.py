@@ -10,6 +10,7 @@ from perceptiondlm.scenes.concepts import CONCEPTS, concept_named
 from perceptiondlm.scenes.language import GRID
 from perceptiondlm.scenes.thing_facts import ThingFacts
 from perceptiondlm.scenes.thing_language import LABEL_INSTRUCTION
+from perceptiondlm.scenes.thing_questions import RegionQuestion
 from perceptiondlm.scenes.things import SceneThing, ThingScene
 from perceptiondlm.training import synthetic_things
 from perceptiondlm.training.recipe_sections import MaskingRecipe, SyntheticData
@@ -109,15 +110,42 @@ def test_labels_and_answers_have_slots_of_their_own(tree):
 
 
 def test_texts_are_drawn_again_until_they_fit(tree, monkeypatch):
-    drawn = iter(["one that is too long for two slots", "a"] * 3)
-    monkeypatch.setattr(synthetic_things, "label_of", lambda rng, thing: next(drawn))
-    short = dataset(tree[1], label_share=1.0, caption_length=4)
+    drawn = iter(["one that is too long for four slots", "a"] * 3)
+    monkeypatch.setattr(synthetic_things, "caption_of", lambda rng, things, k: next(drawn))
+    short = dataset(tree[1], caption_length=4)
     slots = short[0].sequence.slots
     assert [len(slot) for slot in slots] == [4] * 3 and next(drawn, None) is None
 
-    monkeypatch.setattr(synthetic_things, "label_of", lambda rng, thing: "one that is too long")
+    monkeypatch.setattr(synthetic_things, "caption_of", lambda *about: "one that is too long")
     with pytest.raises(ValueError, match="at most 4 tokens"):
         short[0]
+
+
+def test_answers_of_questions_are_drawn_again_until_they_fit(tree, monkeypatch):
+    facts = ("What is it?", "what", frozenset(["a"]))
+    texts = iter(["too long for four slots", "a"] * 3)
+
+    def asked(rng, things, k):
+        return [RegionQuestion(facts[0], next(texts), *facts[1:])]
+
+    monkeypatch.setattr(synthetic_things, "ask_about_region", asked)
+    dataset(tree[1], region_question_share=1.0, caption_length=4)[0]
+    assert next(texts, None) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "option"),
+    [
+        ({"label_share": 0.5, "label_length": 3}, "label_length"),
+        ({"first_label_share": 0.5, "caption_length": 3}, "label_length"),
+        ({"region_share": 0.5, "max_new_tokens": 3}, "max_new_tokens"),
+        ({"first_region_share": 0.5, "max_new_tokens": 3}, "max_new_tokens"),
+    ],
+)
+def test_slots_too_short_for_a_name_are_refused_before_anything_is_rendered(tree, fields, option):
+    with pytest.raises(ValueError, match=rf"data.{option} of \d+ or more.*got 3"):
+        data = {"scene_kind": "things", "scenes": 8, "region_share": 1.0, "cache": True} | fields
+        synthetic_things.ThingDataset(tree[1], SyntheticData(**data))
 
 
 def test_the_first_epoch_may_have_more_labels(tree):

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from perceptiondlm.evaluation.thing_judge import (
     judge_caption,
+    judge_captions,
     label_is_right,
-    score_thing_captions,
+    summarize,
 )
 from perceptiondlm.scenes.concepts import CONCEPTS, concept_named
 from perceptiondlm.scenes.language import GRID
@@ -175,14 +176,14 @@ def test_relations_are_clear_ones_alone():
 
 
 def test_a_missing_caption_is_wrong_in_everything():
-    scores = score_thing_captions([SCENE], [[GOOD, None]])
+    scores = summarize(*judge_captions([SCENE], [[GOOD, None]]))
     assert scores["regions"] == 3 and scores["missing"] == 2
     for key in ("name_accuracy", "attribute_accuracy", "relation_accuracy", "grammatical"):
         assert scores[key] == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="expected at most 3 captions"):
-        score_thing_captions([SCENE], [[GOOD] * 4])
+        judge_captions([SCENE], [[GOOD] * 4])
     with pytest.raises(ValueError, match="expected captions of 1 scenes"):
-        score_thing_captions([SCENE], [])
+        judge_captions([SCENE], [])
 
 
 def test_labels_are_names():

@@ -111,17 +111,13 @@ class SyntheticData:
 
     def _expect_form_shares(self):
         """Refuses shares of samples about regions that leave less than nothing for captions."""
-        names = ("label_share", "region_question_share")
-        for name in names:
-            expect_share(f"data.{name}", getattr(self, name))
-        expect_share(
-            "data.label_share + data.region_question_share",
-            self.label_share + self.region_question_share,
-        )
-        if self.first_label_share is not None:
-            total = self.first_label_share + self.region_question_share
-            expect_share("data.first_label_share", self.first_label_share)
-            expect_share("data.first_label_share + data.region_question_share", total)
+        questions = self.region_question_share
+        expect_share("data.region_question_share", questions)
+        for name in ("label_share", "first_label_share"):
+            share = getattr(self, name)
+            if share is not None:
+                expect_share(f"data.{name}", share)
+                expect_share(f"data.{name} + data.region_question_share", share + questions)
 
 
 @dataclass(frozen=True)
