@@ -12,6 +12,9 @@ from PIL import Image
 
 from .emoji_sets import ALPHA_THRESHOLD
 
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in gray
+LINE_CONTRAST = 120  # of 255, between neighbors: from there on a line is as dark as it gets
+
 
 class Sprite:
     """A drawing at several sizes, each half the one before; and its outline."""
@@ -59,6 +62,9 @@ class Pose:
     is_mirrored: bool
     gains: tuple[float, float, float]  # of its colors
     shadow: tuple[float, float, float]  # x and y in shares of the diameter, and how dark
+    hue: float = 0.0  # radians that its colors are turned by
+    saturation: float = 1.0  # 0: gray
+    line: float = 0.0  # how dark its edges are drawn, 0 to 1
 
 
 @dataclass(eq=False)
@@ -88,7 +94,8 @@ class Layer:
         width, height = (math.ceil(side) + 4 for side in scale * (high - low))
         patch = _warp(sprite, turn, scale, (low + high) / 2, (width, height))
         alpha = patch[..., 3]
-        return cls(pose, patch[..., :3] / 255, alpha / np.float32(255), alpha >= ALPHA_THRESHOLD)
+        color = _restyled(patch, pose)
+        return cls(pose, color / 255, alpha / np.float32(255), alpha >= ALPHA_THRESHOLD)
 
     def place(self, top: int, left: int, size: tuple[int, int]) -> None:
         """Puts the window's corner at a row and column of an image of (H, W), in place."""
@@ -124,3 +131,27 @@ def _warp(sprite: Sprite, turn: np.ndarray, scale: float, middle: np.ndarray, si
     coefficients = (*matrix[0], shrink * shift[0], *matrix[1], shrink * shift[1])
     warped = image.transform(size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
     return np.asarray(warped, np.float32)
+
+
+def _restyled(patch: np.ndarray, pose: Pose) -> np.ndarray:
+    """Returns the colors (h, w, 3) of a drawing (h, w, 4) in the hue and lines of its pose."""
+    color, alpha = patch[..., :3], patch[..., 3:]
+    if pose.hue or pose.saturation != 1:
+        gray = np.broadcast_to(LUMA, (3, 3))
+        matrix = gray + pose.saturation * (np.eye(3) - gray) @ _turn_hue(pose.hue)
+        color = np.clip(color @ matrix.T.astype(np.float32), 0, alpha)
+    if pose.line:
+        edges = np.zeros(patch.shape[:2], np.float32)
+        for axis in (0, 1):
+            step = np.abs(np.diff(patch, axis=axis)).max(2)
+            edges += np.pad(step, [(1, 0) if k == axis else (0, 0) for k in (0, 1)])
+        darkness = pose.line * np.clip(edges / LINE_CONTRAST, 0, 1)
+        color = color * (1 - darkness[..., None])
+    return color
+
+
+def _turn_hue(angle: float) -> np.ndarray:
+    """Returns the matrix (3, 3) that turns colors about the axis of grays."""
+    cos, part = math.cos(angle), math.sin(angle) / math.sqrt(3)
+    cross = part * np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    return cos * np.eye(3) + (1 - cos) / 3 + cross

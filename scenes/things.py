@@ -35,10 +35,17 @@ class Split:
     styles: tuple[str, ...]  # of `emoji_sets.SETS`
     photographs: tuple[str, ...]
     part: str  # of a photograph, as in `backgrounds.crop_area`
+    restyled_share: float = 0.0  # of the things have other colors or dark edges
 
+
+RESTYLED_SHARE = 0.3
+MAX_HUE = 40  # degrees
+SATURATIONS = (0.2, 1.6)
+LINES = (0.3, 1.0)
+LINE_SHARE = 0.6  # of the restyled things
 
 SPLITS = {
-    "train": Split(SEEN_SETS, tuple(SEEN_PHOTOGRAPHS), "train"),
+    "train": Split(SEEN_SETS, tuple(SEEN_PHOTOGRAPHS), "train", RESTYLED_SHARE),
     "heldout": Split(SEEN_SETS, tuple(SEEN_PHOTOGRAPHS), "heldout"),
     "unseen_style": Split(UNSEEN_SETS, tuple(SEEN_PHOTOGRAPHS), "heldout"),
     "unseen_background": Split(SEEN_SETS, tuple(UNSEEN_PHOTOGRAPHS), "whole"),
@@ -110,8 +117,21 @@ def default_sources() -> Sources:
 # Poses.
 
 
-def _pose(rng: np.random.Generator, style: str, concept: str, size: str, diameter: float) -> Pose:
-    """Draws how a thing of a size is to look."""
+def _restyling(rng: np.random.Generator, share: float) -> dict[str, float]:
+    """Draws how a thing differs from its drawing: a share of them does."""
+    if not share or rng.random() >= share:
+        return {}
+    has_lines = rng.random() < LINE_SHARE
+    return {
+        "hue": math.radians(rng.triangular(-MAX_HUE, 0, MAX_HUE)),
+        "saturation": float(rng.uniform(*SATURATIONS)),
+        "line": float(rng.uniform(*LINES)) if has_lines else 0.0,
+    }
+
+
+def _pose(rng: np.random.Generator, style: str, concept: str, drawn: tuple, share: float) -> Pose:
+    """Draws how a thing of a (size, diameter) is to look; a share of them is restyled."""
+    size, diameter = drawn
     gains = rng.uniform(0.8, 1.1) * rng.uniform(0.93, 1.07, 3)
     shadow = rng.uniform(-0.06, 0.06), rng.uniform(0, 0.08), max(0.0, rng.uniform(-0.2, 0.45))
     return Pose(
@@ -123,6 +143,7 @@ def _pose(rng: np.random.Generator, style: str, concept: str, size: str, diamete
         is_mirrored=bool(rng.random() < 0.5),
         gains=tuple(gains),
         shadow=shadow,
+        **_restyling(rng, share),
     )
 
 
@@ -143,11 +164,9 @@ def _sizes(rng: np.random.Generator, count: int, short: int) -> list[tuple[str, 
 def _layers(rng, sources: Sources, split: Split, sizes: Sequence[tuple[str, float]]) -> list[Layer]:
     """Draws different concepts of the sizes, each in a style of the split."""
     layers = []
-    for k, (name, diameter) in zip(
-        rng.permutation(len(sources.concepts))[: len(sizes)], sizes, strict=True
-    ):
+    for k, drawn in zip(rng.permutation(len(sources.concepts))[: len(sizes)], sizes, strict=True):
         style = split.styles[rng.integers(len(split.styles))]
-        pose = _pose(rng, style, sources.concepts[k], name, diameter)
+        pose = _pose(rng, style, sources.concepts[k], drawn, split.restyled_share)
         layers.append(Layer.of(pose, sources.sprite(style, pose.concept)))
     return layers
 

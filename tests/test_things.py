@@ -201,7 +201,7 @@ def test_a_mask_shows_its_things_color(sources, monkeypatch):
     monkeypatch.setattr(things, "JPEG_SHARE", 0.0)
     monkeypatch.setattr(things, "_shade", lambda canvas, layer: None)
     for seed in range(15):
-        scene = render_thing_scene(seed, sources=sources)
+        scene = render_thing_scene(seed, "heldout", sources=sources)
         pixels = np.asarray(scene.image, float)
         for thing in scene.things:
             inner = ~_grown(_grown(~thing.mask))  # edges are soft
@@ -211,6 +211,53 @@ def test_a_mask_shows_its_things_color(sources, monkeypatch):
             gains = np.median(seen, axis=0)  # one for a thing
             assert (0.7 < gains).all() and (gains < 1.2).all()
             assert np.mean(abs(seen - gains).max(1) < 0.05) > 0.97
+
+
+def drawn(sources, **restyling) -> things.Layer:
+    pose = things.Pose(
+        "square 5", "noto", "small", 40, 0.0, False, (1, 1, 1), (0, 0, 0), **restyling
+    )
+    return things.Layer.of(pose, sources.sprite("noto", "square 5"))
+
+
+def test_hues_are_turned_as_colors_are_on_the_wheel(sources):
+    """By a third of it red goes to green, green to blue and blue to red, as bright as before."""
+    inner, luma = (slice(10, -10), slice(10, -10)), np.array([0.299, 0.587, 0.114])
+    plain = drawn(sources).color[inner][0, 0]
+    swapped = plain[[2, 0, 1]]
+    turned = drawn(sources, hue=math.radians(120)).color[inner]
+    assert np.allclose(turned, np.clip(swapped + (plain - swapped) @ luma, 0, 1), atol=1e-3)
+    gray = drawn(sources, saturation=0.0).color[inner]
+    assert np.allclose(gray, plain @ luma, atol=1e-3)
+
+
+def test_lines_darken_edges_alone_and_leave_the_mask(sources):
+    plain, lined = drawn(sources), drawn(sources, line=1.0)
+    assert np.array_equal(plain.mask, lined.mask) and np.array_equal(plain.alpha, lined.alpha)
+    inner = ~_grown(_grown(~plain.mask))
+    assert np.array_equal(plain.color[inner], lined.color[inner])
+    edge = plain.mask & _grown(~plain.mask)
+    assert lined.color[edge].mean() < 0.7 * plain.color[edge].mean()
+
+
+def test_training_alone_draws_things_in_other_colors_and_lines(sources, monkeypatch):
+    poses = {}
+    of = things.Layer.of
+    for split in SPLITS:
+        seen = poses.setdefault(split, [])
+        monkeypatch.setattr(
+            things.Layer,
+            "of",
+            lambda pose, sprite, seen=seen: seen.append(pose) or of(pose, sprite),
+        )
+        for seed in range(40):
+            render_thing_scene(seed, split, sources=sources)
+    plain = (0.0, 1.0, 0.0)
+    shares = {
+        split: np.mean([(pose.hue, pose.saturation, pose.line) != plain for pose in seen])
+        for split, seen in poses.items()
+    }
+    assert 0.2 < shares.pop("train") < 0.4 and set(shares.values()) == {0.0}
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:

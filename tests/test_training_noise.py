@@ -55,6 +55,19 @@ def test_a_sample_has_the_same_noise_in_every_batch(samples):
     assert together == [drawn(collate([sample]))[0] for sample in samples]
 
 
+def test_padding_to_a_multiple_changes_neither_the_noise_nor_the_loss(samples, make):
+    samples, processor = samples
+    model, _ = make(num_region_prompts=3)
+    exact = DiffusionCollator(processor, MaskingRecipe(), seed=1)(samples)
+    padded = DiffusionCollator(processor, MaskingRecipe(), seed=1, pad_to_multiple_of=32)(samples)
+    length = exact["input_ids"].shape[1]
+    assert length % 32 and padded["input_ids"].shape[1] == -(-length // 32) * 32
+    assert drawn(padded) == drawn(exact)
+    with torch.no_grad():
+        losses = [model(**batch).loss.item() for batch in (exact, padded)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_the_noise_changes_with_the_seed_and_the_key(samples):
     samples, processor = samples
     one = DiffusionCollator(processor, MaskingRecipe(), seed=1)(samples)

@@ -13,12 +13,15 @@ from ..configuration_perceptiondlm import PerceptionDLMConfig
 from ..generation_options import take_defaults
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
+from ..scenes.concepts import CONCEPTS
 from ..scenes.shapes import iter_corpus
 from ..scenes.thing_language import LABEL_INSTRUCTION, iter_thing_corpus
 from .recipe import Recipe
 from .recipe_sections import ModelRecipe, SyntheticData
 from .starting_values import start_locally, zero_residuals
 from .tokenizer import train_tokenizer
+
+NAME_INTERVAL = 4  # scenes whose text has each name once more, for the tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -103,5 +106,8 @@ def iter_thing_texts(count: int):
     from ..scenes.things import render_thing_scene  # needs what draws things
 
     yield from [LABEL_INSTRUCTION] * count
+    # A name is a label's first word, and follows a space elsewhere; both are to be whole tokens.
+    for concept in CONCEPTS:
+        yield from [concept.name, f" {concept.name}"] * (count // NAME_INTERVAL)
     scenes = (render_thing_scene(seed) for seed in range(count))
     yield from iter_thing_corpus([[thing.facts for thing in scene.things] for scene in scenes])

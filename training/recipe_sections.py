@@ -56,6 +56,10 @@ class SyntheticData:
 
     # What the scenes hold: "shapes", or "things" (drawn from npm packages, see docs/evaluation.md).
     scene_kind: str = "shapes"
+    # What is learned: "texts", by denoising; or, of things, the regions' "names", by the vision
+    # path alone (see `naming`), which takes nothing from the shares and lengths below.
+    objective: str = "texts"
+    crowded_share: float = 0.0  # of the scenes for names have 9 to 24 things instead of 2 to 8
     scenes: int = 20000  # of an epoch, from `first_seed` on
     scene_sets: int = 1  # sets of as many scenes, which epochs take in turn
     first_seed: int = 0
@@ -79,19 +83,26 @@ class SyntheticData:
     questions_per_sample: int = 1
     caption_length: int = 14  # slots that captions are padded to
     max_new_tokens: int = 8  # slots that answers are padded to
+    # Batches are padded to a multiple of this many tokens: fewer different lengths, for which a CPU
+    # prepares its kernels (and `torch.compile` its graphs) once each.
+    pad_to_multiple_of: int = 1
     eval_scenes: int = 0  # held-out scenes of an evaluation, from `eval_first_seed` on
     eval_first_seed: int = 0
 
     def __post_init__(self):
         expect_positive("data.scenes", self.scenes)
         expect_positive("data.scene_sets", self.scene_sets)
+        expect_positive("data.pad_to_multiple_of", self.pad_to_multiple_of)
         expect_positive("data.questions_per_sample", self.questions_per_sample)
         for name in ("label_length", "region_answer_length"):
             if getattr(self, name) is not None:
                 expect_positive(f"data.{name}", getattr(self, name))
         expect_share("data.region_share", self.region_share)
         expect_one_of("data.scene_kind", self.scene_kind, ("shapes", "things"))
+        expect_one_of("data.objective", self.objective, ("texts", "names"))
+        expect_share("data.crowded_share", self.crowded_share)
         self._expect_form_shares()
+        self._expect_objective()
         if self.scene_kind != "things":
             names = (
                 *("label_share", "first_label_share", "region_question_share"),
@@ -108,6 +119,22 @@ class SyntheticData:
             expect_defaults(self, "data", ("cache_workers",), "with data.cache")
         if not self.eval_scenes:
             expect_defaults(self, "data", ("eval_first_seed",), "with data.eval_scenes")
+
+    def _expect_objective(self):
+        """Refuses options that the objective leaves without effect."""
+        if self.objective == "texts":
+            needs = 'with data.objective of "names"'
+            return expect_defaults(self, "data", ("crowded_share",), needs)
+        if self.scene_kind != "things":
+            raise ValueError(
+                'expected data.scene_kind of "things" with data.objective of "names", got'
+                f" {self.scene_kind!r}"
+            )
+        of_texts = ("region_share", "first_region_share", "label_share", "first_label_share")
+        of_texts += ("region_question_share", "label_length", "region_answer_length")
+        of_texts += ("regions_per_sample", "questions_per_sample", "eval_scenes")
+        of_texts += ("pad_to_multiple_of",)
+        expect_defaults(self, "data", of_texts, 'with data.objective of "texts"')
 
     def _expect_form_shares(self):
         """Refuses shares of samples about regions that leave less than nothing for captions."""
@@ -132,11 +159,15 @@ class FileData:
     streaming: bool = False  # read records while training instead of before
     shuffle_buffer: int = 1000  # records among which a streaming run draws
     eval_files: list[str] = field(default_factory=list)  # the same for evaluation
+    # Batches are padded to a multiple of this many tokens: fewer different lengths, for which a CPU
+    # prepares its kernels (and `torch.compile` its graphs) once each.
+    pad_to_multiple_of: int = 1
 
     def __post_init__(self):
         if not self.files:
             raise ValueError("expected at least one file in data.files, got none")
         expect_share("data.max_broken_share", self.max_broken_share)
+        expect_positive("data.pad_to_multiple_of", self.pad_to_multiple_of)
         if not self.streaming:
             expect_defaults(self, "data", ("shuffle_buffer",), "with data.streaming")
 

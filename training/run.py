@@ -137,7 +137,8 @@ def assemble_trainer(recipe: Recipe, args: TrainingArguments, model, processor) 
     if recipe.distillation is not None:
         teacher = Teacher.load(recipe.distillation, processor, args.device)
     datasets = build_datasets(recipe, processor, args, teacher)
-    trainer = DiffusionTrainer(model, args, recipe, processor, *datasets, teacher=teacher)
+    trainer_class = _trainer_class(recipe.data)
+    trainer = trainer_class(model, args, recipe, processor, *datasets, teacher=teacher)
     if recipe.model.quantize is not None and trainer.is_fsdp_enabled:
         raise ValueError(
             "expected no sharding with model.quantize, whose weights it cannot divide, got FSDP"
@@ -174,9 +175,22 @@ def _scene_dataset(data: SyntheticData) -> type[SceneDataset]:
     """Returns the kind of data set that a recipe's scenes need."""
     if data.scene_kind == "shapes":
         return SceneDataset
+    if data.objective == "names":
+        from .naming import NameDataset  # needs what draws things
+
+        return NameDataset
     from .synthetic_things import ThingDataset  # needs what draws things
 
     return ThingDataset
+
+
+def _trainer_class(data) -> type[DiffusionTrainer]:
+    """Returns the trainer of what a recipe's data are to teach."""
+    if isinstance(data, SyntheticData) and data.objective == "names":
+        from .naming import NameTrainer  # needs what draws things
+
+        return NameTrainer
+    return DiffusionTrainer
 
 
 def file_datasets(

@@ -11,7 +11,7 @@ import torch
 from ..configuration_perceptiondlm import ROLE_CAPTION, ROLE_ROI, ROLE_SHARED, SHARED_REGION
 from ..modeling_loss import MINIMUM_MASK_RATE
 from ..processing_perceptiondlm import PerceptionDLMProcessor
-from ..processing_sequence import TokenSequence, pad_sequences
+from ..processing_sequence import Padding, TokenSequence, pad_sequences
 from .recipe_sections import MaskingRecipe
 
 # Streams of random numbers: what is drawn for one purpose does not shift another's draws.
@@ -84,7 +84,8 @@ class DiffusionCollator:
     """Stacks samples as the model takes them, with the noise of each.
 
     A sample's noise depends on the seed and its key alone, whatever the batch, worker or process
-    it is in. `level` fixes t, for evaluation.
+    it is in. `level` fixes t, for evaluation. Batches are as long as their longest sample, or the
+    next multiple of `pad_to_multiple_of`.
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class DiffusionCollator:
         masking: MaskingRecipe,
         seed: int = 0,
         level: float | None = None,
+        pad_to_multiple_of: int = 1,
     ):
+        self.padding = Padding(pad_to_multiple_of=pad_to_multiple_of)
         self.pad_token_id = processor.tokenizer.pad_token_id
         image_processor = processor.image_processor
         side = image_processor.image_size // image_processor.patch_size
@@ -105,10 +108,11 @@ class DiffusionCollator:
     def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         rows = [(sample, *draw) for sample in samples for draw in self._noise(sample)]
         sequences = [sample.sequence for sample, *_ in rows]
-        batch = pad_sequences(sequences, self.pad_token_id, with_labels=True)
+        batch = pad_sequences(sequences, self.pad_token_id, with_labels=True, padding=self.padding)
 
-        start = max(sequence.prompt_length for sequence in sequences)
         noise = torch.ones(batch["labels"].shape)  # (B, L)
+        responses = max(len(sequence.ids) - sequence.prompt_length for sequence in sequences)
+        start = noise.shape[1] - responses
         for row, (_, _, draws) in zip(noise, rows, strict=True):
             row[start : start + len(draws)] = torch.from_numpy(draws)
 

@@ -96,9 +96,10 @@ class DiffusionTrainer(Trainer):
         self.processor = processor
         self.sampler = None
         self._saving = None  # the folder that a checkpoint is being written to
-        collator = DiffusionCollator(processor, recipe.masking, args.seed)
+        options = {"seed": args.seed, "pad_to_multiple_of": recipe.data.pad_to_multiple_of}
+        collator = DiffusionCollator(processor, recipe.masking, **options)
         if teacher is not None:
-            other = DiffusionCollator(teacher.processor, recipe.masking, args.seed)
+            other = DiffusionCollator(teacher.processor, recipe.masking, **options)
             collator = PairedCollator(collator, other)
         super().__init__(
             model=model,
