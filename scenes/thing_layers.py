@@ -134,17 +134,22 @@ def _warp(sprite: Sprite, turn: np.ndarray, scale: float, middle: np.ndarray, si
 
 
 def _restyled(patch: np.ndarray, pose: Pose) -> np.ndarray:
-    """Returns the colors (h, w, 3) of a drawing (h, w, 4) in the hue and lines of its pose."""
+    """Changes a drawing's hue and saturation, and darkens its edges, as its pose says.
+
+    Takes (h, w, 4) with premultiplied alpha, returns the colors (h, w, 3), 0 to 255.
+    """
     color, alpha = patch[..., :3], patch[..., 3:]
+
+    # Turn the hue at the same brightness.
     if pose.hue or pose.saturation != 1:
         gray = np.broadcast_to(LUMA, (3, 3))
         matrix = gray + pose.saturation * (np.eye(3) - gray) @ _turn_hue(pose.hue)
         color = np.clip(color @ matrix.T.astype(np.float32), 0, alpha)
+
+    # Darken pixels by how much they differ from those above and on the left.
     if pose.line:
-        edges = np.zeros(patch.shape[:2], np.float32)
-        for axis in (0, 1):
-            step = np.abs(np.diff(patch, axis=axis)).max(2)
-            edges += np.pad(step, [(1, 0) if k == axis else (0, 0) for k in (0, 1)])
+        steps = [np.diff(patch, axis=axis, prepend=patch.take([0], axis)) for axis in (0, 1)]
+        edges = sum(np.abs(step).max(2) for step in steps)
         darkness = pose.line * np.clip(edges / LINE_CONTRAST, 0, 1)
         color = color * (1 - darkness[..., None])
     return color

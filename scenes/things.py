@@ -38,11 +38,11 @@ class Split:
     restyled_share: float = 0.0  # of the things have other colors or dark edges
 
 
-RESTYLED_SHARE = 0.3
-MAX_HUE = 40  # degrees
-SATURATIONS = (0.2, 1.6)
-LINES = (0.3, 1.0)
-LINE_SHARE = 0.6  # of the restyled things
+RESTYLED_SHARE = 0.3  # of the things that training draws
+MAX_HUE = 40  # degrees that their colors are turned by
+SATURATIONS = (0.2, 1.6)  # times their own
+LINE_SHARE = 0.6  # of them have dark edges
+LINES = (0.3, 1.0)  # how dark
 
 SPLITS = {
     "train": Split(SEEN_SETS, tuple(SEEN_PHOTOGRAPHS), "train", RESTYLED_SHARE),
@@ -118,7 +118,7 @@ def default_sources() -> Sources:
 
 
 def _restyling(rng: np.random.Generator, share: float) -> dict[str, float]:
-    """Draws how a thing differs from its drawing: a share of them does."""
+    """Draws other colors and lines for a share of the things: keywords of `Pose`, none for most."""
     if not share or rng.random() >= share:
         return {}
     has_lines = rng.random() < LINE_SHARE
@@ -130,7 +130,12 @@ def _restyling(rng: np.random.Generator, share: float) -> dict[str, float]:
 
 
 def _pose(rng: np.random.Generator, style: str, concept: str, drawn: tuple, share: float) -> Pose:
-    """Draws how a thing of a (size, diameter) is to look; a share of them is restyled."""
+    """Draws how a thing is to look.
+
+    Args:
+        drawn: the name of its size, and its diameter in pixels.
+        share: how often it gets other colors or lines than its drawing.
+    """
     size, diameter = drawn
     gains = rng.uniform(0.8, 1.1) * rng.uniform(0.93, 1.07, 3)
     shadow = rng.uniform(-0.06, 0.06), rng.uniform(0, 0.08), max(0.0, rng.uniform(-0.2, 0.45))

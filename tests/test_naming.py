@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from perceptiondlm.common.loading import load_model
+from perceptiondlm.processing_sequence import IGNORED_LABEL
 from perceptiondlm.scenes.concepts import CONCEPTS
 from perceptiondlm.training import naming, synthetic_things
 from perceptiondlm.training.recipe import build_recipe
@@ -28,9 +29,9 @@ def played(monkeypatch):
 
 
 @pytest.fixture
-def pair(make):
+def pair(make, monkeypatch):
     model, processor = make(num_region_prompts=2, region_layout="independent")
-    processor.image_processor.max_tiles = 1
+    monkeypatch.setattr(processor.image_processor, "max_tiles", 1)
     return model, processor
 
 
@@ -41,7 +42,7 @@ def names_of(processor, **fields):
 def test_every_thing_of_a_scene_has_its_name_and_as_many_as_there_are_prompts_have_one(pair):
     sample = names_of(pair[1])[0]
     things = sorted(played_scene(0).things, key=lambda thing: -thing.mask.sum())
-    told = [CONCEPTS[k].name for k in sample["names"][0].tolist() if k != naming.NO_NAME]
+    told = [CONCEPTS[k].name for k in sample["names"][0].tolist() if k != IGNORED_LABEL]
     assert told == [thing.facts.concept for thing in things]
     assert sample["region_patches"].any((2, 3)).tolist() == [[True, True]]
     named = {patches.numpy().tobytes() for patches in sample["named_patches"][0, :3]}
@@ -59,7 +60,6 @@ def test_scenes_are_mirrored_with_their_masks(pair):
 
 
 def test_crowded_scenes_have_more_than_eight_things(pair, played):
-    pair[1].image_processor.max_tiles = 1
     for things in (names_of(pair[1], crowded_share=1.0), names_of(pair[1])):
         for index in range(8):
             things[index]
@@ -95,6 +95,22 @@ def test_scores_are_the_mean_feature_of_a_mask_times_the_sum_of_a_names_embeddin
 
 
 @pytest.mark.parametrize(
+    ("section", "options"),
+    [
+        ("masking", {"t_low": 0.2}),
+        ("distillation", {"checkpoint": "teacher"}),
+        ("lora", {"r": 4}),
+    ],
+)
+def test_sections_without_effect_on_names_are_refused(tmp_path, section, options):
+    changed = {"data": NAMES, "masking": {"loss_weighting": "inverse_rate"}}
+    small_recipe(tmp_path, **changed)
+    changed[section] = changed.get(section, {}) | options
+    with pytest.raises(ValueError, match=rf'{section}.*data.objective of "texts"'):
+        small_recipe(tmp_path, **changed)
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"scene_kind": "shapes"}, "scene_kind.*things"),
@@ -110,15 +126,10 @@ def test_options_of_the_other_objective_are_refused(fields, message):
         SyntheticData(**{**NAMES, **fields})
 
 
-def test_images_of_several_tiles_are_refused(make):
-    _, processor = make(num_region_prompts=4, region_layout="independent")
-    several = processor.image_processor.max_tiles
-    processor.image_processor.max_tiles = 2
-    try:
-        with pytest.raises(ValueError, match="model.max_tiles of 1.*got 2"):
-            names_of(processor)
-    finally:
-        processor.image_processor.max_tiles = several
+def test_images_of_several_tiles_are_refused(pair, monkeypatch):
+    monkeypatch.setattr(pair[1].image_processor, "max_tiles", 2)
+    with pytest.raises(ValueError, match="model.max_tiles of 1.*got 2"):
+        names_of(pair[1])
 
 
 VISION_PATH = ["vision_tower", "connector", "region_prompts", "language_model.model.embed_tokens"]
@@ -133,6 +144,7 @@ def recipe_of(tmp_path):
             tmp_path / folder,
             model={"max_tiles": 1},
             data={**NAMES, "caption_length": 14},
+            masking={"loss_weighting": "inverse_rate"},
             parameters={"trainable": VISION_PATH},
             trainer={"max_steps": 12, "learning_rate": 2e-2, **trainer},
         )

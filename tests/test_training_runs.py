@@ -580,3 +580,12 @@ def test_starting_from_a_checkpoint_asks_nothing_on_the_terminal(monkeypatch):
     monkeypatch.setattr("builtins.input", asked)
     _, processor = load_model(ROOT / "tiny")
     assert processor.tokenizer.convert_tokens_to_ids("<|mdm_mask|>") == processor.mask_token_id
+
+
+def test_batches_of_training_and_of_evaluation_are_padded_as_the_recipe_says(recipe_of):
+    data = {"pad_to_multiple_of": 64, "eval_scenes": 4}
+    recipe = recipe_of(data=data, trainer={"eval_strategy": "steps", "eval_steps": 4})
+    trainer = build_trainer(recipe, arguments_of(recipe))
+    loaders = [trainer.get_train_dataloader(), trainer.get_eval_dataloader("t25")]
+    lengths = [batch["input_ids"].shape[1] for loader in loaders for batch in loader]
+    assert lengths and all(length % 64 == 0 for length in lengths)

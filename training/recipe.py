@@ -102,6 +102,8 @@ def _check_sections(recipe: Recipe):
         raise ValueError(
             "expected data.kind synthetic or regions with distillation, got conversations"
         )
+    if getattr(recipe.data, "objective", None) == "names":
+        _check_names(recipe)
     _check_evaluation(recipe)
     if isinstance(recipe.data, ConversationData):
         needs = "with region captions: conversations have no region prompts"
@@ -141,6 +143,15 @@ def _check_model(recipe: Recipe):
         expect_defaults(model, "model", ("subfolder",), "with model.checkpoint")
     if model.tokenizer is not None:
         expect_defaults(model, "model", of_tokenizer, "without model.tokenizer: one is trained")
+
+
+def _check_names(recipe: Recipe):
+    """Refuses what names are learned without: noise, a teacher, an adapter of the decoder."""
+    needs = 'with data.objective of "texts"'
+    expect_defaults(recipe.masking, "masking", field_names(MaskingRecipe), needs)
+    for section in OPTIONAL_SECTIONS:
+        if getattr(recipe, section) is not None:
+            raise ValueError(f"expected a section {section} only {needs}, got one")
 
 
 def _check_evaluation(recipe: Recipe):

@@ -15,7 +15,7 @@ from ..processing_sequence import Padding, TokenSequence, pad_sequences
 from .recipe_sections import MaskingRecipe
 
 # Streams of random numbers: what is drawn for one purpose does not shift another's draws.
-CONTENT_STREAM, NOISE_STREAM, ORDER_STREAM = range(3)
+CONTENT_STREAM, NOISE_STREAM, ORDER_STREAM, CROWD_STREAM = range(4)
 
 
 def generator_of(seed: int, stream: int, *key: int) -> np.random.Generator:

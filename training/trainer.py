@@ -1,5 +1,6 @@
 """Extends transformers' Trainer by the diffusion loss, an order of samples and parameter groups."""
 
+import functools
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,11 +97,15 @@ class DiffusionTrainer(Trainer):
         self.processor = processor
         self.sampler = None
         self._saving = None  # the folder that a checkpoint is being written to
-        options = {"seed": args.seed, "pad_to_multiple_of": recipe.data.pad_to_multiple_of}
-        collator = DiffusionCollator(processor, recipe.masking, **options)
+        self._collator = functools.partial(
+            DiffusionCollator,
+            masking=recipe.masking,
+            seed=args.seed,
+            pad_to_multiple_of=recipe.data.pad_to_multiple_of,
+        )
+        collator = self._collator(processor)
         if teacher is not None:
-            other = DiffusionCollator(teacher.processor, recipe.masking, **options)
-            collator = PairedCollator(collator, other)
+            collator = PairedCollator(collator, self._collator(teacher.processor))
         super().__init__(
             model=model,
             args=args,
@@ -152,13 +157,10 @@ class DiffusionTrainer(Trainer):
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
 
-        collate = DiffusionCollator(
-            self.processor, self.recipe.masking, self.args.seed, level=eval_dataset.level
-        )
         loader = DataLoader(
             eval_dataset,
             batch_size=self.args.eval_batch_size,
-            collate_fn=collate,
+            collate_fn=self._collator(self.processor, level=eval_dataset.level),
             **self._loader_options(),
         )
         return self.accelerator.prepare(loader)
