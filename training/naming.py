@@ -6,7 +6,7 @@
 
 It is a classification: the right name's tokens are to have the embeddings that are most like the
 features of the region. The decoder is not run. A scene takes a fifth of the time that it takes in
-denoising (13 ms against 66 on two cores), and all its things count, not only as many as there are
+denoising (14 ms against 66 on two cores), and all its things count, not only as many as there are
 region prompts.
 
 Axis letters: B scenes, one tile each, M masks of a scene, N names, D text width, R region prompts,
