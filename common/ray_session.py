@@ -47,10 +47,13 @@ def ray_session(address: str | None = None, min_cpus: float = 2) -> Iterator:
         address: of a cluster; None: embedded.
         min_cpus: that an embedded Ray counts, however few the machine has.
 
-    Raises ValueError for an address at which nobody answers.
+    Raises ValueError for an address at which nobody answers, and for another than that of the
+    session that is there.
     """
     ray = import_ray()
     if ray.is_initialized():
+        if address is not None:
+            _expect_joined(address, ray.get_runtime_context().gcs_address)
         yield ray
         return
 
@@ -73,20 +76,39 @@ def ray_session(address: str | None = None, min_cpus: float = 2) -> Iterator:
         ray.shutdown()
 
 
+def _expect_joined(address: str, joined: str):
+    """Refuses an address other than that of the cluster that this process has joined."""
+    if address in ("auto", joined):
+        return
+    _expect_listener(address)
+    host, port = _host_and_port(address)
+    own_host, own_port = _host_and_port(joined)
+    # A client's port is another than the cluster's own.
+    same_port = port == own_port or address.startswith("ray://")
+    if not same_port or socket.gethostbyname(host) != socket.gethostbyname(own_host):
+        raise ValueError(
+            f"expected {joined}, the Ray cluster that this process has joined, got {address!r}"
+        )
+
+
 def _expect_listener(address: str):
     """Asks for a connection beforehand: Ray itself would try for minutes."""
     if address == "auto":
         return
+    host, port = _host_and_port(address)
+    try:
+        socket.create_connection((host, port), timeout=SECONDS_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, error) from error
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
     found = re.fullmatch(r"(?:ray://)?([^:/\s]+|\[[0-9a-fA-F:]+\]):(\d{1,5})/?", address)
     if found is None:
         raise ValueError(
             f"expected an address as HOST:PORT, ray://HOST:PORT or auto, got {address!r}"
         )
-    host, port = found[1].strip("[]"), int(found[2])
-    try:
-        socket.create_connection((host, port), timeout=SECONDS_TO_CONNECT).close()
-    except (OSError, OverflowError) as error:
-        raise _unreachable(address, error) from error
+    return found[1].strip("[]"), int(found[2])
 
 
 def _unreachable(address: str, error: Exception) -> ValueError:

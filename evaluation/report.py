@@ -62,7 +62,7 @@ AVERAGES = ("average_positive", "average_negative", "average")
 
 
 def build_report(
-    scores: Mapping,
+    scores: Mapping | None = None,
     *,
     prediction_run: Mapping | None = None,
     judge_run: Mapping | None = None,
@@ -74,7 +74,7 @@ def build_report(
     """Joins what the steps of an evaluation wrote into one object.
 
     Args:
-        scores: what `score` wrote.
+        scores: what `score` wrote; None for a report of what `synthetic` measured alone.
         prediction_run: the record beside the predictions: checkpoint, options, throughput.
         judge_run: the record beside the answers: judge, prompt version.
         measurements: what `synthetic` measured of the checkpoint.
@@ -82,8 +82,13 @@ def build_report(
         row_runs: by file, what `sweep` or `latency` recorded of the run that gave some rows.
         sources: SHA-256 of each file that went in.
 
-    Raises ValueError for scores of another form, or runs of two checkpoints.
+    Raises ValueError for scores of another form, for neither scores nor measurements, and for runs
+    of two checkpoints.
     """
+    if scores is None and not measurements:
+        raise ValueError("expected scores, measurements or both, got neither")
+    if scores is None:
+        scores = {"summary": None, "regions": None}
     lacking = [name for name in ("summary", "regions") if name not in scores]
     if lacking:
         raise ValueError(f"expected scores with summary and regions, got none for {lacking}")
@@ -146,6 +151,8 @@ def render_markdown(report: Mapping, figures: Sequence[Path] = (), *, title: str
 
 def _summary(report: Mapping) -> str:
     """Renders the averages with their intervals, and what they do not rest on."""
+    if report["summary"] is None:
+        return ""
     intervals = report["confidence_intervals"]
     header = ["", "%"] + ([f"{intervals['interval_percent']} % interval"] if intervals else [])
     rows = []
@@ -305,7 +312,7 @@ def _number(value: object) -> str:
 def configure(parser: argparse.ArgumentParser):
     """Adds the options of this step."""
     add = parser.add_argument
-    add("--scores", required=True, help="what score wrote")
+    add("--scores", help="what score wrote; may be left out with --measurements")
     add("--predictions", help="prediction file; its run record lies beside it")
     add("--answers", help="answer file; its run record lies beside it")
     add("--measurements", help="what `synthetic` wrote for the same checkpoint")
@@ -338,10 +345,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(args: argparse.Namespace, given: Sequence[str]) -> Path:
     measured = {path: read_json(path) for path in args.rows}
-    scores, judge_run = read_json(args.scores), _run_record(args.answers)
+    scores = read_json(args.scores) if args.scores else None
+    judge_run = _run_record(args.answers)
 
     # Each step recorded the hash of what it was made from.
-    _expect_made_from(args.answers, (scores.get("provenance") or {}).get("answers_sha256"))
+    scoring = None if scores is None else scores.get("provenance")
+    _expect_made_from(args.answers, (scoring or {}).get("answers_sha256"))
     _expect_made_from(args.predictions, (judge_run or {}).get("predictions_sha256"))
 
     report = build_report(

@@ -17,6 +17,12 @@ METRICS = (  # (name in a report's summary, name on the card)
     ("average_positive", "Positive questions"),
     ("average_negative", "Negative questions"),
 )
+MEASURED = (  # (name in what `evaluate synthetic` measured, name on the card)
+    ("name_accuracy", "Names"),
+    ("relation_accuracy", "Relations"),
+    ("attribute_accuracy", "Attributes"),
+    ("question_accuracy", "Questions about images"),
+)
 LICENSE = "apache-2.0"  # unless another is named
 CARD = "README.md"
 STALE = ["*.safetensors", "*.safetensors.index.json"]  # of an earlier upload with other shards
@@ -169,9 +175,17 @@ def _usage(repo_id: str, revision: str | None, regions: bool) -> str:
 
 
 def evaluation_results(report: Mapping) -> list[EvalResult]:
-    """Returns a report's averages, and its tokens per forward pass, for the Hub's model index."""
+    """Returns a report's averages, and its tokens per forward pass, for the Hub's model index.
+
+    A report without scores of a benchmark has what was measured on synthetic scenes in their place.
+    """
     if "summary" not in report:
         raise ValueError(f"expected a report with a summary, got one with {sorted(report)[:8]}")
+    found, metrics = report["summary"], METRICS
+    if found is None:
+        found, metrics = report.get("measurements"), MEASURED
+    if not isinstance(found, Mapping):
+        raise ValueError("expected a report with a summary or measurements, got one with neither")
     dataset, name = _dataset(report)
     common = {
         "task_type": "image-text-to-text",
@@ -181,9 +195,9 @@ def evaluation_results(report: Mapping) -> list[EvalResult]:
     }
 
     values = [
-        (key, title, round(100 * report["summary"][key], 2), "accuracy")
-        for key, title in METRICS
-        if key in report["summary"]
+        (key, title, round(100 * found[key], 2), "accuracy")
+        for key, title in metrics
+        if found.get(key) is not None
     ]
 
     # the model's speed, where the predicting run measured it
@@ -199,6 +213,8 @@ def evaluation_results(report: Mapping) -> list[EvalResult]:
 
 def _dataset(report: Mapping) -> tuple[str, str]:
     """Returns Hub id, or a plain word, and name of the benchmark."""
+    if report["summary"] is None:
+        return "synthetic", f"{report['measurements']['scenes']} synthetic scenes"
     scoring = report.get("scoring") or report.get("provenance") or {}
     place = str(scoring.get("annotations") or "region-captioning").rstrip("/")
     name = place.split("/")[-1]
@@ -211,10 +227,11 @@ def _evaluation(report: Mapping | None) -> str:
         return ""
     _, name = _dataset(report)
     rows = "\n".join(f"| {r.metric_name} | {r.metric_value} |" for r in evaluation_results(report))
+    unit = "shares in per cent" if report["summary"] is None else "questions in per cent"
     judge = (report.get("judge_run") or {}).get("judge")
     model = judge.get("model") if isinstance(judge, Mapping) else judge
     by = f" Judged by {model}." if model else ""
-    return f"## Evaluation\n\n{name}, questions in per cent.{by}\n\n| | |\n|---|---|\n{rows}"
+    return f"## Evaluation\n\n{name}, {unit}.{by}\n\n| | |\n|---|---|\n{rows}"
 
 
 def _provenance(folder: Path, provenance: Provenance) -> str:

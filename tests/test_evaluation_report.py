@@ -176,6 +176,13 @@ def test_scores_without_a_summary_are_refused():
         build_report({"regions": {}})
 
 
+def test_a_report_needs_scores_or_measurements(tmp_path, capsys):
+    with pytest.raises(ValueError, match="expected scores, measurements or both, got neither"):
+        build_report()
+    assert main(["evaluate", "report", "--output", str(tmp_path / "report")]) == 2
+    assert "got neither" in capsys.readouterr().err
+
+
 def test_every_number_of_a_report_can_be_traced(tmp_path):
     """The report names files with hashes, judge, prompt version, options and revision."""
     write_json(tmp_path / "scores.json", SCORES)
@@ -303,6 +310,12 @@ def test_measurements_of_other_steps_are_taken_in_and_traced(tmp_path):
         assert line in text
     drawn = {path.name for path in (tmp_path / "report").glob("*.png")}
     assert drawn == {"accuracy_seconds.png", "accuracy_forwards.png", "regions.png"}
+
+    # Without scores of a benchmark the rest is the same.
+    alone = ["--measurements", files["measured"], *rows[:3], "--output", str(tmp_path / "alone")]
+    assert main(["evaluate", "report", *alone]) == 0
+    text = (tmp_path / "alone" / "report.md").read_text()
+    assert "## Exact judge, 9 regions of 2 scenes" in text and "## Scores" not in text
 
 
 def test_measurements_of_another_checkpoint_than_predicted_are_refused():

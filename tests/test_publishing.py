@@ -316,6 +316,18 @@ def test_a_reports_scores_become_a_model_index(checkpoint):
     }
 
 
+def test_what_was_measured_on_scenes_stands_on_the_card_where_no_benchmark_was_scored(checkpoint):
+    measured = {"scenes": 500, "name_accuracy": 0.625, "question_accuracy": 0.5}
+    report = {"summary": None, "measurements": measured}
+    card = model_card(checkpoint, REPO, report=report)
+    assert "500 synthetic scenes, shares in per cent." in card
+    (entry,) = yaml.safe_load(card.split("---")[1])["model-index"]
+    values = {metric["name"]: metric["value"] for metric in entry["results"][0]["metrics"]}
+    assert values == {"Names": 62.5, "Questions about images": 50.0}
+    with pytest.raises(ValueError, match="expected a report with a summary or measurements"):
+        model_card(checkpoint, REPO, report={"summary": None})
+
+
 def test_the_card_lists_the_checksums_that_sha256sum_gives(checkpoint):
     lines = subprocess.run(
         ["sha256sum", *sorted(checkpoint.glob("*.safetensors"))], capture_output=True, text=True

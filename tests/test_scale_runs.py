@@ -177,12 +177,43 @@ def test_paths_of_images_that_have_none_are_refused(tmp_path):
         caption_dataset([source], options)
 
 
+class JoinedRay:
+    """Stands for a Ray of which this process has joined a cluster."""
+
+    def __init__(self, gcs_address: str):
+        self.gcs_address = gcs_address
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_runtime_context(self):
+        return self
+
+
+@pytest.mark.parametrize("spelling", ["127.0.0.1", "localhost"])
+def test_the_address_of_the_cluster_that_was_joined_is_taken_and_no_other(spelling, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as own, socket.create_server(("127.0.0.1", 0)) as b:
+        (_, port), (_, other) = own.getsockname(), b.getsockname()
+        joined = JoinedRay(f"127.0.0.1:{port}")
+        monkeypatch.setattr("perceptiondlm.common.ray_session.import_ray", lambda: joined)
+        for address in (None, "auto", f"{spelling}:{port}"):
+            with ray_session(address) as given:
+                assert given is joined
+        with pytest.raises(ValueError, match=f"expected 127.0.0.1:{port}, the Ray cluster that"):
+            with ray_session(f"{spelling}:{other}"):
+                pass
+
+
+@pytest.mark.parametrize("is_joined", [False, True])
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:99999", "closed"])
-def test_an_address_at_which_nobody_answers_is_refused(address, monkeypatch):
+def test_an_address_at_which_nobody_answers_is_refused(address, is_joined, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    joined = JoinedRay("127.0.0.1:6379") if is_joined else ray
+    monkeypatch.setattr("perceptiondlm.common.ray_session.import_ray", lambda: joined)
+    if not is_joined:
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
     address = f"127.0.0.1:{port}" if address == "closed" else address
     with pytest.raises(ValueError, match="expected a(n address| Ray cluster)"):
         with ray_session(address):
