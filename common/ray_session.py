@@ -85,10 +85,15 @@ def _expect_joined(address: str, joined: str):
     own_host, own_port = _host_and_port(joined)
     # A client's port is another than the cluster's own.
     same_port = port == own_port or address.startswith("ray://")
-    if not same_port or socket.gethostbyname(host) != socket.gethostbyname(own_host):
+    if not same_port or not _addresses(host) & _addresses(own_host):
         raise ValueError(
             f"expected {joined}, the Ray cluster that this process has joined, got {address!r}"
         )
+
+
+def _addresses(host: str) -> set[str]:
+    """Returns the IP addresses of a host."""
+    return {str(found[-1][0]) for found in socket.getaddrinfo(host, None)}
 
 
 def _expect_listener(address: str):
