@@ -87,10 +87,10 @@ def build_report(
     """
     if scores is None and not measurements:
         raise ValueError("expected scores, measurements or both, got neither")
+    needed = ("summary", "regions")
     if scores is None:
-        scores = {"summary": None, "regions": None}
-    lacking = [name for name in ("summary", "regions") if name not in scores]
-    if lacking:
+        scores = dict.fromkeys(needed)
+    elif lacking := [name for name in needed if name not in scores or scores[name] is None]:
         raise ValueError(f"expected scores with summary and regions, got none for {lacking}")
     _expect_same_weights(prediction_run or {}, measurements or {})
 

@@ -174,6 +174,8 @@ def test_a_row_that_cannot_be_drawn_is_refused(tmp_path, row, message):
 def test_scores_without_a_summary_are_refused():
     with pytest.raises(ValueError, match="summary and regions, got none for \\['summary'\\]"):
         build_report({"regions": {}})
+    with pytest.raises(ValueError, match="summary and regions, got none for \\['summary'\\]"):
+        build_report({"summary": None, "regions": {}}, measurements={"scenes": 2})
 
 
 def test_a_report_needs_scores_or_measurements(tmp_path, capsys):
