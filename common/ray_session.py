@@ -92,8 +92,11 @@ def _expect_joined(address: str, joined: str):
 
 
 def _addresses(host: str) -> set[str]:
-    """Returns the IP addresses of a host."""
-    return {str(found[-1][0]) for found in socket.getaddrinfo(host, None)}
+    """Returns the IP addresses of a host, or its name alone where that cannot be looked up."""
+    try:
+        return {str(found[-1][0]) for found in socket.getaddrinfo(host, None)}
+    except socket.gaierror:
+        return {host}
 
 
 def _expect_listener(address: str):

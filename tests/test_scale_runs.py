@@ -204,6 +204,16 @@ def test_the_address_of_the_cluster_that_was_joined_is_taken_and_no_other(spelli
                 pass
 
 
+def test_a_joined_cluster_whose_host_is_not_known_here_is_another_one(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        joined = JoinedRay(f"nowhere.invalid:{port}")
+        monkeypatch.setattr("perceptiondlm.common.ray_session.import_ray", lambda: joined)
+        with pytest.raises(ValueError, match="expected nowhere.invalid:"):
+            with ray_session(f"127.0.0.1:{port}"):
+                pass
+
+
 @pytest.mark.parametrize("is_joined", [False, True])
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:99999", "closed"])
 def test_an_address_at_which_nobody_answers_is_refused(address, is_joined, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,16 @@ from perceptiondlm.training.trainer_options import HONORED, NEUTRAL, REFUSED, ch
 from training_runs import losses_of, recipe_values, small_recipe
 from transformers import Trainer, TrainingArguments
 
+RECIPES = Path(__file__).parents[1] / "configs"
 FIELDS = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+
+
+def test_recipes_go_on_from_folders_that_no_hub_id_can_mean():
+    sections = [yaml.safe_load(path.read_text()) for path in sorted(RECIPES.glob("*.yaml"))]
+    parts = [recipe.get(name) or {} for recipe in sections for name in ("model", "distillation")]
+    checkpoints = [part["checkpoint"] for part in parts if "checkpoint" in part]
+    assert len(checkpoints) >= 9
+    assert all(checkpoint.startswith("./") for checkpoint in checkpoints)
 
 
 def test_every_training_argument_is_classified_once():
