@@ -50,11 +50,15 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     with _reading(path):
         if path.suffix.lower() == ".npy":
             return {"regions": np.load(path, mmap_mode="r", allow_pickle=False)}
+
+        # An archive says how large it is before anything of it is unpacked.
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
             count = len(archive.infolist())
         if unpacked > MAX_ARRAY_BYTES or count > MAX_ARRAYS:
             raise ValueError(f"{count} arrays of {unpacked:,} bytes")
+
+        # The array of regions is the one with a known name, or the only one.
         with np.load(path, allow_pickle=False) as arrays:
             names = [name for name in arrays.files if name not in BESIDE]
             name = next((name for name in WHAT if name in names), names[0] if names else None)

@@ -88,12 +88,16 @@ def _masks(array: np.ndarray, size: tuple[int, int], threshold: float, name: str
 def _stack(array: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
     """Returns masks (N, H, W)."""
     width, height = size
+
+    # Drop an axis that holds one thing.
     if array.ndim == 2:
         return array[None]
     if array.shape == (height, width, 1):
         return array[None, ..., 0]
     if array.ndim == 4 and array.shape[1] == 1:
         return array[:, 0]
+
+    # A shape that can also be masks along the last axis gets a hint instead.
     hint = ""
     if array.ndim == 3:
         if array.shape[:2] != (height, width) or array.shape[1:] == (height, width):
@@ -101,6 +105,7 @@ def _stack(array: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
         hint = ": for masks along the last axis give `np.moveaxis(masks, -1, 0)`"
     if array.ndim == 4:
         hint = ": of several masks for each prompt, as SAM gives them, take one, say `masks[:, 0]`"
+
     raise ValueError(
         f"expected {name} as masks (N, H, W) of {width}x{height} pixels (N, {height}, {width}), a"
         f" mask (H, W), boxes (N, 4) or a polygon (N, 2), got {array.shape}{hint}"

@@ -94,6 +94,8 @@ def _mask(shape: ElementTree.Element, size: tuple[int, int]):
     if shape.tag == "polygon":
         points = shape.get("points", "").replace(";", ",").split(",")
         return {"polygons": [[_number(value, "points") for value in points]]}
+
+    # What is turned becomes a polygon.
     if shape.tag == "box":
         left, top, right, bottom = _numbers(shape, "xtl", "ytl", "xbr", "ybr")
         if not (angle := _number(shape.get("rotation", "0"), "rotation")):
@@ -104,6 +106,7 @@ def _mask(shape: ElementTree.Element, size: tuple[int, int]):
         x, y, *radii = _numbers(shape, "cx", "cy", "rx", "ry")
         angle = _number(shape.get("rotation", "0"), "rotation")
         return {"polygons": [turned(ellipse(x, y, *radii), (x, y), angle)]}
+
     if shape.tag == "mask":
         return _run_lengths(shape, size)
     raise ValueError(f"expected a shape ({', '.join(SHAPES)}), got <{shape.tag[:40]}>")

@@ -29,10 +29,13 @@ def regions_of_object(
         return map_or_mask(value, "image", label_map)
     if is_array(value):
         return regions_of_array(value, size, threshold=threshold, label_map=label_map)
+
+    # Results of detectors are known by their attributes: no package of theirs is imported.
     if hasattr(value, "orig_shape") and hasattr(value, "boxes"):
         return _ultralytics(value, size)
     if hasattr(value, "xyxy") and hasattr(value, "confidence"):
         return _detections(value, size)
+
     if isinstance(value, Mapping):
         return _mapping(value, size, threshold)
     if isinstance(value, tuple) and _is_prediction(value):
@@ -128,6 +131,7 @@ def _together(shapes: list, size, scores, labels, name: str) -> list[RegionSourc
     if not len(shapes) == len(scores) == len(labels):
         counts = f"{len(scores)} scores and {len(labels)} labels"
         raise ValueError(f"expected one for each of {len(shapes)} {name}s, got {counts}")
+
     return [
         RegionSource(
             shape,

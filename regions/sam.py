@@ -194,14 +194,17 @@ class SamSegmenter:
             raise ValueError(
                 f"expected text of at most {TEXT_TOKENS} tokens, got {count}: {name!r:.80}"
             )
+
         output = self.by_text(
             pixel_values=view.pixels.to(device, dtype),
             input_ids=words["input_ids"].to(device),
             attention_mask=words["attention_mask"].to(device),
         )
+        # A query's score holds for the name only as far as the name is in the image at all.
         scores = (
             (output.pred_logits[0].sigmoid() * output.presence_logits[0].sigmoid()).float().cpu()
         )
+
         found = []
         for i in scores.argsort(descending=True).tolist():
             if scores[i] > self.min_text_score:

@@ -98,6 +98,8 @@ def _every_name() -> list[str]:
 def _check_sections(recipe: Recipe):
     """Refuses options that those of another section leave without effect."""
     _check_model(recipe)
+
+    # What the kind of data has no use for.
     if recipe.distillation is not None and isinstance(recipe.data, ConversationData):
         raise ValueError(
             "expected data.kind synthetic or regions with distillation, got conversations"
@@ -105,6 +107,7 @@ def _check_sections(recipe: Recipe):
     if getattr(recipe.data, "objective", None) == "names":
         _check_names(recipe)
     _check_evaluation(recipe)
+
     if isinstance(recipe.data, ConversationData):
         needs = "with region captions: conversations have no region prompts"
         expect_defaults(recipe.parameters, "parameters", ("permute_prompts",), needs)
@@ -121,6 +124,8 @@ def _check_model(recipe: Recipe):
     """Refuses options of a tokenizer that is not trained, and a config that nothing holds."""
     model, of_tokenizer = recipe.model, ("vocab_size", "tokenizer_scenes")
     lora = recipe.lora
+
+    # Adapters and quantized weights.
     if lora is not None and not lora.merge and model.checkpoint and model.config:
         raise ValueError(
             "expected no model.config with lora, since an adapter is loaded on its checkpoint as"
@@ -136,6 +141,8 @@ def _check_model(recipe: Recipe):
             "expected a model.checkpoint and a lora section with model.quantize, since quantized"
             f" weights cannot learn themselves, got model.quantize={model.quantize}"
         )
+
+    # The tokenizer comes with the checkpoint, from a folder, or is trained.
     if model.checkpoint is not None:
         needs = "without model.checkpoint, which has its own tokenizer"
         expect_defaults(model, "model", ("tokenizer", *of_tokenizer), needs)

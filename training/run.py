@@ -126,6 +126,7 @@ def build_trainer(recipe: Recipe, args: TrainingArguments) -> DiffusionTrainer:
 
 def assemble_trainer(recipe: Recipe, args: TrainingArguments, model, processor) -> DiffusionTrainer:
     """Builds the data and trainer of a recipe for a model that is already there."""
+    # Choose what learns.
     if recipe.lora is not None:
         model = add_adapter(model, recipe.lora)
     choose_trainable(model, recipe.parameters)
@@ -133,12 +134,15 @@ def assemble_trainer(recipe: Recipe, args: TrainingArguments, model, processor) 
         keep_masters(model)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%.2f M of the parameters learn", learning / 1e6)
+
     teacher = None
     if recipe.distillation is not None:
         teacher = Teacher.load(recipe.distillation, processor, args.device)
     datasets = build_datasets(recipe, processor, args, teacher)
     trainer_class = _trainer_class(recipe.data)
     trainer = trainer_class(model, args, recipe, processor, *datasets, teacher=teacher)
+
+    # Whether it is sharded is known only now.
     if recipe.model.quantize is not None and trainer.is_fsdp_enabled:
         raise ValueError(
             "expected no sharding with model.quantize, whose weights it cannot divide, got FSDP"
@@ -148,6 +152,7 @@ def assemble_trainer(recipe: Recipe, args: TrainingArguments, model, processor) 
             "expected no sharding with lora.merge, got FSDP: save the adapter, and merge it by"
             " convert_checkpoint.py"
         )
+
     return trainer
 
 

@@ -97,6 +97,8 @@ class DiffusionTrainer(Trainer):
         self.processor = processor
         self.sampler = None
         self._saving = None  # the folder that a checkpoint is being written to
+
+        # A teacher of another layout gets each sample's inputs in its own form.
         self._collator = functools.partial(
             DiffusionCollator,
             masking=recipe.masking,
@@ -106,6 +108,7 @@ class DiffusionTrainer(Trainer):
         collator = self._collator(processor)
         if teacher is not None:
             collator = PairedCollator(collator, self._collator(teacher.processor))
+
         super().__init__(
             model=model,
             args=args,

@@ -130,6 +130,8 @@ class RegionCaptioner:
         asked = {"everything": everything, "points": points, "boxes": boxes, "text": text}
         sources = _regions_of(image, name, masks, segmenter, asked)
         masks = [load_mask(region, image.size) for region in sources]
+
+        # What each region is asked, and the text it fills, as lists of one image.
         prompts = instruction
         if questions is not None:
             if isinstance(questions, str):
@@ -137,6 +139,7 @@ class RegionCaptioner:
             prompts = [[instruction if one is None else one for one in questions]]
         if isinstance(template, (list, tuple)):
             template = [list(template)]
+
         output, seconds = self._generate(
             callback,
             len(masks),
@@ -146,6 +149,7 @@ class RegionCaptioner:
             prompts=prompts,
             template=template,
         )
+
         return RegionCaptions(
             image=image,
             regions=Region.each(

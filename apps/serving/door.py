@@ -86,6 +86,7 @@ class Door:
                 timeout=max(0, deadline - time.monotonic()),
                 return_when=asyncio.FIRST_COMPLETED,
             )
+
             # A result that is there goes before every other event.
             if done.done():
                 return

@@ -113,6 +113,7 @@ def separated(seen: Seen) -> list[Seen]:
             region_features=_owned(group.region_features),
         )
         groups[group.images[0]].append(own)
+
     if seen.counts is None or seen.chosen is None:
         return [replace(seen, groups=own) for own in groups]
     return [

@@ -143,6 +143,8 @@ class Page:
         try:
             if not isinstance(sent, dict) or set(sent) != {"image", "points", "boxes"}:
                 raise ValueError("expected image, points and boxes from the page")
+
+            # Check what the page sent before a segmenter works on it.
             points, boxes = sent["points"], sent["boxes"]
             image_only = json.dumps({"image": sent["image"], "regions": []})
             image, _ = self.pool.read_page(image_only, self.limits)
@@ -150,6 +152,7 @@ class Page:
                 raise ValueError("expected an image, got none")
             counts = [len(each) for each in (points, boxes) if isinstance(each, list)]
             expect_at_most("regions", sum(counts), self.limits.masks)
+
             everything = points is None and boxes is None
             prompts = {"everything": everything, "points": points, "boxes": boxes}
             with self.segmenting:
