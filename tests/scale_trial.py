@@ -19,16 +19,8 @@ ENOUGH = 300  # seconds that a run may take to come to something
 
 def command(source: Path, output: Path) -> list[str]:
     program = [sys.executable, "-m", "perceptiondlm.apps.cli", "caption-dataset", str(source)]
-    return [
-        *program,
-        *ARGUMENTS,
-        "--output",
-        str(output),
-        "--shard-images",
-        "4",
-        "--caption-length",
-        "4",
-    ]
+    options = ["--output", str(output), "--shard-images", "4", "--caption-length", "4"]
+    return [*program, *ARGUMENTS, *options]
 
 
 def processes() -> dict[int, tuple[int, str]]:
