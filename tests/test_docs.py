@@ -52,7 +52,7 @@ def test_the_first_example_of_the_readme_captions_as_the_checkpoint_prefers(monk
     example = {}
     exec(blocks(ROOT / "README.md")[0], example)
     captions, num_forwards, tokens_per_forward, answer = re.fullmatch(
-        r"(\[.*\]) (\d+) ([\d.]+)\n(.*)\n", capsys.readouterr().out
+        r"(\[.*\]) (\d+) ([\d.]+)\n(.*)\n", capsys.readouterr().out, re.DOTALL
     ).groups()
     same = RegionCaptioner.from_pretrained(device="cpu")
     assert ast.literal_eval(captions) == same(example["image"], example["masks"]).captions
@@ -73,7 +73,7 @@ def test_the_examples_of_the_page_on_prompting_run(monkeypatch, capsys):
         exec(block, example)
     said = capsys.readouterr().out
     assert [len(row) for row in example["labels"]] == [2]
-    assert len(example["out"].texts) == 2  # of the last call's questions
+    assert len(example["out"].texts) == 2
     assert re.search(r"'size': '(large|small)'", said)
 
 
