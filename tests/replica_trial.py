@@ -15,8 +15,8 @@ import scale_data
 import scale_trial
 from perceptiondlm.image_masks import encode_rle
 from serving import image_part, user
+from shapes import ARGUMENTS
 
-ROOT = Path(__file__).parents[1]
 OPTIONS = {"caption_length": 4, "steps": 4}
 SECONDS_TO_START, SECONDS_TO_END = 240, 60
 
@@ -29,10 +29,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving_replicas(*options: str, log: Path):
-    """Serves the embedded model; gives the address and the process, which is ended by Ctrl-C."""
+    """Serves the model of shapes; gives the address and the process, which is ended by Ctrl-C."""
     port = free_port()
-    program = [sys.executable, "-m", "perceptiondlm.apps.cli", "serve", "--model", str(ROOT)]
-    where = ["--subfolder", "tiny", "--name", "tester", "--port", str(port)]
+    program = [sys.executable, "-m", "perceptiondlm.apps.cli", "serve", *ARGUMENTS]
+    where = ["--name", "tester", "--port", str(port)]
     with open(log, "wb") as told:
         server = subprocess.Popen(
             [*program, *where, *options],

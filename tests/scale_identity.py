@@ -18,8 +18,8 @@ from perceptiondlm.image_masks import encode_rle
 from perceptiondlm.pipelines.captioning_stage import CaptionOptions
 from perceptiondlm.pipelines.dataset import DatasetOptions, caption_dataset
 from perceptiondlm.pipelines.open_sources import open_source
+from shapes import ROOT, SHAPES
 
-ROOT = Path(__file__).parents[1]
 KINDS = ("folder", "lines", "parquet", "paths", "tars", "coco", "panoptic", "sa1b", "saved")
 DECODING = {"caption_length": 4, "steps": 2}
 REGIONS = 4
@@ -51,7 +51,7 @@ def write(kind: str, folder: Path, drawn):
 
 def expected_captions(drawn) -> Counter:
     """Counts image, region mask and caption of each region, by the model in this process."""
-    model, processor = load_model(ROOT, "tiny", device="cpu")
+    model, processor = load_model(ROOT, SHAPES, device="cpu")
     found = Counter()
     for start in range(0, len(drawn), 6):
         batch = drawn[start : start + 6]
@@ -68,7 +68,7 @@ def expected_captions(drawn) -> Counter:
 
 def captioned(source, output: Path) -> Counter:
     """Captions a source; counts image, region mask and caption of each region in the output."""
-    caption = CaptionOptions(str(ROOT), "tiny", device="cpu", decoding=DECODING)
+    caption = CaptionOptions(str(ROOT), SHAPES, device="cpu", decoding=DECODING)
     options = DatasetOptions(str(output), caption, images="bytes", actors=1)
     summary = caption_dataset([source], options)
     assert summary["errors"] == {}

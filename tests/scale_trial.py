@@ -11,6 +11,7 @@ from pathlib import Path
 import scale_data
 import scale_runs
 from perceptiondlm.pipelines.writers import read_rows
+from shapes import ARGUMENTS
 
 VICTIMS = ("driver", "worker", "node")
 ENOUGH = 300  # seconds that a run may take to come to something
@@ -18,7 +19,8 @@ ENOUGH = 300  # seconds that a run may take to come to something
 
 def command(source: Path, output: Path) -> list[str]:
     program = [sys.executable, "-m", "perceptiondlm.apps.cli", "caption-dataset", str(source)]
-    return [*program, "--output", str(output), "--shard-images", "4", "--caption-length", "4"]
+    options = ["--output", str(output), "--shard-images", "4", "--caption-length", "4"]
+    return [*program, *ARGUMENTS, *options]
 
 
 def processes() -> dict[int, tuple[int, str]]:

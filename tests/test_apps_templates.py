@@ -5,6 +5,7 @@ import json
 import pytest
 from perceptiondlm.apps.captioning.captioner import MASKED, RegionCaptioner
 from perceptiondlm.apps.cli import main
+from shapes import ARGUMENTS, shapes_captioner
 
 LENGTHS = {"caption_length": 4, "max_new_tokens": 4}
 
@@ -78,12 +79,12 @@ def test_what_does_not_fit_is_refused(tree, scene, options, message):
 
 def test_the_command_line_writes_scores_into_its_json(vectors, tmp_path):
     image = str(vectors / "region_0.png")
-    captioner = RegionCaptioner.from_pretrained()
+    command, captioner = ["caption", image, *ARGUMENTS], shapes_captioner()
     box = {"box": [10, 10, 60, 40]}
     (region,) = captioner(image, [box]).regions
     for name in ("a.json", "a.jsonl", "a.coco.json"):
         file = tmp_path / name
-        assert main(["caption", image, "--box", "10,10,60,40", "--captions", str(file)]) == 0
+        assert main([*command, "--box", "10,10,60,40", "--captions", str(file)]) == 0
         content = json.loads(file.read_text())
         if name == "a.coco.json":
             (found,) = content["annotations"]
@@ -91,6 +92,6 @@ def test_the_command_line_writes_scores_into_its_json(vectors, tmp_path):
             (found,) = (content[0] if isinstance(content, list) else content)["regions"]
         assert found["score"] == pytest.approx(region.score, abs=2e-4)
     file = tmp_path / "b.json"
-    assert main(["caption", image, "--question", "what?", "--captions", str(file)]) == 0
+    assert main([*command, "--question", "what?", "--captions", str(file)]) == 0
     (answer,) = json.loads(file.read_text())[0]["answers"]
     assert answer["score"] == pytest.approx(captioner.ask(image, "what?").scores[0], abs=2e-4)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import llada_v_reference as plain
 import pytest
@@ -10,16 +9,15 @@ import reference
 import torch
 from conftest import TEXT, VISION
 from llada_v_models import maker
-from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.apps.cli import main
 from perceptiondlm.benchmarks import long_answers
 from perceptiondlm.benchmarks.workload import LLAVA_LAYOUT, PRESETS
 from perceptiondlm.generation_options import DiffusionOptions
 from perceptiondlm.generation_rules import Blockwise
+from shapes import ARGUMENTS, SCENE, shapes_captioner
 
 INDEPENDENT = {"region_layout": "independent", "roi_convention": "aligned"}
 QUESTION = "What is it?"
-SCENE = str(Path(__file__).parents[1] / "docs/scene.png")
 
 
 @pytest.fixture(scope="session")
@@ -363,7 +361,8 @@ def test_captions_and_templates_are_not_decoded_in_blocks(make, scene, draw_imag
 
 
 def test_the_command_line_decodes_in_cached_blocks(capsys):
-    arguments = ["caption", SCENE, "--question", "How many objects are there?", "--quiet"]
+    arguments = ["caption", str(SCENE), *ARGUMENTS, "--quiet"]
+    arguments += ["--question", "How many objects are there?"]
     blocks = ["--max-new-tokens", "8", "--block-length", "4", "--block-cache", "dual"]
     assert main([*arguments, *blocks, "--early-stop"]) == 0
     in_blocks = capsys.readouterr().out
@@ -372,7 +371,7 @@ def test_the_command_line_decodes_in_cached_blocks(capsys):
 
 
 def test_a_captioner_keeps_block_options_for_questions_alone():
-    captioner = RegionCaptioner.from_pretrained(block_length=4, block_cache="dual")
+    captioner = shapes_captioner(block_length=4, block_cache="dual")
     captioner.check_options()
     assert captioner(SCENE, [{"box": [10, 10, 60, 60]}]).regions[0].caption
 

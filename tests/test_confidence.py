@@ -1,12 +1,12 @@
-"""What scores tell: the area under the ROC curve, and the embedded model on a few scenes."""
+"""What scores tell: the area under the ROC curve, and a trained model on a few scenes."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 from perceptiondlm.common.loading import load_model
 from perceptiondlm.evaluation.confidence import calibration, measure, roc_area
 from perceptiondlm.evaluation.held_out import held_out_scenes
+from shapes import ROOT, SHAPES
 
 
 def test_the_area_counts_pairs():
@@ -29,7 +29,7 @@ def test_calibration_compares_scores_with_how_often_they_are_right():
     assert calibration([], []) == {"bins": [], "calibration_error": None}
 
 
-def test_the_embedded_model_finds_the_region_of_a_caption():
-    model, processor = load_model(Path(__file__).parent.parent, "tiny")
+def test_a_trained_model_finds_the_region_of_a_caption():
+    model, processor = load_model(ROOT, SHAPES)
     found = measure(model, processor, held_out_scenes(0, 3, progress=False), {}, "one_pass")
     assert found["region_found"] >= 0.9 and found["regions"] >= found["captions_looked_for"]

@@ -30,6 +30,7 @@ from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGene
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from safetensors import safe_open
 from safetensors.torch import load_file
+from shapes import ROOT, SHAPES
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 REGION, BASE = VECTORS / "released-region", VECTORS / "released-base"
@@ -425,7 +426,7 @@ def test_an_index_is_not_needed_for_a_single_file(region):
 
 
 def test_the_decoding_defaults_of_our_own_layout_are_kept(tmp_path):
-    source = Path(__file__).parents[1] / "tiny"
+    source = ROOT / SHAPES
     folder = convert(source, tmp_path / "converted")
     before, after = (
         json.loads((place / "generation_config.json").read_text()) for place in (source, folder)

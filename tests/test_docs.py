@@ -1,5 +1,7 @@
 """What the documents say is so: tables are of the code, links lead somewhere, examples run."""
 
+import ast
+import json
 import re
 import runpy
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from perceptiondlm.apps import cli
+from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.generation_options import RENAMED
 
 ROOT = Path(__file__).parents[1]
@@ -41,15 +44,23 @@ def test_a_readme_without_markers_is_refused():
         tables["with_table"]("no markers")
 
 
+# The embedded model may be trained anew: what a model says is in tests/test_shapes_model.py.
+
+
 def test_the_first_example_of_the_readme_captions_as_the_checkpoint_prefers(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     example = {}
     exec(blocks(ROOT / "README.md")[0], example)
-    first, answer = capsys.readouterr().out.strip().splitlines()
-    assert "'a large dotted blue star at the top left'" in first
-    # 11 tokens a caption and 2 an answer, as tiny/generation_config.json says
-    assert first.split("] ")[1].split() == ["11", "2.0"]
-    assert answer == "three" and example["out"].num_forwards == 2
+    captions, num_forwards, tokens_per_forward, answer = re.fullmatch(
+        r"(\[.*\]) (\d+) ([\d.]+)\n(.*)\n", capsys.readouterr().out, re.DOTALL
+    ).groups()
+    same = RegionCaptioner.from_pretrained(device="cpu")
+    assert ast.literal_eval(captions) == same(example["image"], example["masks"]).captions
+    assert answer == same.ask(example["image"], "How many objects are there?").answers[0]
+    # as many tokens as the checkpoint prefers, of both regions at once
+    preferred = json.loads((ROOT / "tiny" / "generation_config.json").read_text())
+    assert int(num_forwards) == preferred["caption_length"] and float(tokens_per_forward) == 2
+    assert example["out"].num_forwards == preferred["max_new_tokens"]
 
 
 def test_the_examples_of_the_page_on_prompting_run(monkeypatch, capsys):
@@ -61,8 +72,9 @@ def test_the_examples_of_the_page_on_prompting_run(monkeypatch, capsys):
     for block in [readme[0], asked, *blocks(ROOT / "docs" / "prompting.md")]:
         exec(block, example)
     said = capsys.readouterr().out
-    assert "'a large dotted black circle at the bottom right'" in said
-    assert [len(row) for row in example["labels"]] == [2] and "'size': 'large'" in said
+    assert [len(row) for row in example["labels"]] == [2]
+    assert len(example["out"].texts) == 2
+    assert re.search(r"'size': '(large|small)'", said)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

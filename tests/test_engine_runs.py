@@ -36,10 +36,10 @@ from perceptiondlm.scenes.shapes import render_scene
 from perceptiondlm.training.recipe import build_recipe as build_training_recipe
 from perceptiondlm.training.run import train
 from PIL import Image
+from shapes import ROOT, SHAPES
 from test_judge_server import completion, error, serving
 from training_runs import losses_of, recipe_values
 
-ROOT = Path(__file__).parent.parent
 SEEDS = range(5)
 MASKS = {"min_pixels": 16, "min_area_share": 0.0, "max_border_share": 1.0, "max_hull_covered": 1.0}
 TEXTS = {"max_overlap": 1.0}
@@ -242,7 +242,7 @@ def test_images_are_linked_and_take_no_room(tmp_path):
 def test_our_own_model_captions_as_it_does_by_itself(tmp_path, make):
     model, processor = make()
     counts = write_sa1b(tmp_path / "data", [0, 1])
-    captioner = ModelCaptioner(ModelOptions(checkpoint="tiny", decoding={"caption_length": 4}))
+    captioner = ModelCaptioner(ModelOptions(checkpoint="own", decoding={"caption_length": 4}))
     captioner.__dict__["_loaded"] = model, processor
     run_engine(recipe_of(tmp_path), stages=[CaptionRegions(captioner)])
 
@@ -268,8 +268,8 @@ def test_our_own_model_captions_as_it_does_by_itself(tmp_path, make):
     ("options", "message"),
     [
         ({"checkpoint": "./none"}, "expected a folder or the id of a Hub repository"),
-        ({"checkpoint": str(ROOT), "subfolder": "tiny", "decoding": {"step": 3}}, "step"),
-        ({"checkpoint": str(ROOT), "subfolder": "tiny", "decoding": {"steps": 0}}, "steps"),
+        ({"checkpoint": str(ROOT), "subfolder": SHAPES, "decoding": {"step": 3}}, "step"),
+        ({"checkpoint": str(ROOT), "subfolder": SHAPES, "decoding": {"steps": 0}}, "steps"),
     ],
 )
 def test_a_model_that_cannot_be_used_ends_the_run(tmp_path, capsys, options, message):

@@ -34,7 +34,7 @@ def records(tmp_path):
 
 
 def verifier_of(pair, **options) -> ModelVerifier:
-    verifier = ModelVerifier(ModelVerification(checkpoint="tiny", **options))
+    verifier = ModelVerifier(ModelVerification(checkpoint="own", **options))
     verifier.__dict__["_loaded"] = pair
     return verifier
 
@@ -95,7 +95,7 @@ def test_a_captioner_and_a_verifier_of_one_checkpoint_share_it(monkeypatch):
 
 def test_counts_add_up_through_the_engine(make, tmp_path):
     total = write_panoptic(tmp_path / "data", [0, 1])
-    values = values_of(tmp_path, "coconut", verifier={"kind": "model", "checkpoint": "tiny"})
+    values = values_of(tmp_path, "coconut", verifier={"kind": "model", "checkpoint": "own"})
     recipe = build_recipe(values)
     stages = make_stages(recipe)
     assert pickle.loads(pickle.dumps(stages[1])).verifier.options == recipe.verifier
@@ -115,13 +115,13 @@ def test_counts_add_up_through_the_engine(make, tmp_path):
     ],
 )
 def test_options_of_no_use_are_refused(tmp_path, options, message):
-    given = {"checkpoint": "tiny", **options} if options else {}
+    given = {"checkpoint": "own", **options} if options else {}
     with pytest.raises(ValueError, match=message):
         ModelVerification(**given)
 
 
 def test_our_own_model_is_no_extractor_of_a_captions_category(tmp_path):
     (tmp_path / "data").mkdir()
-    values = values_of(tmp_path, categories={"kind": "model", "checkpoint": "tiny"})
+    values = values_of(tmp_path, categories={"kind": "model", "checkpoint": "own"})
     with pytest.raises(ValueError, match="categories.kind words, endpoint or transformers, got m"):
         build_recipe(values)

@@ -4,7 +4,6 @@ import argparse
 import importlib
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +20,10 @@ from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGene
 from perceptiondlm.training.recipe import build_recipe
 from perceptiondlm.training.run import train
 from PIL import Image
+from shapes import ARGUMENTS, ROOT, SCENE, SCENE_MASKS, SHAPES
 from training_runs import TINY, losses_of, recipe_values, small_recipe
 from transformers import AutoModel
 
-ROOT = Path(__file__).parents[1]
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
 )
@@ -40,9 +39,9 @@ DECODER = re.compile(
 ERRORS = {"int8": 0.01, "int4": 0.12, "nf4": 0.12}
 
 
-def embedded(kind: str | None, dtype="auto"):
-    """The embedded model, on the CPU, and its processor."""
-    return load_model(ROOT, "tiny", dtype, "cpu", quantize=kind)
+def trained(kind: str | None, dtype="auto"):
+    """The model of shapes, on the CPU, and its processor."""
+    return load_model(ROOT, SHAPES, dtype, "cpu", quantize=kind)
 
 
 def int8_config():
@@ -58,14 +57,13 @@ def quantized_names(model) -> set[str]:
 
 
 def captions_of(model, processor) -> list:
-    image = Image.open(ROOT / "docs" / "scene.png")
-    masks = [Image.open(ROOT / "docs" / f"scene_mask_{i}.png") for i in (0, 1)]
+    image, masks = Image.open(SCENE), [Image.open(path) for path in SCENE_MASKS]
     return model.diffusion_generate(image, masks, processor=processor).texts
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return embedded(None)
+    return trained(None)
 
 
 # On load.
@@ -73,7 +71,7 @@ def plain():
 
 @pytest.mark.parametrize("kind", [INT8, INT4, NF4])
 def test_the_linear_layers_of_the_decoder_alone_are_quantized(kind, plain):
-    model, _ = embedded(kind)
+    model, _ = trained(kind)
     names = {name for name, _ in plain[0].named_parameters()}
     assert quantized_names(model) == {name for name in names if DECODER.fullmatch(name)}
     assert len(quantized_names(model)) == 4 * 7
@@ -87,7 +85,7 @@ def test_the_linear_layers_of_the_decoder_alone_are_quantized(kind, plain):
 @pytest.mark.parametrize("kind", [INT8, INT4, NF4])
 def test_a_quantized_layer_computes_with_nearly_its_own_weights(kind, plain):
     """A layer's matrix is what it makes of the unit vectors."""
-    model, _ = embedded(kind)
+    model, _ = trained(kind)
     name = "language_model.model.layers.2.mlp.down_proj"
     layer, expected = model.get_submodule(name), plain[0].get_submodule(name).weight
     with torch.no_grad():
@@ -98,7 +96,7 @@ def test_a_quantized_layer_computes_with_nearly_its_own_weights(kind, plain):
 
 @needs_torchao
 def test_int8_weights_are_the_nearest_of_127_steps_of_their_row(plain):
-    model, _ = embedded("int8")
+    model, _ = trained("int8")
     name = "language_model.model.layers.0.self_attn.q_proj"
     weight = plain[0].get_submodule(name).weight
     step = weight.abs().amax(1, keepdim=True) / 127.5
@@ -108,21 +106,21 @@ def test_int8_weights_are_the_nearest_of_127_steps_of_their_row(plain):
 
 
 @pytest.mark.parametrize("kind", [INT8, INT4, NF4])
-def test_the_embedded_model_says_the_same_with_quantized_weights(kind, plain):
-    assert captions_of(*embedded(kind)) == captions_of(*plain)
+def test_a_trained_model_says_the_same_with_quantized_weights(kind, plain):
+    assert captions_of(*trained(kind)) == captions_of(*plain)
 
 
 @needs_torchao
 def test_int4_and_int8_run_in_bfloat16_too():
     for kind in ("int8", "int4"):
-        model, processor = embedded(kind, "bfloat16")
+        model, processor = trained(kind, "bfloat16")
         assert model.dtype == torch.bfloat16
         assert "blue star" in captions_of(model, processor)[0][0]
 
 
 @needs_torchao
 def test_auto_model_takes_a_quantization_config_with_remote_code():
-    options = {"subfolder": "tiny", "trust_remote_code": True}
+    options = {"subfolder": SHAPES, "trust_remote_code": True}
     model = AutoModel.from_pretrained(ROOT, **options, quantization_config=int8_config())
     assert all(DECODER.fullmatch(name) for name in quantized_names(model))
     assert len(quantized_names(model)) == 28
@@ -133,7 +131,7 @@ def test_the_callers_own_exceptions_are_kept_and_his_config_is_not_changed():
     given = int8_config()
     given.modules_to_not_convert = [r".*\.down_proj"]
     model = PerceptionDLMForConditionalGeneration.from_pretrained(
-        ROOT, subfolder="tiny", quantization_config=given
+        ROOT, subfolder=SHAPES, quantization_config=given
     )
     names = quantized_names(model)
     assert len(names) == 4 * 6 and not any("down_proj" in name for name in names)
@@ -143,14 +141,14 @@ def test_the_callers_own_exceptions_are_kept_and_his_config_is_not_changed():
 @needs_torchao
 def test_a_quantization_config_may_be_plain_fields():
     model = PerceptionDLMForConditionalGeneration.from_pretrained(
-        ROOT, subfolder="tiny", quantization_config=int8_config().to_dict()
+        ROOT, subfolder=SHAPES, quantization_config=int8_config().to_dict()
     )
     assert len(quantized_names(model)) == 28
 
 
 @needs_torchao
 def test_faster_products_of_plain_layers_leave_quantized_ones_alone():
-    model, processor = embedded("int8")
+    model, processor = trained("int8")
     captions_of(model, processor)
     layers = model.language_model.model.layers
     kinds = {type(m).__name__ for m in layers.modules() if isinstance(m, torch.nn.Linear)}
@@ -184,7 +182,7 @@ def test_fp8_and_int4_on_a_gpu_need_bfloat16(monkeypatch):
 
 def test_an_unknown_kind_names_those_there_are():
     with pytest.raises(ValueError, match="expected quantize of int8, int4, fp8, nf4, got 'int3'"):
-        load_model(ROOT, "tiny", quantize="int3")
+        load_model(ROOT, SHAPES, quantize="int3")
 
 
 def test_layers_whose_width_does_not_divide_into_groups_are_refused(converted):
@@ -196,12 +194,12 @@ def test_layers_whose_width_does_not_divide_into_groups_are_refused(converted):
 def test_without_torchao_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
     with pytest.raises(MissingExtra, match=r'pip install "perceptiondlm\[quantize\]"'):
-        load_model(ROOT, "tiny", quantize="int8")
+        load_model(ROOT, SHAPES, quantize="int8")
 
 
 @needs_torchao
 def test_quantized_weights_on_a_disk_are_refused():
-    options = {"subfolder": "tiny", "quantization_config": int8_config()}
+    options = {"subfolder": SHAPES, "quantization_config": int8_config()}
     with pytest.raises(ValueError, match="expected no 'disk' in device_map"):
         PerceptionDLMForConditionalGeneration.from_pretrained(
             ROOT, **options, device_map={"": "cpu", "connector": "disk"}
@@ -212,7 +210,7 @@ def test_quantized_weights_on_a_disk_are_refused():
 def test_a_device_map_that_puts_each_part_on_the_cpu_is_followed(plain):
     parts = {name: "cpu" for name, _ in plain[0].named_children()} | {"image_newline": "cpu"}
     model = PerceptionDLMForConditionalGeneration.from_pretrained(
-        ROOT, subfolder="tiny", quantization_config=int8_config(), device_map=parts
+        ROOT, subfolder=SHAPES, quantization_config=int8_config(), device_map=parts
     )
     assert len(quantized_names(model)) == 28
 
@@ -223,7 +221,7 @@ def test_a_device_map_that_puts_each_part_on_the_cpu_is_followed(plain):
 @pytest.mark.parametrize("kind", [INT8, NF4])
 def test_a_quantized_model_is_saved_and_loads_as_it_was(kind, tmp_path):
     """Saved after its use: bitsandbytes packs weights then, where the processor has AVX512-BF16."""
-    model, processor = embedded(kind)
+    model, processor = trained(kind)
     captions = captions_of(model, processor)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -241,7 +239,7 @@ def test_a_quantized_model_is_saved_and_loads_as_it_was(kind, tmp_path):
 
 @needs_torchao
 def test_int4_weights_packed_for_a_cpu_are_not_saved(tmp_path):
-    model, _ = embedded("int4")
+    model, _ = trained("int4")
     with pytest.raises(ValueError, match="expected weights that can be saved, got int4"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -249,7 +247,7 @@ def test_int4_weights_packed_for_a_cpu_are_not_saved(tmp_path):
 
 @needs_torchao
 def test_fingerprints_tell_kinds_apart_and_repeat(plain):
-    prints = [weights_fingerprint(embedded(kind)[0]) for kind in (None, "int8", "int8", "int4")]
+    prints = [weights_fingerprint(trained(kind)[0]) for kind in (None, "int8", "int8", "int4")]
     assert prints[0] == weights_fingerprint(plain[0])
     assert prints[1] == prints[2] and len(set(prints)) == 3
 
@@ -260,7 +258,7 @@ def test_fingerprints_tell_kinds_apart_and_repeat(plain):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [None, INT8, INT4, NF4])
 def test_the_computed_memory_is_what_the_loaded_weights_take(kind, dtype):
-    model, _ = embedded(kind, dtype)
+    model, _ = trained(kind, dtype)
     stored = [tensor for p in model.parameters() for tensor in stored_tensors(p)]
     taken = sum(tensor.numel() * tensor.element_size() for tensor in stored)
     assert weights_bytes(model.config, dtype, kind) == taken
@@ -286,7 +284,7 @@ def test_the_arguments_of_captioning_and_of_evaluation_quantize():
     ):
         parser = argparse.ArgumentParser()
         add(parser)
-        given = ["--model", str(ROOT), "--subfolder", "tiny", "--device", "cpu"]
+        given = [*ARGUMENTS, "--device", "cpu"]
         args = parser.parse_args([*given, "--quantize", "int8"])
         assert len(quantized_names(load(args))) == 28
         assert not quantized_names(load(parser.parse_args(given)))
@@ -310,10 +308,8 @@ def test_every_command_that_loads_a_model_offers_to_quantize_it(command, capsys)
 
 @needs_torchao
 def test_the_command_line_captions_with_int8_weights(capsys):
-    scene = ROOT / "docs" / "scene.png"
-    mask = ROOT / "docs" / "scene_mask_0.png"
-    options = ["--quantize", "int8", "--device", "cpu", "--quiet"]
-    assert main(["caption", str(scene), "--masks", str(mask), *options]) == 0
+    options = [*ARGUMENTS, "--quantize", "int8", "--device", "cpu", "--quiet"]
+    assert main(["caption", str(SCENE), "--masks", str(SCENE_MASKS[0]), *options]) == 0
     assert "a large dotted blue star at the top left" in capsys.readouterr().out
 
 
@@ -321,7 +317,7 @@ def test_the_command_line_captions_with_int8_weights(capsys):
 def test_a_data_set_is_captioned_with_quantized_weights_and_its_record_says_so():
     dataset = pytest.importorskip("perceptiondlm.pipelines.dataset")
     stage = importlib.import_module("perceptiondlm.pipelines.captioning_stage")
-    options = stage.CaptionOptions(str(ROOT), "tiny", device="cpu", quantize="int8")
+    options = stage.CaptionOptions(str(ROOT), SHAPES, device="cpu", quantize="int8")
     assert len(quantized_names(stage.CaptionImages(options).model)) == 28
     whole = dataset.DatasetOptions(output="nowhere", caption=options)
     assert dataset.identity_of([], whole, False)["quantize"] == "int8"
@@ -329,9 +325,8 @@ def test_a_data_set_is_captioned_with_quantized_weights_and_its_record_says_so()
 
 def test_the_command_line_refuses_fp8_on_a_cpu_in_one_line(capsys):
     pytest.importorskip("torchao")
-    scene = str(ROOT / "docs" / "scene.png")
-    options = ["--box", "1,1,30,30", "--quantize", "fp8", "--device", "cpu"]
-    assert main(["caption", scene, *options]) == 2
+    options = [*ARGUMENTS, "--box", "1,1,30,30", "--quantize", "fp8", "--device", "cpu"]
+    assert main(["caption", str(SCENE), *options]) == 2
     assert "expected a GPU that computes in fp8" in capsys.readouterr().err
 
 

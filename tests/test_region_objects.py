@@ -5,17 +5,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from perceptiondlm import RegionCaptioner, RegionMask, load_regions
+from perceptiondlm import RegionMask, load_regions
 from perceptiondlm.apps.captioning.results import Region
 from perceptiondlm.image_processing_perceptiondlm import load_mask
 from PIL import Image
+from shapes import shapes_captioner
 
 SIZE = WIDTH, HEIGHT = 24, 16
 
 
 @pytest.fixture(scope="module")
 def captioner():
-    return RegionCaptioner.from_pretrained()
+    return shapes_captioner()
 
 
 def drawn(left, top, right, bottom) -> np.ndarray:

@@ -9,18 +9,20 @@ from pathlib import Path
 import pytest
 import scale_data
 import scale_runs
+from perceptiondlm.apps.captioning.captioner import EMBEDDED, EMBEDDED_SUBFOLDER
 from perceptiondlm.apps.cli import main
 from perceptiondlm.common.loading import load_model
 from perceptiondlm.common.ray_session import pool_size, ray_session
 from perceptiondlm.image_loading import load_image, load_mask
 from perceptiondlm.image_masks import encode_rle
+from perceptiondlm.pipelines import dataset
 from perceptiondlm.pipelines.captioning_stage import CaptionOptions
 from perceptiondlm.pipelines.dataset import DatasetOptions, TooManyErrors, caption_dataset, prepare
 from perceptiondlm.pipelines.open_sources import open_source
 from perceptiondlm.pipelines.writers import read_rows
+from shapes import ARGUMENTS, ROOT, SHAPES
 
 ray = pytest.importorskip("ray")
-ROOT = Path(__file__).parents[1]
 DECODING = {"caption_length": 4}
 
 
@@ -35,7 +37,7 @@ def session():
 
 
 def options_for(output: Path, **options) -> DatasetOptions:
-    caption = CaptionOptions(str(ROOT), "tiny", device="cpu", decoding=DECODING)
+    caption = CaptionOptions(str(ROOT), SHAPES, device="cpu", decoding=DECODING)
     values = {"actors": 1, "shard_images": 4, **options}
     return DatasetOptions(output=str(output), caption=caption, **values)
 
@@ -70,7 +72,7 @@ def test_every_region_of_every_source_appears_once(mixed):
 
 def test_captions_are_those_of_the_model_in_this_process(mixed):
     drawn, _, options, _ = mixed
-    model, processor = load_model(ROOT, "tiny", device="cpu")
+    model, processor = load_model(ROOT, SHAPES, device="cpu")
     for row in scale_runs.written(Path(options.output)):
         ((data, masks),) = [one for one in drawn if one[0] == row["image"]]
         masks = [load_mask(mask, scale_data.SIZE) for mask in masks]
@@ -168,6 +170,20 @@ def test_options_that_cannot_be_used_are_refused_in_a_line(tmp_path, capsys):
         assert run(tmp_path, *out, *bad) == 2, bad
         assert "expected" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_embedded_model_captions_unless_another_is_named(tmp_path, monkeypatch):
+    asked = []
+
+    def captioned(sources, options, show):
+        asked.append((options.caption.model, options.caption.subfolder))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(dataset, "caption_dataset", captioned)
+    for given in ((), ARGUMENTS):
+        assert run(tmp_path, "--output", tmp_path / "out", *given) == 2
+    assert asked == [(str(EMBEDDED), EMBEDDED_SUBFOLDER), (str(ROOT), SHAPES)]
+    assert (EMBEDDED / EMBEDDED_SUBFOLDER / "config.json").is_file()
 
 
 def test_paths_of_images_that_have_none_are_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +12,15 @@ from perceptiondlm.image_masks import encode_rle
 from perceptiondlm.pipelines import writers
 from perceptiondlm.pipelines.captioning_stage import CaptionImages, CaptionOptions, Decoded, pack
 from perceptiondlm.pipelines.writers import ShardWriter, read_rows, read_tar, settle, shards
+from shapes import ROOT, SHAPES
 
 pytest.importorskip("pyarrow")
-ROOT = Path(__file__).parents[1]
 DECODING = {"caption_length": 6}
 
 
 @pytest.fixture(scope="module")
 def stage():
-    options = CaptionOptions(str(ROOT), "tiny", device="cpu", batch_regions=4, decoding=DECODING)
+    options = CaptionOptions(str(ROOT), SHAPES, device="cpu", batch_regions=4, decoding=DECODING)
     return CaptionImages(options)
 
 
@@ -39,7 +38,7 @@ def rows_of(drawn) -> list[dict]:
 
 def test_captions_are_those_of_the_model_alone(stage):
     drawn = scale_data.draw(5)
-    model, processor = load_model(ROOT, "tiny", device="cpu")
+    model, processor = load_model(ROOT, SHAPES, device="cpu")
     for row, (data, masks) in zip(stage(rows_of(drawn)), drawn, strict=True):
         alone = model.diffusion_generate(
             load_image(data),

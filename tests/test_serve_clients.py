@@ -9,8 +9,8 @@ langchain = pytest.importorskip("langchain_openai")
 litellm = pytest.importorskip("litellm")
 
 from langchain_core.messages import HumanMessage, SystemMessage  # noqa: E402
-from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
 from serving import image_part, served, text_part  # noqa: E402
+from shapes import shapes_captioner  # noqa: E402
 from test_serve_openai import IMAGE  # noqa: E402
 
 PARTS = [text_part("What color is it?"), image_part(IMAGE)]
@@ -18,7 +18,7 @@ PARTS = [text_part("What color is it?"), image_part(IMAGE)]
 
 @pytest.fixture(scope="module")
 def captioner():
-    return RegionCaptioner.from_pretrained()
+    return shapes_captioner()
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
 from perceptiondlm.apps.serving.jobs import ChatJob  # noqa: E402
 from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
 from serving import counted, data_url, image_part, mask_part, served, text_part, user  # noqa: E402
+from shapes import shapes_captioner  # noqa: E402
 
 VECTORS = Path(__file__).parent / "fixtures" / "vectors"
 IMAGE = VECTORS / "region_0.png"
@@ -203,7 +204,7 @@ def test_a_max_tokens_beyond_the_models_positions_is_what_they_leave(captioner):
 
 
 def test_an_answer_with_far_more_room_than_it_needs_costs_few_forward_passes():
-    with Engine(RegionCaptioner.from_pretrained()) as engine:  # the embedded model's own are short
+    with Engine(shapes_captioner()) as engine:  # its own answers are short
         job = ChatJob.ask(IMAGE, "What color is it?")
         done = engine.submit(job, shorten="max_new_tokens", max_new_tokens=256).result(60)
     assert done.ended and done.result.num_forwards < 32

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 import replica_trial
-from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from PIL import Image
+from shapes import shapes_captioner
 
 pytest.importorskip("ray")
 ROOMY = ("--max-queue", "200", "--max-client-cost", "1000000000")
@@ -21,7 +21,7 @@ def opened(content: bytes) -> Image.Image:
 @pytest.mark.slow
 def test_two_hundred_requests_are_answered_rightly_though_a_replica_is_killed(tmp_path):
     log = tmp_path / "server.log"
-    captioner = RegionCaptioner.from_pretrained(replica_trial.ROOT, subfolder="tiny", device="cpu")
+    captioner = shapes_captioner(device="cpu")
     asked = replica_trial.questions(200)
     expected = [
         [

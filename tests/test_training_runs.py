@@ -2,7 +2,6 @@
 
 import functools
 import json
-from pathlib import Path
 
 import datasets
 import pytest
@@ -16,11 +15,11 @@ from perceptiondlm.training.param_groups import belongs
 from perceptiondlm.training.recipe import build_recipe, load_recipe
 from perceptiondlm.training.recipe_sections import SyntheticData
 from perceptiondlm.training.run import arguments_of, build_datasets, build_trainer, train
+from shapes import ROOT, SHAPES
 from torch.distributed.fsdp import fully_shard
 from training_runs import TINY, losses_of, recipe_values, small_recipe, weights_of
 from transformers import AutoModel, AutoProcessor, TrainingArguments
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 
 
@@ -578,7 +577,7 @@ def test_starting_from_a_checkpoint_asks_nothing_on_the_terminal(monkeypatch):
         raise AssertionError("asked whether to trust the checkpoint's code")
 
     monkeypatch.setattr("builtins.input", asked)
-    _, processor = load_model(ROOT / "tiny")
+    _, processor = load_model(ROOT / SHAPES)
     assert processor.tokenizer.convert_tokens_to_ids("<|mdm_mask|>") == processor.mask_token_id
 
 
