@@ -1,6 +1,7 @@
-"""Shows the model on a scene it has not seen: captions, answers, a filled template, an animation."""
+"""Shows the model on a scene that it has not seen: captions, answers, a template, an animation."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def _ask_regions(captioner: RegionCaptioner, scene: ExampleScene, length: int | 
     masks = [thing.mask for thing in scene.objects]
     result = captioner(scene.image, masks, questions=questions, caption_length=length)
 
-    said = [f"{q} {a}" for q, a in zip(questions, result.captions, strict=True)]
+    shown = [_as_people_count(question) for question in questions]
+    said = [f"{q} {a}" for q, a in zip(shown, result.captions, strict=True)]
     _print_regions("a question for each region", result, zip(said, truths, strict=True))
     print()
     return {"region_answers.png": encode_image(result.draw(), ".png")}
@@ -106,6 +108,11 @@ def _print_regions(title: str, result: RegionCaptions, pairs):
     print(f"{title}, {result.seconds:.2f} s")
     for number, (said, truth) in enumerate(pairs, 1):
         print(f"{number}  {said}\n   truth: {truth}")
+
+
+def _as_people_count(question: str) -> str:
+    """Numbers the regions that a question names from 1, as they are printed and drawn."""
+    return re.sub(r"<region (\d+)>", lambda named: f"<region {int(named[1]) + 1}>", question)
 
 
 def _listed(fields: dict) -> str:
