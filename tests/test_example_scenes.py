@@ -46,6 +46,16 @@ def test_kept_scenes_show_no_drawing_that_has_to_be_shared_alike(seed):
     assert {thing.style for thing in open_thing_example(seed).things} <= set(SEEN_SETS)
 
 
+@pytest.mark.parametrize("seed", NAMES)
+def test_the_drawings_of_kept_scenes_are_attributed_to_their_sets(seed):
+    text = (thing_examples.FOLDER.parent / "ATTRIBUTION.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| `{NAMES[seed]}.png`")]
+    named = dict(zip(SEEN_SETS, row.split("|")[2:5], strict=True))
+    for style, cell in named.items():
+        drawn = {own.facts.concept for own in open_thing_example(seed).things if own.style == style}
+        assert {name.strip() for name in cell.split(",")} - {""} == drawn
+
+
 def test_the_files_of_examples_are_small_and_all_of_known_scenes():
     files = list(thing_examples.FOLDER.iterdir())
     assert sum(path.stat().st_size for path in files) < MAX_BYTES
