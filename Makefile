@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint test-transformers test-floors tiny report clean
+.PHONY: demo test test-all lint test-transformers test-floors tiny things report report-things clean
 
 demo: .venv/.ready
 	$(BIN)/python -m perceptiondlm.apps.demo --output outputs/demo
@@ -48,6 +48,14 @@ BF16 := $(if $(shell grep -m 1 avx512_bf16 /proc/cpuinfo 2>/dev/null),true,false
 tiny: .venv/.ready
 	$(BIN)/perceptiondlm train configs/tiny.yaml trainer.bf16=$(BF16)
 
+# A model of everyday things, in two stages: its vision path learns names, then it learns to write.
+# The first time, npm fetches the drawings. Learning names is compiled where there is a compiler.
+COMPILE := $(if $(shell command -v g++ 2>/dev/null),true,false)
+things: .venv/.ready
+	$(BIN)/perceptiondlm train configs/things_names.yaml trainer.bf16=$(BF16) \
+	    trainer.torch_compile=$(COMPILE)
+	$(BIN)/perceptiondlm train configs/things.yaml trainer.bf16=$(BF16)
+
 # What evaluation/examples holds: the embedded model on scenes that it has not seen.
 EVALUATE := $(BIN)/perceptiondlm evaluate
 EMBEDDED := --model . --subfolder tiny
@@ -69,6 +77,21 @@ report: .venv/.ready
 	    --answers outputs/answers.json --measurements outputs/measured.json \
 	    --rows outputs/sweep.json outputs/latency.json --output evaluation/examples \
 	    --title "Embedded model on 500 held-out synthetic scenes"
+
+# The same of a model of things, as `make things` leaves it; THINGS names another checkpoint.
+THINGS ?= --model runs/things
+OF_THINGS := $(THINGS) --scene-kind things
+REPORT_THINGS := outputs/report-things
+report-things: .venv/.ready
+	$(EVALUATE) synthetic $(OF_THINGS) --scenes 500 --seed $(SEED) --output outputs/things.json \
+	    --texts outputs/things_texts.json
+	$(EVALUATE) sweep $(OF_THINGS) --scenes 100 --seed $(SEED) --steps 2,full \
+	    --rules fixed,threshold:0.9,threshold:0.6+0.3,factor:1.0,entropy_bound:0.1 \
+	    --output outputs/things_sweep.json
+	$(EVALUATE) latency $(OF_THINGS) --regions 1 2 4 8 16 24 --output outputs/things_latency.json
+	$(EVALUATE) report --measurements outputs/things.json \
+	    --rows outputs/things_sweep.json outputs/things_latency.json --output $(REPORT_THINGS) \
+	    --title "A model of everyday things on 500 held-out scenes"
 
 # Pixels are compared to the last bit and Pillow 13 changed the order of its resize passes, while
 # gradio still asks for an older one: so Pillow comes last, by itself.

@@ -63,7 +63,7 @@ def test_every_module_is_installed(installed):
 @pytest.mark.parametrize(
     "pattern",
     ["LICENSE", "py.typed", "config.json", "tiny/*", "configs/**/*.yaml", "apps/space/*",
-     "apps/web/*.js", "apps/web/*.css", "apps/web/*.html", "scenes/*.json"],
+     "apps/web/*.js", "apps/web/*.css", "apps/web/*.html", "scenes/*.json", "scenes/examples/*"],
 )  # fmt: skip
 def test_what_runs_read_beside_the_modules_is_installed(installed, pattern):
     found = {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern) if path.is_file()}

@@ -9,13 +9,12 @@ from PIL import Image
 
 from ...common.json_text import parse_json
 from ...image_loading import load_image, load_mask
-from ...scenes.shapes import render_scene
+from ...scenes.example_scenes import EMBEDDED_KIND, EXAMPLE_KINDS, open_example
 from ..captioning.drawing import PALETTE
 from ..serving.decode import MASK_BYTES, Decoder
 from ..serving.limits import Limits, each_numbered
 
 IMAGE = "the image"
-EXAMPLE_SEEDS = (7, 11, 23, 42)
 
 
 def read_page(text: str | None, limits: Limits) -> tuple[Image.Image | None, list[Image.Image]]:
@@ -101,10 +100,10 @@ class Example:
 
 
 def examples() -> list[Example]:
-    """Returns synthetic scenes, each with no more regions than there are colors."""
+    """Returns scenes of what the embedded model knows, with no more regions than colors each."""
     made = []
-    for seed in EXAMPLE_SEEDS:
-        scene = render_scene(seed, "heldout")
+    for seed in EXAMPLE_KINDS[EMBEDDED_KIND].shown:
+        scene = open_example(EMBEDDED_KIND, seed)
         things = scene.objects[: len(PALETTE)]
         masks = [Image.fromarray(thing.mask.astype(np.uint8) * 255) for thing in things]
         question = scene.questions[0].question if scene.questions else ""

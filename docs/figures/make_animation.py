@@ -1,4 +1,4 @@
-"""Draws `docs/captioning.gif`: the embedded model captions a synthetic scene, step by step.
+"""Draws `docs/captioning.gif`: the embedded model captions a scene, step by step.
 
     python docs/figures/make_animation.py
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from perceptiondlm.apps.captioning.animation import draw_history, encode_animation
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner
-from perceptiondlm.scenes.shapes import render_scene
+from perceptiondlm.scenes.example_scenes import EMBEDDED_KIND, open_example
 
 OUTPUT = Path(__file__).parents[1] / "captioning.gif"
-SCENE = 55  # seed of a scene that the model was not trained on
+SCENES = {"shapes": 55, "things": 281}  # seeds of scenes that models were not trained on
 
 
 def main():
     """Captions the scene and writes the animation."""
-    scene = render_scene(SCENE, "heldout")
+    scene = open_example(EMBEDDED_KIND, SCENES[EMBEDDED_KIND])
     captioner = RegionCaptioner.from_pretrained()
     masks = [thing.mask for thing in scene.objects]
     result = captioner(scene.image, masks, return_history=True)
