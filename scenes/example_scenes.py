@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .language import Question
+from .language import VOCABULARY, Question
+from .language import caption_of as caption_of_shape
 from .shapes import render_scene
 from .thing_examples import NAMES, open_thing_example
 from .thing_facts import ThingFacts
@@ -60,16 +61,16 @@ class ExampleKind:
 
 # Shapes.
 
-SHAPE_TEMPLATE = "a {size:large|small} {what:1-4} at the {place:1-2}"
+# The sentence of `language.caption_of`, with a field for each attribute.
+SHAPE_TEMPLATE = caption_of_shape(
+    {name: f"{{{name}:{'|'.join(values)}}}" for name, values in VOCABULARY.items()}
+)
 
 
 def _open_shapes(seed: int) -> ExampleScene:
     scene, objects = render_scene(seed, "heldout"), []
     for thing in scene.objects:
-        own = thing.attributes
-        what = f"{own['pattern']} {own['colour']} {own['shape']}"
-        fields = {"size": own["size"], "what": what, "place": own["position"]}
-        objects.append(ExampleObject(thing.mask, thing.caption, fields, None))
+        objects.append(ExampleObject(thing.mask, thing.caption, thing.attributes, None))
     return ExampleScene(scene.image, objects, scene.questions, SHAPE_TEMPLATE)
 
 

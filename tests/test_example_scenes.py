@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from perceptiondlm.evaluation.scene_kinds import KINDS
 from perceptiondlm.generation_templates import Template
 from perceptiondlm.regions.load import load_regions
 from perceptiondlm.scenes import thing_examples
@@ -117,6 +118,10 @@ def test_a_scene_is_the_first_that_is_shown_and_always_the_same():
     one, other = open_example("things"), open_example("things", first)
     assert one.questions == other.questions and one.image.tobytes() == other.image.tobytes()
     assert [thing.caption for thing in one.objects] == [thing.caption for thing in other.objects]
+
+
+def test_there_are_examples_of_every_kind_of_scenes_that_is_measured():
+    assert set(EXAMPLE_KINDS) == set(KINDS)
 
 
 @pytest.mark.parametrize("arguments", [("pets",), ("things", 7), ("shapes", -1)])
