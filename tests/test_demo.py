@@ -67,7 +67,7 @@ def test_regions_that_a_question_names_are_counted_from_one():
     ("arguments", "message"),
     [
         (["--scene-kind", "things", "--scene", "7"], "out of"),
-        (["--model", "no-such-folder/at-all"], "no-such-folder"),
+        (["--model", "./no-such-folder"], "no-such-folder"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path, capsys, arguments, message):
