@@ -346,27 +346,30 @@ def reference_varlen(query, key, value, starts_q, starts_k, max_q, max_k, scalin
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Says how a batch of B rows and L positions stands in a packed sequence: row after row.
+    """Says what a batch attends to whose rows stand in a packed sequence, one behind the other.
 
     Attributes:
-        rows, length: B and L.
+        rows: how many.
         cache: of keys and values, into which those of the batch are written from column `start` on.
         start: that column.
         mask: what the attention implementation takes for the batch alone.
     """
 
     rows: int
-    length: int
     cache: Any
     start: int
     mask: Any
 
 
 class PackedCaches:
-    """Attends for each batch of a packed sequence by itself, to the batch's own keys and values."""
+    """Attends for each batch of a packed sequence by itself, to the batch's own keys and values.
 
-    def __init__(self, batches: Sequence[PackedBatch]):
+    `sizes` are the positions of each of `batches`, all rows together.
+    """
+
+    def __init__(self, batches: Sequence[PackedBatch], sizes: list[int]):
         self.batches = batches
+        self.sizes = sizes
 
     def attend(
         self, attend: Callable[..., torch.Tensor], query, key, value, layer: int
@@ -380,8 +383,7 @@ class PackedCaches:
 
         Returns (1, N, H, D).
         """
-        sizes = [batch.rows * batch.length for batch in self.batches]
-        split = (x.split(sizes, 2) for x in (query, key, value))
+        split = (x.split(self.sizes, 2) for x in (query, key, value))
         attended = []
         for batch, *own in zip(self.batches, *split, strict=True):
             # (1, heads, B * L, D) -> (B, heads, L, D)
