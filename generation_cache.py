@@ -20,6 +20,7 @@ arXiv:2505.22618).
 
 from collections.abc import Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +161,7 @@ class ResponseNetwork:
         # Who may see whom when the whole sequence is computed.
         self.full_mask = None if is_tree else argument(slice(None), None)
         self.step = self._compiled_step() if compiled else self._step
+        self.is_packable = is_packable(layout, cfg_scale, compiled, block_cache)
 
     def _arguments(self, columns: dict, dtype):
         """Makes a function of query columns and a number of keys to attention arguments."""
@@ -356,6 +358,43 @@ class ResponseNetwork:
         start = self.prompt_length + part.start
         positions = self.positions[:, start : self.prompt_length + part.stop]
         return self.text.model(response, positions, mask, FilledKVCache(self.cache), start)
+
+
+class ForwardPass(NamedTuple):
+    """Asks for one run of the network.
+
+    Attributes:
+        network: of the batch.
+        response_ids: its responses, int64 (B, A).
+        columns: those of the responses whose logits are wanted, int64 (B, G, n).
+        step: the step's number; with a block, its number in the block.
+        block: the block that is decoded; None where all positions are.
+    """
+
+    network: ResponseNetwork
+    response_ids: torch.Tensor
+    columns: torch.Tensor
+    step: int
+    block: int | None = None
+
+    def run(self) -> torch.Tensor:
+        """Computes the logits, (B, G, n, V)."""
+        columns = self.columns.flatten(1)
+        if self.block is None:
+            logits = self.network(self.response_ids, self.step, columns)
+        else:
+            logits = self.network.compute_block(self.response_ids, self.block, self.step, columns)
+        return logits.view(*self.columns.shape, -1)
+
+
+def is_packable(
+    region_layout: str, cfg_scale: float = 0.0, compiled: bool = False, block_cache=None
+) -> bool:
+    """Tells whether forward passes compute the responses alone, so that others' may run along.
+
+    That is so in the tree layout, whose prompts are computed once.
+    """
+    return region_layout == "independent" and not (cfg_scale or compiled or block_cache)
 
 
 def _trunk_length(region_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:

@@ -11,7 +11,7 @@ responses.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from .configuration_perceptiondlm import PerceptionDLMConfig
 from .generation_cache import (
+    ForwardPass,
     ResponseNetwork,
     check_inputs,
     response_slots,
@@ -28,7 +29,14 @@ from .generation_cache import (
     scatter_valid,
 )
 from .generation_generate import GenerateMixin
-from .generation_loop import RowNoise, Sampler, denoise, denoise_blocks
+from .generation_loop import (
+    RowNoise,
+    Sampler,
+    answered,
+    denoising,
+    denoising_blocks,
+    translated,
+)
 from .generation_options import (
     IN_BLOCKS,
     TEMPLATE_DECIDES,
@@ -68,6 +76,8 @@ LOADING = (  # what `cached_file` takes of the arguments of `from_pretrained`
     *("cache_dir", "force_download", "proxies", "local_files_only"),
     *("token", "revision", "subfolder"),
 )
+
+Steps = Generator[ForwardPass, torch.Tensor, DiffusionOutput]
 
 
 class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
@@ -152,6 +162,37 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
         Returns a `DiffusionOutput`. Raises ValueError for inputs or options that do not fit, and
         FileNotFoundError where no processor is saved beside the weights.
         """
+        steps = self.diffusion_steps(
+            images,
+            masks,
+            prompts,
+            template=template,
+            inputs=inputs,
+            processor=processor,
+            callback=callback,
+            **options,
+        )
+        return answered(steps, ForwardPass.run)
+
+    @torch.no_grad()
+    def diffusion_steps(
+        self,
+        images=None,
+        masks=None,
+        prompts=None,
+        *,
+        template=None,
+        inputs: dict | None = None,
+        processor=None,
+        callback: Callable[[int, list], None] | None = None,
+        **options,
+    ) -> Steps:
+        """Does what `diffusion_generate` does, and stops before each forward pass of a step.
+
+        The generator yields a `ForwardPass`, takes what its `run` gives (or the same, computed
+        together with other calls' passes), and returns the `DiffusionOutput`. So several calls can
+        go on side by side, each at a step of its own.
+        """
         if callback is not None and not callable(callback):
             raise ValueError(f"expected a callable callback, got {describe(callback)}")
         expect_known(options)
@@ -163,7 +204,7 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
                 raise ValueError(
                     "expected `inputs` or images, masks, prompts and template, got both"
                 )
-            return self._generate_inputs(inputs, processor, callback, options)
+            return (yield from self._generate_inputs(inputs, processor, callback, options))
 
         # Else the processor prepares them, batch by batch.
         processor = processor or self._saved_processor()
@@ -172,16 +213,20 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
         if isinstance(images, Seen) and masks is not None:
             raise ValueError("expected no masks for images that were seen with theirs, got some")
         if has_masks and _is_mixed(images, masks):
-            return self._mixed(images, masks, prompts, template, processor, callback, options)
+            given = images, masks, prompts, template, processor, callback, options
+            return (yield from self._mixed(*given))
         if has_masks:
             chosen = self._options(options, "captions", template)
-            return self._caption_regions(
-                images, masks, prompts, template, processor, chosen, callback
+            return (
+                yield from self._caption_regions(
+                    images, masks, prompts, template, processor, chosen, callback
+                )
             )
         if prompts is None:
             raise ValueError("expected masks to caption or prompts to answer, got neither")
         chosen = self._options(options, "answers", template)
-        return self._answer_prompts(images, prompts, template, processor, chosen, callback)
+        given = images, prompts, template, processor, chosen, callback
+        return (yield from self._answer_prompts(*given))
 
     def _options(self, options: dict, task: str, template=None) -> DiffusionOptions:
         """Merges the call's options over the checkpoint's, and checks them."""
@@ -270,7 +315,7 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
 
         return self._run(batches(), call)
 
-    def _mixed(self, images, masks, prompts, template, processor, callback, options):
+    def _mixed(self, images, masks, prompts, template, processor, callback, options) -> Steps:
         """Captions the regions of some images, and answers questions about others as a whole."""
         images = list(images)
         count = len(images)
@@ -299,7 +344,7 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
             ("answers", whole),
         ):
             if own:
-                output = self.diffusion_generate(
+                output = yield from self.diffusion_steps(
                     [images[i] for i in own],
                     [masks[i] for i in own] if task == "captions" else None,
                     [given[i] for i in own],
@@ -357,7 +402,7 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
 
     # How it is denoised.
 
-    def _run(self, batches, call: Call) -> DiffusionOutput:
+    def _run(self, batches, call: Call) -> Steps:
         """Denoises each batch and puts its rows back where the caller expects them."""
         options, processor = call.options, call.processor
         stops = stop_sequences(options, processor) if processor is not None else ()
@@ -388,14 +433,17 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
             # Nobody listens by default, and then nothing is moved off the device at each step.
             ready = list(batch.ready)
             if batch.rows:
-                denoised = self._denoise_batch(batch, options, seed, on_step if listens else None)
+                listener = on_step if listens else None
+                denoised = yield from self._denoise_batch(batch, options, seed, listener)
                 ready += zip(batch.rows, denoised, strict=True)
             for row, own in ready:
                 builder.add(row, own)
                 done = {**done, **_by_place([row], [own.token_ids])}
         return builder.output(options.return_token_scores, options.num_return_sequences, history)
 
-    def _denoise_batch(self, batch: Batch, options, seed: int, listener) -> list[Denoised]:
+    def _denoise_batch(
+        self, batch: Batch, options, seed: int, listener
+    ) -> Generator[ForwardPass, torch.Tensor, list[Denoised]]:
         """Denoises one batch; `listener` gets each step's number and the rows' token ids."""
         given = {k: v for k, v in batch.inputs.items() if isinstance(v, torch.Tensor)}
         inputs = {k: v.to(self.device) for k, v in given.items()}
@@ -434,25 +482,25 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
         def filled(tokens: torch.Tensor) -> torch.Tensor:
             return scatter_valid(network.response_ids, flat, tokens.view(B, G * n), valid)
 
-        def predict(tokens: torch.Tensor, step: int) -> torch.Tensor:
-            return network(filled(tokens), step, flat).view(B, G, n, -1)
+        def ask(tokens: torch.Tensor, step: int) -> ForwardPass:
+            return ForwardPass(network, filled(tokens), columns, step)
 
-        def predict_block(tokens: torch.Tensor, block: int, step: int) -> torch.Tensor:
+        def ask_block(tokens: torch.Tensor, block: int, step: int) -> ForwardPass:
             assert plan is not None
             own = columns[..., plan.window(block)]
-            logits = network.compute_block(filled(tokens), block, step, own.flatten(1))
-            return logits.view(*own.shape, -1)
+            return ForwardPass(network, filled(tokens), own, step, block)
 
         def on_step(step: int, state: State):
             listener(step, responses_of(inputs, filled(state.tokens)))
 
         mask_id, heard = self.config.mask_token_id, on_step if listener else None
         if isinstance(batch.rule, Blockwise):
-            in_blocks = predict_block, state, batch.rule, sampler, mask_id, heard
-            denoised = denoise_blocks(*in_blocks)
+            in_blocks = denoising_blocks(state, batch.rule, sampler, mask_id, heard)
+            denoised = yield from translated(in_blocks, ask_block)
         else:
             by_step = network.depends_on_step
-            denoised = denoise(predict, state, batch.rule, sampler, mask_id, heard, by_step)
+            steps = denoising(state, batch.rule, sampler, mask_id, heard, by_step)
+            denoised = yield from translated(steps, ask)
         state, forwards, log_probs = denoised
 
         # What was given has no probability.

@@ -6,17 +6,24 @@
     masked    network,    (B,G,n,V)  candidate   + confidence   commits, masks   fewer
     tokens    one pass               tokens                     again            masked
 
+`denoise` runs it to its end. `denoising` stops at each "predict" for its caller to answer, so that
+several loops can be answered by one run of the network.
+
 Shapes: B rows run together, G groups of response positions in a row (a region's caption each, or
 one answer), n positions a group, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from .generation_rules import Blockwise, Prediction, Rule, State, finished, probability_of
+
+T = TypeVar("T")  # what steps return in the end
+Outcome = tuple[State, torch.Tensor, torch.Tensor]
 
 
 class RowNoise:
@@ -167,6 +174,26 @@ class Memory:
         return Prediction(None, *map(torch.stack, zip(*said, strict=True)))
 
 
+def answered(steps: Generator[Any, Any, T], answer: Callable[[Any], Any]) -> T:
+    """Runs steps to their end, answers all that they ask for, and returns what they return."""
+    try:
+        asked = next(steps)
+        while True:
+            asked = steps.send(answer(asked))
+    except StopIteration as end:
+        return end.value
+
+
+def translated(steps: Generator[Any, Any, T], ask: Callable[..., Any]) -> Generator[Any, Any, T]:
+    """Passes on what steps ask for, a tuple, as `ask` puts it, and hands them the answers."""
+    try:
+        asked = next(steps)
+        while True:
+            asked = steps.send((yield ask(*asked)))
+    except StopIteration as end:
+        return end.value
+
+
 def denoise(
     predict: Callable[[torch.Tensor, int], torch.Tensor],
     state: State,
@@ -175,7 +202,7 @@ def denoise(
     mask_token_id: int,
     on_step: Callable[[int, State], None] | None = None,
     depends_on_step: bool = True,
-) -> tuple[State, torch.Tensor, torch.Tensor]:
+) -> Outcome:
     """Runs the loop.
 
     Returns the last state, each row's forward passes, int64 (B,), and the log-probability of each
@@ -187,6 +214,22 @@ def denoise(
             changed the state.
         depends_on_step: whether the same tokens may get other logits at another step. If not, and
             the choice is not random, no state is shown to the network twice.
+    """
+    steps = denoising(state, rule, sampler, mask_token_id, on_step, depends_on_step)
+    return answered(steps, lambda asked: predict(*asked))
+
+
+def denoising(
+    state: State,
+    rule: Rule,
+    sampler: Sampler,
+    mask_token_id: int,
+    on_step: Callable[[int, State], None] | None = None,
+    depends_on_step: bool = True,
+) -> Generator[tuple[torch.Tensor, int], torch.Tensor, Outcome]:
+    """Runs the loop, and stops for each prediction: yields tokens and a step number, takes logits.
+
+    The arguments and what is returned are those of `denoise`.
     """
     # A rule with more steps than positions comes back to states that it has seen.
     B, _, n = state.tokens.shape
@@ -211,7 +254,7 @@ def denoise(
             needed = running & memory.unseen(keys, running.device)
         runs = memory is None or bool(needed.any())
         if runs:
-            prediction = sampler(predict(state.tokens, step))
+            prediction = sampler((yield state.tokens, step))
             forwards += needed
         if memory is not None:
             if runs:
@@ -230,21 +273,18 @@ def denoise(
     return state, forwards, log_probs
 
 
-def denoise_blocks(
-    predict: Callable[[torch.Tensor, int, int], torch.Tensor],
+def denoising_blocks(
     state: State,
     plan: Blockwise,
     sampler: Sampler,
     mask_token_id: int,
     on_step: Callable[[int, State], None] | None = None,
-) -> tuple[State, torch.Tensor, torch.Tensor]:
+) -> Generator[tuple[torch.Tensor, int, int], torch.Tensor, Outcome]:
     """Runs the loop for one block after another, each to its end; returns what `denoise` does.
 
-    Rows that have finished a block wait for the others, so each decodes as it would alone.
-
-    Args:
-        predict: gives logits (B, G, block_length, V) of a block's positions from all tokens, the
-            block's number and the step's number in it.
+    Rows that have finished a block wait for the others, so each decodes as it would alone. For each
+    prediction it yields all tokens, the block's number and the step's number in it, and takes
+    logits (B, G, block_length, V) of the block's positions.
     """
     B = len(state.tokens)
     forwards = torch.zeros(B, dtype=torch.int64, device=state.tokens.device)
@@ -261,17 +301,16 @@ def denoise_blocks(
             whole.valid[..., window],
         )
 
-        def predict_block(tokens, step, block=block, whole=whole, window=window):
-            return predict(_put(whole.tokens, window, tokens), block, step)
+        def ask(tokens, step, block=block, whole=whole, window=window):
+            return _put(whole.tokens, window, tokens), block, step
 
         def on_block_step(step, part, first=steps_before, whole=whole, window=window):
             assert on_step is not None
             on_step(first + step, _put_part(whole, window, part))
 
         listener = None if on_step is None else on_block_step
-        done, own, scores = denoise(
-            predict_block, part, plan.rule, sampler, mask_token_id, listener
-        )
+        steps = denoising(part, plan.rule, sampler, mask_token_id, listener)
+        done, own, scores = yield from translated(steps, ask)
 
         # Into the whole again; what was hidden behind a stop is still masked.
         done.masked |= whole.masked[..., window] & stopped

@@ -16,7 +16,9 @@ Axis letters: B batch, L sequence, Q K queries and keys, H heads, N packed posit
 dimension.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -336,6 +338,60 @@ def reference_varlen(query, key, value, starts_q, starts_k, max_q, max_k, scalin
         weights = scores.softmax(-1).to(v.dtype)
         outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
     return torch.cat(outputs), torch.cat(log_sums, 1)
+
+
+# Several batches in one run of the network. All but attention looks at each position by itself, so
+# their positions can stand in one sequence, without padding, and the weights are read once.
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Says what a batch attends to whose rows stand in a packed sequence, one behind the other.
+
+    Attributes:
+        rows: how many.
+        cache: of keys and values, into which those of the batch are written from column `start` on.
+        start: that column.
+        mask: what the attention implementation takes for the batch alone.
+    """
+
+    rows: int
+    cache: Any
+    start: int
+    mask: Any
+
+
+class PackedCaches:
+    """Attends for each batch of a packed sequence by itself, to the batch's own keys and values.
+
+    `sizes` are the positions of each of `batches`, all rows together.
+    """
+
+    def __init__(self, batches: Sequence[PackedBatch], sizes: list[int]):
+        self.batches = batches
+        self.sizes = sizes
+
+    def attend(
+        self, attend: Callable[..., torch.Tensor], query, key, value, layer: int
+    ) -> torch.Tensor:
+        """Attends within packed sequences.
+
+        Args:
+            attend: gives (B, L, H, D) of a batch's queries, keys, values and mask.
+            query, key, value: (1, heads, N, D), of all positions of all batches.
+            layer: whose keys and values the caches are to keep.
+
+        Returns (1, N, H, D).
+        """
+        split = (x.split(self.sizes, 2) for x in (query, key, value))
+        attended = []
+        for batch, *own in zip(self.batches, *split, strict=True):
+            # (1, heads, B * L, D) -> (B, heads, L, D)
+            q, k, v = (x[0].unflatten(1, (batch.rows, -1)).transpose(0, 1) for x in own)
+            k, v = batch.cache.update(k, v, layer, batch.start)
+            mask = batch.mask if batch.mask is None else batch.mask.to(q.device)
+            attended.append(attend(q, k, v, mask).flatten(0, 1))  # (B * L, H, D)
+        return torch.cat(attended)[None]
 
 
 AttentionInterface.register(TREE, tree_attention)

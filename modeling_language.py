@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .configuration_perceptiondlm import PerceptionDLMConfig, PerceptionDLMTextConfig
+from .modeling_attention import PackedCaches
 
 UNSAVEABLE = "Int4OpaqueTensor"  # torchao's, which safetensors does not hold
 PLAIN = (torch.Tensor, nn.Parameter)  # no quantized or distributed weights
@@ -181,7 +182,8 @@ class PerceptionDLMAttention(nn.Module):
         Args:
             hidden: (B, L, D); rotary: cos and sin, (B, L, head_dim).
             attention_mask: as the attention implementation takes it, see `Structure.argument`.
-            cache: a `StaticKVCache`, into which keys and values are written from column `start`.
+            cache: a `StaticKVCache`, into which keys and values are written from column `start`; or
+                `PackedCaches` of several batches whose positions are one sequence.
 
         Returns (B, L - first_query, D).
         """
@@ -189,7 +191,8 @@ class PerceptionDLMAttention(nn.Module):
         cos, sin = rotary
         key, value = self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
         key = _rotated(key, cos, sin)
-        if cache is not None:
+        is_packed = isinstance(cache, PackedCaches)
+        if cache is not None and not is_packed:
             key, value = cache.update(key, value, self.layer_idx, start)
 
         # Queries of those positions alone whose states are wanted.
@@ -199,7 +202,14 @@ class PerceptionDLMAttention(nn.Module):
         query = self._heads(self.q_proj(asking))
         query = _rotated(query, cos[:, first_query:], sin[:, first_query:])
 
-        # Whichever implementation the model was loaded with.
+        if is_packed:
+            output = cache.attend(self._attend, query, key, value, self.layer_idx)
+        else:
+            output = self._attend(query, key, value, attention_mask)
+        return self.o_proj(output.flatten(2))
+
+    def _attend(self, query, key, value, attention_mask) -> torch.Tensor:
+        """Gives (B, L, heads, head_dim) by whichever implementation the model was loaded with."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -213,7 +223,7 @@ class PerceptionDLMAttention(nn.Module):
             scaling=self.scaling,
             is_causal=False,
         )
-        return self.o_proj(output.flatten(2))
+        return output
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """Splits (B, L, heads * head_dim) into heads."""
@@ -275,7 +285,7 @@ class PerceptionDLMTextModel(PerceptionDLMPreTrainedModel):
             inputs_embeds: (B, L, D); position_ids: int (B, L), any order.
             attention_mask: as `Structure.argument` makes it, for L queries.
             cache: a `StaticKVCache`, into which keys and values are written from column `start`;
-                what stands there before it is attended to.
+                what stands there before it is attended to. Or `PackedCaches` of several batches.
             first_query: the last layer computes queries from here only, with
                 `last_attention_mask` for them; L for none, where only the cache is to be filled.
             hidden_states: a list to which the embeddings and each layer's output are appended.

@@ -156,7 +156,7 @@ def test_an_error_of_the_model_reaches_its_caller_and_the_engine_lives(engine, m
         raise RuntimeError("boom")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.captioner.model, "diffusion_generate", broken)
+        patch.setattr(engine.captioner.model, "diffusion_steps", broken)
         with pytest.raises(JobFailed, match="boom"):
             engine.submit(region_job(0), **SHORT).result(60)
     assert engine.submit(region_job(0), **SHORT).result(60).result.captions

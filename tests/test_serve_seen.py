@@ -238,7 +238,7 @@ def test_the_digest_tells_everything_apart_that_is_seen_otherwise(scene):
 def test_a_job_that_lacks_the_memory_of_what_is_kept_gets_it(tree, scene, monkeypatch, error):
     drawn = [scene((61, 47), 2, seed) for seed in range(2)]
     alone = tree(*drawn[1], **SHORT).captions
-    generate = tree.model.diffusion_generate
+    generate = tree.model.diffusion_steps
     with Engine(tree, window=0.0) as engine:
         run(engine, RegionJob.build(*drawn[0]), **SHORT)
 
@@ -247,14 +247,14 @@ def test_a_job_that_lacks_the_memory_of_what_is_kept_gets_it(tree, scene, monkey
                 raise error("no room")
             return generate(*args, **options)
 
-        monkeypatch.setattr(tree.model, "diffusion_generate", short_of_memory)
+        monkeypatch.setattr(tree.model, "diffusion_steps", short_of_memory)
         assert run(engine, RegionJob.build(*drawn[1]), **SHORT)[0].captions == alone
         assert engine.seen.nbytes == 0
 
         def never(*args, **options):
             raise error("no room at all")
 
-        monkeypatch.setattr(tree.model, "diffusion_generate", never)
+        monkeypatch.setattr(tree.model, "diffusion_steps", never)
         with pytest.raises(JobFailed, match="no room at all"):
             run(engine, RegionJob.build(*drawn[1]), **SHORT)
 

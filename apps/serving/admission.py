@@ -2,13 +2,33 @@
 
 import bisect
 import dataclasses
+from typing import NamedTuple
 
+from ...generation_cache import is_packable
 from ...generation_options import IN_BLOCKS, TEMPLATE_DECIDES, DiffusionOptions, merge_options
 from ..captioning.captioner import RegionCaptioner
-from .jobs import ChatJob, RegionJob, TooLong, template_length
+from .jobs import ChatJob, RegionJob, TooLong, num_steps, template_length
 
 OWN_OPTIONS = ("generator", "batch_size", "return_history", "compile")  # not for a job to set
 RANDOM_OPTIONS = {"temperature": 0.0, "remasking": "low_confidence"}  # what decodes without chance
+
+
+class Checked(NamedTuple):
+    """Says how a job is decoded, and what that takes.
+
+    Attributes:
+        options: over the checkpoint's.
+        prompt_tokens: of all its region groups.
+        cost: see `RegionJob.cost`.
+        num_steps: denoising steps at most, of one batch.
+        joins: its forward passes run together with those of others (see `is_packable`).
+    """
+
+    options: dict
+    prompt_tokens: int
+    cost: int
+    num_steps: int
+    joins: bool
 
 
 class Admission:
@@ -23,10 +43,8 @@ class Admission:
         self.captioner = captioner
         self.max_cost = max_cost
 
-    def check(
-        self, job: RegionJob | ChatJob, options: dict, shorten: str | None
-    ) -> tuple[dict, int, int]:
-        """Returns the options that a job runs with, its prompt tokens and its cost.
+    def check(self, job: RegionJob | ChatJob, options: dict, shorten: str | None) -> Checked:
+        """Returns the options that a job runs with, and what it takes.
 
         Args:
             job: what to caption or answer.
@@ -49,7 +67,7 @@ class Admission:
             self._expect_bound(job, bound)
         elif shorten is not None:
             options = self._shortened(job, options, shorten)
-        return options, *self._measure(job, options)
+        return self._measure(job, options)
 
     def batch_key(self, job: RegionJob | ChatJob, options: dict):
         """Returns what jobs of one batch have in common.
@@ -62,8 +80,8 @@ class Admission:
         kind = type(job), job.template, job.task == "answers" and not job.images
         return *kind, tuple(sorted((k, _frozen(v)) for k, v in options.items()))
 
-    def _measure(self, job, options: dict) -> tuple[int, int]:
-        """Returns a job's prompt tokens and its cost; raises ValueError if it does not fit."""
+    def _measure(self, job, options: dict) -> Checked:
+        """Returns what a job takes; raises ValueError if it does not fit."""
         built = self._built(options, job)
         positions = self.captioner.model.config.text_config.max_position_embeddings
         if max(built.caption_length, built.max_new_tokens) <= positions:
@@ -72,7 +90,12 @@ class Admission:
         prompt_tokens = job.check(self.captioner, built)
         cost = job.cost(prompt_tokens, built)
         self._expect_affordable(cost)
-        return prompt_tokens, cost
+
+        length = built.caption_length if job.task == "captions" else built.max_new_tokens
+        steps = max(1, num_steps(job.template, length, built))
+        layout = self.captioner.model.config.region_layout
+        joins = is_packable(layout, built.cfg_scale, built.compile, built.block_cache)
+        return Checked(options, prompt_tokens, cost, steps, joins)
 
     def _expect_affordable(self, cost: int):
         if cost > self.max_cost:

@@ -27,7 +27,7 @@ class Completion:
         prompt_tokens: of all its region groups, visual tokens included.
         completion_tokens: of its texts, up to their ends.
         ended: whether every text ended by itself, not at its length.
-        batch_size: jobs that ran together.
+        batch_size: jobs that were started together.
         queued_seconds: time before it ran.
     """
 

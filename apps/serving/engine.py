@@ -6,33 +6,41 @@
     engine.close()
 
 Jobs are checked in the caller's thread, before they are queued; one thread runs the model. Jobs of
-the same kind and options that arrive within a short window become one `diffusion_generate` call.
+the same kind and options that arrive within a short window start as one batch. Others join between
+two steps:
+
+    queue  -->  start: a run, up to its   -->  step: the forward passes   -->  end: its callers get
+                first forward pass             of several runs as one          their results
+                                           ^                              |
+                                           +------- the next step --------+
+
+`turns` decides who starts and who steps.
 """
 
 import itertools
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 
 from torch import OutOfMemoryError
 
-from ...generation_diffusion import DiffusionOutput
+from ...generation_diffusion import Steps
 from ..captioning.captioner import RegionCaptioner
 from ..captioning.results import Step
 from .admission import Admission
-from .completions import Completion, completions
+from .completions import completions
 from .jobs import ChatJob, RegionJob
 from .metrics import Metrics
+from .packing import run_passes, settle
+from .runs import Run
 from .seen_cache import SeenCache
 from .tickets import EngineClosed, JobFailed, QueueFull, Ticket
+from .turns import next_to_start, next_to_step, num_companions_rows, share_out, spend_alone
 
-FAR_SHORTER = 8  # times cheaper: a job that need not wait for the end of the running batch
-
-
-class _AllCancelled(Exception):
-    """Nobody waits for the running batch any more."""
+LACKS_MEMORY = (OutOfMemoryError, MemoryError)
+MAX_LACKS = 3  # times that a job waits for the memory of others
 
 
 class Engine:
@@ -47,8 +55,8 @@ class Engine:
         max_client_cost: most work of all jobs of one client that wait or run, refused likewise
             with `QueueFull`.
         max_batch: most region groups (an image's regions, up to the checkpoint's prompts) that
-            run together.
-        window: seconds that the first job of a batch waits for company.
+            run together; as many again of jobs far shorter than those.
+        window: seconds that a job waits for company while nothing else is under way.
         seen_bytes: most memory of images that were seen and are kept for further jobs about them;
             0 keeps none.
     """
@@ -93,9 +101,8 @@ class Engine:
 
         # What callers and the thread share; `_changed` guards the queue and what clients owe.
         self._waiting: deque[Ticket] = deque()
-        self._running: list[Ticket] = []
+        self._runs: list[Run] = []  # which the thread alone changes
         self._owed: Counter[str] = Counter()  # cost of each client's jobs that wait or run
-        self._turn = 0.0  # when the running batch may next be held up by a shorter one
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="perceptiondlm-engine", daemon=True)
@@ -126,18 +133,19 @@ class Engine:
         Raises ValueError for a job or option that does not fit, `QueueFull`, `EngineClosed`.
         """
         try:
-            options, prompt_tokens, cost = self.admission.check(job, options, shorten)
+            checked = self.admission.check(job, options, shorten)
         except ValueError:
             self.metrics.count("invalid")
             raise
         if self.seen is not None:
             _ = job.digest  # computed here, not in the engine's thread
+        rows = job.num_rows(self.captioner)
         ticket = Ticket(
             job,
-            options,
-            key=self.admission.batch_key(job, options),
-            prompt_tokens=prompt_tokens,
-            cost=cost,
+            checked,
+            key=self.admission.batch_key(job, checked.options),
+            rows=min(rows, self.max_batch),
+            num_batches=-(-rows // self.max_batch),
             client=client,
             on_step=on_step,
             follow=follow,
@@ -147,7 +155,7 @@ class Engine:
         with self._changed:
             self.expect_room(job.nbytes)
             self._expect_patience(ticket)
-            self._owed[client] += cost
+            self._owed[client] += ticket.cost
             self._waiting.append(ticket)
             self._changed.notify_all()
         self.metrics.count("accepted")
@@ -181,8 +189,8 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Counts the jobs in the running batch."""
-        return len(self._running)
+        """Counts the jobs that are under way."""
+        return sum(len(run.tickets) for run in self._runs)
 
     @property
     def alive(self) -> bool:
@@ -193,7 +201,8 @@ class Engine:
         """Takes no more jobs; finishes those that wait (`drain`) or drops all; ends the thread."""
         with self._changed:
             self._closed = True
-            dropped = [] if drain else [*self._waiting, *self._running]
+            under_way = [ticket for run in self._runs for ticket in run.tickets]
+            dropped = [] if drain else [*self._waiting, *under_way]
             self._changed.notify_all()
         for ticket in dropped:
             ticket.cancel()
@@ -205,131 +214,145 @@ class Engine:
     def __exit__(self, *_):
         self.close(drain=False)
 
-    # The engine's thread: which jobs run next.
+    # The engine's thread: which jobs start, and what they go through.
 
     def _work(self):
-        while (batch := self._next_batch()) is not None:
-            self._start(batch)
+        while self._admit():
+            self._step()
 
-    def _next_batch(self) -> list[Ticket] | None:
-        """Waits for the oldest job and those that may run beside it; None when closed and empty."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            if not self._waiting:
-                return None
+    def _admit(self) -> bool:
+        """Starts jobs for which there is room; where nothing runs it waits for some.
 
-            # company may still come, until the batch is full
-            deadline = self._waiting[0].submitted + self.window
-            while (left := deadline - time.monotonic()) > 0 and not self._closed:
-                if not self._waiting or self._rows(self._companions()) >= self.max_batch:
-                    break
-                self._changed.wait(left)
-            return self._take(self._companions())
-
-    def _companions(self, max_cost: float = float("inf")) -> list[Ticket]:
-        """Returns the oldest waiting job of at most so much cost, and those that fit beside it."""
-        affordable = [ticket for ticket in self._waiting if ticket.cost <= max_cost]
-        if not affordable:
-            return []
-        first, *others = affordable
-        batch = [first]
-        for ticket in others:
-            if ticket.key == first.key and self._rows([*batch, ticket]) <= self.max_batch:
-                batch.append(ticket)
-        return batch
-
-    def _rows(self, tickets: list[Ticket]) -> int:
-        """Returns how many rows, each a region group or a question, jobs take."""
-        return sum(ticket.job.num_rows(self.captioner) for ticket in tickets)
-
-    def _take(self, batch: list[Ticket]) -> list[Ticket]:
-        """Takes tickets out of the queue."""
-        chosen = set(map(id, batch))
-        self._waiting = deque(t for t in self._waiting if id(t) not in chosen)
-        return batch
-
-    def _let_pass(self, batch: list[Ticket]):
-        """Runs, between two steps of a long batch, one of jobs that are far shorter.
-
-        So nobody waits for another's long request; that one gets half of the time at least.
+        Returns False when the engine is closed and all is done.
         """
-        if time.monotonic() < self._turn:
-            return
         with self._changed:
-            shorter = self._take(self._companions(sum(t.cost for t in batch) / FAR_SHORTER))
-        if shorter:
-            started = time.monotonic()
-            self._start(shorter, beside=batch)
-            ended = time.monotonic()
-            self._turn = ended + (ended - started)
+            if not self._runs and not self._wait():
+                return False
+            batch, is_express = next_to_start(self._waiting, self._runs, self.max_batch)
+            chosen = set(map(id, batch))
+            self._waiting = deque(t for t in self._waiting if id(t) not in chosen)
+        if batch and self._runs:
+            self.metrics.count("joined", len(batch))
+        self._start(batch, is_express)
+        return True
 
-    # The engine's thread: what a batch goes through.
+    def _wait(self) -> bool:
+        """Waits for a job and its company; returns False when closed and empty."""
+        self._changed.wait_for(lambda: self._waiting or self._closed)
+        if not self._waiting:
+            return False
 
-    def _start(self, batch: list[Ticket], beside: Sequence[Ticket] = ()):
-        """Runs a batch, while those `beside` it are held up."""
-        batch = [t for t in batch if t.future.set_running_or_notify_cancel()]
-        self._running = [*beside, *batch]
-        try:
-            self._run(batch, nested=bool(beside))
-        finally:
-            self._running = list(beside)
+        # company may still come, until the batch is full
+        deadline = self._waiting[0].submitted + self.window
+        while (left := deadline - time.monotonic()) > 0 and not self._closed:
+            if not self._waiting or num_companions_rows(self._waiting) >= self.max_batch:
+                break
+            self._changed.wait(left)
+        return True
 
-    def _run(self, batch: list[Ticket], nested: bool = False):
-        """Resolves every ticket of the batch, whatever happens."""
-        batch = [ticket for ticket in batch if not ticket.future.done()]
+    def _start(self, batch: list[Ticket], is_express: bool = False, keeps: bool = True):
+        """Starts jobs as one run, up to its first forward pass.
+
+        `keeps`: what was seen of their images is looked up and kept.
+        """
+        batch = [ticket for ticket in batch if ticket.begin()]
         if not batch:
             return
+        steps = self._steps_of(batch, self.seen if keeps else None)
+        run = Run(batch, steps, is_express, keeps=keeps and self.seen is not None)
+        self._runs.append(run)
+        self._advance(run)
 
-        try:
-            self._resolve(batch, self._generate(batch, nested))
-        except _AllCancelled:
-            for ticket in batch:
-                ticket.future.set_exception(CancelledError())
-        except BaseException as error:  # nobody may wait for ever, whatever went wrong
-            if len(batch) == 1:
-                self._fail(batch[0], error)
-                return
-            for ticket in batch:  # one of them is to blame: the others run without it
-                self._run([ticket], nested)
-
-    def _generate(self, batch: list[Ticket], nested: bool) -> list[Completion]:
-        """Denoises a batch, telling each ticket its steps."""
-        started = time.monotonic()
-        for ticket in batch:
-            ticket.started = started
-        jobs = [ticket.job for ticket in batch]
+    def _steps_of(self, batch: list[Ticket], seen: SeenCache | None) -> Steps:
+        """Begins the denoising of a batch, which tells each ticket its steps."""
         numbers = itertools.count(1)
 
         def on_step(_, token_ids: list):
-            if all(ticket.cancelled for ticket in batch):
-                raise _AllCancelled
-            if not nested:
-                self._let_pass(batch)
             number = next(numbers)
             for ticket, rows in zip(batch, token_ids, strict=False):
                 if ticket.wants_steps:
                     texts = self.captioner.partial_texts(rows, ticket.job.count)
                     ticket.tell(Step(number, texts))
 
-        output = self._denoise(jobs, batch[0].options | {"batch_size": self.max_batch}, on_step)
+        listener = on_step if any(ticket.wants_steps for ticket in batch) else None
+        jobs = [ticket.job for ticket in batch]
+        options = batch[0].options | {"batch_size": self.max_batch}
+        return jobs[0].steps(self.captioner, jobs, options, listener, seen)
 
-        seconds = time.monotonic() - started
-        done = completions(batch, output, seconds)
+    def _step(self):
+        """Runs the next forward passes, those of several runs together where that can be."""
+        for run in [run for run in self._runs if run.is_given_up]:
+            self._leave(run)
+            for ticket in run.tickets:
+                ticket.future.set_exception(CancelledError())
+
+        stepping = next_to_step(self._runs)
+        started = time.perf_counter()
+        answers = run_passes([run.asked for run in stepping])
+        share_out(self._runs, time.perf_counter() - started, stepping)
+        for run, answer in zip(stepping, answers, strict=True):
+            if isinstance(answer, Exception):
+                self._break(run, answer)
+            else:
+                self._advance(run, answer)
+
+    def _advance(self, run: Run, logits=None):
+        """Takes a run to its next forward pass, or to its end."""
+        started = time.perf_counter()
+        try:
+            run.advance(logits)
+            if logits is None:
+                settle(self.captioner.model.device)
+            spend_alone(self._runs, time.perf_counter() - started, run)
+            if run.output is not None:
+                self._leave(run)
+                self._resolve(run)
+            return
+        except BaseException as error:  # nobody may wait for ever, whatever went wrong
+            broken = error
+        self._break(run, broken)
+
+    def _leave(self, run: Run):
+        """Ends a run; those for which there was no memory beside it may try again."""
+        self._drop(run)
+        with self._changed:
+            for ticket in self._waiting:
+                ticket.is_held = False
+
+    def _drop(self, run: Run):
+        run.close()
+        self._runs = [other for other in self._runs if other is not run]
+
+    def _break(self, run: Run, error: BaseException):
+        """Goes on after an error: without what is kept, each job alone, later, or not at all."""
+        self._drop(run)
+        lacks_memory = isinstance(error, LACKS_MEMORY)
+        if lacks_memory:
+            error = error.with_traceback(None)  # whose frames hold memory
+
+        tickets = [ticket for ticket in run.tickets if not ticket.future.done()]
+        if lacks_memory and run.keeps and self.seen is not None:
+            self.seen.clear()
+            self._start(tickets, run.is_express, keeps=False)
+        elif len(tickets) > 1:  # one of them is to blame: the others run without it
+            for ticket in tickets:
+                self._start([ticket], run.is_express)
+        elif tickets and lacks_memory and self._runs and tickets[0].num_lacks < MAX_LACKS:
+            tickets[0].num_lacks += 1
+            tickets[0].is_held = True
+            with self._changed:
+                self._waiting.appendleft(tickets[0])
+        elif tickets:
+            self._fail(tickets[0], error)
+
+    def _resolve(self, run: Run):
+        """Gives each caller of a run that has ended what came of its job."""
+        assert run.output is not None  # it has ended
+        done = completions(run.tickets, run.output, time.monotonic() - run.started)
         tokens = sum(completion.completion_tokens for completion in done)
-        self.metrics.add_batch(len(batch), seconds, tokens, output.num_forwards)
-        return done
-
-    def _denoise(self, jobs: list, options: dict, on_step) -> DiffusionOutput:
-        """Runs jobs on what was seen of their images; without, where the memory is needed."""
-        if self.seen is not None:
-            try:
-                return jobs[0].generate(self.captioner, jobs, options, on_step, self.seen)
-            except (OutOfMemoryError, MemoryError):
-                self.seen.clear()
-        return jobs[0].generate(self.captioner, jobs, options, on_step)
-
-    def _resolve(self, batch: list[Ticket], done: list[Completion]):
-        for ticket, completion in zip(batch, done, strict=True):
+        forwards = run.output.num_forwards
+        self.metrics.add_batch(len(run.tickets), run.seconds, tokens, forwards)
+        for ticket, completion in zip(run.tickets, done, strict=True):
             if ticket.cancelled:
                 ticket.future.set_exception(CancelledError())
                 continue
@@ -338,7 +361,7 @@ class Engine:
 
     def _fail(self, ticket: Ticket, error: BaseException):
         self.metrics.count("failed")
-        if isinstance(error, OutOfMemoryError):
+        if isinstance(error, LACKS_MEMORY):
             error = JobFailed(f"out of memory: try a smaller image or fewer regions ({error})")
         elif not isinstance(error, ValueError):
             cause, error = error, JobFailed(f"{type(error).__name__}: {error}")

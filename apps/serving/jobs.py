@@ -1,7 +1,7 @@
 """Describes what callers ask of an engine: regions to caption, conversations to answer.
 
 Both kinds of job offer the same few methods, so that the engine need not tell them apart: `check`
-before queueing, `num_rows`, `cost` and `nbytes` for its limits, `generate` for a whole batch,
+before queueing, `num_rows`, `cost` and `nbytes` for its limits, `steps` for a whole batch,
 `result_of`.
 """
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from ...generation_diffusion import Steps
 from ...generation_options import DiffusionOptions
 from ...generation_seen import RegionGroup, Seen, group_by_instruction, plan_groups
 from ...generation_templates import Template, TemplateEncoder
@@ -163,14 +164,17 @@ class RegionJob:
         return are_usual and len(groups) <= max_rows
 
     @staticmethod
-    def generate(
+    def steps(
         captioner: RegionCaptioner,
         jobs: list[RegionJob],
         options: dict,
         callback,
         cache: SeenCache | None = None,
-    ):
-        """Runs all `jobs` at once; what `cache` has of their images is not encoded again."""
+    ) -> Steps:
+        """Runs all `jobs` at once, step by step as `diffusion_steps` does.
+
+        What `cache` has of their images is not encoded again.
+        """
         model, processor = captioner.model, captioner.processor
         images, masks = [job.image for job in jobs], [list(job.masks) for job in jobs]
         call = {"processor": processor, "callback": callback, **options}
@@ -180,7 +184,7 @@ class RegionJob:
         if cache is None or not all(
             job._may_be_seen(captioner, options["batch_size"]) for job in jobs
         ):
-            return model.diffusion_generate(images, masks, prompts, **call)
+            return (yield from model.diffusion_steps(images, masks, prompts, **call))
 
         def see(places: list[int]) -> Seen:
             return model.see(
@@ -190,7 +194,7 @@ class RegionJob:
         with cache.seen([job.digest for job in jobs], see) as seen:
             # The text of a single image is for all its regions, however many there are.
             asked = prompts[0] if len(jobs) == 1 and isinstance(prompts[0], str) else prompts
-            return model.diffusion_generate(seen, prompts=asked, **call)
+            return (yield from model.diffusion_steps(seen, prompts=asked, **call))
 
     def result_of(self, found: Found, **cost) -> RegionCaptions:
         """Returns the result as `RegionCaptioner` gives it."""
@@ -261,16 +265,16 @@ class ChatJob:
         return (prompt_tokens + length) * num_passes(self.template, length, options)
 
     @staticmethod
-    def generate(
+    def steps(
         captioner: RegionCaptioner,
         jobs: list[ChatJob],
         options: dict,
         callback,
         cache: SeenCache | None = None,
-    ):
-        """Runs all `jobs` at once; what `cache` has of their images is not encoded again.
+    ) -> Steps:
+        """Runs all `jobs` at once, step by step as `diffusion_steps` does.
 
-        All have images, or none has.
+        What `cache` has of their images is not encoded again. All have images, or none has.
         """
         model, processor = captioner.model, captioner.processor
         images = [list(job.images) for job in jobs]
@@ -283,13 +287,13 @@ class ChatJob:
         if jobs[0].template is not None:
             call["template"] = [job.template for job in jobs]
         if cache is None or not jobs[0].images:
-            return model.diffusion_generate(images, **call)
+            return (yield from model.diffusion_steps(images, **call))
 
         def see(places: list[int]) -> Seen:
             return model.see([images[i] for i in places], processor=processor)
 
         with cache.seen([job.digest for job in jobs], see) as seen:
-            return model.diffusion_generate(seen, **call)
+            return (yield from model.diffusion_steps(seen, **call))
 
     def result_of(self, found: Found, **cost) -> Answers:
         """Returns the result as `RegionCaptioner` gives it."""
@@ -312,11 +316,18 @@ def num_passes(
     With a template there is a row for each combination of its fields' lengths, and for each
     response one more pass for each of the texts that its fields may be.
     """
+    passes = num_steps(template, length, options) * guidance_factor(options)
     if template is None:
-        return (options.steps or length) * guidance_factor(options)
-    steps = options.steps or sum(own.max_length for own in template.fields if not own.choices)
+        return passes
     choices = sum(len(own.choices) for own in template.fields)
-    return template.num_lengths * steps * guidance_factor(options) + count * choices
+    return template.num_lengths * passes + count * choices
+
+
+def num_steps(template: Template | None, length: int, options: DiffusionOptions) -> int:
+    """Returns how many denoising steps a response takes, at most."""
+    if template is None:
+        return options.steps or length
+    return options.steps or sum(own.max_length for own in template.fields if not own.choices)
 
 
 def template_length(template: Template, processor) -> int:

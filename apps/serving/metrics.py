@@ -15,6 +15,7 @@ COUNTERS = {
     "cancelled": "requests given up by their client or timed out",
     "failed": "requests on which the model failed",
     "batches": "batches run",
+    "joined": "requests that started while others were under way",
     "forwards": "denoising forward passes",
     "tokens": "tokens of captions and answers up to their ends",
     "seen_hits": "requests whose images had been seen before",
@@ -31,7 +32,7 @@ class Metrics:
 
     Args:
         queue_length, running, up, seen_bytes: return the engine's state when metrics are read:
-            requests waiting, requests in the running batch, whether requests are taken, memory of
+            requests waiting, requests under way, whether requests are taken, memory of
             images that were seen.
 
     Attributes:
@@ -56,7 +57,7 @@ class Metrics:
         own = {"namespace": "perceptiondlm", "registry": self.registry}
         self._counters = {name: Counter(name, text, **own) for name, text in COUNTERS.items()}
         self._batch_size = Histogram(
-            "batch_size", "requests of a batch", buckets=BATCH_BUCKETS, **own
+            "batch_size", "requests that started as one batch", buckets=BATCH_BUCKETS, **own
         )
         self._latency = Histogram(
             "latency_seconds", "from queued to answered", buckets=LATENCY_BUCKETS, **own
@@ -65,7 +66,7 @@ class Metrics:
         # Gauges are asked for their value when metrics are read.
         gauges = {
             "queue_length": ("requests waiting", queue_length),
-            "running": ("requests in the running batch", running),
+            "running": ("requests under way", running),
             "up": ("whether requests are taken", up),
             "seen_bytes": ("memory of images that were seen and are kept", seen_bytes),
             "uptime_seconds": ("seconds since the start", lambda: time.time() - self.started),
@@ -79,7 +80,7 @@ class Metrics:
         self._counters[name].inc(amount)
 
     def add_batch(self, jobs: int, seconds: float, tokens: int, forwards: int):
-        """Notes a batch that was run."""
+        """Notes a batch that was run, and how many seconds of the model's time it took."""
         self.count("batches")
         self.count("tokens", tokens)
         self.count("forwards", forwards)

@@ -61,7 +61,9 @@ class SeenCache:
 
     @contextlib.contextmanager
     def seen(self, keys: Sequence[bytes], see: Callable[[list[int]], Seen]) -> Iterator[Seen]:
-        """Gives what was seen of each key, joined; keeps it once it was used.
+        """Gives what was seen of each key, joined; keeps it, and counts it again once it was used.
+
+        Meanwhile others may be given the same.
 
         Args:
             keys: the digest of each image, or of each conversation's images.
@@ -73,6 +75,8 @@ class SeenCache:
             found |= zip(missing, separated(see(list(missing.values()))), strict=True)
         self._count("seen_misses", len(missing))
         self._count("seen_hits", len(keys) - len(missing))
+        for key in missing:
+            self._keep(key, found[key])
 
         try:
             yield Seen.joined([found[key] for key in keys])

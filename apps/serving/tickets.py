@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 
 from ..captioning.results import Step
+from .admission import Checked
 from .completions import Completion
 from .jobs import ChatJob, RegionJob
 
@@ -32,25 +33,36 @@ class Ticket:
     """A job's place in the queue, and its result.
 
     `wait` for it, `result` for it, `follow` its steps, or `cancel` it.
+
+    Args:
+        job: what is asked for.
+        checked: how it is decoded, and what that takes.
+        key: equal for jobs that can share a batch.
+        rows: of a batch, at most; num_batches: how many of them, one after another.
+        client: whose it is.
+        on_step, follow: see `Engine.submit`.
     """
 
     def __init__(
         self,
         job: RegionJob | ChatJob,
-        options: dict,
+        checked: Checked,
         *,
         key,
-        prompt_tokens: int,
-        cost: int,
+        rows: int,
+        num_batches: int,
         client: str | None,
         on_step,
         follow,
     ):
         self.job = job
-        self.options = options
+        self.options = checked.options
         self.key = key
-        self.prompt_tokens = prompt_tokens
-        self.cost = cost
+        self.prompt_tokens = checked.prompt_tokens
+        self.cost = checked.cost
+        self.num_steps = checked.num_steps * num_batches
+        self.rows = rows
+        self.joins = checked.joins
         self.client = client
 
         # What becomes of it.
@@ -58,6 +70,8 @@ class Ticket:
         self.future: Future[Completion] = Future()
         self.submitted = time.monotonic()
         self.started: float | None = None
+        self.num_lacks = 0  # times that there was no memory for it beside others
+        self.is_held = False  # until there is more of it
 
         # The latest step, for a reader in another thread.
         self._on_step = on_step
@@ -70,6 +84,10 @@ class Ticket:
     def cancelled(self) -> bool:
         """Tells whether nobody wants the result any more."""
         return self._cancelled.is_set()
+
+    def begin(self) -> bool:
+        """Marks it as running; tells whether anybody still wants it."""
+        return self.future.running() or self.future.set_running_or_notify_cancel()
 
     def result(self, timeout: float | None = None) -> Completion:
         """Waits for the result; raises TimeoutError, CancelledError or the job's own error."""
