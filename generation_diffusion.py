@@ -213,8 +213,11 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
         if isinstance(images, Seen) and masks is not None:
             raise ValueError("expected no masks for images that were seen with theirs, got some")
         if has_masks and _is_mixed(images, masks):
-            given = images, masks, prompts, template, processor, callback, options
-            return (yield from self._mixed(*given))
+            return (
+                yield from self._mixed(
+                    images, masks, prompts, template, processor, callback, options
+                )
+            )
         if has_masks:
             chosen = self._options(options, "captions", template)
             return (
@@ -225,8 +228,9 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
         if prompts is None:
             raise ValueError("expected masks to caption or prompts to answer, got neither")
         chosen = self._options(options, "answers", template)
-        given = images, prompts, template, processor, chosen, callback
-        return (yield from self._answer_prompts(*given))
+        return (
+            yield from self._answer_prompts(images, prompts, template, processor, chosen, callback)
+        )
 
     def _options(self, options: dict, task: str, template=None) -> DiffusionOptions:
         """Merges the call's options over the checkpoint's, and checks them."""
