@@ -1,15 +1,22 @@
 """The vision path learns names: samples, scores, runs, and what goes on from one."""
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from perceptiondlm.common.loading import load_model
+from perceptiondlm.image_processing_perceptiondlm import normalize
 from perceptiondlm.processing_sequence import IGNORED_LABEL
 from perceptiondlm.scenes.concepts import CONCEPTS
+from perceptiondlm.scenes.thing_examples import NAMES as EXAMPLES
+from perceptiondlm.scenes.thing_examples import open_thing_example
 from perceptiondlm.training import naming, synthetic_things
 from perceptiondlm.training.recipe import build_recipe
 from perceptiondlm.training.recipe_sections import SyntheticData
 from perceptiondlm.training.run import arguments_of, build_trainer, train
+from perceptiondlm.training.synthetic import encode_image
 from test_thing_data import played_scene
 from training_runs import losses_of, recipe_values, small_recipe, weights_of
 
@@ -181,3 +188,27 @@ def test_captions_are_learned_from_where_names_ended(recipe_of, tmp_path, monkey
     before = weights_of(named)
     assert all(torch.equal(w, before[n]) for n, w in trainer.model.state_dict().items())
     trainer.train()
+
+
+@torch.no_grad()
+def test_the_kept_first_stage_names_half_of_the_things_of_the_examples():
+    folder = Path(__file__).parents[1] / "configs" / "things_names"
+    model, processor = load_model(folder, dtype=torch.float32)
+    tokens = naming.name_tokens(processor.tokenizer)
+    roomy = copy.copy(processor.image_processor)
+    prompts, roomy.num_region_prompts = roomy.num_region_prompts, naming.MAX_COUNT
+
+    rights = []
+    for seed in EXAMPLES:
+        scene = open_thing_example(seed)
+        pixels, features, order = encode_image(roomy, scene.image, scene.things)
+        named = torch.from_numpy(features["region_patches"])
+        prompted = named[:, :prompts]  # the largest first, fewer than there are prompts
+        scores = naming.score_names(
+            model, tokens, normalize(torch.from_numpy(pixels)), prompted, named
+        )
+        said = [CONCEPTS[k].name for k in scores[0, : len(order)].argmax(-1).tolist()]
+        rights += [
+            scene.things[k].facts.concept == name for k, name in zip(order, said, strict=True)
+        ]
+    assert len(rights) == 16 and sum(rights) >= 8
