@@ -79,7 +79,7 @@ report: .venv/.ready
 	    --title "Embedded model on 500 held-out synthetic scenes"
 
 # The same of a model of things, as `make things` leaves it; THINGS names another checkpoint.
-THINGS ?= --model runs/things
+THINGS ?= --model ./runs/things
 OF_THINGS := $(THINGS) --scene-kind things
 REPORT_THINGS := outputs/report-things
 report-things: .venv/.ready

@@ -32,14 +32,15 @@ def recipes(target: str) -> list:
 
 def test_things_are_trained_in_two_stages_the_second_from_what_the_first_leaves():
     names, writing = recipes("things")
-    assert writing.model.checkpoint == names.trainer["output_dir"]
+    assert Path(writing.model.checkpoint) == Path(names.trainer["output_dir"])
     assert names.data.objective == "names" and writing.data.scene_kind == "things"
 
 
 def test_the_report_of_things_is_of_what_was_trained():
     output = recipes("things")[1].trainer["output_dir"]
     measured = [words for words in commands("report-things") if "--scene-kind" in words]
-    assert [words[words.index("--model") + 1] for words in measured] == [output] * 3
+    models = [Path(words[words.index("--model") + 1]) for words in measured]
+    assert models == [Path(output)] * 3
 
 
 @pytest.mark.parametrize("target", ["report", "report-things"])
