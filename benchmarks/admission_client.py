@@ -89,7 +89,8 @@ def captions(tickets: list) -> list[list[str]]:
 def main(asked: dict):
     """Runs one way of asking on the embedded model and prints the result as JSON."""
     captioner = RegionCaptioner.from_pretrained(device="cpu")
-    limits = {"max_queue": asked["requests"] + 1, "max_client_cost": 10**12, "seen_bytes": 0}
+    max_queue = max(asked["requests"], asked["max_batch"]) + 1
+    limits = {"max_queue": max_queue, "max_client_cost": 10**12, "seen_bytes": 0}
     with Engine(captioner, max_batch=asked["max_batch"], **limits) as engine:
         # Warm up: the shapes of one request and of a batch of them.
         warm = Asker(engine, asked["regions"])
