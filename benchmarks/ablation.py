@@ -113,8 +113,8 @@ def train_row(name: str, seed: int, arguments) -> Path:
     recipe = asdict(load_recipe(arguments.recipe, overrides))
     if not (folder / "model.safetensors").exists():
         write_json(folder / RECIPE_FILE, recipe)
-        _run("train", arguments.recipe, *overrides)
-    _expect_made_with(folder / RECIPE_FILE, recipe)
+        run_command("train", arguments.recipe, *overrides)
+    expect_made_with(folder / RECIPE_FILE, recipe)
     return folder
 
 
@@ -128,12 +128,12 @@ def measure_row(name: str, seed: int, arguments) -> dict:
         if arguments.scene_kind == THINGS.name:
             kind += ("--skip", ",".join(PARTS))
         options = (*sizes, *kind, *ROWS[name].decoding, "--output", str(report))
-        _run("evaluate", "synthetic", "--model", str(folder), *options)
-    _expect_made_with(report, {"scenes": arguments.scenes, "seed": arguments.seed})
+        run_command("evaluate", "synthetic", "--model", str(folder), *options)
+    expect_made_with(report, {"scenes": arguments.scenes, "seed": arguments.seed})
     return read_json(report)
 
 
-def _expect_made_with(file: Path, wanted: dict):
+def expect_made_with(file: Path, wanted: dict):
     """Refuses what an earlier run has left if its sizes or recipe were others than `wanted`."""
     kept = read_json(file)
     for name, value in wanted.items():
@@ -141,7 +141,7 @@ def _expect_made_with(file: Path, wanted: dict):
             raise ValueError(f"expected {name} {value} in {file}, got {kept[name]}; move it away")
 
 
-def _run(*command: str):
+def run_command(*command: str):
     subprocess.run([sys.executable, "-m", "perceptiondlm.apps.cli", *command], check=True)
 
 

@@ -17,8 +17,6 @@ goes on with the next one. A Markdown table is written beside the JSON.
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from ..common.files import write_json, write_text
@@ -28,6 +26,7 @@ from ..evaluation.environment import versions
 from ..evaluation.report import markdown_table
 from ..image_masks import encode_rle
 from ..scenes.shapes import render_scene
+from .ablation import expect_made_with, run_command
 from .denoising import describe_machine
 
 INTERVALS = (1, 4, 8, 0)  # of `prompt_refresh_interval`, beside exact decoding; 0 is never
@@ -35,30 +34,32 @@ RULES = "fixed,threshold:0.9,threshold:0.6+0.3,factor:1.0,entropy_bound:0.1"
 TREE_RECIPE = "configs/regions_to_tree.yaml"
 TREE = {"region_layout": "independent", "roi_convention": "aligned"}
 TREE_SHARE = 10  # the tree is learned in a tenth of the steps
+EPOCHS = 4  # in which the tree's images are seen
 NEW_IMAGES_SEED = 50_000_000  # far from all scenes that are trained on or measured
-QUESTION_FREE = ("data.region_share=1.0", "data.first_region_share=null")
-MEASURED = ("attribute_accuracy", "exact_caption_rate", "interference_rate", "forwards", "seconds")
+SHARES = ("attribute_accuracy", "exact_caption_rate", "interference_rate")
+MEASURED = (*SHARES, "forwards", "seconds")
+SIZES = ("recipe", "overrides", "steps", "scenes", "seed", "batch_size", "tree_rate")
+
+
+def train(folder: Path, recipe: str, *overrides: str) -> Path:
+    """Returns the folder of a model, which is trained, or trained on, unless it is there."""
+    if not (folder / "model.safetensors").exists():
+        resumed = ["--resume"] if any(folder.glob("checkpoint-*")) else []
+        run_command("train", recipe, f"trainer.output_dir={folder}", *overrides, *resumed)
+    return folder
 
 
 def train_joint(arguments: argparse.Namespace) -> Path:
-    """Returns the folder of the joint-layout model, which is trained unless it is there."""
-    folder = arguments.runs / "joint"
-    if not (folder / "model.safetensors").exists():
-        resumed = ["--resume"] if any(folder.glob("checkpoint-*")) else []
-        decay = arguments.steps * 5 // 7
-        _run(
-            "train",
-            arguments.recipe,
-            f"trainer.output_dir={folder}",
-            "model.config.region_layout=released",
-            "data.questions_per_sample=1",
-            *QUESTION_FREE,
-            f"trainer.max_steps={arguments.steps}",
-            f"trainer.lr_scheduler_kwargs.num_decay_steps={decay}",
-            *arguments.overrides,
-            *resumed,
-        )
-    return folder
+    """Trains the joint-layout model on captions alone; returns its folder."""
+    return train(
+        arguments.runs / "joint",
+        arguments.recipe,
+        "model.config.region_layout=released",
+        *("data.questions_per_sample=1", "data.region_share=1.0", "data.first_region_share=null"),
+        f"trainer.max_steps={arguments.steps}",
+        f"trainer.lr_scheduler_kwargs.num_decay_steps={arguments.steps * 5 // 7}",
+        *arguments.overrides,
+    )
 
 
 def sweep(model: Path, interval: int | None, arguments: argparse.Namespace) -> list[dict]:
@@ -68,10 +69,10 @@ def sweep(model: Path, interval: int | None, arguments: argparse.Namespace) -> l
     """
     name = "exact" if interval is None else f"refresh-{interval}"
     report = arguments.runs / f"{name}.json"
-    if not report.exists():
+    if not report.with_suffix(".md").exists():  # which comes last
         option = () if interval is None else ("--option", f"prompt_refresh_interval={interval}")
         sizes = _sizes(arguments)
-        _run(
+        run_command(
             *("evaluate", "sweep", "--model", str(model), *sizes, "--steps", "4,full"),
             *("--rules", RULES, *option, "--output", str(report)),
         )
@@ -83,7 +84,7 @@ def measure(model: Path, arguments: argparse.Namespace) -> dict:
     report = arguments.runs / f"measured-{model.name}.json"
     if not report.exists():
         sizes = _sizes(arguments)
-        _run("evaluate", "synthetic", "--model", str(model), *sizes, "--output", str(report))
+        run_command("evaluate", "synthetic", "--model", str(model), *sizes, "--output", str(report))
     measured = read_json(report)
     return {"model": model.name, **{name: measured[name] for name in MEASURED}}
 
@@ -115,30 +116,28 @@ def write_images(count: int, arguments: argparse.Namespace) -> Path:
 
 
 def learn_tree(joint: Path, arguments: argparse.Namespace) -> Path:
-    """Returns the folder of the model that the joint one has taught the tree layout."""
-    folder, steps = arguments.runs / "tree", arguments.steps // TREE_SHARE
-    captioned = arguments.runs / "captioned"
+    """Teaches the joint model the tree layout by its own captions; returns the new one's folder."""
+    steps, captioned = arguments.steps // TREE_SHARE, arguments.runs / "captioned"
     if not (captioned / "summary.json").exists():
-        records = write_images(steps * arguments.batch_size // 4, arguments)
-        _run("caption-dataset", str(records), "--model", str(joint), "--output", str(captioned))
-    if not (folder / "model.safetensors").exists():
-        _run(
-            "train",
-            TREE_RECIPE,
-            f"trainer.output_dir={folder}",
-            f"model.checkpoint={joint}",
-            f"distillation.checkpoint={joint}",
-            f"data.files=[{captioned}/captions/*.parquet]",
-            f"data.image_root={arguments.runs / 'images'}",
-            f"data.caption_length={arguments.caption_length}",
-            *("model.dtype=float32", "distillation.dtype=float32", "lora=null"),
-            f"trainer.per_device_train_batch_size={arguments.batch_size}",
-            *("trainer.gradient_accumulation_steps=1", "trainer.activation_checkpointing=false"),
-            *("trainer.bf16=false", "trainer.dataloader_num_workers=0"),
-            f"trainer.max_steps={steps}",
-            f"trainer.learning_rate={arguments.tree_rate}",
-        )
-    return folder
+        batches = max(steps // EPOCHS, 1)
+        records = write_images(batches * arguments.batch_size, arguments)
+        place = ("--model", str(joint), "--output", str(captioned))
+        run_command("caption-dataset", str(records), *place)
+
+    length = read_json(joint / "generation_config.json")["caption_length"]
+    return train(
+        arguments.runs / "tree",
+        TREE_RECIPE,
+        *(f"model.checkpoint={joint}", f"distillation.checkpoint={joint}"),
+        f"data.files=[{captioned}/captions/*.parquet]",
+        f"data.image_root={arguments.runs / 'images'}",
+        f"data.caption_length={length}",
+        *("model.dtype=float32", "distillation.dtype=float32", "lora=null"),
+        f"trainer.per_device_train_batch_size={arguments.batch_size}",
+        *("trainer.gradient_accumulation_steps=1", "trainer.activation_checkpointing=false"),
+        *("trainer.bf16=false", "trainer.dataloader_num_workers=0"),
+        *(f"trainer.max_steps={steps}", f"trainer.learning_rate={arguments.tree_rate}"),
+    )
 
 
 def _sizes(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -146,38 +145,29 @@ def _sizes(arguments: argparse.Namespace) -> tuple[str, ...]:
     return "--scenes", str(arguments.scenes), "--seed", str(arguments.seed)
 
 
-def _run(*command: str):
-    subprocess.run([sys.executable, "-m", "perceptiondlm.apps.cli", *command], check=True)
-
-
 def table(result: dict) -> str:
     """Renders the sweeps, and the models on the way to the tree layout, as Markdown tables."""
-    swept = result["sweeps"]
-    names = ("prompt", "rule", "value", "verify", "steps", "forwards_per_pass")
-    shares = ("attribute_accuracy", "exact_caption_rate", "interference_rate")
-    rows = [[_cell(row[name]) for name in names] + _shares(row, shares) for row in swept]
-    seconds = [f"{row['seconds']:.1f}" for row in swept]
-    rows = [[*row, time] for row, time in zip(rows, seconds, strict=True)]
-    header = [name.replace("_", " ") for name in (*names, *shares, "seconds")]
+    told = ("prompt", "rule", "value", "verify", "steps", "forwards_per_pass")
+    measured = [name.replace("_", " ") for name in (*SHARES, "seconds")]
+    swept = [[*(_cell(row[name]) for name in told), *_measured(row)] for row in result["sweeps"]]
+    moved = [[row["model"], *_measured(row)] for row in result["models"]]
 
-    models = [
-        [row["model"], *_shares(row, shares), f"{row['seconds']:.1f}"] for row in result["models"]
-    ]
     return "\n".join(
         (
             f"Joint layout, {result['steps']} steps of `{result['recipe']}`,"
             f" {result['scenes']} held-out scenes; shares in per cent.",
             "",
-            markdown_table(header, rows),
+            markdown_table([*(name.replace("_", " ") for name in told), *measured], swept),
+            "",
             f"Moved to the tree layout in {result['tree_steps']} steps, decoded exactly:",
             "",
-            markdown_table(["model", *header[len(names) :]], models),
+            markdown_table(["model", *measured], moved),
         )
     )
 
 
-def _shares(row: dict, names: tuple[str, ...]) -> list[str]:
-    return [f"{100 * row[name]:.2f}" for name in names]
+def _measured(row: dict) -> list[str]:
+    return [*(f"{100 * row[name]:.2f}" for name in SHARES), f"{row['seconds']:.1f}"]
 
 
 def _cell(value) -> str:
@@ -195,8 +185,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=6000, help="of the joint layout's training")
     add("--scenes", type=int, default=200, help="held-out scenes of each measurement")
     add("--seed", type=int, default=200000, help="of the first of them")
-    add("--batch-size", type=int, default=16, help="of learning the tree, in regions' images")
-    add("--caption-length", type=int, default=11)
+    add("--batch-size", type=int, default=16, help="images of a step that learns the tree")
     add("--tree-rate", type=float, default=5e-4, help="learning rate of the tree layout")
     add("--runs", type=Path, default=Path("runs/joint-layout"), help="folder of what is made")
     add("--output", type=Path, required=True, help="JSON; the tables go beside it")
@@ -206,6 +195,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main():
     """Trains, sweeps, moves to the tree layout; writes the numbers as JSON and as tables."""
     arguments = parse()
+    arguments.runs = arguments.runs.resolve()
+
+    # What is kept there has to be of the same sizes.
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    kept = arguments.runs / "sizes.json"
+    if not kept.exists():
+        arguments.runs.mkdir(parents=True, exist_ok=True)
+        write_json(kept, sizes)
+    expect_made_with(kept, sizes)
+
     joint = train_joint(arguments)
     rows = [row for interval in (None, *INTERVALS) for row in sweep(joint, interval, arguments)]
     folders = (joint, switch(joint, arguments), learn_tree(joint, arguments))
@@ -213,7 +212,7 @@ def main():
     result = {
         "machine": describe_machine("cpu"),
         "versions": versions(),
-        **{name: getattr(arguments, name) for name in ("recipe", "steps", "scenes", "seed")},
+        **sizes,
         "tree_steps": arguments.steps // TREE_SHARE,
         "sweeps": rows,
         "models": [measure(folder, arguments) for folder in folders],

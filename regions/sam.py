@@ -200,7 +200,7 @@ class SamSegmenter:
             input_ids=words["input_ids"].to(device),
             attention_mask=words["attention_mask"].to(device),
         )
-        # A query's score holds for the name only as far as the name is in the image at all.
+        # The probability that a query fits, times that of the name being in the image at all.
         scores = (
             (output.pred_logits[0].sigmoid() * output.presence_logits[0].sigmoid()).float().cpu()
         )

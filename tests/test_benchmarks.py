@@ -173,7 +173,7 @@ def ablate(tmp_path, monkeypatch):
         return calls[before:]
 
     calls, output = [], tmp_path / "result.json"
-    monkeypatch.setattr(ablation, "_run", pretend)
+    monkeypatch.setattr(ablation, "run_command", pretend)
     return run, output
 
 
