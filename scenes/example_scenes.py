@@ -6,6 +6,7 @@
 The demo, the web page and the documents' figures show scenes of `EMBEDDED_KIND`.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -65,12 +66,14 @@ class ExampleKind:
 SHAPE_TEMPLATE = caption_of_shape(
     {name: f"{{{name}:{'|'.join(values)}}}" for name, values in VOCABULARY.items()}
 )
+SHAPE_FIELDS = re.findall(r"{(\w+):", SHAPE_TEMPLATE)  # in the sentence's order
 
 
 def _open_shapes(seed: int) -> ExampleScene:
     scene, objects = render_scene(seed, "heldout"), []
     for thing in scene.objects:
-        objects.append(ExampleObject(thing.mask, thing.caption, thing.attributes, None))
+        fields = {name: thing.attributes[name] for name in SHAPE_FIELDS}
+        objects.append(ExampleObject(thing.mask, thing.caption, fields, None))
     return ExampleScene(scene.image, objects, scene.questions, SHAPE_TEMPLATE)
 
 

@@ -19,9 +19,11 @@ pytest.importorskip("fastapi", reason="the endpoint needs the package's apps ext
 
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
 from perceptiondlm.apps.cli import main  # noqa: E402
+from perceptiondlm.apps.serving import pool  # noqa: E402
 from perceptiondlm.apps.serving.chat import RequestReader  # noqa: E402
 from perceptiondlm.apps.serving.decode import Decoder  # noqa: E402
 from perceptiondlm.apps.serving.engine import Engine, QueueFull  # noqa: E402
+from perceptiondlm.apps.serving.errors import ApiError  # noqa: E402
 from perceptiondlm.apps.serving.jobs import ChatJob, RegionJob  # noqa: E402
 from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
 from perceptiondlm.apps.serving.request import read_request  # noqa: E402
@@ -260,15 +262,51 @@ def test_a_request_whose_reading_takes_too_long_ends_and_the_next_is_answered(ca
 
 def test_the_deadline_covers_the_wait_for_a_reader(captioner):
     with served(captioner, limits=Limits(request_seconds=1.0)) as (address, engine):
-        pool = engine_pool()
-        taken = [pool._idle.get() for _ in range(pool.count)]  # all are busy
+        readers = engine_pool()
+        taken = [readers._idle.get() for _ in range(readers.count)]  # all are busy
         try:
             started = time.monotonic()
             answer = post(address)
             assert answer.status_code == 504 and time.monotonic() - started < 5
         finally:
             for worker in taken:
-                pool._idle.put(worker)
+                readers._idle.put(worker)
+
+
+class SlowWorker:
+    """A worker process that takes a while to start, and reads whatever it is given as nothing."""
+
+    started = 0
+
+    def __init__(self):
+        time.sleep(1.0)
+        type(self).started += 1
+
+    def ask(self, header, blob, seconds):
+        return {"images": []}, []
+
+
+def test_a_reader_that_starts_too_late_for_a_request_is_there_for_the_next(monkeypatch):
+    monkeypatch.setattr(pool, "Worker", SlowWorker)
+    readers, started = pool.WorkerPool(1), time.monotonic()
+    with pytest.raises(ApiError) as refused:
+        readers.read_page("", Limits(request_seconds=0.1))
+    assert refused.value.status == 504 and time.monotonic() - started < 0.9
+    assert readers.read_page("", Limits(request_seconds=20)) == (None, [])
+    assert SlowWorker.started == 1
+
+
+def test_a_reader_that_does_not_start_leaves_its_place_to_another(monkeypatch):
+    def broken():
+        raise RuntimeError("a worker process ended before it was ready")
+
+    readers = pool.WorkerPool(1)
+    monkeypatch.setattr(pool, "Worker", broken)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="before it was ready"):
+            readers.read_page("", Limits(request_seconds=20))
+    monkeypatch.setattr(pool, "Worker", SlowWorker)
+    assert readers.read_page("", Limits(request_seconds=20)) == (None, [])
 
 
 def engine_pool():

@@ -19,6 +19,7 @@ from perceptiondlm.apps.serving import events  # noqa: E402
 from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
 from perceptiondlm.apps.serving.jobs import ChatJob  # noqa: E402
 from perceptiondlm.apps.serving.limits import Limits  # noqa: E402
+from perceptiondlm.apps.serving.pool import shared_pool  # noqa: E402
 from serving import counted, data_url, image_part, mask_part, served, text_part, user  # noqa: E402
 from shapes import shapes_captioner  # noqa: E402
 
@@ -353,6 +354,8 @@ def test_a_full_queue_answers_429_with_retry_after(captioner):
 
 
 def test_a_request_that_takes_too_long_is_given_up(captioner):
+    # A worker process is there.
+    shared_pool().read_page('{"image": null, "regions": []}', Limits())
     limits = Limits(request_seconds=0.5)
     with served(captioner, limits=limits, engine={"window": 20.0}) as (address, engine):
         body = {"model": "tester", "messages": user(image_part(IMAGE)), "masks": [[5, 5, 30, 30]]}

@@ -4,6 +4,7 @@ Threads of the server wait for a worker; they hold no interpreter lock while it 
 """
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future, wait
 
 from PIL import Image
 
@@ -111,21 +113,15 @@ class WorkerPool:
 
     def _run(self, header: dict, blob: bytes, limits: Limits, seconds: float, deadline: float):
         header["limits"] = dataclasses.asdict(limits)
-        # A place among the workers; None stands for one whose process is still to be started.
-        try:
-            worker = self._idle.get(timeout=max(0, deadline - time.monotonic()))
-        except queue.Empty:
-            raise ApiError(504, "expected an answer in time, got none", code="timeout") from None
+        worker: Worker | None = self._take(deadline)
 
         # A worker that crashed or took too long is ended; the next task starts another.
         try:
-            worker = worker or Worker()
             seconds = max(0, min(seconds, deadline - time.monotonic()))
             answer, blobs = worker.ask(header, blob, seconds)
         except (EOFError, OSError) as error:
             log.warning("a worker process was ended: it took over %.1f s or crashed", seconds)
-            if worker is not None:
-                worker.close()
+            worker.close()
             worker = None
             message = f"expected images that can be decoded within {seconds:.1f} seconds"
             raise ApiError(400, message, code="invalid_input") from error
@@ -136,28 +132,67 @@ class WorkerPool:
             raise _failure(answer["error"])
         return answer, blobs
 
+    def _take(self, deadline: float) -> Worker:
+        """Takes a worker, which is started if need be; raises ApiError where that takes too long.
+
+        One that starts too late for this request is there for the next.
+        """
+        too_late = ApiError(504, "expected an answer in time, got none", code="timeout")
+        try:
+            worker = self._idle.get(timeout=max(0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise too_late from None
+        if worker is not None:
+            return worker
+
+        starting = _start()
+        done, _ = wait([starting], max(0, deadline - time.monotonic()))
+        if not done:
+            starting.add_done_callback(self._keep)
+            raise too_late
+        if starting.exception() is not None:
+            self._idle.put(None)
+        return starting.result()
+
+    def _keep(self, starting: Future[Worker]):
+        """Gives a worker that has started its place; the next task starts one that has not."""
+        self._idle.put(None if starting.exception() else starting.result())
+
     def warm_up(self):
         """Begins to start all workers, so that no request has to wait for one to start."""
-
-        def start():
-            worker = self._idle.get()
-            try:
-                worker = worker or Worker()
-            finally:
+        for worker in self._take_idle():
+            if worker is None:
+                _start().add_done_callback(self._keep)
+            else:
                 self._idle.put(worker)
-
-        for _ in range(self.count):
-            threading.Thread(target=start, daemon=True).start()
 
     def close(self):
         """Ends the processes that are idle; those at work end with their task or with this one."""
-        while True:
-            try:
-                worker = self._idle.get_nowait()
-            except queue.Empty:
-                return
+        for worker in self._take_idle():
             if worker is not None:
                 worker.close()
+
+    def _take_idle(self) -> list[Worker | None]:
+        """Takes all places whose workers have nothing to do."""
+        taken = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                taken.append(self._idle.get_nowait())
+        return taken
+
+
+def _start() -> Future[Worker]:
+    """Begins to start a worker, in a thread of its own."""
+    starting: Future[Worker] = Future()
+
+    def start():
+        try:
+            starting.set_result(Worker())
+        except BaseException as error:  # whoever waits for it is told
+            starting.set_exception(error)
+
+    threading.Thread(target=start, daemon=True).start()
+    return starting
 
 
 @functools.cache
