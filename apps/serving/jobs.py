@@ -317,6 +317,7 @@ def num_passes(
     response one more pass for each of the texts that its fields may be.
     """
     passes = num_steps(template, length, options) * guidance_factor(options)
+    passes *= options.num_return_sequences
     if template is None:
         return passes
     choices = sum(len(own.choices) for own in template.fields)

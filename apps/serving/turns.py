@@ -32,16 +32,18 @@ def next_to_start(
 
     Returns the tickets, none where nothing may start, and whether they are far shorter.
     """
+    if any(run.needs_all for run in runs):
+        return [], False
     waiting = [ticket for ticket in waiting if not (ticket.is_held and runs)]
-    is_blocked = False
+    blocked = set()  # kinds of places for which an older job waits: the younger do not overtake it
     for place, first in enumerate(waiting):
-        is_express = _is_far_shorter(first, runs)
-        if is_blocked and not is_express:
+        is_express = not first.needs_all and _is_far_shorter(first, runs)
+        if is_express in blocked:
             continue
         room = _room(first, runs, is_express, max_rows)
         if first.rows <= room:
             return _with_companions(first, waiting[place + 1 :], room), is_express
-        is_blocked = is_blocked or not is_express  # the younger do not overtake it
+        blocked.add(is_express)
     return [], False
 
 
@@ -58,6 +60,8 @@ def _is_far_shorter(ticket: Ticket, runs: Sequence[Run]) -> bool:
 
 def _room(ticket: Ticket, runs: Sequence[Run], is_express: bool, max_rows: int) -> int:
     """Counts the rows for which there is room; those that cannot run with others start alone."""
+    if runs and ticket.needs_all:
+        return 0
     rows = sum(run.rows for run in runs if run.is_express == is_express)
     if rows and not ticket.joins:
         return 0
@@ -67,7 +71,8 @@ def _room(ticket: Ticket, runs: Sequence[Run], is_express: bool, max_rows: int) 
 def _with_companions(first: Ticket, others: Sequence[Ticket], room: int) -> list[Ticket]:
     batch, rows = [first], first.rows
     for ticket in others:
-        if ticket.key == first.key and rows + ticket.rows <= room:
+        is_alone = first.needs_all or ticket.needs_all
+        if ticket.key == first.key and rows + ticket.rows <= room and not is_alone:
             batch.append(ticket)
             rows += ticket.rows
     return batch
