@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import CancelledError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import torch
 pytest.importorskip("fastapi", reason="the engine needs the package's apps extra")
 
 from perceptiondlm.apps.captioning.captioner import RegionCaptioner  # noqa: E402
+from perceptiondlm.apps.serving import engine as engine_module  # noqa: E402
 from perceptiondlm.apps.serving.engine import Engine  # noqa: E402
 from perceptiondlm.apps.serving.jobs import ChatJob, RegionJob  # noqa: E402
 from perceptiondlm.generation_cache import ForwardPass  # noqa: E402
+from perceptiondlm.generation_loop import answered  # noqa: E402
 from serving import counted  # noqa: E402
 from test_serve_admission import LONG, SHORT, LongJob  # noqa: E402
 
@@ -34,13 +37,13 @@ def by_chance(tree, monkeypatch):
     return change
 
 
-def short_beside_others(model, engine: Engine, size, monkeypatch):
-    """Leaves no memory for images of a size while others run."""
+def short_beside_others(model, engine: Engine, size, monkeypatch, max_others: int = 0):
+    """Leaves no memory for images of a size beside more than so many jobs."""
     steps = model.diffusion_steps
 
     def short_of_memory(images, *args, **options):
         of_size = not hasattr(images, "groups") and images[0].size == size
-        if of_size and engine.running > 1:
+        if of_size and engine.running > 1 + max_others:
             raise torch.OutOfMemoryError("no room")
         return steps(images, *args, **options)
 
@@ -151,34 +154,24 @@ def test_a_job_given_up_while_it_waits_for_memory_leaves_the_queue(tree, scene, 
 
 def test_a_job_that_fails_makes_room_for_those_that_wait_for_memory(tree, scene, monkeypatch):
     image, masks = scene((61, 47), 2)
-    with Engine(tree, window=0.0, seen_bytes=0) as engine:
-        short_beside_others(tree.model, engine, (90, 50), monkeypatch)
-        longs = [LongJob(engine, RegionJob.build(image, masks))]
-        bad = engine.submit(RegionJob.build(image, masks), on_step=_fails_at(9), **LONG)
-        held = engine.submit(RegionJob.build(*scene((90, 50), 1)), **SHORT)
-        lacks = []
-        monkeypatch.setattr(engine, "_release_held", _noting(engine, held, lacks))
-        longs[0].goes_on.set()
-        assert bad.future.exception(60) and held.result(60) and longs[0].ticket.result(60)
-    assert lacks[0] == (True, False)  # held until then, while the long one went on
 
-
-def _fails_at(number: int):
-    def on_step(step):
-        if step.number == number:
+    def fails(step):
+        if step.number == 4:
             raise RuntimeError("boom")
 
-    return on_step
-
-
-def _noting(engine: Engine, held, lacks: list):
-    release = engine._release_held
-
-    def noting():
-        lacks.append((held.is_held, engine.running == 0))
-        release()
-
-    return noting
+    with Engine(tree, window=0.0, seen_bytes=0) as engine:
+        short_beside_others(tree.model, engine, (90, 50), monkeypatch, max_others=1)
+        long = LongJob(engine, RegionJob.build(image, masks))
+        bad = engine.submit(RegionJob.build(image, masks), on_step=fails, **LONG)
+        is_late = []
+        held = engine.submit(
+            RegionJob.build(*scene((90, 50), 1)),
+            on_step=lambda _: is_late.append(long.ticket.future.done()),
+            **SHORT,
+        )
+        long.goes_on.set()
+        assert bad.future.exception(60) and held.result(60) and long.ticket.result(60)
+    assert held.num_lacks and not any(is_late)
 
 
 def test_steps_that_run_again_after_a_failure_are_not_told_again(tree, scene, monkeypatch):
@@ -202,6 +195,88 @@ def test_steps_that_run_again_after_a_failure_are_not_told_again(tree, scene, mo
         )
         assert ticket.result(60).result.captions == alone
     assert len(passes) == 6 + 9 and numbers == list(range(1, 10))
+
+
+# Templates: texts are chosen in forward passes of their own, between which others run.
+
+COLORS = ["red", "green", "blue", "gray", "pink", "brown", "black", "white", "any color of all"]
+
+
+@pytest.mark.parametrize("layout", ["independent", "released"])
+def test_each_forward_pass_that_chooses_a_text_is_a_step_of_its_own(make, scene, layout):
+    model, processor = make(region_layout=layout)
+    image, masks = scene((61, 47), 2)
+    call = {"template": {"color": COLORS, "size": ["s", "m"]}, "processor": processor}
+    expected = model.diffusion_generate(image, list(masks), **call)
+    steps, passes = model.diffusion_steps(image, list(masks), **call), []
+
+    def answer(one: ForwardPass):
+        passes.append(len(one.response_ids))
+        return one.run()
+
+    assert answered(steps, answer).texts == expected.texts
+    assert passes == [8, 1, 2] * 2  # at most eight texts at once
+
+
+def test_a_job_that_chooses_among_many_texts_ends_when_it_is_given_up(tree, scene, monkeypatch):
+    image, masks = scene((61, 47), 2)
+    job = RegionJob.build(image, masks, template={"a": COLORS, "b": COLORS, "c": COLORS})
+    run, passes = ForwardPass.run, []
+
+    def noting(self):
+        passes.append(self)
+        if len(passes) == 3:
+            ticket.cancel()
+        return run(self)
+
+    monkeypatch.setattr(ForwardPass, "run", noting)
+    with Engine(tree, window=0.2) as engine:
+        ticket = engine.submit(job)
+        with pytest.raises(CancelledError):
+            ticket.result(60)
+        assert ticket.num_steps == 12 + 1 and engine.running == 0
+    assert len(passes) == 3
+
+
+# A stream of jobs whose start takes most of their time.
+
+
+def test_a_long_job_gets_its_share_beside_jobs_that_hardly_do_more_than_start(
+    tree, scene, monkeypatch
+):
+    image, masks = scene((61, 47), 1)
+    clock = [0.0]  # a step takes 1, a start 10
+    run_passes, diffusion_steps = engine_module.run_passes, tree.model.diffusion_steps
+
+    def step(passes):
+        clock[0] += 1
+        return run_passes(passes)
+
+    def start(*args, **options):
+        clock[0] += 10
+        return diffusion_steps(*args, **options)
+
+    times = SimpleNamespace(perf_counter=lambda: clock[0], monotonic=time.monotonic)
+    monkeypatch.setattr(engine_module, "time", times)
+    monkeypatch.setattr(engine_module, "run_passes", step)
+    monkeypatch.setattr(tree.model, "diffusion_steps", start)
+    with Engine(tree, window=0.0) as engine:
+        ends, shorts = [], []
+
+        def again(_=None):
+            if not ends:
+                shorts.append(engine.submit(RegionJob.build(image, masks), caption_length=1))
+                shorts[-1].future.add_done_callback(again)
+
+        long = LongJob(engine, RegionJob.build(image, masks))
+        long.ticket.future.add_done_callback(lambda _: ends.append(clock[0]))
+        again()
+        again()
+        long.goes_on.set()
+        assert long.ticket.result(120)
+        assert [ticket.result(60) for ticket in shorts]
+    # of three, and what it may fall behind: twice that, were it all of its own time
+    assert ends[0] < 48 * (3 + 2) and len(shorts) > 9
 
 
 # The end.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ...generation_cache import is_packable
 from ...generation_options import IN_BLOCKS, TEMPLATE_DECIDES, DiffusionOptions, merge_options
 from ..captioning.captioner import RegionCaptioner
-from .jobs import ChatJob, RegionJob, TooLong, num_steps, template_length
+from .jobs import ChatJob, RegionJob, TooLong, num_choosing, num_steps, template_length
 
 OWN_OPTIONS = (  # not for a job to set
     *("generator", "batch_size", "return_history", "compile"),
@@ -23,6 +23,7 @@ class Checked(NamedTuple):
         prompt_tokens: of all its region groups.
         cost: see `RegionJob.cost`.
         num_steps: denoising steps at most, of one batch.
+        num_choosing: forward passes before them, which choose among a template's texts.
         joins: its forward passes run together with those of others (see `is_packable`).
         num_candidates: rows for each of its own, by the checkpoint's `num_return_sequences`.
     """
@@ -31,6 +32,7 @@ class Checked(NamedTuple):
     prompt_tokens: int
     cost: int
     num_steps: int
+    num_choosing: int
     joins: bool
     num_candidates: int
 
@@ -99,7 +101,9 @@ class Admission:
         steps = max(1, num_steps(job.template, length, built))
         layout = self.captioner.model.config.region_layout
         joins = is_packable(layout, built.cfg_scale, built.compile, built.block_cache)
-        return Checked(options, prompt_tokens, cost, steps, joins, built.num_return_sequences)
+        choosing = num_choosing(job.template, job.count)
+        candidates = built.num_return_sequences
+        return Checked(options, prompt_tokens, cost, steps, choosing, joins, candidates)
 
     def _expect_affordable(self, cost: int):
         if cost > self.max_cost:

@@ -37,7 +37,14 @@ from .packing import run_passes, settle
 from .runs import Run
 from .seen_cache import SeenCache
 from .tickets import EngineClosed, JobFailed, QueueFull, Ticket
-from .turns import next_to_start, next_to_step, num_companions_rows, share_out, spend_alone
+from .turns import (
+    holds_back,
+    next_to_start,
+    next_to_step,
+    num_companions_rows,
+    share_out,
+    spend_alone,
+)
 
 LACKS_MEMORY = (OutOfMemoryError, MemoryError)
 MAX_LACKS = 3  # times that a job waits for some of the others' memory; then for all of it
@@ -102,6 +109,7 @@ class Engine:
         # What callers and the thread share; `_changed` guards the queue and what clients owe.
         self._waiting: deque[Ticket] = deque()
         self._runs: list[Run] = []  # which the thread alone changes
+        self._is_held_back = False  # the next job, for the sake of those that run
         self._owed: Counter[str] = Counter()  # cost of each client's jobs that wait or run
         self._changed = threading.Condition()
         self._closed = self._drops = False
@@ -230,7 +238,9 @@ class Engine:
             if not self._runs and not self._wait():
                 return False
             self._forget_given_up()
-            batch, is_express = next_to_start(self._waiting, self._runs, self.max_batch)
+            self._is_held_back = bool(self._waiting) and holds_back(self._runs)
+            waiting = () if self._is_held_back else self._waiting
+            batch, is_express = next_to_start(waiting, self._runs, self.max_batch)
             chosen = set(map(id, batch))
             self._waiting = deque(t for t in self._waiting if id(t) not in chosen)
         if batch and self._runs:
@@ -311,7 +321,8 @@ class Engine:
         stepping = next_to_step(self._runs)
         started = time.perf_counter()
         answers = run_passes([run.asked for run in stepping])
-        share_out(self._runs, time.perf_counter() - started, stepping)
+        seconds = time.perf_counter() - started
+        share_out(self._runs, seconds, stepping, int(self._is_held_back))
         for run, answer in zip(stepping, answers, strict=True):
             if isinstance(answer, Exception):
                 self._break(run, answer)

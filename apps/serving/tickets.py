@@ -60,7 +60,7 @@ class Ticket:
         self.key = key
         self.prompt_tokens = checked.prompt_tokens
         self.cost = checked.cost
-        self.num_steps = checked.num_steps * num_batches
+        self.num_steps = checked.num_steps * num_batches + checked.num_choosing
         self.rows = rows
         self.joins = checked.joins
         self.client = client

@@ -4,6 +4,7 @@ Nobody waits for the end of what is far longer:
 
     waiting   -->  starts beside what runs, while there are places
               -->  far shorter than all that holds a place: starts in a place of its own kind
+              -->  not while somebody has fallen behind by all of the time that their steps take
     running   -->  those with the least work left, and those that are nearly as short, step
               -->  the others step when they have fallen too far behind their fair share
 
@@ -47,6 +48,11 @@ def next_to_start(
     return [], False
 
 
+def holds_back(runs: Iterable[Run]) -> bool:
+    """Tells whether a run is so far behind its fair share that no job may start beside it."""
+    return any(0 < run.expected_seconds <= run.lag for run in runs)
+
+
 def num_companions_rows(waiting: Sequence[Ticket]) -> int:
     """Counts the rows of the oldest job and of all that could share its batch."""
     return sum(ticket.rows for ticket in waiting if ticket.key == waiting[0].key)
@@ -88,14 +94,14 @@ def next_to_step(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def share_out(runs: Sequence[Run], seconds: float, taken_by: Sequence[Run]):
+def share_out(runs: Sequence[Run], seconds: float, taken_by: Sequence[Run], num_held_back: int = 0):
     """Notes who took how much of some seconds: of runs that stepped, each by its positions.
 
-    Everyone else falls behind by a job's share.
+    Everyone else falls behind by a job's share. Jobs that may not start have a share, too.
     """
     total = sum(run.positions for run in taken_by)
     own = {id(run): seconds * run.positions / total for run in taken_by} if total else {}
-    _fall_behind(runs, seconds, own)
+    _fall_behind(runs, seconds, own, num_held_back)
     for run in taken_by:
         run.spend(own.get(id(run), 0.0), is_pass=True)
 
@@ -106,9 +112,11 @@ def spend_alone(runs: Sequence[Run], seconds: float, run: Run):
     run.spend(seconds)
 
 
-def _fall_behind(runs: Sequence[Run], seconds: float, own: dict[int, float]):
+def _fall_behind(
+    runs: Sequence[Run], seconds: float, own: dict[int, float], num_held_back: int = 0
+):
     """Adds each run's share of some seconds to its lag, and takes off what it had of them."""
-    jobs = sum(len(run.tickets) for run in runs)
+    jobs = sum(len(run.tickets) for run in runs) + num_held_back
     for run in runs:
         share = seconds * len(run.tickets) / jobs
         run.lag = max(0.0, run.lag + share - own.get(id(run), 0.0))
