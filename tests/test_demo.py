@@ -28,12 +28,12 @@ SMALLER = (
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory) -> str:
-    """Gives the folder of an untrained model as `configs/things_names.yaml` builds them."""
+    """Gives the folder of an untrained model as `configs/tiny_names.yaml` builds them."""
     folder = tmp_path_factory.mktemp("untrained")
     facts = [[thing.facts for thing in open_thing_example(seed).things] for seed in NAMES]
     train_tokenizer(iter_thing_corpus(facts), 700).save_pretrained(folder / "tokenizer")
     own = f"model.tokenizer={folder / 'tokenizer'}"
-    model, processor = build_model(load_recipe("configs/things_names.yaml", [*SMALLER, own]))
+    model, processor = build_model(load_recipe("configs/tiny_names.yaml", [*SMALLER, own]))
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     return str(folder / "model")

@@ -56,7 +56,7 @@ def test_the_first_example_of_the_readme_captions_as_the_checkpoint_prefers(monk
     ).groups()
     same = RegionCaptioner.from_pretrained(device="cpu")
     assert ast.literal_eval(captions) == same(example["image"], example["masks"]).captions
-    assert answer == same.ask(example["image"], "How many objects are there?").answers[0]
+    assert answer == same.ask(example["image"], "How many things are there?").answers[0]
     # as many tokens as the checkpoint prefers, of both regions at once
     preferred = json.loads((ROOT / "tiny" / "generation_config.json").read_text())
     assert int(num_forwards) == preferred["caption_length"] and float(tokens_per_forward) == 2
