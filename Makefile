@@ -64,7 +64,7 @@ SEED := 100000
 report: .venv/.ready
 	$(EVALUATE) synthetic $(EMBEDDED) --scenes 500 --seed $(SEED) --output outputs/measured.json \
 	    --texts outputs/texts.json
-	$(EVALUATE) sweep $(EMBEDDED) --scenes 100 --seed $(SEED) --steps 2,full \
+	$(EVALUATE) sweep $(EMBEDDED) --scenes 100 --seed $(SEED) --steps 1,2,4,8,16,full \
 	    --rules fixed,threshold:0.9,threshold:0.6+0.3,factor:1.0,entropy_bound:0.1 \
 	    --output outputs/sweep.json
 	$(EVALUATE) latency $(EMBEDDED) --regions 1 2 4 8 16 24 --output outputs/latency.json
