@@ -1,11 +1,20 @@
 """The benchmark's baseline computes what ours does, and its results are written as documented."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from perceptiondlm.benchmarks import ablation, denoising, offload, training_step, workload
+from perceptiondlm.benchmarks import (
+    ablation,
+    denoising,
+    loading,
+    offload,
+    training_step,
+    workload,
+)
 from perceptiondlm.benchmarks.published import caption_regions_plainly
 from perceptiondlm.benchmarks.report import END, START, update_readme
 
@@ -285,3 +294,29 @@ def test_streamed_weights_are_measured_against_the_floor(mini, tmp_path, monkeyp
     layers = workload.build_model("mini", workload.build_tokenizer(), "cpu").language_model.model
     assert result["layer_bytes"] == 4 * sum(p.numel() for p in layers.layers.parameters())
     assert all(row["reading"] > 0 for row in result["rows"])
+
+
+def test_loading_reports_the_memory_of_a_fresh_process(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "SHARD_BYTES", 20_000)  # several shards
+    output = tmp_path / "loading.json"
+    arguments = ["--preset", "mini", "--precisions", "none", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", ["loading", *arguments])
+    loading.main()
+    result = json.loads(output.read_text())
+    model = workload.build_model("mini", workload.build_tokenizer(), "cpu")
+    weights = model.state_dict().values()
+    assert result["checkpoint_bytes"] == sum(w.numel() * w.element_size() for w in weights)
+    (row,) = result["rows"]
+    assert 0 < row["before_bytes"] <= row["loaded_bytes"] <= row["own_bytes"]
+    assert row["own_bytes"] < row["resident_bytes"]
+
+
+def test_peaks_are_read_as_the_system_tells_them(tmp_path):
+    code = "x = b'x' * 100_000_000; print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        process.stdout.readline()
+        peaks = loading.memory_of(process.pid)
+        process.communicate(b"\n")
+    assert 100_000_000 < peaks["own_bytes"] < peaks["resident_bytes"]
+    assert loading.memory_of(process.pid) == {"own_bytes": 0, "resident_bytes": 0}
