@@ -5,8 +5,9 @@
 
 Each row is trained on captions alone by `perceptiondlm train`, as often as there are seeds,
 measured by `perceptiondlm evaluate synthetic` on the recipe's kind of scenes, and kept: a run that
-was stopped goes on with the next one. A Markdown table of means and ranges is written beside the
-JSON. Overrides of the recipe hold for every row.
+was stopped goes on with the next one. With `--labels`, of things, it is trained on labels
+("Name each region.") alone, which are shorter, and measured by them. A Markdown table of means and
+ranges is written beside the JSON. Overrides of the recipe hold for every row.
 """
 
 import argparse
@@ -21,9 +22,12 @@ from pathlib import Path
 
 import torch
 
+from ..common.loading import default_device, load_model
+from ..evaluation.asking import Asker
 from ..evaluation.files import read_json, write_json, write_text
+from ..evaluation.held_out import held_out_scenes
 from ..evaluation.scene_kinds import SHAPES, THINGS
-from ..evaluation.thing_measures import PARTS
+from ..evaluation.thing_measures import PARTS, ThingMeasures
 from ..training.recipe import load_recipe
 from ..training.recipe_sections import SyntheticData
 from .denoising import describe_machine
@@ -39,16 +43,14 @@ class Row:
     title: str
     overrides: tuple[str, ...] = ()  # of the recipe
     weights_of: str | None = None  # the row that is trained in place of this one
-    decoding: tuple[str, ...] = ()  # arguments of `perceptiondlm evaluate synthetic`
+    regions_per_pass: int | None = None  # at most, when it is measured
 
 
 # Only the independent layout has branches in which several questions can share an image.
 ONE_QUESTION = ("data.questions_per_sample=1",)
 ROWS = {
     "full": Row("full"),
-    "sequential": Row(
-        "full, one region at a time", weights_of="full", decoding=("--regions-per-pass", "1")
-    ),
+    "sequential": Row("full, one region at a time", weights_of="full", regions_per_pass=1),
     "no-prompts": Row("no region prompts", ("parameters.zeroed=[region_prompts]",)),
     "no-roi": Row("no RoI replay", ("model.config.roi_output_size=0",)),
     "no-structure": Row(
@@ -75,7 +77,13 @@ THING_COLUMNS = {
     "apart: names": "apart.name_accuracy",
     "apart: whole captions": "apart.exact_caption_rate",
 }
-COLUMNS_OF = {SHAPES.name: COLUMNS, THINGS.name: THING_COLUMNS}
+LABEL_COLUMNS = {
+    "labels": "label_accuracy",
+    "overlapping: labels": "overlapping_label_accuracy",
+    "apart: labels": "apart_label_accuracy",
+}
+LABELS = "labels"  # in place of the captions of a kind of scenes
+COLUMNS_OF = {SHAPES.name: COLUMNS, THINGS.name: THING_COLUMNS, LABELS: LABEL_COLUMNS}
 COUNTS = ("per_attribute", "forwards", "regions", "seconds")  # kept besides the columns
 
 
@@ -98,7 +106,7 @@ def train_row(name: str, seed: int, arguments) -> Path:
         "trainer.eval_strategy=no",
         "data.region_share=1.0",
         "data.first_region_share=null",
-        "data.label_share=0.0",
+        f"data.label_share={float(arguments.measured == LABELS)}",
         "data.first_label_share=null",
         "data.region_question_share=0.0",
         *arguments.overrides,
@@ -122,15 +130,37 @@ def measure_row(name: str, seed: int, arguments) -> dict:
     """Returns the measurements of a row of one seed, which are made unless they are there."""
     folder = train_row(name, seed, arguments)
     report = folder / f"measured-{name}.json"
-    if not report.exists():
+    if not report.exists() and arguments.measured == LABELS:
+        write_json(report, measure_labels(folder, ROWS[name].regions_per_pass, arguments))
+    elif not report.exists():
         sizes = ("--scenes", str(arguments.scenes), "--seed", str(arguments.seed))
         kind = ("--scene-kind", arguments.scene_kind)
         if arguments.scene_kind == THINGS.name:
             kind += ("--skip", ",".join(PARTS))
-        options = (*sizes, *kind, *ROWS[name].decoding, "--output", str(report))
+        if ROWS[name].regions_per_pass is not None:
+            kind += ("--regions-per-pass", str(ROWS[name].regions_per_pass))
+        options = (*sizes, *kind, "--output", str(report))
         run_command("evaluate", "synthetic", "--model", str(folder), *options)
     expect_made_with(report, {"scenes": arguments.scenes, "seed": arguments.seed})
     return read_json(report)
+
+
+def measure_labels(folder: Path, regions_per_pass: int | None, arguments) -> dict:
+    """Measures the labels of held-out things; returns them, their costs and what they are of."""
+    model, processor = load_model(str(folder), "", "auto", default_device())
+    asker = Asker(model, processor, regions_per_pass=regions_per_pass)
+    scenes = held_out_scenes(arguments.seed, arguments.scenes, THINGS)
+    others = tuple(part for part in PARTS if part != "labels")
+    measured, _ = ThingMeasures(skip=others).measure(asker, scenes, arguments.seed)
+    cost = measured["labeling"]
+    return measured | {
+        "scenes": arguments.scenes,
+        "seed": arguments.seed,
+        "per_attribute": {},
+        "forwards": cost["forwards"],
+        "regions": cost["regions"],
+        "seconds": cost["end_to_end_seconds"],
+    }
 
 
 def expect_made_with(file: Path, wanted: dict):
@@ -167,13 +197,14 @@ def _combined(tables: Sequence, combine: Callable):
 def table(result: dict) -> str:
     """Renders the result as a Markdown table with a row for each variant."""
     attributes = result["rows"][0]["per_attribute"]
-    columns = COLUMNS_OF[result["scene_kind"]] | {
+    columns = COLUMNS_OF[result["measured"]] | {
         name: f"per_attribute.{name}" for name in attributes
     }
     recipe = " ".join([result["recipe"], *result["overrides"]])
+    texts = LABELS if result["measured"] == LABELS else "captions"
     spread = f" Means of {result['seeds']} seeds, with the least and the greatest."
     lines = [
-        f"{result['steps']} steps of `{recipe}` on the captions of"
+        f"{result['steps']} steps of `{recipe}` on the {texts} of"
         f" {result['training_scenes']} scenes each, {result['scenes']} held-out scenes from seed"
         f" {result['seed']}; in per cent.{spread if result['seeds'] > 1 else ''}",
         "",
@@ -216,6 +247,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=200000, help="of the first of them")
     add("--seeds", type=int, default=1, help="of training, for each row")
     add("--rows", default=",".join(ROWS), help="comma-separated, out of the default")
+    add("--labels", action="store_true", help="train on labels of things alone, and measure them")
     add("--runs", default="runs/ablation", help="folder of weights and measurements")
     add("--output", required=True, help="JSON; the table goes beside it")
 
@@ -228,7 +260,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     data = load_recipe(parsed.recipe, parsed.overrides).data
     if not isinstance(data, SyntheticData):
         parser.error(f"expected a recipe of synthetic scenes, got {parsed.recipe}")
+    if parsed.labels and data.scene_kind != THINGS.name:
+        parser.error(f"expected a recipe of things with --labels, got one of {data.scene_kind}")
     parsed.scene_kind = data.scene_kind
+    parsed.measured = LABELS if parsed.labels else data.scene_kind
     return parsed
 
 
@@ -238,10 +273,19 @@ def main():
     rows = []
     for name in arguments.rows:
         measured = [measure_row(name, seed, arguments) for seed in range(arguments.seeds)]
-        scores = of_seeds(measured, COLUMNS_OF[arguments.scene_kind])
+        scores = of_seeds(measured, COLUMNS_OF[arguments.measured])
         rows.append({"row": name, "title": ROWS[name].title, **scores})
 
-    sizes = ("recipe", "overrides", "scene_kind", "steps", "training_scenes", "scenes", "seed")
+    sizes = (
+        "recipe",
+        "overrides",
+        "scene_kind",
+        "measured",
+        "steps",
+        "training_scenes",
+        "scenes",
+        "seed",
+    )
     result = {
         "machine": describe_machine("cpu"),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from ..scenes.thing_language import LABEL_INSTRUCTION
 from ..scenes.thing_questions import RegionQuestion
 from .asking import AskedRegions, Asker
-from .held_things import AskedThings, render_things, score_things
-from .thing_judge import score_labels, score_region_answers
+from .held_things import AskedThings, is_overlapping, render_things, score_things
+from .thing_judge import label_is_right, score_labels, score_region_answers, share
 
 UNSEEN = ("unseen_style", "unseen_background")  # splits of `scenes.things`
 PARTS = ("labels", "region_questions", *UNSEEN, "counts")
@@ -118,8 +118,7 @@ class ThingMeasures:
             own["labels"] = [
                 {"truth": name, "label": text} for name, text in zip(names, said, strict=True)
             ]
-        score = score_labels([scene.facts for scene in scenes], labels)
-        return score | {"labeling": cost.to_json()}
+        return _score_labels(scenes, labels) | {"labeling": cost.to_json()}
 
     def _region_questions(
         self, asker: Asker, scenes: Sequence[AskedThings], texts: list[dict]
@@ -143,6 +142,21 @@ class ThingMeasures:
                 for question, text in zip(questions, said, strict=True)
             ]
         return score_region_answers(asked, answers) | {"region_answering": cost.to_json()}
+
+
+def _score_labels(scenes: Sequence[AskedThings], labels: Sequence[Sequence[str]]) -> dict:
+    """Scores the labels of all things; then of those where boxes do not tell regions apart."""
+    facts = [scene.facts for scene in scenes]
+    scores = score_labels(facts, labels)
+    for name, wanted in (("overlapping", True), ("apart", False)):
+        marks = [
+            label_is_right(text, things[k])
+            for things, said in zip(facts, labels, strict=True)
+            for k, text in enumerate(said)
+            if is_overlapping(things, k) == wanted
+        ]
+        scores[f"{name}_label_accuracy"] = share(marks) if marks else None
+    return scores
 
 
 def question_for(scene: AskedThings, k: int, regions: Sequence[int]) -> RegionQuestion:

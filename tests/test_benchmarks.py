@@ -235,10 +235,37 @@ def test_an_ablation_of_things_trains_on_captions_alone(ablate, tmp_path):
     assert shares == [1.0, None, 0.0, None, 0.0]
 
 
+def test_an_ablation_of_labels_trains_on_labels_alone_and_measures_them(
+    ablate, tmp_path, monkeypatch
+):
+    run, output = ablate
+    asked = []
+
+    def pretend(folder, regions_per_pass, arguments):
+        asked.append((folder.parent.name, regions_per_pass))
+        shares = {"overlapping_label_accuracy": 0.25, "apart_label_accuracy": 0.75}
+        sizes = {"scenes": arguments.scenes, "seed": arguments.seed}
+        costs = {"per_attribute": {}, "forwards": 22, "regions": 4, "seconds": 1.0}
+        return {"label_accuracy": 0.5, **shares, **sizes, **costs}
+
+    monkeypatch.setattr(ablation, "measure_labels", pretend)
+    things = Path(__file__).parent.parent / "configs" / "tiny.yaml"
+    run("--labels", "--scenes", "2", "--rows", "full,sequential,no-prompts", recipe=things)
+    assert asked == [("full", None), ("full", 1), ("no-prompts", None)]
+    recipe = json.loads((tmp_path / "runs/full/seed-0/recipe.json").read_text())
+    names = ("region_share", "label_share", "first_label_share", "region_question_share")
+    assert [recipe["data"][name] for name in names] == [1.0, 1.0, None, 0.0]
+    lines = output.with_suffix(".md").read_text().splitlines()
+    assert "on the labels of 12000 scenes" in lines[0]
+    assert lines[2] == "| | labels | overlapping: labels | apart: labels | forwards per image |"
+    assert "| no region prompts | 50.0 | 25.0 | 75.0 | 11.0 |" in lines
+
+
 @pytest.mark.parametrize(
     "recipe, given, message",
     [
         ("regions", (), "expected a recipe of synthetic scenes"),
+        ("shapes", ("--labels",), "expected a recipe of things with --labels, got one of shapes"),
         ("shapes", ("--seeds", "0"), "expected seeds of 1 or more, got 0"),
     ],
 )

@@ -152,6 +152,15 @@ def test_what_is_not_known_is_wrong_where_it_stands(model, scenes):
     )
 
 
+def test_labels_are_counted_apart_where_boxes_tell_no_regions_apart(model, scenes):
+    found = measured(model, scenes, "labels")
+    assert found["overlapping_label_accuracy"] == found["apart_label_accuracy"] == 1
+    # Of what others hide in part it knows nothing, which tells on overlapping things alone.
+    model.knows = lambda thing: thing.facts.hidden == "whole"
+    found = measured(model, scenes, "labels")
+    assert found["apart_label_accuracy"] == 1 > found["overlapping_label_accuracy"]
+
+
 def test_an_unseen_style_and_an_unseen_background_are_told_apart(model, scenes):
     model.knows = lambda thing: thing.style != "openmoji"
     found = measured(model, scenes, "unseen_style", "unseen_background")
