@@ -11,7 +11,7 @@ responses.
 
 import dataclasses
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ LOADING = (  # what `cached_file` takes of the arguments of `from_pretrained`
 )
 
 Steps = Generator[ForwardPass, torch.Tensor, DiffusionOutput]
+MakingBatches = Generator[ForwardPass, torch.Tensor, Iterable[Batch]]
 
 
 class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
@@ -269,17 +270,16 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
         # More regions than the checkpoint has prompts for are captioned in several groups.
         groups: Sequence = images.groups if is_seen else self._plan(counts, instructions, processor)
 
-        def batches() -> Iterator[Batch]:
-            for chunk in chunks(groups, options.batch_size):
-                seen = chunk if is_seen else self._see_regions(chunk, images, masks, processor)
-                made = []
-                for plan, group in zip(chunk, seen, strict=True):
-                    image = group.images[0]
-                    own = instructions[image] if is_seen or self._is_tree else plan.instruction
-                    made += maker.region_rows(group, asked[image], own)
-                yield from maker.batches(made)
+        def make(chunk: Sequence) -> MakingBatches:
+            seen = chunk if is_seen else self._see_regions(chunk, images, masks, processor)
+            made = []
+            for plan, group in zip(chunk, seen, strict=True):
+                image = group.images[0]
+                own = instructions[image] if is_seen or self._is_tree else plan.instruction
+                made += yield from maker.region_rows(group, asked[image], own)
+            return maker.batches(made)
 
-        return self._run(batches(), call)
+        return self._run(map(make, chunks(groups, options.batch_size)), call)
 
     @property
     def _is_tree(self) -> bool:
@@ -308,16 +308,15 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
         call = Call(processor, options, counts, "answers", callback, templates, is_seen)
         maker = RowMaker(self, call)
 
-        def batches() -> Iterator[Batch]:
-            for chunk in chunks(range(len(prompts)), options.batch_size):
-                own = [groups[i] for i in chunk]
-                seen = own if is_seen else self._see_images(own, processor)
-                made = []
-                for i, group in zip(chunk, seen, strict=True):
-                    made += maker.answer_rows(i, prompts[i], group)
-                yield from maker.batches(made)
+        def make(chunk: Sequence[int]) -> MakingBatches:
+            own = [groups[i] for i in chunk]
+            seen = own if is_seen else self._see_images(own, processor)
+            made = []
+            for i, group in zip(chunk, seen, strict=True):
+                made += yield from maker.answer_rows(i, prompts[i], group)
+            return maker.batches(made)
 
-        return self._run(batches(), call)
+        return self._run(map(make, chunks(range(len(prompts)), options.batch_size)), call)
 
     def _mixed(self, images, masks, prompts, template, processor, callback, options) -> Steps:
         """Captions the regions of some images, and answers questions about others as a whole."""
@@ -381,7 +380,7 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
             order = list(range(count)) if orders is None else orders[b]
             rows.append(Row([(b, k) for k in order], [b], (b, 0)))
         call = Call(processor, chosen, sizes, task, callback)
-        return self._run([Batch(inputs, rows, *settings(self, call))], call)
+        return self._run([_made([Batch(inputs, rows, *settings(self, call))])], call)
 
     def _with_length_of(self, inputs, task: str, options: dict) -> dict:
         """Adds the response length that prepared inputs have to the options.
@@ -406,8 +405,8 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
 
     # How it is denoised.
 
-    def _run(self, batches, call: Call) -> Steps:
-        """Denoises each batch and puts its rows back where the caller expects them."""
+    def _run(self, makings: Iterable[MakingBatches], call: Call) -> Steps:
+        """Makes batches, denoises each, and puts its rows back where the caller expects them."""
         options, processor = call.options, call.processor
         stops = stop_sequences(options, processor) if processor is not None else ()
         # Where each response ends: at the end of its turn or text, or at a stop string.
@@ -424,25 +423,26 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
                 "expected one candidate for each response where its steps are kept, got several:"
                 " give the template's fields one length, or drop return_history"
             )
-        for batch in batches:
+        for making in makings:
+            for batch in (yield from making):
 
-            def on_step(step: int, responses: list, rows=batch.rows, done=done):
-                known = {} if call.has_candidates else {**done, **_by_place(rows, responses)}
-                nested = nest(call.counts, known)
-                if options.return_history:
-                    history.append(nested)
-                if call.callback is not None:
-                    call.callback(step, nested)
+                def on_step(step: int, responses: list, rows=batch.rows, done=done):
+                    known = {} if call.has_candidates else {**done, **_by_place(rows, responses)}
+                    nested = nest(call.counts, known)
+                    if options.return_history:
+                        history.append(nested)
+                    if call.callback is not None:
+                        call.callback(step, nested)
 
-            # Nobody listens by default, and then nothing is moved off the device at each step.
-            ready = list(batch.ready)
-            if batch.rows:
-                listener = on_step if listens else None
-                denoised = yield from self._denoise_batch(batch, options, seed, listener)
-                ready += zip(batch.rows, denoised, strict=True)
-            for row, own in ready:
-                builder.add(row, own)
-                done = {**done, **_by_place([row], [own.token_ids])}
+                # Nobody listens by default, and then nothing is moved off the device at each step.
+                ready = list(batch.ready)
+                if batch.rows:
+                    listener = on_step if listens else None
+                    denoised = yield from self._denoise_batch(batch, options, seed, listener)
+                    ready += zip(batch.rows, denoised, strict=True)
+                for row, own in ready:
+                    builder.add(row, own)
+                    done = {**done, **_by_place([row], [own.token_ids])}
         return builder.output(options.return_token_scores, options.num_return_sequences, history)
 
     def _denoise_batch(
@@ -516,6 +516,12 @@ class DiffusionGenerationMixin(ScoringMixin, GenerateMixin):
             Denoised(ids, [[None if p != p else p for p in one] for one in own], count)
             for ids, own, count in zip(token_ids, token_scores, forwards.tolist(), strict=True)
         ]
+
+
+def _made(batches: Iterable[Batch]) -> MakingBatches:
+    """Gives batches that need no forward pass to be made."""
+    yield from ()
+    return batches
 
 
 def orders_of(inputs) -> list[list[int]] | None:

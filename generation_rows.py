@@ -7,15 +7,18 @@
 Rows of the same images compute their trunk once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
+from .generation_cache import ForwardPass
 from .generation_options import DiffusionOptions
 from .generation_output import Denoised, FilledTemplate, Place, Row
 from .generation_rules import Blockwise, Rule, StopAt
-from .generation_scoring import choose_texts
+from .generation_scoring import choosing_texts
 from .generation_seen import SeenGroup, inputs_of
 from .generation_templates import Template, TemplateEncoder
 from .processing_sequence import TokenSequence
@@ -27,6 +30,9 @@ class Made(NamedTuple):
     sequence: TokenSequence
     group: SeenGroup
     row: Row
+
+
+Making = Generator[ForwardPass, torch.Tensor, list[Made]]
 
 
 class Batch(NamedTuple):
@@ -92,8 +98,10 @@ class RowMaker:
         self.is_tree = model.config.region_layout == "independent"
         self.mask_id = model.config.mask_token_id
 
-    def region_rows(self, group: SeenGroup, asked: list[int], instruction) -> list[Made]:
+    def region_rows(self, group: SeenGroup, asked: list[int], instruction) -> Making:
         """Makes the rows of one region group.
+
+        It stops for each forward pass that chooses among a template's texts.
 
         Args:
             asked: the numbers of the image's masks that are asked about, in the order of the
@@ -128,10 +136,13 @@ class RowMaker:
         places = [(image, numbers[order[p]]) for p in regions]
         length = self.call.options.caption_length
         key = (image, group.masks[0])
-        return self._rows(group, places, [image], key, length, build, build_alone)
+        return (yield from self._rows(group, places, [image], key, length, build, build_alone))
 
-    def answer_rows(self, number: int, prompt: str, group: SeenGroup) -> list[Made]:
-        """Makes the rows of one question about the images of a group."""
+    def answer_rows(self, number: int, prompt: str, group: SeenGroup) -> Making:
+        """Makes the rows of one question about the images of a group.
+
+        It stops for each forward pass that chooses among a template's texts.
+        """
         processor = self.call.processor
         count = len(group.geometry["image_grids"]) if group.geometry else 0
         (text,) = processor.render_questions([[None] * count], [prompt])
@@ -144,9 +155,10 @@ class RowMaker:
 
         length = self.call.options.max_new_tokens
         key = (number, 0)
-        return self._rows(group, [(number, 0)], [number], key, length, build, build_alone)
+        rows = self._rows(group, [(number, 0)], [number], key, length, build, build_alone)
+        return (yield from rows)
 
-    def _rows(self, group, places, owners, key, length: int, build, build_alone) -> list[Made]:
+    def _rows(self, group, places, owners, key, length: int, build, build_alone) -> Making:
         """Makes a row for each candidate and each combination of the fields' lengths."""
         variants: list[tuple[TokenSequence, list[Place | None], list[FilledTemplate] | None]]
         spent = 0
@@ -154,7 +166,7 @@ class RowMaker:
             sequence = build([[self.mask_id] * length] * len(places))
             variants = [(sequence, places, None)]
         else:
-            filled = self._filled(group, places, build_alone)
+            filled = yield from self._filled(group, places, build_alone)
             choices = [own.choices for one in filled for own in one[0].template.fields]
             spent = sum(map(len, choices))  # each was tried in a forward pass
             variants = [
@@ -170,7 +182,9 @@ class RowMaker:
                 spent = 0  # counted once
         return made
 
-    def _filled(self, group, places: list[Place], build_alone) -> list[list[FilledTemplate]]:
+    def _filled(
+        self, group, places: list[Place], build_alone
+    ) -> Generator[ForwardPass, torch.Tensor, list[list[FilledTemplate]]]:
         """Encodes each response's template at every combination of its fields' lengths."""
         assert self.call.templates is not None
         encoder, filled = self._encoder, []
@@ -178,7 +192,9 @@ class RowMaker:
             template = self.call.templates[i][k]
             build = partial(build_alone, j=j)
             processor = self.call.processor
-            chosen, log_probs = choose_texts(self.model, processor, template, encoder, group, build)
+            chosen, log_probs = yield from choosing_texts(
+                self.model, processor, template, encoder, group, build
+            )
             own = []
             for lengths in template.lengths():
                 slot = encoder.slot(template, lengths, chosen)

@@ -10,13 +10,14 @@ Shapes: I items, that is, a text for a region or question each; S draws of an it
 its response, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from .configuration_perceptiondlm import PerceptionDLMConfig
-from .generation_cache import ResponseNetwork
+from .generation_cache import ForwardPass, ResponseNetwork
+from .generation_loop import answered
 from .generation_options import DiffusionOptions, integer, one_of
 from .generation_seen import SeeingMixin, Seen, SeenGroup, expect_seen_by, inputs_of, plan_groups
 from .generation_templates import Template, TemplateEncoder
@@ -91,6 +92,22 @@ def score_items(
 ) -> list[torch.Tensor]:
     """Estimates the bound of each item from each of its draws, float64 (S,) each.
 
+    The arguments are those of `scoring_items`.
+    """
+    steps = scoring_items(model, processor, items, masks, batch_size, task)
+    return answered(steps, ForwardPass.run)
+
+
+def scoring_items(
+    model,
+    processor,
+    items: Sequence[Item],
+    masks: Sequence[torch.Tensor],
+    batch_size: int = ROWS_AT_ONCE,
+    task: str = "captions",
+) -> Generator[ForwardPass, torch.Tensor, list[torch.Tensor]]:
+    """Does what `score_items` does, and stops for each forward pass, whose logits it takes.
+
     Args:
         items: as many as there are `masks`.
         masks: bool (S, n), the positions of each item's text that are masked; S is the same for
@@ -112,16 +129,16 @@ def score_items(
             if network is None or len(draws[0]) != repeats:
                 repeats = len(draws[0])
                 network = ResponseNetwork(model, inputs, trunks=trunks, repeats=repeats)
-            found = _score_draws(network, [items[i] for i in chunk], draws)
+            found = yield from _scoring_draws(network, [items[i] for i in chunk], draws)
             for i, own in zip(chunk, found, strict=True):
                 terms[i].append(own)
     return [torch.cat(own) for own in terms]
 
 
-def _score_draws(
+def _scoring_draws(
     network: ResponseNetwork, items: Sequence[Item], draws: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Runs one forward pass; returns each item's terms, float64 (S,)."""
+) -> Generator[ForwardPass, torch.Tensor, list[torch.Tensor]]:
+    """Asks for one forward pass; returns each item's terms, float64 (S,)."""
     ids = network.response_ids.clone()  # (I * S, A), all texts masked
     S, n = len(draws[0]), max(len(item.target) for item in items)
     columns = torch.zeros(len(items) * S, n, dtype=torch.int64, device=ids.device)
@@ -133,7 +150,7 @@ def _score_draws(
         columns[row, : len(own)] = own
         target = torch.tensor(item.target, device=ids.device).expand(S, -1)
         ids[row, own] = torch.where(masked.to(ids.device), ids[row, own], target)
-    logits = network(ids, 0, columns)  # (I * S, n, V)
+    (logits,) = (yield ForwardPass(network, ids, columns[:, None], 0)).unbind(1)  # (I * S, n, V)
 
     return [
         bound_terms(
@@ -307,15 +324,17 @@ class ScoringMixin(SeeingMixin):
         return places, [1] * len(prompts)
 
 
-def choose_texts(
+def choosing_texts(
     model,
     processor,
     template: Template,
     encoder: TemplateEncoder,
     group: SeenGroup,
     build: Callable[[list[int]], tuple[TokenSequence, int]],
-) -> tuple[dict[int, str], list[float]]:
+) -> Generator[ForwardPass, torch.Tensor, tuple[dict[int, str], list[float]]]:
     """Chooses the likeliest text of each of a template's fields of texts, one after another.
+
+    It stops for each forward pass, whose logits it takes.
 
     Each text is judged by the mean log-probability of its tokens, all of them masked together,
     beside masks in the fields that are still open, at their shortest.
@@ -345,7 +364,7 @@ def choose_texts(
             items.append(Item(group, sequence, columns, target))
 
         masks = [torch.ones(1, len(item.target), dtype=torch.bool) for item in items]
-        found = score_items(model, processor, items, masks)
+        found = yield from scoring_items(model, processor, items, masks)
         means = [float(s) / len(item.target) for s, item in zip(found, items, strict=True)]
         best = max(range(len(means)), key=means.__getitem__)
         chosen[k] = own.choices[best]

@@ -274,11 +274,15 @@ def test_closing_finishes_what_is_under_way_and_what_waits(tree, scene):
 # The choices by themselves.
 
 
-def waiting(cost, rows=1, joins=True, key="a", is_held=False):
-    return SimpleNamespace(cost=cost, rows=rows, joins=joins, key=key, is_held=is_held)
+def waiting(cost, rows=1, joins=True, key="a", is_held=False, needs_all=False):
+    return SimpleNamespace(
+        cost=cost, rows=rows, joins=joins, key=key, is_held=is_held, needs_all=needs_all
+    )
 
 
-def running(work_left, rows=1, is_express=False, lag=0.0, expected=1.0, positions=1):
+def running(
+    work_left, rows=1, is_express=False, lag=0.0, expected=1.0, positions=1, needs_all=False
+):
     run = SimpleNamespace(
         work_left=work_left,
         rows=rows,
@@ -286,6 +290,7 @@ def running(work_left, rows=1, is_express=False, lag=0.0, expected=1.0, position
         lag=lag,
         expected_seconds=expected,
         positions=positions,
+        needs_all=needs_all,
         tickets=[None],
         seconds=0.0,
     )
@@ -311,6 +316,17 @@ def running(work_left, rows=1, is_express=False, lag=0.0, expected=1.0, position
         ([waiting(9, rows=2), waiting(1)], [running(10, rows=3)], ([1], True)),
         ([waiting(1), waiting(1)], [running(10, rows=4)], ([0, 1], True)),
         ([waiting(1)], [running(10, rows=4), running(1, rows=4, is_express=True)], ([], False)),
+        # nor do the far shorter overtake each other
+        (
+            [waiting(1, rows=2), waiting(1)],
+            [running(10, rows=4), running(1, rows=3, is_express=True)],
+            ([], False),
+        ),
+        (
+            [waiting(1, joins=False), waiting(1)],
+            [running(10, rows=4), running(1, is_express=True)],
+            ([], False),
+        ),
         # those that cannot share passes start alone
         ([waiting(9, joins=False)], [running(10)], ([], False)),
         ([waiting(9, joins=False)], [], ([0], False)),
@@ -318,6 +334,11 @@ def running(work_left, rows=1, is_express=False, lag=0.0, expected=1.0, position
         # one without memory waits for others to end
         ([waiting(9, is_held=True), waiting(9)], [running(10)], ([1], False)),
         ([waiting(9, is_held=True)], [], ([0], False)),
+        # one that lacked it too often waits for all to end, and runs by itself
+        ([waiting(1, needs_all=True), waiting(9)], [running(10)], ([], False)),
+        ([waiting(9, needs_all=True), waiting(9)], [], ([0], False)),
+        ([waiting(9), waiting(9, needs_all=True), waiting(9)], [], ([0, 2], False)),
+        ([waiting(1)], [running(10, needs_all=True)], ([], False)),
     ],
 )
 def test_who_starts(queue, runs, expected):

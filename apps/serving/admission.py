@@ -7,10 +7,12 @@ from typing import NamedTuple
 from ...generation_cache import is_packable
 from ...generation_options import IN_BLOCKS, TEMPLATE_DECIDES, DiffusionOptions, merge_options
 from ..captioning.captioner import RegionCaptioner
-from .jobs import ChatJob, RegionJob, TooLong, num_steps, template_length
+from .jobs import ChatJob, RegionJob, TooLong, num_choosing, num_steps, template_length
 
-OWN_OPTIONS = ("generator", "batch_size", "return_history", "compile")  # not for a job to set
-RANDOM_OPTIONS = {"temperature": 0.0, "remasking": "low_confidence"}  # what decodes without chance
+OWN_OPTIONS = (  # not for a job to set
+    *("generator", "batch_size", "return_history", "compile"),
+    "num_return_sequences",  # of which a result holds one
+)
 
 
 class Checked(NamedTuple):
@@ -21,14 +23,18 @@ class Checked(NamedTuple):
         prompt_tokens: of all its region groups.
         cost: see `RegionJob.cost`.
         num_steps: denoising steps at most, of one batch.
+        num_choosing: forward passes before them, which choose among a template's texts.
         joins: its forward passes run together with those of others (see `is_packable`).
+        num_candidates: rows for each of its own, by the checkpoint's `num_return_sequences`.
     """
 
     options: dict
     prompt_tokens: int
     cost: int
     num_steps: int
+    num_choosing: int
     joins: bool
+    num_candidates: int
 
 
 class Admission:
@@ -74,8 +80,8 @@ class Admission:
 
         Random jobs with a seed stay alone: what they draw depends on their place in a batch.
         """
-        is_random = any(options.get(name, off) != off for name, off in RANDOM_OPTIONS.items())
-        if is_random and options.get("seed") is not None:
+        built = self._built(options, job)  # the checkpoint's own defaults may be random
+        if built.is_random and built.seed is not None:
             return object()
         kind = type(job), job.template, job.task == "answers" and not job.images
         return *kind, tuple(sorted((k, _frozen(v)) for k, v in options.items()))
@@ -95,7 +101,9 @@ class Admission:
         steps = max(1, num_steps(job.template, length, built))
         layout = self.captioner.model.config.region_layout
         joins = is_packable(layout, built.cfg_scale, built.compile, built.block_cache)
-        return Checked(options, prompt_tokens, cost, steps, joins)
+        choosing = num_choosing(job.template, job.count)
+        candidates = built.num_return_sequences
+        return Checked(options, prompt_tokens, cost, steps, choosing, joins, candidates)
 
     def _expect_affordable(self, cost: int):
         if cost > self.max_cost:

@@ -37,10 +37,17 @@ from .packing import run_passes, settle
 from .runs import Run
 from .seen_cache import SeenCache
 from .tickets import EngineClosed, JobFailed, QueueFull, Ticket
-from .turns import next_to_start, next_to_step, num_companions_rows, share_out, spend_alone
+from .turns import (
+    holds_back,
+    next_to_start,
+    next_to_step,
+    num_companions_rows,
+    share_out,
+    spend_alone,
+)
 
 LACKS_MEMORY = (OutOfMemoryError, MemoryError)
-MAX_LACKS = 3  # times that a job waits for the memory of others
+MAX_LACKS = 3  # times that a job waits for some of the others' memory; then for all of it
 
 
 class Engine:
@@ -102,9 +109,10 @@ class Engine:
         # What callers and the thread share; `_changed` guards the queue and what clients owe.
         self._waiting: deque[Ticket] = deque()
         self._runs: list[Run] = []  # which the thread alone changes
+        self._is_held_back = False  # the next job, for the sake of those that run
         self._owed: Counter[str] = Counter()  # cost of each client's jobs that wait or run
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._drops = False
         self._thread = threading.Thread(target=self._work, name="perceptiondlm-engine", daemon=True)
         self._thread.start()
 
@@ -139,7 +147,7 @@ class Engine:
             raise
         if self.seen is not None:
             _ = job.digest  # computed here, not in the engine's thread
-        rows = job.num_rows(self.captioner)
+        rows = job.num_rows(self.captioner) * checked.num_candidates
         ticket = Ticket(
             job,
             checked,
@@ -201,6 +209,7 @@ class Engine:
         """Takes no more jobs; finishes those that wait (`drain`) or drops all; ends the thread."""
         with self._changed:
             self._closed = True
+            self._drops = self._drops or not drain
             under_way = [ticket for run in self._runs for ticket in run.tickets]
             dropped = [] if drain else [*self._waiting, *under_way]
             self._changed.notify_all()
@@ -228,7 +237,10 @@ class Engine:
         with self._changed:
             if not self._runs and not self._wait():
                 return False
-            batch, is_express = next_to_start(self._waiting, self._runs, self.max_batch)
+            self._forget_given_up()
+            self._is_held_back = bool(self._waiting) and holds_back(self._runs)
+            waiting = () if self._is_held_back else self._waiting
+            batch, is_express = next_to_start(waiting, self._runs, self.max_batch)
             chosen = set(map(id, batch))
             self._waiting = deque(t for t in self._waiting if id(t) not in chosen)
         if batch and self._runs:
@@ -255,13 +267,30 @@ class Engine:
 
         `keeps`: what was seen of their images is looked up and kept.
         """
-        batch = [ticket for ticket in batch if ticket.begin()]
+        batch = [ticket for ticket in batch if self._begins(ticket)]
         if not batch:
             return
         steps = self._steps_of(batch, self.seen if keeps else None)
         run = Run(batch, steps, is_express, keeps=keeps and self.seen is not None)
         self._runs.append(run)
         self._advance(run)
+
+    def _begins(self, ticket: Ticket) -> bool:
+        """Marks a job as running; one that nobody wants any more ends here."""
+        if self._drops:
+            ticket.cancel()
+        if not ticket.begin():
+            return False
+        if ticket.cancelled:  # it was running before
+            ticket.future.set_exception(CancelledError())
+            return False
+        return True
+
+    def _forget_given_up(self):
+        """Ends jobs that wait for memory and that nobody wants any more: others end at once."""
+        for ticket in list(self._waiting):
+            if ticket.cancelled and ticket.future.running():
+                ticket.future.set_exception(CancelledError())
 
     def _steps_of(self, batch: list[Ticket], seen: SeenCache | None) -> Steps:
         """Begins the denoising of a batch, which tells each ticket its steps."""
@@ -281,6 +310,9 @@ class Engine:
 
     def _step(self):
         """Runs the next forward passes, those of several runs together where that can be."""
+        if self._drops:
+            for ticket in [ticket for run in self._runs for ticket in run.tickets]:
+                ticket.cancel()
         for run in [run for run in self._runs if run.is_given_up]:
             self._leave(run)
             for ticket in run.tickets:
@@ -289,7 +321,8 @@ class Engine:
         stepping = next_to_step(self._runs)
         started = time.perf_counter()
         answers = run_passes([run.asked for run in stepping])
-        share_out(self._runs, time.perf_counter() - started, stepping)
+        seconds = time.perf_counter() - started
+        share_out(self._runs, seconds, stepping, int(self._is_held_back))
         for run, answer in zip(stepping, answers, strict=True):
             if isinstance(answer, Exception):
                 self._break(run, answer)
@@ -315,6 +348,9 @@ class Engine:
     def _leave(self, run: Run):
         """Ends a run; those for which there was no memory beside it may try again."""
         self._drop(run)
+        self._release_held()
+
+    def _release_held(self):
         with self._changed:
             for ticket in self._waiting:
                 ticket.is_held = False
@@ -337,12 +373,14 @@ class Engine:
         elif len(tickets) > 1:  # one of them is to blame: the others run without it
             for ticket in tickets:
                 self._start([ticket], run.is_express)
-        elif tickets and lacks_memory and self._runs and tickets[0].num_lacks < MAX_LACKS:
+        elif tickets and lacks_memory and self._runs:
             tickets[0].num_lacks += 1
-            tickets[0].is_held = True
+            tickets[0].needs_all = tickets[0].num_lacks >= MAX_LACKS
+            tickets[0].is_held = not tickets[0].needs_all
             with self._changed:
                 self._waiting.appendleft(tickets[0])
         elif tickets:
+            self._release_held()
             self._fail(tickets[0], error)
 
     def _resolve(self, run: Run):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ...generation_diffusion import Steps
 from ...generation_options import DiffusionOptions
+from ...generation_scoring import ROWS_AT_ONCE
 from ...generation_seen import RegionGroup, Seen, group_by_instruction, plan_groups
 from ...generation_templates import Template, TemplateEncoder
 from ...image_loading import load_image, load_mask
@@ -317,6 +318,7 @@ def num_passes(
     response one more pass for each of the texts that its fields may be.
     """
     passes = num_steps(template, length, options) * guidance_factor(options)
+    passes *= options.num_return_sequences
     if template is None:
         return passes
     choices = sum(len(own.choices) for own in template.fields)
@@ -328,6 +330,12 @@ def num_steps(template: Template | None, length: int, options: DiffusionOptions)
     if template is None:
         return options.steps or length
     return options.steps or sum(own.max_length for own in template.fields if not own.choices)
+
+
+def num_choosing(template: Template | None, count: int) -> int:
+    """Returns the forward passes that choose the texts of a template's fields in each response."""
+    fields = template.fields if template is not None else ()
+    return count * sum(-(-len(own.choices) // ROWS_AT_ONCE) for own in fields)
 
 
 def template_length(template: Template, processor) -> int:

@@ -82,6 +82,11 @@ class Run:
         return self._stepping / self.num_passes * self.num_steps
 
     @property
+    def needs_all(self) -> bool:
+        """Tells whether nothing may run beside it."""
+        return any(ticket.needs_all for ticket in self.tickets)
+
+    @property
     def is_given_up(self) -> bool:
         """Tells whether nobody waits for it any more."""
         return all(ticket.cancelled for ticket in self.tickets)

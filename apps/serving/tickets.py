@@ -60,7 +60,7 @@ class Ticket:
         self.key = key
         self.prompt_tokens = checked.prompt_tokens
         self.cost = checked.cost
-        self.num_steps = checked.num_steps * num_batches
+        self.num_steps = checked.num_steps * num_batches + checked.num_choosing
         self.rows = rows
         self.joins = checked.joins
         self.client = client
@@ -72,6 +72,7 @@ class Ticket:
         self.started: float | None = None
         self.num_lacks = 0  # times that there was no memory for it beside others
         self.is_held = False  # until there is more of it
+        self.needs_all = False  # there was too little too often: nothing may run beside it
 
         # The latest step, for a reader in another thread.
         self._on_step = on_step
@@ -120,7 +121,12 @@ class Ticket:
         return self._latest.number if self._latest is not None else 0
 
     def tell(self, step: Step):
-        """Takes a step's texts from the engine's thread."""
+        """Takes a step's texts from the engine's thread.
+
+        Steps that are run again, because something failed, are not told again.
+        """
+        if step.number <= self._number():
+            return
         with self._news:
             self._latest = step
             self._news.notify_all()

@@ -4,6 +4,7 @@ Nobody waits for the end of what is far longer:
 
     waiting   -->  starts beside what runs, while there are places
               -->  far shorter than all that holds a place: starts in a place of its own kind
+              -->  not while somebody has fallen behind by all of the time that their steps take
     running   -->  those with the least work left, and those that are nearly as short, step
               -->  the others step when they have fallen too far behind their fair share
 
@@ -32,17 +33,24 @@ def next_to_start(
 
     Returns the tickets, none where nothing may start, and whether they are far shorter.
     """
+    if any(run.needs_all for run in runs):
+        return [], False
     waiting = [ticket for ticket in waiting if not (ticket.is_held and runs)]
-    is_blocked = False
+    blocked = set()  # kinds of places for which an older job waits: the younger do not overtake it
     for place, first in enumerate(waiting):
-        is_express = _is_far_shorter(first, runs)
-        if is_blocked and not is_express:
+        is_express = not first.needs_all and _is_far_shorter(first, runs)
+        if is_express in blocked:
             continue
         room = _room(first, runs, is_express, max_rows)
         if first.rows <= room:
             return _with_companions(first, waiting[place + 1 :], room), is_express
-        is_blocked = is_blocked or not is_express  # the younger do not overtake it
+        blocked.add(is_express)
     return [], False
+
+
+def holds_back(runs: Iterable[Run]) -> bool:
+    """Tells whether a run is so far behind its fair share that no job may start beside it."""
+    return any(0 < run.expected_seconds <= run.lag for run in runs)
 
 
 def num_companions_rows(waiting: Sequence[Ticket]) -> int:
@@ -58,6 +66,8 @@ def _is_far_shorter(ticket: Ticket, runs: Sequence[Run]) -> bool:
 
 def _room(ticket: Ticket, runs: Sequence[Run], is_express: bool, max_rows: int) -> int:
     """Counts the rows for which there is room; those that cannot run with others start alone."""
+    if runs and ticket.needs_all:
+        return 0
     rows = sum(run.rows for run in runs if run.is_express == is_express)
     if rows and not ticket.joins:
         return 0
@@ -67,7 +77,8 @@ def _room(ticket: Ticket, runs: Sequence[Run], is_express: bool, max_rows: int) 
 def _with_companions(first: Ticket, others: Sequence[Ticket], room: int) -> list[Ticket]:
     batch, rows = [first], first.rows
     for ticket in others:
-        if ticket.key == first.key and rows + ticket.rows <= room:
+        is_alone = first.needs_all or ticket.needs_all
+        if ticket.key == first.key and rows + ticket.rows <= room and not is_alone:
             batch.append(ticket)
             rows += ticket.rows
     return batch
@@ -83,14 +94,14 @@ def next_to_step(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def share_out(runs: Sequence[Run], seconds: float, taken_by: Sequence[Run]):
+def share_out(runs: Sequence[Run], seconds: float, taken_by: Sequence[Run], num_held_back: int = 0):
     """Notes who took how much of some seconds: of runs that stepped, each by its positions.
 
-    Everyone else falls behind by a job's share.
+    Everyone else falls behind by a job's share. Jobs that may not start have a share, too.
     """
     total = sum(run.positions for run in taken_by)
     own = {id(run): seconds * run.positions / total for run in taken_by} if total else {}
-    _fall_behind(runs, seconds, own)
+    _fall_behind(runs, seconds, own, num_held_back)
     for run in taken_by:
         run.spend(own.get(id(run), 0.0), is_pass=True)
 
@@ -101,9 +112,11 @@ def spend_alone(runs: Sequence[Run], seconds: float, run: Run):
     run.spend(seconds)
 
 
-def _fall_behind(runs: Sequence[Run], seconds: float, own: dict[int, float]):
+def _fall_behind(
+    runs: Sequence[Run], seconds: float, own: dict[int, float], num_held_back: int = 0
+):
     """Adds each run's share of some seconds to its lag, and takes off what it had of them."""
-    jobs = sum(len(run.tickets) for run in runs)
+    jobs = sum(len(run.tickets) for run in runs) + num_held_back
     for run in runs:
         share = seconds * len(run.tickets) / jobs
         run.lag = max(0.0, run.lag + share - own.get(id(run), 0.0))
