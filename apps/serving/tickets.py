@@ -95,7 +95,10 @@ class Ticket:
         return self.future.result(timeout)
 
     def cancel(self):
-        """Drops the job: at once while it waits, after the current step when it runs."""
+        """Drops the job: at once while it waits, after the current step when it runs.
+
+        One that shares a batch with others keeps its rows until nobody wants any of the batch.
+        """
         self._cancelled.set()
         self.future.cancel()
 
