@@ -4,11 +4,12 @@
         --output loading.json
 
 A checkpoint of random weights is written once. Each precision loads it in a fresh process, which
-then runs one forward pass over a few tokens, so that all weights have been touched. Two peaks are
-reported: the process's own memory (`own_bytes`), and all that is resident (`resident_bytes`): with
-pages of the files that are mapped, which the system takes back when it needs them.
+then runs one forward pass over a few tokens, so that the decoder's weights have been touched. Two
+peaks are reported: the process's own memory (`own_bytes`), and all that is resident
+(`resident_bytes`): with pages of the files that are mapped, which the system takes back when it
+needs them.
 
-8b needs 17 GB on the disk and, in bfloat16, as much memory; int8 needs 10 GB.
+8b needs 17 GB on the disk.
 """
 
 import argparse
