@@ -37,8 +37,9 @@ def measure(tmp_path, monkeypatch):
             output.write_text(json.dumps(SHARES | {"forwards": 3, "seconds": 2.0}))
 
     def run(*arguments) -> list[tuple]:
-        before, given = len(calls), ["shapes.yaml", "--runs", str(tmp_path / "runs"), *arguments]
-        command = ["joint_layout", *given, "--output", str(tmp_path / "result.json")]
+        before, places = len(calls), ["--runs", str(tmp_path / "runs")]
+        places += ["--output", str(tmp_path / "result.json")]
+        command = ["joint_layout", "shapes.yaml", "--steps", "20", *places, *arguments]
         monkeypatch.setattr("sys.argv", command)
         joint_layout.main()
         return calls[before:]
@@ -49,7 +50,7 @@ def measure(tmp_path, monkeypatch):
 
 
 def test_every_refresh_interval_is_swept_and_three_models_are_measured(measure, tmp_path):
-    calls = measure("--steps", "20")
+    calls = measure()
     kinds = [call[0] if call[0] != "evaluate" else call[1] for call in calls]
     assert kinds == ["train", *["sweep"] * 5, "caption-dataset", "train", *["synthetic"] * 3]
     refreshed = [call[call.index("--option") + 1] for call in calls if "--option" in call]
