@@ -377,8 +377,9 @@ class ForwardPass(NamedTuple):
     step: int
     block: int | None = None
 
+    @torch.no_grad()
     def run(self) -> torch.Tensor:
-        """Computes the logits, (B, G, n, V)."""
+        """Computes the logits, (B, G, n, V), without gradients."""
         columns = self.columns.flatten(1)
         if self.block is None:
             logits = self.network(self.response_ids, self.step, columns)

@@ -81,23 +81,6 @@ def bound_terms(logits: torch.Tensor, target: torch.Tensor, masked: torch.Tensor
     return weights * (chosen[..., 0] * masked).sum(-1)
 
 
-@torch.no_grad()
-def score_items(
-    model,
-    processor,
-    items: Sequence[Item],
-    masks: Sequence[torch.Tensor],
-    batch_size: int = ROWS_AT_ONCE,
-    task: str = "captions",
-) -> list[torch.Tensor]:
-    """Estimates the bound of each item from each of its draws, float64 (S,) each.
-
-    The arguments are those of `scoring_items`.
-    """
-    steps = scoring_items(model, processor, items, masks, batch_size, task)
-    return answered(steps, ForwardPass.run)
-
-
 def scoring_items(
     model,
     processor,
@@ -106,7 +89,9 @@ def scoring_items(
     batch_size: int = ROWS_AT_ONCE,
     task: str = "captions",
 ) -> Generator[ForwardPass, torch.Tensor, list[torch.Tensor]]:
-    """Does what `score_items` does, and stops for each forward pass, whose logits it takes.
+    """Estimates the bound of each item from each of its draws, float64 (S,) each.
+
+    It stops for each forward pass, whose logits it takes (`answered` runs them one by one).
 
     Args:
         items: as many as there are `masks`.
@@ -235,7 +220,8 @@ class ScoringMixin(SeeingMixin):
                 items.append(make(target))
                 owners.append(place)
         masks_of = [_draws(len(item.target), method, samples, seed) for item in items]
-        found = score_items(self, processor, items, masks_of, batch_size, task)
+        steps = scoring_items(self, processor, items, masks_of, batch_size, task)
+        found = answered(steps, ForwardPass.run)
 
         scores: list[list] = [[[] for _ in range(count)] for count in counts]
         for (i, k), terms in zip(owners, found, strict=True):

@@ -155,3 +155,15 @@ def test_what_cannot_be_scored_is_refused(make, scene, changes, message):
     given = {"images": image, "masks": masks, "texts": "a", "length": 0} | changes
     with pytest.raises(ValueError, match=message):
         model.diffusion_score(**given, processor=processor)
+
+
+@pytest.mark.parametrize("options", [{"caption_length": 2}, {"template": "a {red|blue} {1}"}])
+def test_forward_passes_that_a_caller_runs_keep_no_gradients(pair, draw_image, options):
+    model, processor = pair
+    steps = model.diffusion_steps(
+        draw_image(40, 30), [{"box": [2, 2, 20, 20]}], processor=processor, **options
+    )
+    with torch.enable_grad():
+        logits = next(steps).run()
+        assert not logits.requires_grad
+        assert not steps.send(logits).run().requires_grad

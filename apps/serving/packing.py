@@ -40,7 +40,6 @@ def settle(device: torch.device):
         torch.cuda.synchronize(device)
 
 
-@torch.no_grad()
 def _alone(one: ForwardPass) -> torch.Tensor | Exception:
     try:
         return one.run()
