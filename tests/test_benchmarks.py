@@ -323,6 +323,7 @@ def test_streamed_weights_are_measured_against_the_floor(mini, tmp_path, monkeyp
     assert all(row["reading"] > 0 for row in result["rows"])
 
 
+@pytest.mark.slow
 def test_loading_reports_the_memory_of_a_fresh_process(mini, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "SHARD_BYTES", 20_000)  # several shards
     output = tmp_path / "loading.json"

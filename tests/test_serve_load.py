@@ -117,6 +117,7 @@ def metric(address: str, name: str) -> float:
     raise AssertionError(f"no metric {name}")
 
 
+@pytest.mark.slow
 def test_of_a_hundred_at_once_each_is_answered_rightly_or_refused_and_memory_is_flat(server, load):
     address, process = server
     captioner = RegionCaptioner(*load("released-region"))
