@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint test-transformers test-floors tiny things report report-things clean
+.PHONY: demo test test-all lint test-transformers test-floors tiny shapes report report-shapes clean
 
 demo: .venv/.ready
 	$(BIN)/python -m perceptiondlm.apps.demo --output outputs/demo
@@ -43,55 +43,50 @@ test-floors: .venv-floors/.ready
 
 # bfloat16 only where the processor computes in it: emulated, it is ten times slower than float32.
 BF16 := $(if $(shell grep -m 1 avx512_bf16 /proc/cpuinfo 2>/dev/null),true,false)
-# The weights go to tiny/ in shards, as the Hub takes no file over 10 MB in plain git:
+# The embedded model, of everyday things, in two stages: its vision path learns names, then it learns
+# to write. The first time, npm fetches the drawings. Learning names is compiled where there is a
+# compiler. The weights go to tiny/ in shards, as the Hub takes no file over 10 MB in plain git:
 #   python convert_checkpoint.py --source runs/tiny --output NEW --max-shard-size 8MB
+COMPILE := $(if $(shell command -v g++ 2>/dev/null),true,false)
 tiny: .venv/.ready
+	$(BIN)/perceptiondlm train configs/tiny_names.yaml trainer.bf16=$(BF16) \
+	    trainer.torch_compile=$(COMPILE)
 	$(BIN)/perceptiondlm train configs/tiny.yaml trainer.bf16=$(BF16)
 
-# A model of everyday things, in two stages: its vision path learns names, then it learns to write.
-# The first time, npm fetches the drawings. Learning names is compiled where there is a compiler.
-COMPILE := $(if $(shell command -v g++ 2>/dev/null),true,false)
-things: .venv/.ready
-	$(BIN)/perceptiondlm train configs/things_names.yaml trainer.bf16=$(BF16) \
-	    trainer.torch_compile=$(COMPILE)
-	$(BIN)/perceptiondlm train configs/things.yaml trainer.bf16=$(BF16)
+# A model of drawn shapes, of which no drawing has to be fetched; the tests run on one.
+shapes: .venv/.ready
+	$(BIN)/perceptiondlm train configs/shapes.yaml trainer.bf16=$(BF16)
 
 # What evaluation/examples holds: the embedded model on scenes that it has not seen.
 EVALUATE := $(BIN)/perceptiondlm evaluate
-EMBEDDED := --model . --subfolder tiny
+EMBEDDED := --model . --subfolder tiny --scene-kind things
 SEED := 100000
 report: .venv/.ready
-	$(EVALUATE) synthetic $(EMBEDDED) --scenes 500 --seed $(SEED) --output outputs/measured.json
+	$(EVALUATE) synthetic $(EMBEDDED) --scenes 500 --seed $(SEED) --unseen-scenes 200 \
+	    --count-scenes 5 --output outputs/measured.json --texts outputs/texts.json
+	$(EVALUATE) sweep $(EMBEDDED) --scenes 60 --seed $(SEED) --steps 1,2,4,8,16,full \
+	    --rules fixed,threshold:0.9,threshold:0.6+0.3,factor:1.0,entropy_bound:0.1 \
+	    --output outputs/sweep.json
+	$(EVALUATE) latency $(EMBEDDED) --regions 1 2 4 8 16 24 --pictures 3 \
+	    --output outputs/latency.json
+	$(EVALUATE) report --measurements outputs/measured.json \
+	    --rows outputs/sweep.json outputs/latency.json --output evaluation/examples \
+	    --title "Embedded model on 500 held-out scenes of things"
+
+# The same steps as any benchmark's, on scenes of shapes, by the model that the tests run on.
+SHAPES := --model . --subfolder tests/shapes_model
+report-shapes: .venv/.ready
+	$(EVALUATE) synthetic $(SHAPES) --scenes 500 --seed $(SEED) --output outputs/shapes.json
 	$(EVALUATE) synthetic write --scenes 500 --start $(SEED) --output outputs/scenes
-	$(EVALUATE) predict $(EMBEDDED) --benchmark outputs/scenes --batch-size 16 --restart \
+	$(EVALUATE) predict $(SHAPES) --benchmark outputs/scenes --batch-size 16 --restart \
 	    --output outputs/captions.json
 	$(EVALUATE) synthetic judge --benchmark outputs/scenes --predictions outputs/captions.json \
 	    --output outputs/answers.json
 	$(EVALUATE) score --annotations outputs/scenes --answers outputs/answers.json \
 	    --output outputs/scores.json
-	$(EVALUATE) sweep $(EMBEDDED) --scenes 100 --seed $(SEED) --steps 2,full \
-	    --rules fixed,threshold:0.9,threshold:0.6+0.3,factor:1.0,entropy_bound:0.1 \
-	    --output outputs/sweep.json
-	$(EVALUATE) latency $(EMBEDDED) --output outputs/latency.json
 	$(EVALUATE) report --scores outputs/scores.json --predictions outputs/captions.json \
-	    --answers outputs/answers.json --measurements outputs/measured.json \
-	    --rows outputs/sweep.json outputs/latency.json --output evaluation/examples \
-	    --title "Embedded model on 500 held-out synthetic scenes"
-
-# The same of a model of things, as `make things` leaves it; THINGS names another checkpoint.
-THINGS ?= --model ./runs/things
-OF_THINGS := $(THINGS) --scene-kind things
-REPORT_THINGS := outputs/report-things
-report-things: .venv/.ready
-	$(EVALUATE) synthetic $(OF_THINGS) --scenes 500 --seed $(SEED) --output outputs/things.json \
-	    --texts outputs/things_texts.json
-	$(EVALUATE) sweep $(OF_THINGS) --scenes 100 --seed $(SEED) --steps 2,full \
-	    --rules fixed,threshold:0.9,threshold:0.6+0.3,factor:1.0,entropy_bound:0.1 \
-	    --output outputs/things_sweep.json
-	$(EVALUATE) latency $(OF_THINGS) --regions 1 2 4 8 16 24 --output outputs/things_latency.json
-	$(EVALUATE) report --measurements outputs/things.json \
-	    --rows outputs/things_sweep.json outputs/things_latency.json --output $(REPORT_THINGS) \
-	    --title "A model of everyday things on 500 held-out scenes"
+	    --answers outputs/answers.json --measurements outputs/shapes.json \
+	    --output outputs/report-shapes --title "Model of shapes on 500 held-out synthetic scenes"
 
 # Pixels are compared to the last bit and Pillow 13 changed the order of its resize passes, while
 # gradio still asks for an older one: so Pillow comes last, by itself.

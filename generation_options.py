@@ -28,6 +28,10 @@ MAX_SEED = 2**64 - 1
 ACCEPTANCES = " or ".join([", ".join(list(ACCEPT_RULES)[:-1]), list(ACCEPT_RULES)[-1]])
 EXCLUSIVE = (tuple(ACCEPT_RULES), ("seed", "generator"))  # options of which one may be given
 
+# What `fast` stands for; docs/algorithm.md has what it was measured to cost.
+FAST_ANSWERS = {"threshold": 0.9}
+FAST_CAPTIONS = {**FAST_ANSWERS, "prompt_refresh_interval": 0}
+
 # What decoding in blocks says, and all that a template's fields say, so that no option can.
 IN_BLOCKS = ("block_length", "early_stop", "block_cache", "stop_strings")
 TEMPLATE_DECIDES = ("caption_length", "max_new_tokens", *IN_BLOCKS)
@@ -198,7 +202,8 @@ class DiffusionOptions:
     remasking: str = option(
         "low_confidence",
         one_of("low_confidence", "random"),
-        "by what positions are ranked: low_confidence or random",
+        "by what the fixed schedule ranks positions: low_confidence or random; it goes before a"
+        " checkpoint's threshold, factor or entropy_bound",
         kind=str,
         choices=("low_confidence", "random"),
     )
@@ -228,6 +233,13 @@ class DiffusionOptions:
     )
 
     # How it is computed.
+    fast: bool = option(
+        False,
+        instance(bool),
+        "approximate: threshold=0.9 and, for captions in the joint layout,"
+        " prompt_refresh_interval=0, where the call says nothing else",
+        kind=bool,
+    )
     prompt_refresh_interval: int | None = option(
         None,
         integer(0),
@@ -288,7 +300,7 @@ class DiffusionOptions:
         # Unknown names first, whichever of the two they come from.
         expect_known(defaults | options)
         if task is None:
-            return cls(**merge_options(defaults, options))
+            return cls(**merge_options(defaults, options, task))
 
         # An option of the call that the task has no use for is a mistake.
         for name in sorted(set(options) - set(options_for(task, options))):
@@ -300,7 +312,7 @@ class DiffusionOptions:
         defaults = options_for(task, defaults)
         if task == "captions":  # a checkpoint's list is of what its answers must not hold
             defaults.pop("suppress_tokens", None)
-        return cls(**merge_options(defaults, options_for(task, options)))
+        return cls(**merge_options(defaults, options_for(task, options), task))
 
     def __post_init__(self):
         # Each value by its own check.
@@ -315,6 +327,8 @@ class DiffusionOptions:
         accepting = {n: getattr(self, n) for n in ACCEPT_RULES if getattr(self, n) is not None}
         if len(accepting) > 1:
             raise ValueError(f"expected at most one of {', '.join(ACCEPT_RULES)}, got {accepting}")
+        if self.fast and not accepting:
+            raise ValueError(f"expected one of {ACCEPTANCES} with fast, got none")
         if accepting and self.remasking == "random":
             raise ValueError(
                 f"expected remasking 'low_confidence' with {ACCEPTANCES}, which compare"
@@ -455,9 +469,28 @@ def _expect_divisible(steps: int, blocks: int):
 OPTIONS = {declared.name: declared for declared in dataclasses.fields(DiffusionOptions)}
 
 
-def merge_options(defaults: dict, options: dict) -> dict:
-    """Puts options over defaults; one of several that exclude each other goes before them all."""
+def merge_options(defaults: dict, options: dict, task: str | None = None) -> dict:
+    """Puts options over defaults.
+
+    What `fast` stands for in a task goes before whatever is below the one of the two that says
+    `fast`, and gives way to what that one says itself.
+    """
+    fast = FAST_CAPTIONS if task == "captions" else FAST_ANSWERS
+    if options.get("fast"):
+        defaults = _put_over(defaults, fast)
+    elif options.get("fast") is None and defaults.get("fast"):
+        defaults = _put_over(fast, defaults)
+    return _put_over(defaults, options)
+
+
+def _put_over(defaults: dict, options: dict) -> dict:
+    """Puts options over others; one of several that exclude each other goes before them all.
+
+    So does `remasking`, which the released schedules rank by, before what accepts tokens instead.
+    """
     replaced: set[str] = set()
+    if options.get("remasking") is not None:
+        replaced.update((*ACCEPT_RULES, "remask_below"))
     for names in EXCLUSIVE:
         if any(options.get(name) is not None for name in names):
             replaced.update(names)

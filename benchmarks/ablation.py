@@ -1,6 +1,6 @@
 """Measures what each part of the model buys: one recipe and budget, a part taken away at a time.
 
-    python -m perceptiondlm.benchmarks.ablation configs/tiny.yaml --steps 700 --scenes 300 \\
+    python -m perceptiondlm.benchmarks.ablation configs/shapes.yaml --steps 700 --scenes 300 \\
         --seeds 3 --output benchmarks/results/ablation.json
 
 Each row is trained on captions alone by `perceptiondlm train`, as often as there are seeds,

@@ -2,7 +2,7 @@
 
     python -m perceptiondlm.benchmarks.admission --against OTHER_CHECKOUT --output admission.json
 
-Three ways of asking, on the embedded model: `spread`, one short request after another while a long
+Three ways of asking, on a trained model: `spread`, one short request after another while a long
 one runs; `burst`, all short ones at once beside it; `equal`, a number of clients with equal short
 requests and no long one, for the throughput. Every round is a fresh process of each engine, in
 turn, so that what else the machine does slows both; medians are reported, over rounds after the

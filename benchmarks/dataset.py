@@ -2,7 +2,7 @@
 
     python -m perceptiondlm.benchmarks.dataset --images 2000 --actors 1 2 4 --output dataset.json
 
-Small drawn images, four box-shaped regions each, captioned by the embedded model. The plain loop
+Small drawn images, four box-shaped regions each, captioned by a trained model. The plain loop
 opens, captions and writes the same rows in one process, in the same batches. Every run is a fresh
 process, its start-up counted in; memory is the proportional share (PSS) of the run's processes,
 which counts what they share once.
@@ -27,6 +27,7 @@ from ..common.files import write_json
 from ..image_masks import encode_rle, fill_box
 from .denoising import describe_machine
 from .replicas import descendants
+from .workload import TRAINED, TRAINED_ARGUMENTS, TRAINED_SUBFOLDER
 
 SIDE, REGIONS = 64, 4
 DECODING = {"caption_length": 11, "steps": 4}
@@ -83,7 +84,7 @@ def write_images(folder: Path, count: int) -> Path:
 def run_pipeline(source: Path, output: Path, actors: int) -> dict:
     """Captions the source by the command; returns its seconds, stages and memory."""
     options = [f"--{k.replace('_', '-')}={value}" for k, value in DECODING.items()]
-    command = ["-m", "perceptiondlm.apps.cli", "caption-dataset", str(source)]
+    command = ["-m", "perceptiondlm.apps.cli", "caption-dataset", str(source), *TRAINED_ARGUMENTS]
     run = _timed(
         [sys.executable, *command, "--output", str(output), f"--actors={actors}", *options]
     )
@@ -99,7 +100,6 @@ def run_loop(source: Path, output: Path) -> dict:
 
 def plain_loop(source: str, output: str):
     """Opens, captions and writes every row, one batch after another, in this process."""
-    from ..apps.captioning.captioner import EMBEDDED, EMBEDDED_SUBFOLDER
     from ..pipelines import places
     from ..pipelines.captioning_stage import CaptionImages, CaptionOptions, open_row
     from ..pipelines.open_sources import open_source
@@ -109,9 +109,7 @@ def plain_loop(source: str, output: str):
     for name in (CAPTIONS, ERRORS):
         places.make_folder(f"{output}/{name}")
     writer = ShardWriter(output, "parquet", False, {"model": "", "options": "", "version": ""})
-    caption = CaptionImages(
-        CaptionOptions(str(EMBEDDED), EMBEDDED_SUBFOLDER, decoding=dict(DECODING))
-    )
+    caption = CaptionImages(CaptionOptions(TRAINED, TRAINED_SUBFOLDER, decoding=dict(DECODING)))
 
     opened = open_source(source)
     listed = (row for part in opened.parts(LISTED_AT_ONCE) for row in opened.rows(part))

@@ -5,7 +5,8 @@
 Speed and the share of equal tokens are those of a preset with random weights, which answers a
 question about a noise image; all ways alternate in one run. `ratio` is the exact way's seconds over
 a way's. Random weights say little about tokens, so the same ways also caption regions of held-out
-scenes with the embedded model, whose weights are trained: one region a row, its caption in blocks.
+scenes of shapes with the trained model of `tests/shapes_model`: one region a row, its caption in
+blocks.
 """
 
 import argparse
@@ -21,7 +22,15 @@ from ..common.loading import load_model
 from ..evaluation.held_out import held_out_scenes
 from ..evaluation.synthetic_judge import score_captions
 from .denoising import describe_machine, timed
-from .workload import PRESETS, build_model, build_tokenizer, question_inputs, set_layout
+from .workload import (
+    PRESETS,
+    TRAINED,
+    TRAINED_SUBFOLDER,
+    build_model,
+    build_tokenizer,
+    question_inputs,
+    set_layout,
+)
 
 WAYS = {
     "exact": {},
@@ -29,8 +38,7 @@ WAYS = {
     "dual": {"block_cache": "dual"},
     "dual, threshold 0.9": {"block_cache": "dual", "threshold": 0.9},
 }
-EMBEDDED = Path(__file__).parents[1] / "tiny"
-CAPTION_LENGTH, CAPTION_BLOCK = 12, 4  # of the embedded model, in tokens
+CAPTION_LENGTH, CAPTION_BLOCK = 12, 4  # of that model, in tokens
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -98,8 +106,8 @@ def equal_share(output, exact) -> float:
 
 
 def quality(num_scenes: int) -> dict:
-    """Captions regions of held-out scenes with the embedded model, in blocks; rows by way."""
-    model, processor = load_model(EMBEDDED)
+    """Captions regions of held-out scenes with the trained model, in blocks; rows by way."""
+    model, processor = load_model(TRAINED, subfolder=TRAINED_SUBFOLDER)
     scenes = held_out_scenes(100_000, num_scenes, progress=False)
     told: dict[str, list] = {name: [] for name in WAYS}
     for scene in scenes:
@@ -151,7 +159,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokens-per-step", type=int, default=1)
     add("--ways", type=lambda text: text.split(";"), default=list(WAYS), help="exact;dual, say")
     add("--repeats", type=int, default=1)
-    add("--scenes", type=int, default=50, help="held-out scenes for the embedded model; 0: none")
+    add("--scenes", type=int, default=50, help="held-out scenes for the trained model; 0: none")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--output", type=Path, help="JSON file to write")
     parsed = parser.parse_args(arguments)

@@ -27,7 +27,7 @@ import numpy as np
 
 from ..common.files import write_json
 from .denoising import describe_machine
-from .workload import noise_image
+from .workload import TRAINED_ARGUMENTS, noise_image
 
 SECONDS_TO_START, SECONDS_TO_ANSWER, SECONDS_TO_END = 240, 300, 60
 SIGNS = (b"ray::ServeReplica", b"ray::SERVE_REPLICA")  # how Ray calls replicas' processes
@@ -35,11 +35,12 @@ SIGNS = (b"ray::ServeReplica", b"ray::SERVE_REPLICA")  # how Ray calls replicas'
 
 @contextlib.contextmanager
 def serving(replicas: int, arguments) -> Iterator[str]:
-    """Serves the embedded model, each replica on a core of its own; gives the address."""
+    """Serves a trained model, each replica on a core of its own; gives the address."""
     with socket.socket() as own:
         own.bind(("127.0.0.1", 0))
         port = own.getsockname()[1]
     program = [sys.executable, "-m", "perceptiondlm.apps.cli", "serve", "--name", "tiny"]
+    program += TRAINED_ARGUMENTS
     program += ["--replicas", str(replicas), "--max-replicas", str(replicas)]
     program += ["--port", str(port), "--max-queue", str(arguments.requests), "--device", "cpu"]
     program += ["--max-client-cost", str(10**12), "--seen-cache-mb", "0"]

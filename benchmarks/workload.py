@@ -4,7 +4,9 @@ The inputs are noise images with regions, or with a question where the model has
 """
 
 import copy
+import os
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +25,11 @@ from ..common.special_tokens import (
 from ..configuration_perceptiondlm import FLAGSHIP_VISION, PerceptionDLMConfig
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
+
+# A trained model that is never trained anew, unlike the embedded one.
+TRAINED = str(Path(os.path.abspath(__file__)).parents[1])
+TRAINED_SUBFOLDER = "tests/shapes_model"
+TRAINED_ARGUMENTS = ["--model", TRAINED, "--subfolder", TRAINED_SUBFOLDER]  # of a command
 
 IMAGE_SIZE = (1536, 1024)  # six tiles of 512 and the thumbnail
 

@@ -11,10 +11,20 @@ from ..common.files import write_bytes
 FIGURES = {
     "accuracy_seconds.png": (("seconds", "accuracy"), ("seconds end to end", "accuracy (%)")),
     "accuracy_forwards.png": (("forwards", "accuracy"), ("forward passes", "accuracy (%)")),
+    "things_forwards.png": (
+        ("forwards", "names", "grammatical", "mixtures"),
+        ("forward passes", "names right (%)", "sentences of the grammar (%)", "mixtures (%)"),
+    ),
     "regions.png": (
         ("regions", "latency", "tokens_per_second"),
         ("regions in an image", "seconds per image", "tokens per second"),
     ),
+}
+SHARES = {  # field: that of a row of `sweep`
+    "accuracy": "attribute_accuracy",
+    "names": "name_accuracy",
+    "grammatical": "grammatical",
+    "mixtures": "mixture_rate",
 }
 
 
@@ -22,7 +32,7 @@ def figure_rows(content: object, source: str = "rows") -> list[dict]:
     """Returns rows as `draw_figures` takes them, from a list or from what a step wrote.
 
     The rows of `latency` are such rows already; those of `sweep` become a line for each rule, with
-    the accuracy of the attributes (shapes), or the share of captions right in everything (things).
+    the accuracy of the attributes (shapes), or with the names, sentences and mixtures (things).
 
     Raises ValueError, with the `source`, for anything else.
     """
@@ -35,12 +45,13 @@ def figure_rows(content: object, source: str = "rows") -> list[dict]:
 def _of_sweep(row: dict) -> dict:
     """Turns a row of `sweep` into one of the figures, labeled by rule, value and verification."""
     value, verify = row.get("value"), row.get("verify")
-    measured = "exact_caption_rate" if "name_accuracy" in row else "attribute_accuracy"
+    is_of_things = "name_accuracy" in row
+    shares = [name for name in SHARES if (name != "accuracy") == is_of_things]
     label = row["rule"] + ("" if value is None else f" {value:g}")
     return {
         "label": label + ("" if verify is None else f" + verify {verify:g}"),
         "budget": row["steps"],
-        "accuracy": row[measured],
+        **{name: row[SHARES[name]] for name in shares},
         "seconds": row["seconds"],
         "forwards": row["forwards_per_pass"],
     }
@@ -51,7 +62,7 @@ def draw_figures(rows: Sequence[dict], folder: str | Path) -> list[Path]:
 
     Args:
         rows: measurements; `label` names a system, and the numbers are `accuracy` (in [-1, 1]),
-            `seconds`, `forwards`, `regions`, `latency` (seconds per image), `tokens_per_second`.
+            `names`, `grammatical` and `mixtures` (shares), `seconds`, `forwards`, `regions`, `latency` (seconds per image), `tokens_per_second`.
         folder: where the PNG files go.
 
     Returns the files drawn. Raises ValueError for a row without a label, or with a field that is
@@ -94,7 +105,7 @@ def _draw(rows: Sequence[dict], fields: Sequence[str], titles: Sequence[str], fi
 
 
 def _scaled(field: str, value: float) -> float:
-    return 100 * value if field == "accuracy" else value
+    return 100 * value if field in SHARES else value
 
 
 def _check_rows(rows: Sequence[dict]):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from ..generation_options import DiffusionOptions
+from ..generation_options import DiffusionOptions, expect_known, merge_options
 from ..generation_seen import plan_groups
 from .asking import Asker
 from .scene_kinds import SHAPES, SPLIT, SceneKind
@@ -110,8 +110,12 @@ def measurements(scenes: Sequence, said: SceneTexts, kind: SceneKind = SHAPES) -
 
 
 def resolved_options(model, options: dict) -> dict:
-    """Returns every decoding option in force: those given, then the checkpoint's, then defaults."""
-    chosen = DiffusionOptions.build(model.decoding_defaults, options)
+    """Returns every decoding option in force: those given, then the checkpoint's, then defaults.
+
+    Where `fast` is more for captions than for answers, it is what it is for captions.
+    """
+    expect_known(options)
+    chosen = DiffusionOptions(**merge_options(model.decoding_defaults, options, "captions"))
     record = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
     record.pop("generator")
     if chosen.steps is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..scenes.language import normalize
 from ..scenes.shapes import MAX_OBJECTS, Scene, render_scene
+from ..scenes.thing_arrangement import MAX_COUNT
 from . import synthetic_judge, thing_judge
 from .held_things import judge_things, render_things, score_things
 from .thing_measures import ThingMeasures
@@ -82,7 +83,7 @@ SHAPES = SceneKind(
 THINGS = SceneKind(
     name="things",
     judge=thing_judge.JUDGE_VERSION,
-    max_regions=24,
+    max_regions=MAX_COUNT,
     render=render_things,
     render_crowded=_crowded_things,
     score=score_things,

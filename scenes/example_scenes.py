@@ -22,7 +22,7 @@ from .thing_grammar import PLACES, SIZES
 from .thing_language import caption_of
 from .thing_questions import QUESTIONS, RegionQuestion, ask_about_scene, region_question
 
-EMBEDDED_KIND = "shapes"  # of `EXAMPLE_KINDS`: what the embedded checkpoint in `tiny/` knows
+EMBEDDED_KIND = "things"  # of `EXAMPLE_KINDS`: what the embedded checkpoint in `tiny/` knows
 
 
 @dataclass(frozen=True, eq=False)

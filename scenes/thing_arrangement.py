@@ -13,6 +13,7 @@ from .language import GRID
 from .thing_facts import ThingFacts
 from .thing_layers import Layer, Pose
 
+MAX_COUNT = 24  # things of a scene
 # Diameter of a thing's whole mask over the image's short side, as it is drawn.
 SIZES = {"small": (0.15, 0.25), "medium-sized": (0.32, 0.41), "large": (0.52, 0.68)}
 # Share of a thing's pixels on the image that other things hide.

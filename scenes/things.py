@@ -23,7 +23,7 @@ from PIL import Image, ImageFilter
 
 from .backgrounds import SEEN_PHOTOGRAPHS, UNSEEN_PHOTOGRAPHS, draw_background, open_photographs
 from .emoji_sets import SEEN_SETS, SETS, UNSEEN_SETS, Atlas, open_atlas
-from .thing_arrangement import SIZES, arrange, facts_of, hidden_share, on_lattice
+from .thing_arrangement import MAX_COUNT, SIZES, arrange, facts_of, hidden_share, on_lattice
 from .thing_facts import ThingFacts
 from .thing_layers import Layer, Pose, Sprite
 
@@ -51,7 +51,6 @@ SPLITS = {
     "unseen_background": Split(SEEN_SETS, tuple(UNSEEN_PHOTOGRAPHS), "whole"),
 }
 COUNTS = (2, 8)  # things of a scene whose number is drawn
-MAX_COUNT = 24
 SHORT_SIDES = (112, 192)  # pixels
 ASPECTS = (1.0, 1.25, 1.5, 16 / 9)  # long side : short side
 MAX_ANGLE = 25  # degrees

@@ -32,7 +32,6 @@ def here(vectors, tmp_path, monkeypatch):
         (f"{ASK} --captions a.coco.json", "got --format coco"),
         (f"{BOX} --max-new-tokens 8", "expected --max-new-tokens with a --question alone"),
         (f"{BOX} --block-length 8", "expected --block-length with a --question alone"),
-        (f"{BOX} --remask-below 0.5", " with --remask-below, got it alone"),
         (f"{BOX} --font {__file__}", "expected --output or --animate with --font"),
         (f"{BOX} --subfolder tiny", "expected --model with --subfolder"),
         (f"{BOX} --revision main", "expected --model with --revision"),

@@ -134,7 +134,7 @@ def test_a_readme_without_markers_is_refused(mini, tmp_path):
 def ablate(tmp_path, monkeypatch):
     """Runs the ablation of a recipe with pretended training and measuring, which it counts."""
 
-    shapes = Path(__file__).parent.parent / "configs" / "tiny.yaml"
+    shapes = Path(__file__).parent.parent / "configs" / "shapes.yaml"
 
     def pretend(*command):
         """Training makes weights, measuring a report; each is noted."""
@@ -195,7 +195,7 @@ def test_the_ablation_writes_a_row_for_each_variant_and_keeps_what_is_done(ablat
     result = json.loads(output.read_text())
     assert [row["row"] for row in result["rows"]] == list(ablation.ROWS)
     lines = output.with_suffix(".md").read_text().splitlines()
-    assert "tiny.yaml model.max_tiles=4` on the captions" in lines[0]
+    assert "shapes.yaml model.max_tiles=4` on the captions" in lines[0]
     assert "| released layout | 50.0 | 50.0 | 50.0 | 50.0 | 25.0 | 11.0 |" in lines
     assert run("model.max_tiles=4", "--scenes", "2") == []
 
@@ -227,7 +227,7 @@ def test_every_seed_of_a_row_is_trained_and_the_table_has_means_and_ranges(ablat
 
 def test_an_ablation_of_things_trains_on_captions_alone(ablate, tmp_path):
     run, _ = ablate
-    things = Path(__file__).parent.parent / "configs" / "things.yaml"
+    things = Path(__file__).parent.parent / "configs" / "tiny.yaml"
     run("--rows", "full", recipe=things)
     recipe = json.loads((tmp_path / "runs/full/seed-0/recipe.json").read_text())
     names = ("region_share", "first_region_share", "label_share", "first_label_share")
@@ -249,7 +249,7 @@ def test_an_ablation_of_labels_trains_on_labels_alone_and_measures_them(
         return {"label_accuracy": 0.5, **shares, **sizes, **costs}
 
     monkeypatch.setattr(ablation, "measure_labels", pretend)
-    things = Path(__file__).parent.parent / "configs" / "things.yaml"
+    things = Path(__file__).parent.parent / "configs" / "tiny.yaml"
     run("--labels", "--scenes", "2", "--rows", "full,sequential,no-prompts", recipe=things)
     assert asked == [("full", None), ("full", 1), ("no-prompts", None)]
     recipe = json.loads((tmp_path / "runs/full/seed-0/recipe.json").read_text())
@@ -265,8 +265,8 @@ def test_an_ablation_of_labels_trains_on_labels_alone_and_measures_them(
     "recipe, given, message",
     [
         ("regions", (), "expected a recipe of synthetic scenes"),
-        ("tiny", ("--labels",), "expected a recipe of things with --labels, got one of shapes"),
-        ("tiny", ("--seeds", "0"), "expected seeds of 1 or more, got 0"),
+        ("shapes", ("--labels",), "expected a recipe of things with --labels, got one of shapes"),
+        ("shapes", ("--seeds", "0"), "expected seeds of 1 or more, got 0"),
     ],
 )
 def test_an_ablation_that_makes_no_sense_is_a_usage_error(capsys, recipe, given, message):

@@ -28,12 +28,12 @@ SMALLER = (
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory) -> str:
-    """Gives the folder of an untrained model as `configs/things_names.yaml` builds them."""
+    """Gives the folder of an untrained model as `configs/tiny_names.yaml` builds them."""
     folder = tmp_path_factory.mktemp("untrained")
     facts = [[thing.facts for thing in open_thing_example(seed).things] for seed in NAMES]
     train_tokenizer(iter_thing_corpus(facts), 700).save_pretrained(folder / "tokenizer")
     own = f"model.tokenizer={folder / 'tokenizer'}"
-    model, processor = build_model(load_recipe("configs/things_names.yaml", [*SMALLER, own]))
+    model, processor = build_model(load_recipe("configs/tiny_names.yaml", [*SMALLER, own]))
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     return str(folder / "model")
@@ -48,7 +48,7 @@ def test_the_demo_prints_the_truth_and_draws_what_is_said(untrained, tmp_path, c
     files = {"scene.png", "captions.png", "captions.gif", "answer.png"} | more
     assert {path.name for path in output.iterdir()} == files
     animation = Image.open(io.BytesIO((output / "captions.gif").read_bytes()))
-    assert animation.format == "GIF" and animation.n_frames > 2
+    assert animation.format == "GIF" and animation.n_frames > 1
 
     said, scene = capsys.readouterr().out, open_example(kind)
     for thing in scene.objects:
@@ -78,14 +78,11 @@ def test_what_is_not_there_is_named(tmp_path, capsys, arguments, message):
 
 
 def test_the_embedded_model_knows_the_scenes_that_are_shown_by_default():
-    """It fills most fields right: by chance it would be far less than a half."""
+    """It names half of the things right or more; by chance it would be one of 446."""
     scene = open_example()
     captioner = RegionCaptioner.from_pretrained()
     masks = [thing.mask for thing in scene.objects]
     result = captioner(scene.image, masks, template=scene.template)
-    pairs = [
-        (region.fields[name], value)
-        for region, thing in zip(result.regions, scene.objects, strict=True)
-        for name, value in thing.fields.items()
-    ]
-    assert sum(found == true for found, true in pairs) > len(pairs) / 2
+    names = [region.fields["name"] for region in result.regions]
+    truth = [thing.fields["name"] for thing in scene.objects]
+    assert sum(map(str.__eq__, names, truth)) >= len(truth) / 2

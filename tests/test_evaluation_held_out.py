@@ -15,7 +15,9 @@ from perceptiondlm.evaluation.held_out import (
     measurements,
     resolved_options,
 )
-from perceptiondlm.generation_options import DiffusionOptions
+from perceptiondlm.evaluation.sweep import SweepRule
+from perceptiondlm.generation_options import DiffusionOptions, merge_options
+from perceptiondlm.generation_rules import ACCEPT_RULES
 from perceptiondlm.scenes.shapes import render_scene
 
 SEED, COUNT = 40, 4
@@ -214,6 +216,14 @@ def test_a_sweep_has_a_row_for_each_rule_and_budget(model, tmp_path):
     assert len(table) == 2 + len(rows) and table[0].startswith("| rule | value | verify | steps |")
     options = [c for c in model.calls if c["masks"] is not None]
     assert options[2]["threshold"] == 0.7
+
+
+@pytest.mark.parametrize("own", [{"threshold": 0.9, "remask_below": 0.5}, {"fast": True}])
+def test_a_fixed_row_is_fixed_whatever_the_checkpoint_prefers(own):
+    chosen = merge_options({"caption_length": 11} | own, SweepRule.parse("fixed").options(4))
+    options = DiffusionOptions(**chosen)
+    assert (options.steps, options.caption_length) == (4, 11)
+    assert [getattr(options, name) for name in (*ACCEPT_RULES, "remask_below")] == [None] * 4
 
 
 @pytest.mark.parametrize("rules", ["quick", "fixed:3", "fixed+0.3", "threshold:high", "factor:-1"])

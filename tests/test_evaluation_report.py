@@ -363,9 +363,17 @@ def test_scores_of_another_form_are_named(tmp_path, content, capsys):
     assert "scores.json, got another form" in said and "Traceback" not in said
 
 
-def test_the_line_of_a_sweep_over_things_is_that_of_captions_right_in_everything():
+def test_a_sweep_over_things_has_lines_of_names_sentences_and_mixtures():
     row = {"rule": "fixed", "steps": 2, "seconds": 1.0, "forwards_per_pass": 2.0}
-    shares = {"attribute_accuracy": 0.9, "exact_caption_rate": 0.5}
-    (shapes,) = figure_rows({"rows": [{**row, **shares}]})
-    (things,) = figure_rows({"rows": [{**row, **shares, "name_accuracy": 0.7}]})
-    assert (shapes["accuracy"], things["accuracy"]) == (0.9, 0.5)
+    of_things = {"name_accuracy": 0.7, "grammatical": 0.4, "mixture_rate": 0.2}
+    (shapes,) = figure_rows({"rows": [{**row, "attribute_accuracy": 0.9}]})
+    (things,) = figure_rows({"rows": [{**row, **of_things, "attribute_accuracy": 0.9}]})
+    assert shapes["accuracy"] == 0.9 and not {"names", "grammatical", "mixtures"} & set(shapes)
+    assert (things["names"], things["grammatical"], things["mixtures"]) == (0.7, 0.4, 0.2)
+    assert "accuracy" not in things
+
+
+def test_a_report_of_things_draws_them_against_forward_passes(tmp_path):
+    shares = {"names": 0.5, "grammatical": 0.6, "mixtures": 0.1}
+    rows = [{"label": "fixed", "forwards": n, "seconds": 1.0, **shares} for n in (1, 2)]
+    assert [path.name for path in draw_figures(rows, tmp_path)] == ["things_forwards.png"]

@@ -315,7 +315,6 @@ def test_latency_takes_as_many_things_as_are_asked_for(model, tmp_path):
     found = command("latency", tmp_path, "--regions", "2", "12", "--pictures", "1")
     assert [row["regions"] for row in found["rows"]] == [2, 12] * 2
     assert [len(call["masks"][0]) for call in model.calls] == [2, 2, 12] + [1] * 14
-    assert THINGS.max_regions == things.MAX_COUNT
 
 
 def test_more_things_than_a_scene_can_hold_are_refused(model, tmp_path, capsys):

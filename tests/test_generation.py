@@ -505,6 +505,7 @@ def test_every_option_has_a_test_here():
         "num_return_sequences",
         "block_cache",
         "early_stop",
+        "fast",
     }
     assert tested | elsewhere == {f.name for f in dataclasses.fields(DiffusionOptions)}
 

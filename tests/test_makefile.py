@@ -1,5 +1,6 @@
 """Commands of the Makefile that run for hours name recipes and options that there are."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from perceptiondlm.evaluation.cli import STEPS
 from perceptiondlm.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ("tiny", "things", "report", "report-things")
+TARGETS = ("tiny", "shapes", "report", "report-shapes")
 
 
 def commands(target: str) -> list[list[str]]:
@@ -30,20 +31,21 @@ def recipes(target: str) -> list:
     return [load_recipe(words[1], [*words[2:], "trainer.use_cpu=true"]) for words in trained]
 
 
-def test_things_are_trained_in_two_stages_the_second_from_what_the_first_leaves():
-    names, writing = recipes("things")
+def test_the_embedded_model_is_trained_in_two_stages_the_second_from_what_the_first_leaves():
+    names, writing = recipes("tiny")
     assert Path(writing.model.checkpoint) == Path(names.trainer["output_dir"])
     assert names.data.objective == "names" and writing.data.scene_kind == "things"
 
 
-def test_the_report_of_things_is_of_what_was_trained():
-    output = recipes("things")[1].trainer["output_dir"]
-    measured = [words for words in commands("report-things") if "--scene-kind" in words]
-    models = [Path(words[words.index("--model") + 1]) for words in measured]
-    assert models == [Path(output)] * 3
+def test_the_report_is_of_the_embedded_model_on_what_it_knows():
+    *steps, _ = commands("report")
+    assert [words[1] for words in steps] == ["synthetic", "sweep", "latency"]
+    for words in steps:
+        options = dict(itertools.pairwise(words))
+        assert (options["--subfolder"], options["--scene-kind"]) == ("tiny", "things")
 
 
-@pytest.mark.parametrize("target", ["report", "report-things"])
+@pytest.mark.parametrize("target", ["report", "report-shapes"])
 def test_reports_are_made_of_files_that_were_written_before(target):
     *steps, report = commands(target)
     written = {words[words.index("--output") + 1] for words in steps}

@@ -192,7 +192,7 @@ def test_captions_are_learned_from_where_names_ended(recipe_of, tmp_path, monkey
 
 @torch.no_grad()
 def test_the_kept_first_stage_names_half_of_the_things_of_the_examples():
-    folder = Path(__file__).parents[1] / "configs" / "things_names"
+    folder = Path(__file__).parents[1] / "configs" / "tiny_names"
     model, processor = load_model(folder, dtype=torch.float32)
     tokens = naming.name_tokens(processor.tokenizer)
     roomy = copy.copy(processor.image_processor)

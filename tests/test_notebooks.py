@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from shapes import SHAPES
+from perceptiondlm.scenes.example_scenes import open_example
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
@@ -19,18 +19,14 @@ cells = json.load(open(sys.argv[1], encoding="utf-8"))["cells"]
 space = {}
 for cell in cells:
     if cell["cell_type"] == "code":
-        code = "".join(cell["source"]).replace('"tiny"', json.dumps(sys.argv[2]))
-        exec(compile(code, cell["id"], "exec"), space)
+        exec(compile("".join(cell["source"]), cell["id"], "exec"), space)
 """
 
 
-def run(name: str, folder: Path, model: str = "tiny") -> str:
-    """Runs a notebook's code cells with `folder` as the working folder; returns what they print.
-
-    Where it names the embedded model, `model` stands instead, another folder of the repository.
-    """
+def run(name: str, folder: Path) -> str:
+    """Runs a notebook's code cells with `folder` as the working folder; returns what they print."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-c", RUN, str(EXAMPLES / name), model]
+    command = [sys.executable, "-c", RUN, str(EXAMPLES / name)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -52,23 +48,26 @@ def test_a_notebook_is_of_format_4_5_and_holds_no_outputs(path):
 
 
 def test_the_first_notebook_captions_answers_and_draws(tmp_path):
-    """With the embedded model; tests/test_shapes_model.py says what is right about its scene."""
     said = run("first_captions.ipynb", tmp_path)
-    assert said.count(" truth: ") >= 2 and "tokens a forward pass" in said
-    assert "What colour is the object at the center?" in said
-
-    preferred = json.loads((EXAMPLES.parent / "tiny" / "generation_config.json").read_text())
-    passes = re.search(r"(\d+) forward passes by default, (\d+) with a threshold", said)
-    default, fast = map(int, passes.groups())
-    assert default == preferred["caption_length"] >= fast > 0
-    assert len(re.findall(r"^\d+ \| ", said, re.MULTILINE)) == len(range(0, default, 3))
+    assert said.count(" truth: ") == 4 and "tokens a forward pass" in said
+    for question in open_example().questions:
+        assert f"{question.question}\n  " in said and f" | true: {question.answer}\n" in said
+    for thing in open_example().objects:
+        assert thing.question.question in said and thing.question.answer in said
+    passes = re.search(r"(\d+) forward passes by default, (\d+) as released", said)
+    by_default, released = map(int, passes.groups())
+    assert 1 < by_default < released == 36
+    assert len(re.findall(r"(?m)^\d+ \| ", said)) == len(range(0, by_default + 1, 3))
     assert (tmp_path / "captions.gif").read_bytes().startswith(b"GIF89a")
 
 
 @pytest.mark.slow
 def test_the_second_notebook_teaches_another_way_to_caption(tmp_path):
-    said = run("finetune_on_your_masks.ipynb", tmp_path, SHAPES)
+    said = run("finetune_on_your_masks.ipynb", tmp_path)
     rows = [line.split(" -> ")[1] for line in said.splitlines() if " truth: " in line]
     learned = [caption.split(" truth: ") for caption in rows]
     assert len(learned) == 4  # of a scene that it was not trained on
-    assert sum(caption.strip() == truth for caption, truth in learned) >= 3
+    # what it sees it knew before; the form is new
+    form = r"(small|medium-sized|large) [a-z -]+, (on|at|in) the [a-z ]+"
+    assert all(re.fullmatch(form, caption.strip()) for caption, _ in learned)
+    assert sum(caption.strip() == truth for caption, truth in learned) >= 2

@@ -188,7 +188,7 @@ def test_a_request_sets_every_decoding_option_that_is_a_number_or_a_choice():
     names = {
         "steps", "caption_length", "block_length", "temperature", "top_k", "top_p", "cfg_scale",
         "remasking", "threshold", "factor", "entropy_bound", "remask_below",
-        "prompt_refresh_interval", "seed", "block_cache", "early_stop",
+        "prompt_refresh_interval", "seed", "block_cache", "early_stop", "fast",
     }  # fmt: skip
     assert set(OPTIONS) & set(own.request_schema()["properties"]) == names
 

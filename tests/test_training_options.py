@@ -91,7 +91,7 @@ def test_options_that_others_leave_without_effect_are_refused(kind):
 def test_an_override_takes_a_recipes_schedule_options_away(taken_away):
     constant = ["trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0"]
     recipe = load_recipe(
-        "configs/tiny.yaml", [*constant, f"trainer.lr_scheduler_kwargs={taken_away}"]
+        "configs/shapes.yaml", [*constant, f"trainer.lr_scheduler_kwargs={taken_away}"]
     )
     assert not recipe.trainer["lr_scheduler_kwargs"]
 

@@ -25,9 +25,9 @@ def test_every_acceptance_is_offered_with_the_servers_own_value(rule):
     assert options_of_pace(pace, DiffusionOptions()) == {rule: ACCEPT_RULES[rule]().value}
 
 
-def test_the_fixed_pace_is_fixed_whatever_the_server_prefers():
-    defaults = {"threshold": 0.9, "remask_below": 0.5}
-    chosen = merge_options(defaults, options_of_pace("fixed", DiffusionOptions(**defaults)))
+@pytest.mark.parametrize("defaults", [{"threshold": 0.9, "remask_below": 0.5}, {"fast": True}])
+def test_the_fixed_pace_is_fixed_whatever_the_server_prefers(defaults):
+    chosen = merge_options(defaults, options_of_pace("fixed", DiffusionOptions.build(defaults, {})))
     assert pace_of(DiffusionOptions(**chosen)) == "fixed"
 
 

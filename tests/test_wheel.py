@@ -97,7 +97,7 @@ from perceptiondlm.apps.captioning.captioner import RegionCaptioner
 from perceptiondlm.training.recipe import load_recipe
 
 RegionCaptioner.from_pretrained()
-load_recipe("configs/tiny.yaml")
+load_recipe("configs/shapes.yaml")
 package = Path(perceptiondlm.__path__[0])
 sys.argv = ["assemble", "space"]
 runpy.run_path(str(package / "apps" / "space" / "assemble.py"), run_name="__main__")
@@ -213,13 +213,13 @@ def test_an_installed_wheel_captions_with_the_embedded_model(elsewhere):
 @pytest.mark.slow
 def test_an_installed_wheel_trains_by_its_own_recipes(elsewhere):
     elsewhere(
-        "apps.cli", "train", "configs/tiny.yaml", "trainer.max_steps=1", "data.scenes=16",
+        "apps.cli", "train", "configs/shapes.yaml", "trainer.max_steps=1", "data.scenes=16",
         "data.scene_sets=1", "trainer.bf16=false", "trainer.use_cpu=true",
         "trainer.per_device_train_batch_size=2", "trainer.lr_scheduler_type=constant",
         "trainer.lr_scheduler_kwargs={}", "trainer.warmup_steps=0",
         "model.tokenizer_scenes=20",
     )  # fmt: skip
-    assert (elsewhere.home / "runs" / "tiny" / "config.json").is_file()
+    assert (elsewhere.home / "runs" / "shapes" / "config.json").is_file()
 
 
 @pytest.mark.slow

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from ..image_processing_perceptiondlm import normalize
 from ..processing_sequence import IGNORED_LABEL, encode_text
 from ..scenes.concepts import CONCEPTS
-from ..scenes.things import COUNTS, MAX_COUNT, render_thing_scene
+from ..scenes.thing_arrangement import MAX_COUNT
+from ..scenes.things import COUNTS, render_thing_scene
 from .samples import CONTENT_STREAM, CROWD_STREAM, draw_prompts, generator_of
 from .synthetic import EncodedScene, SceneDataset, encode_image
 from .trainer import DiffusionTrainer

@@ -7,7 +7,7 @@ later.
 `start_locally`: each head of the first vision layers starts out attending most to the patch at a
 fixed offset from its own, like a convolution (structured initialization, arXiv:2404.01139, in
 closed form: a step on the grid turns sines and cosines of the position by a fixed angle). After 240
-batches of 16 scenes at a rate of 2.2e-3 an earlier form of `configs/tiny.yaml` had a loss of 0.42
+batches of 16 scenes at a rate of 2.2e-3 an earlier form of `configs/shapes.yaml` had a loss of 0.42
 on fully masked held-out captions with three such layers and of 0.54 without: positions are learned
 sooner, shapes are not.
 

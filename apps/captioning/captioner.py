@@ -240,11 +240,12 @@ class RegionCaptioner:
 
         started = time.perf_counter()
         task = "captions" if "masks" in inputs else "answers"
+        defaults = self.defaults_for(task, inputs.get("template") is not None)
         output = self.model.diffusion_generate(
             **inputs,
             processor=self.processor,
             callback=on_step if callback else None,
-            **merge_options(self.defaults_for(task, inputs.get("template") is not None), options),
+            **merge_options(defaults, options, task),
         )
         return output, time.perf_counter() - started
 

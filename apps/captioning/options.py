@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...generation_options import TEMPLATE_DECIDES, options_of
-from ...generation_rules import ACCEPT_RULES
 from ...generation_templates import Template
 from .outputs import format_of
 
@@ -22,7 +21,6 @@ MAX_NUMBER = 1000  # of a region
 NEEDED = {  # option: others, of which it needs one
     "font": ("output", "animate"),
     "fill": ("output", "animate"),
-    "remask_below": tuple(ACCEPT_RULES),
     "subfolder": ("model",),
     "revision": ("model",),
 }

@@ -68,7 +68,7 @@ class Admission:
                     f"expected no {', '.join(given)} with a template, whose fields say how long"
                     " they are"
                 )
-        options = merge_options(self._defaults(job), options)
+        options = merge_options(self._defaults(job), options, job.task)
         if job.template is not None and bound is not None:
             self._expect_bound(job, bound)
         elif shorten is not None:
