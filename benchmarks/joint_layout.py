@@ -1,6 +1,6 @@
 """Measures what approximations cost in the joint layout, and what moving to the tree layout does.
 
-    python -m perceptiondlm.benchmarks.joint_layout configs/shapes.yaml --steps 6000 \\
+    python -m perceptiondlm.benchmarks.joint_layout configs/shapes.yaml --steps 2000 \\
         --output benchmarks/results/joint-layout.json
 
                      train on captions, joint layout

@@ -62,7 +62,8 @@ def draw_figures(rows: Sequence[dict], folder: str | Path) -> list[Path]:
 
     Args:
         rows: measurements; `label` names a system, and the numbers are `accuracy` (in [-1, 1]),
-            `names`, `grammatical` and `mixtures` (shares), `seconds`, `forwards`, `regions`, `latency` (seconds per image), `tokens_per_second`.
+            `names`, `grammatical` and `mixtures` (shares), `seconds`, `forwards`, `regions`,
+            `latency` (seconds per image), `tokens_per_second`.
         folder: where the PNG files go.
 
     Returns the files drawn. Raises ValueError for a row without a label, or with a field that is
