@@ -32,6 +32,9 @@ EXCLUSIVE = (tuple(ACCEPT_RULES), ("seed", "generator"))  # options of which one
 FAST_ANSWERS = {"threshold": 0.9}
 FAST_CAPTIONS = {**FAST_ANSWERS, "prompt_refresh_interval": 0}
 
+# Asks for the released schedule, so many tokens a step, whatever a checkpoint prefers.
+FIXED_SCHEDULE = {**dict.fromkeys((*ACCEPT_RULES, "remask_below")), "fast": False}
+
 # What decoding in blocks says, and all that a template's fields say, so that no option can.
 IN_BLOCKS = ("block_length", "early_stop", "block_cache", "stop_strings")
 TEMPLATE_DECIDES = ("caption_length", "max_new_tokens", *IN_BLOCKS)
@@ -300,7 +303,7 @@ class DiffusionOptions:
         # Unknown names first, whichever of the two they come from.
         expect_known(defaults | options)
         if task is None:
-            return cls(**merge_options(defaults, options, task))
+            return cls(**merge_options(defaults, options))
 
         # An option of the call that the task has no use for is a mistake.
         for name in sorted(set(options) - set(options_for(task, options))):
@@ -328,7 +331,10 @@ class DiffusionOptions:
         if len(accepting) > 1:
             raise ValueError(f"expected at most one of {', '.join(ACCEPT_RULES)}, got {accepting}")
         if self.fast and not accepting:
-            raise ValueError(f"expected one of {ACCEPTANCES} with fast, got none")
+            raise ValueError(
+                f"expected one of {ACCEPTANCES} with fast, and no remasking, got"
+                f" remasking {self.remasking!r} alone"
+            )
         if accepting and self.remasking == "random":
             raise ValueError(
                 f"expected remasking 'low_confidence' with {ACCEPTANCES}, which compare"
@@ -470,31 +476,37 @@ OPTIONS = {declared.name: declared for declared in dataclasses.fields(DiffusionO
 
 
 def merge_options(defaults: dict, options: dict, task: str | None = None) -> dict:
-    """Puts options over defaults.
+    """Puts options over defaults, and writes out what `fast` stands for.
 
-    What `fast` stands for in a task goes before whatever is below the one of the two that says
-    `fast`, and gives way to what that one says itself.
+    `fast` among the options replaces values of the defaults; among the defaults it fills in what
+    they leave open. A value that stands beside `fast` in the same dictionary is kept.
+
+    Args:
+        task: "captions" or "answers", for which `fast` stands for different values; None, where
+            it is not known yet, is taken as "answers".
     """
     fast = FAST_CAPTIONS if task == "captions" else FAST_ANSWERS
     if options.get("fast"):
         defaults = _put_over(defaults, fast)
-    elif options.get("fast") is None and defaults.get("fast"):
+    elif defaults.get("fast") and not {"fast", "remasking"} & _said(options):
         defaults = _put_over(fast, defaults)
     return _put_over(defaults, options)
 
 
 def _put_over(defaults: dict, options: dict) -> dict:
-    """Puts options over others; one of several that exclude each other goes before them all.
-
-    So does `remasking`, which the released schedules rank by, before what accepts tokens instead.
-    """
+    """Puts options over defaults, without the defaults that the options exclude."""
     replaced: set[str] = set()
-    if options.get("remasking") is not None:
-        replaced.update((*ACCEPT_RULES, "remask_below"))
     for names in EXCLUSIVE:
-        if any(options.get(name) is not None for name in names):
+        if _said(options) & set(names):
             replaced.update(names)
+    if "remasking" in _said(options):  # is of the fixed schedule
+        replaced.update(FIXED_SCHEDULE)
     return {k: v for k, v in defaults.items() if k not in replaced} | options
+
+
+def _said(options: dict) -> set[str]:
+    """Names the options that have a value."""
+    return {name for name, value in options.items() if value is not None}
 
 
 def expect_known(options: dict):

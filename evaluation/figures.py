@@ -20,8 +20,9 @@ FIGURES = {
         ("regions in an image", "seconds per image", "tokens per second"),
     ),
 }
-SHARES = {  # field: that of a row of `sweep`
-    "accuracy": "attribute_accuracy",
+# Shares, drawn in per cent, by the field of a row of `sweep` that they are taken from.
+OF_SHAPES = {"accuracy": "attribute_accuracy"}
+OF_THINGS = {
     "names": "name_accuracy",
     "grammatical": "grammatical",
     "mixtures": "mixture_rate",
@@ -45,13 +46,12 @@ def figure_rows(content: object, source: str = "rows") -> list[dict]:
 def _of_sweep(row: dict) -> dict:
     """Turns a row of `sweep` into one of the figures, labeled by rule, value and verification."""
     value, verify = row.get("value"), row.get("verify")
-    is_of_things = "name_accuracy" in row
-    shares = [name for name in SHARES if (name != "accuracy") == is_of_things]
+    shares = OF_THINGS if "name_accuracy" in row else OF_SHAPES
     label = row["rule"] + ("" if value is None else f" {value:g}")
     return {
         "label": label + ("" if verify is None else f" + verify {verify:g}"),
         "budget": row["steps"],
-        **{name: row[SHARES[name]] for name in shares},
+        **{name: row[field] for name, field in shares.items()},
         "seconds": row["seconds"],
         "forwards": row["forwards_per_pass"],
     }
@@ -97,7 +97,7 @@ def _draw(rows: Sequence[dict], fields: Sequence[str], titles: Sequence[str], fi
         axes.set_xlabel(titles[0])
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
-        axes.legend()
+    panels[0].legend()  # the lines of all panels are the same
 
     # Into memory first, so that the file is written whole or not at all
     drawn = io.BytesIO()
@@ -106,7 +106,7 @@ def _draw(rows: Sequence[dict], fields: Sequence[str], titles: Sequence[str], fi
 
 
 def _scaled(field: str, value: float) -> float:
-    return 100 * value if field in SHARES else value
+    return 100 * value if field in OF_SHAPES | OF_THINGS else value
 
 
 def _check_rows(rows: Sequence[dict]):

@@ -112,7 +112,7 @@ def measurements(scenes: Sequence, said: SceneTexts, kind: SceneKind = SHAPES) -
 def resolved_options(model, options: dict) -> dict:
     """Returns every decoding option in force: those given, then the checkpoint's, then defaults.
 
-    Where `fast` is more for captions than for answers, it is what it is for captions.
+    What `fast` stands for is recorded as it is for captions; for answers it is less.
     """
     expect_known(options)
     chosen = DiffusionOptions(**merge_options(model.decoding_defaults, options, "captions"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..common.files import GrowingFile, json_bytes
 from ..common.option_arguments import add_option_arguments
-from ..generation_options import DiffusionOptions
+from ..generation_options import FIXED_SCHEDULE, DiffusionOptions
 from ..generation_rules import ACCEPT_RULES
 from .checkpoint import (
     add_checkpoint_arguments,
@@ -26,7 +26,7 @@ from .synthetic import add_scene_arguments, scene_record, summary_line
 
 FIXED = "fixed"  # the schedule that takes all its steps
 DEFAULT_RULES = "fixed,threshold:0.9,threshold:0.7,factor:1.0,entropy_bound:0.1"
-RULED = ("steps", *ACCEPT_RULES, "remask_below", "fast")  # of each row's rule
+RULED = ("steps", *FIXED_SCHEDULE)  # of each row's rule
 NO_SHARES = (*COSTS, "seconds")  # of what a row has, the rest being in per cent
 
 
@@ -62,11 +62,9 @@ class SweepRule:
 
     def options(self, steps: int | None) -> dict:
         """Returns the rule as options of `diffusion_generate`; `steps` None for the default."""
-        # None puts aside what the checkpoint's own defaults accept or mask again.
-        rule = dict.fromkeys((*ACCEPT_RULES, "remask_below")) | {"fast": False}
-        if self.name != FIXED:
-            rule |= {self.name: self.value, "remask_below": self.verify}
-        return rule if steps is None else rule | {"steps": steps}
+        rule = {} if self.name == FIXED else {self.name: self.value, "remask_below": self.verify}
+        budget = {} if steps is None else {"steps": steps}
+        return FIXED_SCHEDULE | rule | budget
 
 
 def parse_rules(text: str) -> list[SweepRule]:

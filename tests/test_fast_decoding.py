@@ -67,6 +67,7 @@ def test_it_goes_before_the_checkpoints_rule_and_behind_the_calls(task):
         ({"threshold": 0.1, "prompt_refresh_interval": 4}, {"fast": True}, (0.9, 0)),
         ({"fast": True}, {"threshold": 0.3}, (0.3, 0)),
         ({"fast": True, "threshold": 0.1}, {"fast": False}, (0.1, None)),
+        ({"fast": True}, {"remasking": "random", "seed": 0}, (None, None)),
     ],
 )
 def test_a_captioner_and_its_calls_may_ask_for_it(joint, scene, monkeypatch, own, asked, meant):
@@ -93,6 +94,14 @@ def test_a_fixed_schedule_by_name_goes_before_a_checkpoints_threshold():
     assert DiffusionOptions.build(own, both).threshold == 0.5
 
 
+@pytest.mark.parametrize("task", ["captions", "answers"])
+def test_a_fixed_schedule_by_name_goes_before_a_checkpoints_fast(task):
+    chosen = DiffusionOptions.build({"fast": True}, {"remasking": "random"}, task)
+    assert (chosen.fast, chosen.threshold, chosen.prompt_refresh_interval) == (False, None, None)
+    with pytest.raises(ValueError, match="with fast, and no remasking, got remasking 'random'"):
+        DiffusionOptions.build({}, {"fast": True, "remasking": "random"}, task)
+
+
 def test_the_options_in_force_are_recorded_as_captions_have_them():
     model = SimpleNamespace(decoding_defaults={"fast": True})
     found = resolved_options(model, {})
@@ -105,7 +114,7 @@ def test_a_checkpoint_may_prefer_it():
 
 
 def test_without_what_it_stands_for_it_is_refused():
-    with pytest.raises(ValueError, match="expected one of threshold, .* with fast, got none"):
+    with pytest.raises(ValueError, match="expected one of threshold, .* with fast"):
         DiffusionOptions(fast=True)
     with pytest.raises(ValueError, match="expected fast as bool, got 'yes'"):
         DiffusionOptions(fast="yes")

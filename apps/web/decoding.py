@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from ...generation_options import OPTIONS, DiffusionOptions
+from ...generation_options import FIXED_SCHEDULE, OPTIONS, DiffusionOptions
 from ...generation_rules import ACCEPT_RULES
 from ..serving.limits import Limits
 
@@ -43,6 +43,6 @@ def options_of_pace(pace: str, defaults: DiffusionOptions) -> dict:
     """Returns the decoding options of a pace: the server's own value of its rule, if it has one."""
     rule = PACES[pace]
     if rule is None:
-        return dict.fromkeys((*ACCEPT_RULES, "remask_below")) | {"fast": False}
+        return dict(FIXED_SCHEDULE)
     own = getattr(defaults, rule)
     return {rule: ACCEPT_RULES[rule]().value if own is None else own}
