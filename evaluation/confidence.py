@@ -1,9 +1,10 @@
 """`perceptiondlm evaluate confidence`: what scores tell, on drawn scenes that are judged exactly.
 
 Are captions that are wrong less sure than right ones: the area under the ROC curve of
-`DiffusionOutput.scores` (1: always, 0.5: no better than chance)? Does a score say how often a
-caption that has it is right (`calibration`)? And is the region for its true caption the one, of all
-regions of its scene, under which `diffusion_score` finds that caption the likeliest?
+`DiffusionOutput.scores` (1: always, 0.5: no better than chance)? Is exp(score), the geometric mean
+of a caption's token probabilities, how often a caption that has it is right (`calibration`)? And is
+the region for its true caption the one, of all regions of its scene, under which `diffusion_score`
+finds that caption the likeliest?
 """
 
 import argparse
@@ -41,26 +42,31 @@ def roc_area(scores: Sequence[float], is_right: Sequence[bool]) -> float | None:
     return float(((differences > 0) + (differences == 0) / 2).mean())
 
 
-def calibration(scores: Sequence[float], is_right: Sequence[bool], bins: int = 10) -> dict:
-    """Compares scores in [0, 1] with how often what has them is right, in bins of equal width.
+def calibration(probabilities: Sequence[float], is_right: Sequence[bool], bins: int = 10) -> dict:
+    """Compares probabilities with how often what has them is right, in bins of equal width.
 
-    Returns `bins`, each with its bounds, how many fall into it, their mean score and the share that
-    is right (empty bins are left out), and `calibration_error`: the mean distance between the two,
-    weighed by how many (expected calibration error, arXiv:1706.04599).
+    Returns `bins`, each with its bounds, how many fall into it, their mean probability and the
+    share that is right (empty bins are left out), and `calibration_error`: the mean distance
+    between the two, weighed by how many (expected calibration error, arXiv:1706.04599).
+
+    Raises:
+        ValueError: if one is no probability.
     """
-    values, right = np.asarray(scores, dtype=float), np.asarray(is_right, dtype=bool)
+    values, right = np.asarray(probabilities, dtype=float), np.asarray(is_right, dtype=bool)
+    if strangers := values[~((values >= 0) & (values <= 1))].tolist():
+        raise ValueError(f"expected probabilities from 0 to 1, got {strangers[0]}")
     places = np.clip((values * bins).astype(int), 0, bins - 1)
     rows = [
         {
             "from": k / bins,
             "to": (k + 1) / bins,
             "count": int((places == k).sum()),
-            "mean_score": float(values[places == k].mean()),
+            "mean_probability": float(values[places == k].mean()),
             "right": float(right[places == k].mean()),
         }
         for k in np.unique(places).tolist()
     ]
-    distances = [row["count"] * abs(row["mean_score"] - row["right"]) for row in rows]
+    distances = [row["count"] * abs(row["mean_probability"] - row["right"]) for row in rows]
     return {"bins": rows, "calibration_error": sum(distances) / len(values) if rows else None}
 
 
@@ -121,7 +127,7 @@ def _told_apart(scores: Sequence[float], is_right: Sequence[bool], wrong_name: s
         "median_score_right": statistics.median(right) if right else None,
         "median_score_wrong": statistics.median(wrong) if wrong else None,
         "roc_area": roc_area(scores, is_right),
-        "calibration": calibration(scores, is_right),
+        "calibration": calibration(np.exp(scores), is_right),
     }
 
 

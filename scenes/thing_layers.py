@@ -27,9 +27,10 @@ class Sprite:
 
     @cached_property
     def outline(self) -> np.ndarray:
-        """The first and last pixels of every row that belong to the thing, about the center.
+        """Returns the first and last pixels of every row that belong to the thing.
 
-        Their box, turned by any angle, is that of the whole drawing: (N, 2) corners of pixels.
+        (N, 2) corners of pixels, about the center. Their box, turned by any angle, is that of the
+        whole drawing.
         """
         inside = self._pixels[..., 3] >= ALPHA_THRESHOLD
         rows = np.flatnonzero(inside.any(1))

@@ -255,6 +255,7 @@ def test_the_published_vision_tower_has_the_released_shapes():
     assert not any(name.startswith("region_prompts") for name in shapes)
 
 
+@pytest.mark.slow
 def test_a_saved_model_answers_alike_where_the_package_cannot_be_imported(converted, tmp_path):
     folder = tmp_path / "saved"
     for auto in (AutoModel, AutoProcessor):

@@ -20,9 +20,10 @@ import json, sys
 from transformers import pipeline
 
 pipe = pipeline("image-text-to-text", model=sys.argv[1], trust_remote_code=True)
-chats = [[{"role": "user", "content": [{"type": "text", "text": q}]}] for q in sys.argv[3:]]
-answers = pipe(text=chats, batch_size=int(sys.argv[2]), max_new_tokens=6, return_full_text=False)
-print(json.dumps([answer[0]["generated_text"] for answer in answers]))
+chats = [[{"role": "user", "content": [{"type": "text", "text": q}]}] for q in sys.argv[2:]]
+for size in (1, 3):
+    answers = pipe(text=chats, batch_size=size, max_new_tokens=6, return_full_text=False)
+    print(json.dumps([answer[0]["generated_text"] for answer in answers]))
 """
 
 
@@ -66,13 +67,11 @@ def test_an_older_tokenizer_is_set_right(older, tmp_path):
 
 
 def test_a_pipeline_answers_alike_one_by_one_and_in_batches(older):
-    answers = []
-    for size in ("1", "3"):
-        command = [sys.executable, "-c", ASK, str(older), size, *QUESTIONS]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        answers.append(json.loads(done.stdout.splitlines()[-1]))
-    assert answers[0] == answers[1]
+    command = [sys.executable, "-c", ASK, str(older), *QUESTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    alone, together = map(json.loads, done.stdout.splitlines()[-2:])
+    assert alone == together and len(alone) == len(QUESTIONS)
 
 
 def test_the_tokenizer_that_a_processor_is_made_of_stays_as_it_is(tokenizer):

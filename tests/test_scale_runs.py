@@ -111,6 +111,7 @@ def test_a_run_goes_on_with_what_is_missing_alone(mixed):
     assert scale_runs.captions_of(rows) == scale_runs.captions_of(before)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_mostly_broken_stops(session, tmp_path):
     path = scale_data.write_lines(tmp_path, scale_data.draw(2))
     path.write_text("{\n" * 5 + path.read_text())

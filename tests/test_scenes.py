@@ -63,6 +63,7 @@ def arrangements(count: int):
 # ------------------------------------------------------------------ reproducible
 
 
+@pytest.mark.slow
 def test_a_fresh_process_renders_the_same_bits():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from test_scenes import digest, render_scene;"

@@ -104,6 +104,7 @@ runpy.run_path(str(package / "apps" / "space" / "assemble.py"), run_name="__main
 """
 
 
+@pytest.mark.slow
 def test_a_hub_snapshot_of_the_repository_finds_what_lies_beside_its_modules(tmp_path):
     """Its files are links into `blobs/`; the package is the folder of the links."""
     repository = tmp_path / "repository"
