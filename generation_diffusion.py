@@ -28,7 +28,7 @@ from .generation_cache import (
     responses_of,
     scatter_valid,
 )
-from .generation_generate import GenerateMixin
+from .generation_generate import GenerateMixin, update_generation_config
 from .generation_loop import (
     RowNoise,
     Sampler,
@@ -43,7 +43,6 @@ from .generation_options import (
     DiffusionOptions,
     expect_known,
     options_for,
-    update_generation_config,
 )
 from .generation_output import (
     Denoised,

@@ -1,8 +1,8 @@
-"""How to decode: the options of `diffusion_generate`, and transformers' arguments of `generate`.
+"""How to decode: the options of `diffusion_generate`.
 
 `DiffusionOptions` is the one declaration of the decoding options. The command lines, the server's
-fields and the README's table are made from it. A checkpoint's defaults for them live
-in its `generation_config.json`.
+fields and the README's table are made from it. `generation_generate.py` reads a checkpoint's
+defaults for them.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import GenerationConfig
 
 from .generation_rules import (
     ACCEPT_RULES,
@@ -49,7 +48,7 @@ RENAMED = {
 }
 
 
-# Checks of a field's value: each raises ValueError that says what was expected and what came.
+# Checks of a value: each raises an error that says what was expected and what came.
 
 
 def integer(low: int, high: int = MAX_INTEGER) -> Callable:
@@ -122,6 +121,30 @@ def texts(name: str, value):
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def expect_neutral(given: dict, neutral: dict[str, tuple]):
+    """Refuses values that are neither None nor among the `neutral` ones of their name.
+
+    Raises ValueError for such a value, TypeError for a name that `neutral` lacks.
+    """
+    for name, value in given.items():
+        if name not in neutral:
+            raise TypeError(f"expected arguments among {sorted(neutral)}, got {name!r}")
+        allowed = neutral[name]
+        if value is not None and not any(_same(value, other) for other in allowed):
+            wanted = "None" if None in allowed or not allowed else " or ".join(map(repr, allowed))
+            raise ValueError(f"expected {name} {wanted}, got {value!r}")
+
+
+def _same(value, other) -> bool:
+    return plain(value) == plain(other) and isinstance(value, bool) == isinstance(other, bool)
+
+
+def plain(value):
+    """Returns tensors, arrays and tuples as lists, other values as they are."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def option(default, check: Callable, text: str, *, kind=None, task=None, choices=None):
@@ -534,273 +557,3 @@ def options_for(task: str, options: dict) -> dict:
 def options_of(task: str) -> list[str]:
     """Names the options that "captions" or "answers" alone have a use for."""
     return [name for name in OPTIONS if task_of(name) == task]
-
-
-def default_generation_config(config) -> GenerationConfig:
-    """Makes the decoding defaults of a model that has no `generation_config.json`.
-
-    Special tokens are never produced in answers. Checkpoints that were saved before that file held
-    the defaults have them in the config, as `generation_defaults` and `banned_token_ids`.
-    """
-    # As the config says, or all tokens that stand for structure.
-    suppressed = config.banned_token_ids
-    if suppressed is None:
-        headers = [config.start_header_token_id, config.end_header_token_id]
-        ids = [config.eos_token_id, config.bos_token_id, *headers, config.mask_token_id]
-        suppressed = [i for i in ids if i is not None]
-
-    options = {"suppress_tokens": suppressed, **upgrade_options(config.generation_defaults or {})}
-    chosen = DiffusionOptions.build(options, {})
-    if chosen.temperature > 0:
-        options["do_sample"] = True
-    return GenerationConfig(**{**options, "max_new_tokens": chosen.max_new_tokens})
-
-
-def take_defaults(config) -> GenerationConfig:
-    """Moves the decoding defaults out of a config; what it returns belongs in a file of its own."""
-    taken = default_generation_config(config)
-    config.generation_defaults = config.banned_token_ids = None
-    return taken
-
-
-def update_generation_config(config: GenerationConfig, saved: dict, place) -> GenerationConfig:
-    """Returns a generation config with other fields over its own.
-
-    Args:
-        config: the decoding defaults that hold where `saved` says nothing.
-        saved: fields, as a `generation_config.json` holds them.
-        place: where they come from, for messages.
-
-    Raises ValueError for a field that neither transformers nor `DiffusionOptions` knows, and for an
-    option's value that cannot be.
-    """
-    saved = {k: v for k, v in saved.items() if not k.startswith("_")}
-    try:
-        expect_known({k: v for k, v in saved.items() if k not in KNOWN})
-        updated = GenerationConfig.from_dict({**config.to_dict(), **saved})
-        DiffusionOptions.build(decoding_defaults(updated), {})
-    except ValueError as error:
-        raise ValueError(f"{error}, in the generation config of {place}") from error
-    return updated
-
-
-def decoding_defaults(generation_config: GenerationConfig) -> dict:
-    """Returns the options of `DiffusionOptions` that a generation config sets.
-
-    As in transformers, its temperature, top_k and top_p count only beside `do_sample`: trainers
-    fill them in.
-    """
-    given = generation_config.to_diff_dict()
-    ignored = () if given.get("do_sample") else UNSAMPLED
-    return {n: given[n] for n in OPTIONS if given.get(n) is not None and n not in ignored}
-
-
-def upgrade_options(options: dict) -> dict:
-    """Translates options of a checkpoint that was saved under their old names."""
-    upgraded = {k: v for k, v in options.items() if k not in RENAMED}
-    # One option named the rule, another its value.
-    rule, value = options.get("adaptive"), options.get("adaptive_value")
-    if rule is not None:
-        if rule not in ACCEPT_RULES:
-            raise ValueError(f"expected adaptive among {', '.join(ACCEPT_RULES)}, got {rule!r}")
-        upgraded[rule] = ACCEPT_RULES[rule]().value if value is None else value
-    for old in ("banned_token_ids", "adaptive_verify", "prompt_cache"):
-        if options.get(old) is not None:
-            upgraded[RENAMED[old]] = options[old]
-    return upgraded
-
-
-# Which of transformers' arguments `generate` honors, and which may only be neutral.
-
-
-def expect_neutral(given: dict, neutral: dict[str, tuple]):
-    """Refuses values that are neither None nor among the `neutral` ones of their name.
-
-    Raises ValueError for such a value, TypeError for a name that `neutral` lacks.
-    """
-    for name, value in given.items():
-        if name not in neutral:
-            raise TypeError(f"expected arguments among {sorted(neutral)}, got {name!r}")
-        allowed = neutral[name]
-        if value is not None and not any(_same(value, other) for other in allowed):
-            wanted = "None" if None in allowed or not allowed else " or ".join(map(repr, allowed))
-            raise ValueError(f"expected {name} {wanted}, got {value!r}")
-
-
-def _same(value, other) -> bool:
-    return _plain(value) == _plain(other) and isinstance(value, bool) == isinstance(other, bool)
-
-
-def _plain(value):
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return list(value) if isinstance(value, (list, tuple)) else value
-
-
-HONORED = (
-    "max_new_tokens",
-    "max_length",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "stop_strings",
-    "suppress_tokens",
-    "return_dict_in_generate",
-)
-
-# Values that ask for something and its contrary give the same tokens.
-WITHOUT_EFFECT = ("use_cache", "disable_compile", "bos_token_id", "transformers_version")
-
-# Ids that may be named as the end or the padding of an answer, see `GenerateArguments`.
-ENDS = ("eos_token_id", "pad_token_id")
-
-# Every other field of a GenerationConfig, and every other argument of transformers' `generate`, may
-# only say nothing: be None, False, 0 or empty, or have the value below, which changes nothing.
-CALL_ARGUMENTS = (
-    "assistant_model",
-    "assistant_tokenizer",
-    "custom_generate",
-    "inputs_embeds",
-    "logits_processor",
-    "negative_prompt_attention_mask",
-    "negative_prompt_ids",
-    "past_key_values",
-    "prefix_allowed_tokens_fn",
-    "stopping_criteria",
-    "synced_gpus",
-)
-NOTHING: tuple = (None, False, 0, 0.0, [], {})
-NEUTRAL_VALUES = {
-    "assistant_confidence_threshold": 0.4,
-    "assistant_lookbehind": 10,
-    "encoder_repetition_penalty": 1.0,
-    "guidance_scale": 1.0,
-    "length_penalty": 1.0,
-    "num_assistant_tokens": 20,
-    "num_assistant_tokens_schedule": "constant",
-    "num_beam_groups": 1,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1.0,
-    "target_lookbehind": 10,
-    "top_h": 1.0,
-    "typical_p": 1.0,
-}
-FIELDS = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-NEUTRAL = {
-    name: (NEUTRAL_VALUES[name],) if name in NEUTRAL_VALUES else NOTHING
-    for name in {*FIELDS, *CALL_ARGUMENTS} - {*HONORED, *WITHOUT_EFFECT, *ENDS}
-}
-
-UNSAMPLED = {"temperature": (0, 0.0, 1, 1.0), "top_k": (0, 50), "top_p": (1, 1.0)}
-GREEDY = {"temperature": 0.0}
-DEFAULT_MAX_LENGTH = 20  # GenerationConfig's, which a trainer fills in
-
-
-# Options of `diffusion_generate` that a generation config may hold beside transformers' own fields.
-DIFFUSION_FIELDS = tuple(sorted(set(OPTIONS) - set(HONORED) - {"generator"}))
-KNOWN = {*HONORED, *WITHOUT_EFFECT, *ENDS, *NEUTRAL, *DIFFUSION_FIELDS}
-
-
-class GenerateArguments:
-    """Checks the arguments of one call of `generate`; `get` reads one.
-
-    The names are those of `GenerationConfig` and of `GenerationMixin.generate`. A value may come
-    from the call, from the `generation_config` of the call or from the model's own, in this order.
-
-    Args:
-        call: those of the call that are transformers'.
-        configs: GenerationConfigs or None, each goes before the next; the last is the model's.
-        ends: ids that may be named as the end or the padding of an answer.
-    """
-
-    def __init__(self, call: dict, configs, ends: set[int]):
-        self.levels = [call, *(_fields(config) for config in configs if config is not None)]
-        self.levels = [{k: v for k, v in own.items() if v is not None} for own in self.levels]
-        for own in self.levels:
-            unknown = sorted(own.keys() - KNOWN)
-            if unknown:
-                raise ValueError(f"expected fields that `generate` knows, got {unknown}")
-            _expect_ends(own, ends)
-            expect_neutral({k: v for k, v in own.items() if k in NEUTRAL}, NEUTRAL)
-
-    def get(self, name: str):
-        """Returns the value of the first level that has one, else None."""
-        return next((own[name] for own in self.levels if name in own), None)
-
-    def new_tokens(self, prompt_length: int, slots: int | None) -> int | None:
-        """Returns the number of an answer's tokens; None where nothing says it.
-
-        That is `max_new_tokens` or, where it is not given, `max_length`; the `slots` that the
-        inputs have for it go before the last level, the model's own.
-        """
-        # The first level that says anything about the length decides.
-        for own in self.levels:
-            if own is self.levels[-1] and slots is not None:
-                return slots
-            if "max_new_tokens" in own:
-                return own["max_new_tokens"]
-            length = own.get("max_length")
-            if length is None or (own is not self.levels[0] and length == DEFAULT_MAX_LENGTH):
-                continue
-            if length <= prompt_length:
-                raise ValueError(
-                    f"expected max_length beyond the prompt's {prompt_length} tokens, got {length}"
-                )
-            return length - prompt_length
-        return None
-
-    def options(self, suppressed: Sequence[int]) -> dict:
-        """Returns options of `diffusion_generate`: sampling, stop strings, suppressed tokens.
-
-        `suppressed` are the checkpoint's ids, to which those of the call are added. What only the
-        model's own level says is left to the checkpoint's defaults.
-        """
-        options = self._sampling()
-        stops = self._asked("stop_strings")
-        if stops is not None:
-            options["stop_strings"] = [stops] if isinstance(stops, str) else list(stops)
-        more = self._asked("suppress_tokens")
-        if more is not None:
-            options["suppress_tokens"] = [*suppressed, *more]
-        for name in DIFFUSION_FIELDS:
-            if self._asked(name) is not None:
-                options[name] = self._asked(name)
-        return options
-
-    def _asked(self, name: str):
-        """Returns the value of a level before the model's own, else None."""
-        return next((own[name] for own in self.levels[:-1] if name in own), None)
-
-    def _sampling(self) -> dict:
-        """Returns the options of sampling; none where the checkpoint's defaults decide."""
-        if not self.get("do_sample"):
-            for name, neutral in UNSAMPLED.items():
-                value = self._asked(name)
-                if value is not None and value not in neutral:
-                    raise ValueError(f"expected no {name} without do_sample, got {value}")
-            is_declined = self._asked("do_sample") is not None
-            return {**dict.fromkeys(UNSAMPLED), **GREEDY} if is_declined else {}
-
-        given = {name: self.get(name) for name in UNSAMPLED}
-        temperature = 1.0 if given["temperature"] is None else given["temperature"]
-        if temperature == 0:
-            raise ValueError("expected a temperature above 0 with do_sample, got 0")
-        return {
-            "temperature": temperature,
-            "top_k": given["top_k"] or None,  # 0 is all, as in transformers
-            "top_p": given["top_p"],
-        }
-
-
-def _fields(config) -> dict:
-    return {k: v for k, v in vars(config).items() if not k.startswith("_")}
-
-
-def _expect_ends(given: dict, ends: set[int]):
-    for name in ENDS:
-        value = given.get(name)
-        value = _plain(value)
-        ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        if not set(ids) <= ends:
-            raise ValueError(f"expected {name} among {sorted(ends)}, got {value!r}")

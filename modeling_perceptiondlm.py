@@ -24,7 +24,8 @@ from .configuration_perceptiondlm import (
     expect_shards_inside,
 )
 from .generation_diffusion import DiffusionGenerationMixin
-from .generation_options import default_generation_config, expect_neutral
+from .generation_generate import default_generation_config
+from .generation_options import expect_neutral
 from .modeling_attention import Structure
 from .modeling_language import (
     PerceptionDLMLanguageModel,

@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ..common.folders import OutputExists, clear_unfinished, expect_folder, new_folder
 from ..common.loading import CheckpointError
 from ..configuration_perceptiondlm import AUTO_MAP
-from ..generation_options import take_defaults
+from ..generation_generate import take_defaults
 from .files import fetch
 from .source import Source
 from .sources import read_source

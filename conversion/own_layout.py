@@ -9,11 +9,8 @@ from transformers import GenerationConfig
 from ..common.extras import MissingExtra
 from ..common.loading import ADAPTER_FILE, CheckpointError, UnrecognizedCheckpoint
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..generation_options import (
-    OPTIONS,
-    default_generation_config,
-    update_generation_config,
-)
+from ..generation_generate import default_generation_config, update_generation_config
+from ..generation_options import OPTIONS
 from ..image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor

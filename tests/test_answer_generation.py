@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from perceptiondlm.generation_options import KNOWN
+from perceptiondlm.generation_generate import KNOWN
 from transformers import (
     GenerationConfig,
     StoppingCriteriaList,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig, PerceptionDLMTextConfig
-from perceptiondlm.generation_options import default_generation_config
+from perceptiondlm.generation_generate import default_generation_config
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from transformers import AutoConfig
 

@@ -10,7 +10,7 @@ from transformers import set_seed
 from ..common.loading import load_model, load_tokenizer
 from ..common.special_tokens import IMAGE_TOKENS, token_ids
 from ..configuration_perceptiondlm import PerceptionDLMConfig
-from ..generation_options import take_defaults
+from ..generation_generate import take_defaults
 from ..modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from ..processing_perceptiondlm import PerceptionDLMProcessor
 from ..scenes.concepts import CONCEPTS
