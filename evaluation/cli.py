@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ..common.files import only_run
+from .environment import code_revision
 from .files import run_record_path
 
 # name: (module with `configure(parser)` and `run(args) -> exit code`, one line of help)
@@ -52,6 +53,7 @@ def configure(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace) -> int:
     """Runs the chosen step; a user's mistake is one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    code_revision()  # now, since the repository may change while a step runs
     try:
         with only_run(*_outputs(args)):
             return args.run_step(args)

@@ -1,5 +1,6 @@
 """Records where a run took place: hardware, versions, git revision."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -19,7 +20,13 @@ PACKAGES = (
 
 def run_environment() -> dict:
     """Returns hardware, versions and git revision, for the record of a run."""
-    return {"hardware": hardware(), "versions": versions(), "git_revision": git_revision()}
+    return {"hardware": hardware(), "versions": versions(), "git_revision": code_revision()}
+
+
+@functools.cache
+def code_revision() -> str | None:
+    """Returns this package's revision at the first call, when a run has just loaded its code."""
+    return git_revision()
 
 
 def hardware() -> dict:

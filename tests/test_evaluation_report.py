@@ -5,10 +5,13 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from perceptiondlm.apps.cli import main
+from perceptiondlm.evaluation import cli as evaluation_cli
+from perceptiondlm.evaluation import environment
 from perceptiondlm.evaluation.breakdowns import (
     confidence_intervals,
     coverage,
@@ -241,6 +244,21 @@ def test_the_revision_is_the_commit_and_tells_of_changes(tmp_path):
     assert git_revision(tmp_path) == clean + "+changes"
     (tmp_path / "inside").mkdir()
     assert git_revision(tmp_path / "inside") is None
+
+
+def test_a_step_records_the_revision_at_which_it_began(monkeypatch):
+    revision, recorded = ["loaded"], []
+
+    def run_step(args) -> int:
+        revision[0] = "committed since"
+        recorded.append(environment.run_environment()["git_revision"])
+        return 0
+
+    monkeypatch.setattr(environment, "git_revision", lambda: revision[0])
+    environment.code_revision.cache_clear()
+    assert evaluation_cli.run(SimpleNamespace(step="step", run_step=run_step)) == 0
+    environment.code_revision.cache_clear()  # of the pretended one
+    assert recorded == ["loaded"]
 
 
 def test_a_journal_keeps_what_was_acknowledged_and_cuts_a_torn_line(tmp_path):
