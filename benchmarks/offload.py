@@ -23,17 +23,18 @@ from .workload import PRESETS, build_model, build_tokenizer, region_inputs, set_
 
 LAYERS = "language_model.model.layers"
 FEW_STEPS, MANY_STEPS = 1, 5  # whose difference holds no prompt and no image
+LAYOUTS = ("released", "independent")
 
 
 def measure(arguments) -> dict:
-    """Times steps of both layouts in memory and on the disk; returns the result to write."""
+    """Times steps of each layout in memory and on the disk; returns the result to write."""
     tokenizer = build_tokenizer()
     model = build_model(arguments.preset, tokenizer, "cpu")
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         model.save_pretrained(Path(folder) / "model")
         streamed = load_streamed(Path(folder) / "model", Path(folder) / "offload")
-        for layout in ("released", "independent"):
+        for layout in arguments.layouts:
             processor = set_layout(model, tokenizer, layout)
             set_layout(streamed, tokenizer, layout)
             for images in arguments.images:
@@ -113,6 +114,7 @@ def main():
     """Runs the benchmark and prints one line for each size."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--images", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--regions", type=int, default=4)
     parser.add_argument("--caption-length", type=int, default=32)
