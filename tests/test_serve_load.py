@@ -135,6 +135,7 @@ def test_of_a_hundred_at_once_each_is_answered_rightly_or_refused_and_memory_is_
     assert sizes[-1] - sizes[1] < 64, sizes  # after a round to warm up
 
 
+@pytest.mark.slow
 def test_of_a_hundred_that_come_again_all_are_answered(server):
     address, _ = server
     outcomes = asyncio.run(ask_all(address, retries=30))
