@@ -355,8 +355,8 @@ class DiffusionOptions:
             raise ValueError(f"expected at most one of {', '.join(ACCEPT_RULES)}, got {accepting}")
         if self.fast and not accepting:
             raise ValueError(
-                f"expected one of {ACCEPTANCES} with fast, and no remasking, got"
-                f" remasking {self.remasking!r} alone"
+                f"expected one of {ACCEPTANCES} with fast, and no remasking, got none of them"
+                f" and remasking {self.remasking!r}"
             )
         if accepting and self.remasking == "random":
             raise ValueError(

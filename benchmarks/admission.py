@@ -43,6 +43,7 @@ def measure(arguments) -> dict:
     checkouts = {"this": ROOT}
     if arguments.against:
         checkouts["against"] = Path(arguments.against).resolve()
+    revisions = {name: git_revision(folder) for name, folder in checkouts.items()}
 
     # The pace of `spread` is the same for both engines.
     alone = run_client(ROOT, arguments, "equal", 0.0, requests=1)["alone_seconds"]
@@ -60,7 +61,7 @@ def measure(arguments) -> dict:
     return {
         "machine": describe_machine("cpu"),
         "versions": versions(),
-        "revisions": {name: git_revision(folder) for name, folder in checkouts.items()},
+        "revisions": revisions,
         "load": os.getloadavg(),
         "requests": arguments.requests,
         "regions": arguments.regions,

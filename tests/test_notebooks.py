@@ -72,3 +72,4 @@ def test_the_second_notebook_teaches_another_way_to_caption(tmp_path):
     assert all(forms)
     names = [truth.split(", ")[0] for _, truth in learned]
     assert sum(form[1] == name for form, name in zip(forms, names, strict=True)) >= 2
+    assert any(caption == truth for caption, truth in learned)
